@@ -1,0 +1,20 @@
+"""One exception for every mistake that a user can mend, and the one place where it becomes an exit code."""
+
+import sys
+from collections.abc import Callable
+
+
+class PruneKitError(Exception):
+    """A user's mistake. The message is one line that names the thing and the mend."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main function and exit: 0 or its result, 2 on PruneKitError, 130 on Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except PruneKitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
