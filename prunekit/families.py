@@ -1,0 +1,205 @@
+"""Where each architecture keeps its layers, heads, norms and taps: a table, not code.
+
+To add a family: add a row to `FAMILIES` and a tiny model to tests/tiny_models.py.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .errors import PruneKitError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of alike layers. Names of projections and norms are relative to a layer."""
+
+    prefix: str  # regex: what stands before the layer's number in tensor names; spellings of all releases
+    count: str = "num_hidden_layers"  # config key that counts the layers
+    config: str = ""  # sub-config with the keys; configs that lack it keep them at the top
+    per_layer: tuple[str, ...] = ("layer_types",)  # config lists with one item per layer
+    numbers: tuple[str, ...] = ()  # config lists of layer numbers: they name layers with some property
+    threshold: str | None = None  # config key: layers below this number are of another kind
+    sparse_step: str | None = None  # config key: every n-th layer is a mixture of experts
+    pattern: tuple[str, ...] = ()  # config keys, by precedence: every n-th layer attends fully
+    fixed_if: str | None = None  # config flag that ties a layer's computation to its number
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
+    mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Vision blocks whose output a merger of its own carries into the first text layers (DeepStack)."""
+
+    key: str = "deepstack_visual_indexes"  # in the vision config
+    default: tuple[int, ...] = (8, 16, 24)
+    mergers: str = r"(?:model\.)?visual\.deepstack_merger_list\."
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, named by the `model_type` of its config."""
+
+    model_type: str
+    text: Stack
+    vision: Stack | None = None
+    vision_prefix: str | None = None  # regex: every tensor of the vision tower
+    taps: Taps | None = None
+    embedding: str = r"(?:.*\.)?embed_tokens\.|lm_head\."  # regex: token embeddings and output head
+    tied: str = r"lm_head\.weight"  # regex: tensors that are a second copy when embeddings are tied
+    tied_by_default: bool = False
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = "num_key_value_heads"  # None: no form with shared KV heads
+    head_dim: str | None = "head_dim"  # None: always hidden / heads
+    head_dim_default: int | None = None  # None: hidden / heads
+    causal: bool = True  # False: encoders, which have no KV cache
+    stacks: dict[str, Stack] = field(init=False)
+
+    def __post_init__(self):
+        stacks = {"text": self.text} | ({"vision": self.vision} if self.vision else {})
+        object.__setattr__(self, "stacks", stacks)
+
+
+def configs(config: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
+    """The parts of a config that hold this stack's keys, the one that counts first.
+
+    Some releases write the text keys twice, at the top and in `text_config`: both must change together.
+    """
+    parts = [config.get(stack.config), config] if stack.config else [config]
+    return [part for part in parts if isinstance(part, dict) and stack.count in part]
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The row of a config's `model_type`; PruneKitError names the supported ones."""
+    row = FAMILIES.get(str(config.get("model_type")))
+    if row is None:
+        raise PruneKitError(
+            f"model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return row
+
+
+_TEXT = r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\."
+_VISUAL = r"(?:model\.)?visual\."
+
+_DECODER = Stack(_TEXT)
+_QWEN = Stack(_TEXT, threshold="max_window_layers")
+_QWEN_MOE = Stack(_TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step")
+_VL = {"config": "text_config"}
+_VIT = {
+    "prefix": _VISUAL + r"blocks\.",
+    "count": "depth",
+    "config": "vision_config",
+    "per_layer": (),
+    **dict.fromkeys(("q", "k", "v", "qkv"), "attn.qkv"),
+    "o": "attn.proj",
+    "norms": ("norm1", "norm2"),
+}
+_VIT3 = Stack(**_VIT, mlp=("mlp.linear_fc1", "mlp.linear_fc2"))
+_BERT = Stack(
+    r"(?:bert\.|roberta\.)?encoder\.layer\.",
+    per_layer=(),
+    q="attention.self.query",
+    k="attention.self.key",
+    v="attention.self.value",
+    o="attention.output.dense",
+    mlp=("intermediate.dense", "output.dense"),
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+)
+_ENCODER = {
+    "kv_heads": None,
+    "head_dim": None,
+    "causal": False,
+    "tied_by_default": True,
+    "embedding": r"(?:.*\.)?embeddings\.|(?:cls\.predictions|lm_head)\.(?:decoder|bias)|vocab_projector\.",
+    "tied": r"(?:cls\.predictions|lm_head)\.decoder\.(?:weight|bias)|vocab_projector\.weight",
+}
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family(
+            "qwen3_vl", Stack(_TEXT, **_VL), _VIT3, vision_prefix=_VISUAL, taps=Taps(), head_dim_default=128
+        ),
+        Family("qwen3_vl_moe", replace(_QWEN_MOE, **_VL), _VIT3, vision_prefix=_VISUAL, taps=Taps()),
+        Family(
+            "qwen2_5_vl",
+            replace(_QWEN, **_VL),
+            Stack(**_VIT, numbers=("fullatt_block_indexes",)),
+            vision_prefix=_VISUAL,
+            head_dim=None,
+        ),
+        Family(
+            "qwen2_vl",
+            replace(_QWEN, **_VL),
+            Stack(**_VIT, mlp=("mlp.fc1", "mlp.fc2")),
+            vision_prefix=_VISUAL,
+            head_dim=None,
+        ),
+        Family("qwen3", _QWEN, head_dim_default=128),
+        Family("qwen3_moe", _QWEN_MOE),
+        Family("qwen2", _QWEN),
+        Family("llama", _DECODER),
+        Family("mistral", _DECODER),
+        Family(
+            "gemma3_text",
+            Stack(
+                _TEXT,
+                pattern=("sliding_window_pattern", "_sliding_window_pattern"),
+                norms=(
+                    "input_layernorm",
+                    "post_attention_layernorm",
+                    "pre_feedforward_layernorm",
+                    "post_feedforward_layernorm",
+                ),
+            ),
+            head_dim_default=256,
+            tied_by_default=True,
+        ),
+        Family(
+            "gpt2",
+            Stack(
+                r"(?:transformer\.)?h\.",
+                count="n_layer",
+                per_layer=(),
+                fixed_if="scale_attn_by_inverse_layer_idx",
+                **dict.fromkeys(("q", "k", "v", "qkv"), "attn.c_attn"),
+                o="attn.c_proj",
+                mlp=("mlp.c_fc", "mlp.c_proj"),
+                norms=("ln_1", "ln_2"),
+            ),
+            embedding=r"(?:transformer\.)?w[tp]e\.|lm_head\.",
+            tied_by_default=True,
+            hidden="n_embd",
+            heads="n_head",
+            kv_heads=None,
+            head_dim=None,
+        ),
+        Family("bert", _BERT, **_ENCODER),
+        Family("roberta", _BERT, **_ENCODER),
+        Family("camembert", _BERT, **_ENCODER),
+        Family(
+            "distilbert",
+            Stack(
+                r"(?:distilbert\.)?transformer\.layer\.",
+                count="n_layers",
+                per_layer=(),
+                q="attention.q_lin",
+                k="attention.k_lin",
+                v="attention.v_lin",
+                o="attention.out_lin",
+                mlp=("ffn.lin1", "ffn.lin2"),
+                norms=("sa_layer_norm", "output_layer_norm"),
+            ),
+            hidden="dim",
+            heads="n_heads",
+            **_ENCODER,
+        ),
+    )
+}

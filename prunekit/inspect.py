@@ -1,0 +1,67 @@
+"""What a checkpoint folder holds: layers, heads, parameters, KV bytes per token, history. Reads no weights.
+
+python -m prunekit.inspect checkpoints/pruned [--json]
+"""
+
+import argparse
+import json
+from typing import Any
+
+from .checkpoint import history, open_checkpoint, statistics
+from .errors import run_script
+
+ROWS = {
+    "text layers": "num_hidden_layers",
+    "vision blocks": "vision_depth",
+    "attention heads": "num_attention_heads",
+    "KV heads": "num_key_value_heads",
+    "head dim": "head_dim",
+    "parameters": "parameters",
+    "KV bytes/token": "kv_bytes_per_token",
+    "bytes on disk": "bytes",
+}
+
+
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A table of two `statistics`, with the change in per cent where there is one."""
+    lines = [f"{'':16}{'before':>16}{'after':>16}"]
+    for label, key in ROWS.items():
+        old, new = before[key], after[key]
+        if old is not None:
+            change = f"{(new - old) / old:+9.1%}" if old and new != old else ""
+            lines.append(f"{label:16}{old:>16,}{new:>16,}{change}")
+    return "\n".join(lines)
+
+
+def describe(numbers: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """A table of one checkpoint's `statistics` and its history."""
+    lines = [f"{label:16}{numbers[key]:>16,}" for label, key in ROWS.items() if numbers[key] is not None]
+    lines += [
+        f"  {part:14}{count:>16,}" for part, count in numbers["parameters_by_component"].items() if count
+    ]
+    for entry in entries:
+        lines.append(f"{entry.get('time', '')}  {entry.get('stage', '?')}  from {entry.get('input', '?')}")
+        lines += [f"    {key} {entry[key]}" for key in ("removed", "settings", "metrics") if entry.get(key)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    checkpoint = open_checkpoint(arguments.folder)
+    numbers, entries = statistics(checkpoint), history(checkpoint.path)
+    if arguments.json:
+        print(
+            json.dumps({"model_type": checkpoint.family.model_type, **numbers, "history": entries}, indent=2)
+        )
+    else:
+        print(f"{checkpoint.path}: {checkpoint.family.model_type}")
+        print(describe(numbers, entries))
+
+
+if __name__ == "__main__":
+    run_script(main)
