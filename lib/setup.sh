@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Make .venv with everything Prune-Kit needs: CUDA packages where there is an NVIDIA GPU, CPU torch elsewhere.
+#   bash lib/setup.sh
+#   PYTHON=/opt/python3.11/bin/python3.11 DEVICE=cpu bash lib/setup.sh
+# Runs again at no cost; an interrupted run is finished by the next. pip's own settings (PIP_INDEX_URL, ...) apply.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
+
+# The stamp names everything that decides what gets installed; it is written last.
+stamp=.venv/.complete-$(cat pyproject.toml lib/setup.sh lib/torchvision_cpu.py <(echo "$DEVICE $PWD") | sha256sum | cut -c1-16)
+[ -e "$stamp" ] && exit 0
+
+for candidate in "$PYTHON" python3.11 python3.12; do
+  "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && PYTHON=$candidate && break
+done
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null ||
+  { echo "error: Python 3.11 or 3.12 is needed, $PYTHON is not: name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+exec 8>.setup.lock
+if ! flock -n 8; then
+  echo "setup: waiting for another setup to finish"
+  flock 8
+fi
+[ -e "$stamp" ] && exit 0
+
+echo "setup: installing for $DEVICE into .venv (minutes, once)"
+rm -f .venv/.complete-*
+.venv/bin/python -m pip --version >/dev/null 2>&1 || rm -rf .venv
+[ -d .venv ] || "$PYTHON" -m venv .venv ||
+  { echo "error: $PYTHON cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 2; }
+
+pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off "$@"; }
+if [ "$DEVICE" = gpu ]; then
+  pip -e '.[gpu,test]'
+else
+  # Where the index has no CPU build under this name, the CUDA build serves too: larger, and as good.
+  pip 'torch==2.13.0+cpu' 2>/dev/null || pip 'torch==2.13.0'
+  pip -e '.[test]'
+fi
+
+site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cp lib/torchvision_cpu.py "$site/_prunekit_torchvision_cpu.py"
+echo 'import _prunekit_torchvision_cpu' > "$site/_prunekit_torchvision_cpu.pth"
+
+.venv/bin/python - <<'EOF'
+import torchvision, transformers, trl, peft  # noqa: F401
+import torch
+print(f"setup: torch {torch.__version__}, transformers {transformers.__version__}, ready")
+EOF
+touch "$stamp"
