@@ -8,6 +8,9 @@ from typing import Any
 
 from .errors import PruneKitError
 
+# What may stand before a tensor's name, depending on release and on whether the model was saved with its head
+NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)\.)+"
+
 
 @dataclass(frozen=True)
 class Stack:

@@ -1,0 +1,201 @@
+"""Publish what a training run wrote as a clean checkpoint: weights, config, tokenizer, history, and nothing else.
+
+    python -m prunekit.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered --stage full_run
+
+--run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder (as `swift export` writes).
+"""
+
+import argparse
+import copy
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import (
+    BUFFERS,
+    TORCH_DTYPES,
+    Checkpoint,
+    Tensor,
+    check_out,
+    history_entry,
+    open_checkpoint,
+    statistics,
+    tensor_bytes,
+    write_checkpoint,
+)
+from .errors import PruneKitError, run_script
+from .families import NAME_PREFIX
+
+RECORDS = ("logging.jsonl", "command.sh")
+
+
+def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
+    """Full name by name without the prefixes in which base models and models with a head differ."""
+    return {re.sub(NAME_PREFIX, "", name): name for name in checkpoint.tensors if not BUFFERS.match(name)}
+
+
+def _check_same_tensors(source: Checkpoint, base: Checkpoint) -> None:
+    ours, theirs = _by_plain_name(source), _by_plain_name(base)
+    tied = re.compile(base.family.tied)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            if not tied.fullmatch(name):
+                has, lacks = (base, source) if name in theirs else (source, base)
+                raise PruneKitError(
+                    f"{lacks.path}: has no {name}, which {has.path} has; is --base the model trained?"
+                )
+        elif (mine := source.tensors[ours[name]].shape) != (shape := base.tensors[theirs[name]].shape):
+            raise PruneKitError(
+                f"{source.path}: {name} is {list(mine)}, in {base.path} {list(shape)}; is --base the model trained?"
+            )
+
+
+def _cast(source: Checkpoint, name: str, dtype: str) -> memoryview:
+    import torch
+
+    return tensor_bytes(source.read(name).to(getattr(torch, TORCH_DTYPES[dtype])))
+
+
+def _with_dtypes(source: Checkpoint, base: Checkpoint, dtype: str | None) -> tuple[dict[str, Tensor], str]:
+    """The source's tensors in the dtypes of the base (or all floating ones in `dtype`), and the commonest dtype."""
+    names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+    if dtype is not None and dtype not in names:
+        raise PruneKitError(f"dtype {dtype!r}: choose one of {', '.join(names)}")
+    theirs = _by_plain_name(base)
+    counts = Counter(tensor.dtype for tensor in base.tensors.values() if tensor.dtype in TORCH_DTYPES)
+    common = names[dtype] if dtype else counts.most_common(1)[0][0]
+    tensors = {}
+    for name, tensor in source.tensors.items():
+        twin = theirs.get(re.sub(NAME_PREFIX, "", name))
+        wanted = base.tensors[twin].dtype if twin and not dtype else common
+        if tensor.dtype != wanted and {tensor.dtype, wanted} <= TORCH_DTYPES.keys():
+            tensor = replace(tensor, dtype=wanted, compute=partial(_cast, source, name, wanted))
+        tensors[name] = tensor
+    return tensors, TORCH_DTYPES[common]
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = dtype
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+
+
+def publish(
+    source_folder: str | Path,
+    out: str | Path,
+    base: str | Path,
+    stage: str,
+    metrics: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    extra_files: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Turn a training output folder into a clean checkpoint OUT, atomically; returns the new history entry.
+
+    Weights come from `source_folder`, in the dtypes that `base` has (or all floating ones in `dtype`, a torch name).
+    config.json comes from `base`: a trainer's own has its traces (use_cache off, another dtype). Side files come from
+    `source_folder`, and from `base` where they are missing there; `extra_files` are copied too. History is that of
+    `base` plus an entry for `stage`. Raises PruneKitError unless the source has exactly the tensors of the base
+    (copies of tied weights may be there or not), and as `write_checkpoint` does.
+    """
+    base, source = open_checkpoint(base), open_checkpoint(source_folder)
+    check_out(out, source.path, base.path, overwrite=overwrite)
+    _check_same_tensors(source, base)
+    tensors, common = _with_dtypes(source, base, dtype)
+    config = copy.deepcopy(base.config) | {"architectures": source.config.get("architectures")}
+    _set_dtype(config, common)
+    result = replace(source, config=config, tensors=tensors)
+    entry = history_entry(stage, base.path, statistics(base), statistics(result), None, metrics, settings)
+    write_checkpoint(result, out, entry, overwrite, None, map(Path, extra_files), fallback=base.path)
+    return entry
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The parsable lines of a run's logging.jsonl; a killed run may have torn the last one."""
+    lines = []
+    if (run / "logging.jsonl").exists():
+        for line in (run / "logging.jsonl").read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                lines.append(record)
+    return lines
+
+
+def final_metrics(log: list[dict[str, Any]]) -> dict[str, float]:
+    """The last finite value of each number in a log."""
+    merged = {key: value for record in log for key, value in record.items()}
+    return {k: v for k, v in merged.items() if type(v) in (int, float) and math.isfinite(v)}
+
+
+def find_checkpoint(run: Path, which: str = "last") -> Path:
+    """The last or best whole checkpoint-N of an ms-swift run folder; a folder with weights of its own is itself.
+
+    Whole means that trainer_state.json can be parsed: the Trainer writes it last. `best` is what the last line of
+    logging.jsonl names, if that is there and whole. Raises PruneKitError if there is none.
+    """
+    if (run / "config.json").exists():
+        return run
+    whole = {}
+    for folder in run.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        try:
+            json.loads((folder / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        if number.isdigit():
+            whole[int(number)] = folder
+    if not whole:
+        raise PruneKitError(
+            f"{run}: no finished checkpoint-N here; look at the end of its log, then train again"
+        )
+    log = read_log(run)
+    named = Path(str(log[-1].get("best_model_checkpoint"))).name if log else ""
+    best = next((folder for folder in whole.values() if folder.name == named), None)
+    return best if which == "best" and best else whole[max(whole)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="ms-swift run folder, or a checkpoint folder")
+    parser.add_argument("--base", required=True, help="checkpoint that was trained")
+    parser.add_argument("--out", required=True, help="checkpoint folder to write")
+    parser.add_argument("--stage", required=True, help="name for the history")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument(
+        "--dtype", choices=tuple(TORCH_DTYPES.values()), help="of the weights (default: the base's)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
+    arguments = parser.parse_args()
+    run = arguments.run
+    folder = find_checkpoint(run, arguments.checkpoint)
+    entry = publish(
+        folder,
+        arguments.out,
+        arguments.base,
+        arguments.stage,
+        metrics=final_metrics(read_log(run)) or None,
+        settings={"checkpoint": folder.name},
+        dtype=arguments.dtype,
+        extra_files=[run / name for name in RECORDS if (run / name).is_file()],
+        overwrite=arguments.overwrite,
+    )
+    print(f"published {folder} as {arguments.out} ({entry['parameters']:,} parameters)")
+
+
+if __name__ == "__main__":
+    run_script(main)
