@@ -62,7 +62,9 @@ def place_taps(taps: Sequence[int], kept: Sequence[int]) -> list[int]:
 def _check_numbers(numbers: Sequence[int], count: int, what: str, option: str) -> None:
     for number in numbers:
         if not 0 <= number < count:
-            raise PruneKitError(f"{option} {number}: the model has {what}s 0 to {count - 1}")
+            raise PruneKitError(
+                f"{option} {number}: the model has {what}s 0 to {count - 1}; number them as in the input"
+            )
         if numbers.count(number) > 1:
             raise PruneKitError(f"{option} {number}: given twice; name each {what} once")
     if len(numbers) == count:

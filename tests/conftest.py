@@ -1,0 +1,58 @@
+"""Shared fixtures: tiny real models, one per family, saved once a session."""
+
+import os
+
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
+)
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import save
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(family): the folder of that family's model, made on first use. Read only."""
+    root, made = tmp_path_factory.mktemp("tiny"), {}
+
+    def folder(family: str, **kwargs) -> Path:
+        key = family + "-".join(map(str, kwargs.values()))
+        if key not in made:
+            made[key] = save(family, root / key, **kwargs)
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """own(family): a private copy of that folder, to be damaged."""
+
+    def copy(family: str, **kwargs) -> Path:
+        return Path(shutil.copytree(tiny(family, **kwargs), tmp_path / f"own-{family}"))
+
+    return copy
+
+
+@pytest.fixture
+def script():
+    """script(name, *args): run a script of the repository as a user does; the finished process."""
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", name]
+        return subprocess.run(
+            [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+
+    return run
