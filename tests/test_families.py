@@ -1,0 +1,72 @@
+"""The table's rows against real models: names, counts and sizes."""
+
+import re
+
+import pytest
+from tiny_models import FAMILIES, VISION, build
+
+from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
+from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES as ROWS
+from prunekit.families import family_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_and_norm_of_a_row_is_in_the_checkpoint(family, tiny):
+    names = open_checkpoint(tiny(family)).tensors
+    for row in ROWS[family].stacks.values():
+        projections = {row.q, row.k, row.v, row.o, *row.norms, *row.mlp}
+        for inner in projections:
+            pattern = rf"{row.prefix}1\.{re.escape(inner)}(\.weight)?"
+            assert any(re.fullmatch(pattern, name) for name in names), (family, inner)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stack_of_a_row_is_found_in_the_module_tree(family):
+    modules = dict(build(family).named_modules())
+    for stack, row in ROWS[family].stacks.items():
+        layers = {int(m[1]) for name in modules if (m := re.fullmatch(rf"{row.prefix}(\d+)", name))}
+        assert len(layers) == (6 if stack == "vision" and family != "qwen2_vl" else 4 + (stack == "text")), (
+            stack
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_transformers_counts(family, tiny):
+    numbers = statistics(tiny(family))
+    assert numbers["parameters"] == sum(numbers["parameters_by_component"].values())
+    assert numbers["parameters"] == build(family).num_parameters()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_components_hold_what_their_modules_hold(family, tiny):
+    model, parts = build(family), statistics(tiny(family))["parameters_by_component"]
+    visual = getattr(model.base_model, "visual", None)
+    assert parts["vision"] == (visual.num_parameters() if visual is not None else 0)
+    assert 0 < model.get_input_embeddings().weight.numel() <= parts["embedding"]
+    assert parts["text"] > 0 and parts["other"] >= 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kv_bytes_are_those_of_a_real_cache(family, tiny):
+    numbers, model = statistics(tiny(family)), build(family)
+    if not ROWS[family].causal:
+        assert numbers["kv_bytes_per_token"] == 0
+        return
+    ids = model.get_input_embeddings().weight.new_ones((1, 3)).long()
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert numbers["kv_bytes_per_token"] == 2 * held // 3
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_vision_depth_is_counted(family, tiny):
+    assert statistics(tiny(family))["vision_depth"] == len(
+        layer_numbers(open_checkpoint(tiny(family)), "vision")
+    )
+
+
+@pytest.mark.parametrize("model_type", ["mamba", None, ["qwen3"]])
+def test_an_unknown_model_type_names_the_supported_ones(model_type):
+    with pytest.raises(PruneKitError, match="not supported; supported: qwen3_vl, .*distilbert"):
+        family_of({"model_type": model_type})
