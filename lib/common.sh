@@ -29,35 +29,36 @@ KEEP_RUN=${KEEP_RUN:-}              # 1: keep ms-swift's own checkpoints and opt
 WANDB_PROJECT=${WANDB_PROJECT:-prune-kit}
 WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-}
 RUN_NAME=${RUN_NAME:-}              # default: stage and name of OUTPUT
+CPU_PROCESSES=${CPU_PROCESSES:-1}   # training processes on a machine without GPUs
 # Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each.
 
 PLUGINS=("$ROOT/plugins/qwen_vl_token_ids.py")
 
 # --- argument arrays ------------------------------------------------------------------------------------------
 
-if [ -n "$GPUS" ]; then
-  export CUDA_VISIBLE_DEVICES=$GPUS
-  commas=${GPUS//[^,]/}
-  processes=$((${#commas} + 1))
-  DEVICE_ARGS=(--torch_dtype "$DTYPE")
-  [ "$processes" -gt 1 ] && [ -n "$DEEPSPEED" ] && DEVICE_ARGS+=(--deepspeed "$DEEPSPEED")
-else
-  processes=${NPROC_PER_NODE:-1}
-  DEVICE_ARGS=(
-    --use_cpu true            # without it several processes train replicas that never meet
-    --torch_dtype "$DTYPE"
-    --fp16 false
-    --bf16 "$([ "$DTYPE" = bfloat16 ] && echo true || echo false)"
-    --gradient_checkpointing false
-    --dataloader_num_workers 0
-  )
-  [ "$processes" -gt 1 ] && DEVICE_ARGS+=(--ddp_backend gloo)
-fi
-if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
-  export NPROC_PER_NODE=$processes
-else
+# use_gpus LIST: train on these GPUs (0,1,...), or on the CPU if the list is empty. Sets DEVICE_ARGS.
+use_gpus() {
+  local processes=${CPU_PROCESSES:-1}
+  if [ -n "$1" ]; then
+    export CUDA_VISIBLE_DEVICES=$1
+    processes=$(tr , '\n' <<< "$1" | wc -l)
+    DEVICE_ARGS=(--torch_dtype "$DTYPE")
+    if [ "$processes" -gt 1 ] && [ -n "$DEEPSPEED" ]; then DEVICE_ARGS+=(--deepspeed "$DEEPSPEED"); fi
+  else
+    DEVICE_ARGS=(
+      --use_cpu true            # without it several processes train replicas that never meet
+      --torch_dtype "$DTYPE"
+      --fp16 false
+      --bf16 "$([ "$DTYPE" = bfloat16 ] && echo true || echo false)"
+      --gradient_checkpointing false
+      --dataloader_num_workers 0
+    )
+    if [ "$processes" -gt 1 ]; then DEVICE_ARGS+=(--ddp_backend gloo); fi
+  fi
   unset NPROC_PER_NODE # ms-swift takes its presence as a call for torchrun
-fi
+  if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then export NPROC_PER_NODE=$processes; fi
+}
+use_gpus "$GPUS"
 
 FULL_ARGS=(
   --tuner_type full
@@ -123,6 +124,7 @@ trap 'exit 143' TERM HUP
 
 # claim_work: take $OUTPUT.run for this run alone. What a killed launcher left running is ended first.
 claim_work() {
+  [ -n "${WORK:-}" ] && return
   WORK=$OUTPUT.run
   mkdir -p "$WORK"
   exec 9>>"$WORK/lock"
@@ -139,38 +141,80 @@ claim_work() {
   : > "$WORK/groups"
 }
 
-# train sft|rlhf|... ARGS...: run ms-swift on $MODEL (resuming an interrupted run) and publish $OUTPUT.
+# start_server URL DEADLINE COMMAND...: start a server in a process group of its own and wait until URL answers.
+start_server() {
+  local url=$1 deadline=$2
+  shift 2
+  echo "+ $(printf '%q ' "$@")"
+  run_group "$@"
+  local server=$GROUP_PID end=$((SECONDS + deadline))
+  until python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$url" 2>/dev/null; do
+    kill -0 "$server" 2>/dev/null || die "the server ended before it answered: its messages are above"
+    [ "$SECONDS" -lt "$end" ] || die "no answer from $url within $deadline s: look at its messages above, or raise the deadline"
+    sleep 2
+  done
+  echo "the server answers at $url"
+}
+
+# run_swift KIND ARGS...: run ms-swift in $WORK, resuming an interrupted run of the same settings.
+run_swift() {
+  local kind=$1
+  shift
+  if [ -n "$RESTART" ]; then
+    find "$WORK" -mindepth 1 -maxdepth 1 ! -name lock ! -name launcher ! -name groups -exec rm -rf {} +
+  fi
+  local -a command=(
+    swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
+    --external_plugins "${PLUGINS[@]}" "$@"
+  )
+  local line resume
+  line=$(printf '%q ' "${command[@]}")
+  if [ -e "$WORK/command.sh" ] && [ "$(tail -n 1 "$WORK/command.sh")" != "$line" ]; then
+    die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
+  fi
+  if is_main_node; then
+    printf '%s\n' "# $STAGE, run in $PWD" "$line" > "$WORK/command.sh.new"
+    mv "$WORK/command.sh.new" "$WORK/command.sh"
+  fi
+  echo "+ $line"
+  resume=$(python -m prunekit.publish --run "$WORK" --find-resume)
+  if [ -n "$resume" ]; then
+    echo "resuming from $resume"
+    command+=(--resume_from_checkpoint "$resume")
+  fi
+  run_group "${command[@]}"
+  local code=0
+  wait "$GROUP_PID" || code=$?
+  if [ "$code" -ne 0 ]; then
+    echo "error: $STAGE failed (exit code $code): its messages are above; the same command goes on from its last checkpoint" >&2
+    exit 1
+  fi
+}
+
+# train sft|rlhf ARGS...: train $MODEL in $OUTPUT.run and publish $OUTPUT.
 train() {
   local kind=$1
   shift
   claim_work
   setup_wandb
-  local -a command=(
-    swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
-    --external_plugins "${PLUGINS[@]}"
-    "${DEVICE_ARGS[@]}" "${RUN_ARGS[@]}" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "$@"
+  run_swift "$kind" "${DEVICE_ARGS[@]}" "${RUN_ARGS[@]}" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "$@" \
     --output_dir "$WORK"
-  )
-  [ -n "$RESTART" ] && find "$WORK" -mindepth 1 -maxdepth 1 ! -name lock ! -name launcher ! -name groups -exec rm -rf {} +
-  local line
-  line=$(printf '%q ' "${command[@]}")
-  if [ -e "$WORK/command.sh" ] && [ "$(tail -n 1 "$WORK/command.sh")" != "$line" ]; then
-    die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or RESTART=1 to forget it"
-  fi
-  is_main_node && printf '%s\n%s\n' "# $STAGE, in $PWD" "$line" > "$WORK/command.sh"
-  echo "+ $line"
-  local resume
-  resume=$(python -m prunekit.publish --run "$WORK" --find-resume)
-  [ -n "$resume" ] && command+=(--resume_from_checkpoint "$resume") && echo "resuming from $resume"
-  run_group "${command[@]}"
-  wait "$GROUP_PID" || die "$STAGE failed (exit code $?): its messages are above; the same command resumes it"
-  if is_main_node; then publish; fi
+  if is_main_node; then publish "$WORK"; fi
 }
 
-# publish: turn the run's checkpoint into $OUTPUT, whole or not at all, and clean up.
+# export_merged ARGS...: merge $ADAPTER into $MODEL and publish $OUTPUT.
+export_merged() {
+  claim_work
+  rm -rf "$WORK/merged"
+  run_swift export --adapters "$ADAPTER" --torch_dtype "$DTYPE" "$@" --output_dir "$WORK/merged"
+  publish "$WORK/merged"
+}
+
+# publish FOLDER: turn what a run wrote into $OUTPUT, whole or not at all, and clean up.
 publish() {
-  python -m prunekit.publish --run "$WORK" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
+  python -m prunekit.publish --run "$1" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
     --checkpoint "${CHECKPOINT:-last}" ${OVERWRITE:+--overwrite}
+  [ -e "$OUTPUT/logging.jsonl" ] && python -m prunekit.report "$OUTPUT"
   [ -n "$KEEP_RUN" ] || rm -rf "$WORK"
   echo "$STAGE: wrote $OUTPUT"
 }

@@ -3,6 +3,8 @@
     python -m prunekit.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered --stage full_run
 
 --run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder (as `swift export` writes).
+A LoRA's adapter is published as an adapter folder. With --find-resume nothing is written: the checkpoint that an
+interrupted run can resume from is printed, if there is one.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,7 +27,9 @@ from .checkpoint import (
     Tensor,
     check_out,
     history_entry,
+    new_folder,
     open_checkpoint,
+    read_header,
     statistics,
     tensor_bytes,
     write_checkpoint,
@@ -33,6 +38,7 @@ from .errors import PruneKitError, run_script
 from .families import NAME_PREFIX
 
 RECORDS = ("logging.jsonl", "command.sh")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
@@ -140,14 +146,8 @@ def final_metrics(log: list[dict[str, Any]]) -> dict[str, float]:
     return {k: v for k, v in merged.items() if type(v) in (int, float) and math.isfinite(v)}
 
 
-def find_checkpoint(run: Path, which: str = "last") -> Path:
-    """The last or best whole checkpoint-N of an ms-swift run folder; a folder with weights of its own is itself.
-
-    Whole means that trainer_state.json can be parsed: the Trainer writes it last. `best` is what the last line of
-    logging.jsonl names, if that is there and whole. Raises PruneKitError if there is none.
-    """
-    if (run / "config.json").exists():
-        return run
+def whole_checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoint-N folders of a run by N whose trainer_state.json can be parsed: the Trainer writes it last."""
     whole = {}
     for folder in run.glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
@@ -157,6 +157,18 @@ def find_checkpoint(run: Path, which: str = "last") -> Path:
             continue
         if number.isdigit():
             whole[int(number)] = folder
+    return whole
+
+
+def find_checkpoint(run: Path, which: str = "last") -> Path:
+    """The last or best whole checkpoint-N of an ms-swift run folder; a folder with weights of its own is itself.
+
+    `best` is what the last line of logging.jsonl names, if that is there and whole. Raises PruneKitError if there is
+    none.
+    """
+    if (run / "config.json").exists():
+        return run
+    whole = whole_checkpoints(run)
     if not whole:
         raise PruneKitError(
             f"{run}: no finished checkpoint-N here; look at the end of its log, then train again"
@@ -167,22 +179,45 @@ def find_checkpoint(run: Path, which: str = "last") -> Path:
     return best if which == "best" and best else whole[max(whole)]
 
 
+def publish_adapter(
+    source_folder: Path, out: str | Path, extra_files: Iterable[Path] = (), overwrite: bool = False
+) -> None:
+    """Copy an adapter (adapter_config.json and adapter_model.safetensors) to OUT, atomically."""
+    weights = read_header(source_folder / "adapter_model.safetensors")  # raises PruneKitError if torn
+    need = sum(tensor.nbytes for tensor in weights.values())
+    with new_folder(out, overwrite, need) as folder:
+        for file in [*(source_folder / name for name in ADAPTER_FILES), *extra_files]:
+            shutil.copyfile(file, folder / file.name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, type=Path, help="ms-swift run folder, or a checkpoint folder")
-    parser.add_argument("--base", required=True, help="checkpoint that was trained")
-    parser.add_argument("--out", required=True, help="checkpoint folder to write")
-    parser.add_argument("--stage", required=True, help="name for the history")
+    parser.add_argument("--base", help="checkpoint that was trained")
+    parser.add_argument("--out", help="checkpoint folder to write")
+    parser.add_argument("--stage", help="name for the history")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument(
         "--dtype", choices=tuple(TORCH_DTYPES.values()), help="of the weights (default: the base's)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
+    parser.add_argument("--find-resume", action="store_true", help="print where to resume, and stop")
     arguments = parser.parse_args()
     run = arguments.run
+    if arguments.find_resume:
+        whole = whole_checkpoints(run)
+        print(whole[max(whole)] if whole else "")
+        return
+    if not (arguments.base and arguments.out and arguments.stage):
+        parser.error("--base, --out and --stage are needed to publish")
     folder = find_checkpoint(run, arguments.checkpoint)
+    records = [run / name for name in RECORDS if (run / name).is_file()]
+    if (folder / "adapter_config.json").is_file():
+        publish_adapter(folder, arguments.out, records, arguments.overwrite)
+        print(f"published the adapter {folder} as {arguments.out}")
+        return
     entry = publish(
         folder,
         arguments.out,
@@ -191,7 +226,7 @@ def main() -> None:
         metrics=final_metrics(read_log(run)) or None,
         settings={"checkpoint": folder.name},
         dtype=arguments.dtype,
-        extra_files=[run / name for name in RECORDS if (run / name).is_file()],
+        extra_files=records,
         overwrite=arguments.overwrite,
     )
     print(f"published {folder} as {arguments.out} ({entry['parameters']:,} parameters)")

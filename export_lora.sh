@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Merge a LoRA adapter into its base: a plain checkpoint that loads with no peft installed.
+#   In:   $MODEL (the checkpoint the adapter was trained on), $ADAPTER (what lora.sh wrote)
+#   Out:  $OUTPUT (a checkpoint)
+#   MODEL=checkpoints/mqa ADAPTER=checkpoints/lora OUTPUT=checkpoints/merged bash export_lora.sh
+source "$(dirname "$0")/lib/common.sh"
+
+MODEL=${MODEL:-checkpoints/recovered}
+ADAPTER=${ADAPTER:-checkpoints/lora}
+OUTPUT=${OUTPUT:-checkpoints/merged}
+
+ARGS=(
+  --merge_lora true
+  --safe_serialization true
+)
+
+preflight --adapter "$ADAPTER" --disk-factor 2.2
+export_merged "${ARGS[@]}" "$@"

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Reinforcement learning under reward plugins: GRPO with GSPO's sequence-level importance sampling.
+#   In:   $MODEL (a checkpoint), $DATASET (messages JSONL with the truth in a column of its own: solution)
+#   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
+#   Cost: as full_run.sh, plus generation: with GPUS vLLM shares them (colocate)
+#   MODEL=checkpoints/merged DATASET=data/rl.jsonl OUTPUT=checkpoints/rl bash rl_run.sh --max_steps 200
+#   ALGORITHM=GDPO bash rl_run.sh
+source "$(dirname "$0")/lib/common.sh"
+
+MODEL=${MODEL:-checkpoints/merged}
+DATASET=${DATASET:-data/rl.jsonl}
+VAL_DATASET=${VAL_DATASET:-}
+OUTPUT=${OUTPUT:-checkpoints/rl}
+ALGORITHM=${ALGORITHM:-GSPO} # one of the arrays below: GSPO, GDPO, CHORD
+CHORD_DATASET=${CHORD_DATASET:-data/train.jsonl}
+
+PLUGINS+=("$ROOT/plugins/ocr_rewards.py") # add your own here: every plugin goes into one list
+REWARDS=(ocr_cer ocr_prefix ocr_perfect ocr_rambling)
+REWARD_WEIGHTS=(1 0.5 1 0.5)
+
+# Group Sequence Policy Optimization (Zheng et al. 2025): several minibatches a rollout, or nothing is ever clipped.
+GSPO=(
+  --importance_sampling_level sequence
+  --epsilon 3e-4
+  --epsilon_high 4e-4
+  --beta 0
+  --steps_per_generation 4
+)
+# GDPO: every reward is normalised by itself before they are added, so that a rare one is not drowned.
+GDPO=(
+  "${GSPO[@]}"
+  --scale_rewards gdpo
+)
+# CHORD (Zhang et al. 2025): an SFT loss on expert rows, fading out, beside the policy's own.
+CHORD=(
+  --importance_sampling_level token
+  --beta 0
+  --loss_type grpo
+  --chord_sft_dataset "$CHORD_DATASET"
+  --chord_sft_per_device_train_batch_size 4
+  --chord_mu_peak 0.5
+  --chord_mu_valley 0.05
+  --chord_mu_warmup_steps 0
+  --chord_mu_decay_steps 200
+  --chord_enable_phi_function false
+)
+
+ARGS=(
+  --num_generations 8               # the generation batch must divide by it
+  --max_completion_length 512
+  --temperature 1.0
+  --learning_rate 1e-6
+  --warmup_ratio 0.05
+  --max_steps 500
+  --per_device_train_batch_size 8
+  --gradient_accumulation_steps 1
+  --save_steps 100
+  --logging_steps 1
+  --log_completions true
+)
+if [ -n "$GPUS" ]; then
+  ARGS+=(
+    --use_vllm true
+    --vllm_mode colocate
+    --vllm_gpu_memory_utilization 0.4
+    --sleep_level 1
+  )
+fi
+
+[[ $ALGORITHM =~ ^(GSPO|GDPO|CHORD)$ ]] || die "unknown ALGORITHM $ALGORITHM: GSPO, GDPO or CHORD"
+declare -n ALGORITHM_ARGS=$ALGORITHM
+DATA_ARGS=(--dataset "$DATASET" --split_dataset_ratio 0)
+CHECKED=(--dataset "$DATASET")
+if [ -n "$VAL_DATASET" ]; then
+  DATA_ARGS=(--dataset "$DATASET" --val_dataset "$VAL_DATASET")
+  CHECKED+=(--dataset "$VAL_DATASET")
+fi
+[ "$ALGORITHM" = CHORD ] && CHECKED+=(--dataset "$CHORD_DATASET")
+
+preflight "${CHECKED[@]}" --rewards "${REWARDS[@]}" --plugins "${PLUGINS[@]}" --disk-factor 11
+train rlhf --rlhf_type grpo --reward_funcs "${REWARDS[@]}" --reward_weights "${REWARD_WEIGHTS[@]}" \
+  "${DATA_ARGS[@]}" "${FULL_ARGS[@]}" "${ALGORITHM_ARGS[@]}" "${ARGS[@]}" "$@"
