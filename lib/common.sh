@@ -14,6 +14,11 @@ case " $* " in
     exit 0
     ;;
 esac
+remaining=()
+for argument in "$@"; do
+  if [ "$argument" = --overwrite ]; then OVERWRITE=1; else remaining+=("$argument"); fi
+done
+set -- "${remaining[@]}"
 command -v swift >/dev/null || die "ms-swift is not installed: run 'bash lib/setup.sh'"
 
 # --- settings that every launcher understands; edit here or set from outside -------------------------------
@@ -23,7 +28,7 @@ DTYPE=${DTYPE:-$([ -n "$GPUS" ] && echo bfloat16 || echo float32)}
 MODEL_TYPE=${MODEL_TYPE:-}          # ms-swift's name; default: the model's own model_type
 TEMPLATE=${TEMPLATE:-}              # ms-swift's chat template; default: the one of MODEL_TYPE
 DEEPSPEED=${DEEPSPEED-zero2}        # used with several GPUs; zero3 for models that don't fit; empty: plain DDP
-OVERWRITE=${OVERWRITE:-}            # 1: replace a finished OUTPUT
+OVERWRITE=${OVERWRITE:-}            # 1 (or the flag --overwrite): replace a finished OUTPUT
 RESTART=${RESTART:-}                # 1: forget an interrupted run instead of resuming it
 KEEP_RUN=${KEEP_RUN:-}              # 1: keep ms-swift's own checkpoints and optimizer states
 WANDB_PROJECT=${WANDB_PROJECT:-prune-kit}
