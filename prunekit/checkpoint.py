@@ -654,7 +654,8 @@ def heads(checkpoint: Checkpoint) -> tuple[int, int, int]:
     return count, kv_heads, head_dim or config[family.hidden] // count
 
 
-def _is_tied(checkpoint: Checkpoint) -> bool:
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output head shares the embedding's weights, by config or else by the family's habit."""
     for part in (checkpoint.config, checkpoint.config.get("text_config") or {}):
         if isinstance(part.get("tie_word_embeddings"), bool):
             return part["tie_word_embeddings"]
@@ -682,7 +683,7 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
         "embedding": family.embedding,
     }
     parts = dict.fromkeys(("text", "vision", "embedding", "other"), 0)
-    tied = re.compile(family.tied) if _is_tied(checkpoint) else None
+    tied = re.compile(family.tied) if is_tied(checkpoint) else None
     for name, tensor in checkpoint.tensors.items():
         if BUFFERS.match(name) or (tied and tied.fullmatch(name)):
             continue

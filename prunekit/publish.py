@@ -48,10 +48,10 @@ def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _check_same_tensors(source: Checkpoint, base: Checkpoint) -> None:
     ours, theirs = _by_plain_name(source), _by_plain_name(base)
-    tied = re.compile(base.family.tied)
+    optional = re.compile(base.family.tied if is_tied(base) else r"(?!)")
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            if not tied.fullmatch(name):
+            if not optional.fullmatch(name):
                 has, lacks = (base, source) if name in theirs else (source, base)
                 raise PruneKitError(
                     f"{lacks.path}: has no {name}, which {has.path} has; is --base the model trained?"

@@ -1,0 +1,175 @@
+"""From a training run's folder to a clean checkpoint."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import build, load, logits
+
+from prunekit.checkpoint import HISTORY, append_history, history, open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.publish import final_metrics, find_checkpoint, publish, read_log
+
+
+@pytest.fixture
+def base(own):
+    folder = own("qwen3_vl")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).write_text("base")
+    append_history(folder, {"stage": "manual_select"})
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An ms-swift run folder: three checkpoints with a trainer's traces, the last one torn."""
+    for step in (10, 20, 30):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        model = build("qwen3_vl")
+        model.config.use_cache = False
+        with torch.no_grad():
+            model.model.language_model.norm.weight.fill_(step)
+        model.save_pretrained(folder)
+        for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "latest", "args.json"):
+            (folder / name).write_text("{}")
+        (folder / "global_step1").mkdir()
+        (folder / "tokenizer.json").write_text("trained")
+        (folder / "trainer_state.json").write_text("{}" if step < 30 else '{"epo')
+    lines = [
+        {"loss": 2.0},
+        {"loss": 1.0, "eval_loss": 0.5},
+        {"eval_token_acc": 0.9, "best_model_checkpoint": "a/checkpoint-10"},
+    ]
+    (tmp_path / "run/logging.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"lo')
+    (tmp_path / "run/command.sh").write_text("swift sft")
+    return tmp_path / "run"
+
+
+def norm(folder):
+    return load_file(folder / "model.safetensors")["model.language_model.norm.weight"][0].item()
+
+
+def test_the_last_whole_checkpoint_is_found(run):
+    assert find_checkpoint(run).name == "checkpoint-20"
+
+
+def test_the_best_checkpoint_is_found_where_the_log_names_it(run):
+    assert find_checkpoint(run, "best").name == "checkpoint-10"
+
+
+def test_the_best_checkpoint_is_the_last_where_the_named_one_is_gone(run):
+    shutil.rmtree(run / "checkpoint-10")
+    assert find_checkpoint(run, "best").name == "checkpoint-20"
+
+
+def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
+    with pytest.raises(PruneKitError, match="no finished checkpoint-N here"):
+        find_checkpoint(tmp_path)
+
+
+def test_metrics_are_the_last_finite_value_of_each_number(run):
+    (run / "logging.jsonl").open("a").write('\n{"grad_norm": NaN}\n')
+    assert final_metrics(read_log(run)) == {"loss": 1.0, "eval_loss": 0.5, "eval_token_acc": 0.9}
+
+
+def test_a_run_becomes_a_clean_checkpoint(run, base, tmp_path, script):
+    done = script(
+        "prunekit.publish", "--run", run, "--base", base, "--out", tmp_path / "out", "--stage", "sft"
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
+        "logging.jsonl", "command.sh", HISTORY,
+    }  # fmt: skip
+    assert (norm(out), (out / "tokenizer.json").read_text()) == (20, "trained")
+    first, entry = history(out)
+    assert (first["stage"], entry["stage"], entry["input"]) == ("manual_select", "sft", str(base))
+    assert entry["metrics"]["eval_token_acc"] == 0.9
+    assert torch.equal(logits(load(out)), logits(load(run / "checkpoint-20")))
+
+
+def test_a_trainers_config_changes_are_not_published(run, base, tmp_path):
+    publish(run / "checkpoint-20", tmp_path / "out", base, "sft")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (base / "config.json").read_text()
+    )
+
+
+def test_weights_get_the_dtypes_of_the_base(run, tmp_path):
+    build("qwen3_vl").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    publish(run / "checkpoint-20", tmp_path / "out", tmp_path / "base", "sft")
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"BF16"}
+    trained, published = (
+        load_file(f / "model.safetensors") for f in (run / "checkpoint-20", tmp_path / "out")
+    )
+    assert all(torch.equal(trained[name].bfloat16(), published[name]) for name in trained)
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_wanted_dtype_goes_to_weights_and_config(key, run, base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps(config | {key: "float32"}))
+    publish(run / "checkpoint-20", tmp_path / "out", base, "sft", dtype="float16")
+    assert json.loads((tmp_path / "out/config.json").read_text())[key] == "float16"
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"F16"}
+
+
+@pytest.mark.parametrize("has_head", ["source", "base"])
+def test_a_tied_head_may_be_there_or_not(has_head, run, base, tmp_path):
+    folder = base if has_head == "base" else run / "checkpoint-20"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    entry = publish(run / "checkpoint-20", tmp_path / "out", base, "sft")
+    assert entry["parameters"] == entry["parameters_before"] == load(tmp_path / "out").num_parameters()
+
+
+def test_an_untied_head_must_be_there(own, tmp_path):
+    base = own("qwen3")
+    tensors = load_file(base / "model.safetensors")
+    source = shutil.copytree(base, tmp_path / "source")
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PruneKitError, match=r"source: has no lm_head\.weight"):
+        publish(source, tmp_path / "out", base, "sft")
+
+
+def test_a_base_saved_without_its_head_prefix_fits(own, tiny, tmp_path):
+    base = own("gpt2")
+    tensors = load_file(base / "model.safetensors")
+    tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()} | {
+        "h.0.attn.bias": torch.ones(1, 1, 64, 64)
+    }
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    publish(tiny("gpt2"), tmp_path / "out", base, "sft")
+    assert torch.equal(logits(load(tmp_path / "out")), logits(build("gpt2")))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.language_model.layers.4.mlp.up_proj.weight"), r"checkpoint-20: has no .*layers\.4\.mlp"),
+        (lambda t: t.update(extra=torch.zeros(1)), "own-qwen3_vl: has no extra"),
+        (lambda t: t.update({"model.language_model.norm.weight": torch.zeros(31)}), r"norm\.weight is \[31\], in .* \[32\]"),
+    ],
+)  # fmt: skip
+def test_a_source_that_is_not_the_base_trained_is_refused(change, message, run, base, tmp_path):
+    file = run / "checkpoint-20/model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(PruneKitError, match=message):
+        publish(run / "checkpoint-20", tmp_path / "out", base, "sft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_used_out_is_refused(run, base):
+    with pytest.raises(PruneKitError, match="is or holds the input"):
+        publish(run / "checkpoint-20", run, base, "sft")
+    with pytest.raises(PruneKitError, match="exists; choose another OUT or pass --overwrite"):
+        publish(run / "checkpoint-20", run / "checkpoint-10", base, "sft")
