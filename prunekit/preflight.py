@@ -10,6 +10,7 @@ import argparse
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterable
@@ -88,6 +89,18 @@ def _assigned_keys(path: Path, name: str) -> set[str]:
     return keys
 
 
+def check_no_remote_code(folder: Path) -> None:
+    """Refuse a checkpoint that brings Python code (`auto_map`): ms-swift 4.6 would run it, trusting every folder.
+
+    TRUST_REMOTE_CODE=1 in the environment allows it.
+    """
+    if os.environ.get("TRUST_REMOTE_CODE") == "1":
+        return
+    for file in sorted(folder.glob("*.json")):
+        if file.stat().st_size < 2**20 and '"auto_map"' in file.read_text(encoding="utf-8", errors="replace"):
+            raise PruneKitError(f"{file} names Python code to run (auto_map): read it, then set TRUST_REMOTE_CODE=1")
+
+
 def check_rewards(names: Iterable[str], plugins: Iterable[Path]) -> None:
     """Check that ms-swift or one of the plugins registers every reward; neither is imported.
 
@@ -141,8 +154,9 @@ def main() -> None:
     args = parser.parse_args()
 
     checkpoint = open_checkpoint(args.model)
+    check_no_remote_code(checkpoint.path)
     if args.teacher:
-        open_checkpoint(args.teacher)
+        check_no_remote_code(open_checkpoint(args.teacher).path)
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
         raise PruneKitError(f"{args.adapter} holds no adapter (adapter_config.json): give the folder that lora.sh wrote")
     for dataset in args.dataset:

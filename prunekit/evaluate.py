@@ -1,0 +1,157 @@
+"""Measure checkpoints on a data set: token_acc and loss as ms-swift counts them, and what is really generated.
+
+    python -m prunekit.evaluate --model checkpoints/base checkpoints/recovered --dataset data/test.jsonl
+
+token_acc looks good on a model whose generation has collapsed, so both are measured: teacher-forced over every row,
+and greedy generation compared with the answer (exact match, character error rate).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import open_checkpoint, statistics
+from .errors import PruneKitError, run_script
+from .preflight import check_dataset, check_no_remote_code
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_PLUGINS = (ROOT / "plugins" / "qwen_vl_token_ids.py",)
+
+
+def read_rows(dataset: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a messages JSONL whose last message is the assistant's; PruneKitError names a line that isn't so."""
+    check_dataset(str(dataset))
+    rows = []
+    with Path(dataset).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and len(rows) == limit:
+                break
+            row = json.loads(line)
+            if row["messages"][-1]["role"] != "assistant":
+                raise PruneKitError(f"dataset {dataset} line {number} ends without an assistant message to compare with")
+            rows.append(row)
+    return rows
+
+
+def load_plugins(plugins: Iterable[str | Path]) -> None:
+    """Import ms-swift plugins the way its --external_plugins does."""
+    from swift.utils import import_external_file
+
+    for plugin in plugins:
+        import_external_file(str(plugin))
+
+
+def load_engine(model: str | Path, device: str | None = None, dtype: str | None = None, model_type: str | None = None,
+                template: str | None = None):  # fmt: skip
+    """An ms-swift TransformersEngine: `.model` in evaluation mode and `.template` to encode rows for it."""
+    import torch
+    from swift import TransformersEngine
+
+    checkpoint = open_checkpoint(model)
+    check_no_remote_code(checkpoint.path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device != "cpu" else "float32")
+    engine = TransformersEngine(
+        str(checkpoint.path),
+        torch_dtype=getattr(torch, dtype),
+        device_map=device,
+        model_type=model_type or checkpoint.config["model_type"],
+        template_type=template,
+    )
+    engine.model.eval()
+    engine.template.model = engine.model  # which makes the position ids of M-RoPE
+    return engine
+
+
+def batches_by_length(encoded: list[dict], batch_size: int) -> list[list[int]]:
+    """Indexes of rows in batches of similar length, so that little is padded."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def teacher_forced(engine, rows: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
+    """token_acc and mean loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval."""
+    import torch
+    from swift.utils import to_device
+    from tqdm import tqdm
+
+    engine.template.set_mode("train")
+    encoded = [engine.template.encode(row) for row in tqdm(rows, desc="encode", leave=False, disable=None)]
+    right = total = 0
+    loss = 0.0
+    with torch.inference_mode():
+        for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None):
+            inputs = to_device(engine.template.data_collator([encoded[index] for index in batch]), engine.model.device)
+            labels = inputs.pop("labels")[:, 1:]
+            inputs.pop("text_position_ids", None)
+            inputs.pop("loss_scale", None)
+            logits = engine.model(**inputs).logits[:, :-1]
+            counted = labels != -100
+            right += int((logits.argmax(-1) == labels)[counted].sum())
+            loss += float(torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"))
+            total += int(counted.sum())
+    return {"token_acc": right / total, "loss": loss / total}
+
+
+def generated(engine, rows: list[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64) -> dict[str, float]:
+    """Exact match and character error rate of greedy answers; both ignore white space at the ends."""
+    from rapidfuzz.distance import Levenshtein
+    from swift import InferRequest, RequestConfig
+
+    engine.template.set_mode("transformers")
+    engine.max_batch_size = batch_size
+    requests = [InferRequest(messages=row["messages"][:-1], images=row.get("images", [])) for row in rows]
+    config = RequestConfig(max_tokens=max_new_tokens, temperature=0)
+    responses = engine.infer(requests, config, use_tqdm=sys.stderr.isatty())
+    answers = [response.choices[0].message.content.strip() for response in responses]
+    truths = [str(row["messages"][-1]["content"]).strip() for row in rows]
+    return {
+        "exact_match": sum(a == t for a, t in zip(answers, truths, strict=True)) / len(rows),
+        "cer": sum(Levenshtein.distance(a, t) for a, t in zip(answers, truths, strict=True)) / max(1, sum(map(len, truths))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", required=True, type=Path)
+    parser.add_argument("--dataset", nargs="+", required=True, type=Path, help="messages JSONL, one or more")
+    parser.add_argument("--limit", type=int, help="rows of each data set to use (default: all)")
+    parser.add_argument("--no-generate", action="store_true", help="teacher-forced only")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
+    parser.add_argument("--template", help="ms-swift's, default: that of the model type")
+    parser.add_argument("--plugins", nargs="*", type=Path, default=DEFAULT_PLUGINS)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args()
+
+    counts = {model: statistics(model) for model in args.model}
+    datasets = {dataset.stem: read_rows(dataset, args.limit) for dataset in args.dataset}
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    load_plugins(args.plugins)
+    results = []
+    for model in args.model:
+        engine = load_engine(model, args.device, args.dtype, args.model_type, args.template)
+        result = {"model": str(model), "parameters": counts[model]["parameters"], "datasets": {}}
+        for name, rows in datasets.items():
+            scores = teacher_forced(engine, rows, args.batch_size)
+            if not args.no_generate:
+                scores |= generated(engine, rows, args.batch_size, args.max_new_tokens)
+            result["datasets"][name] = scores
+            values = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+            print(f"{model}  {name} ({len(rows)} rows)  {values}", flush=True)
+        results.append(result)
+        if args.json:
+            partial = args.json.with_name(args.json.name + ".new")
+            partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            partial.replace(args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)
