@@ -2,7 +2,7 @@
 
 A checkpoint is a Hugging Face folder with config.json and safetensors. Reading parses headers only. Surgery makes
 a new `Checkpoint` whose tensors still point at the bytes of the old files (renamed, dropped, or computed), and
-`write_checkpoint` has the kernel move these bytes. Nothing here imports torch until a tensor's values are asked for.
+`write_checkpoint` has the kernel move these bytes. Nothing here imports torch, but for `Checkpoint.read`.
 """
 
 import contextlib
@@ -79,33 +79,65 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def read_bytes(self, name: str) -> bytearray:
+        """One tensor's bytes as they are on disk."""
+        tensor = self.tensors[name]
+        data = bytearray(tensor.nbytes)
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start)
+            if file.readinto(data) != len(data):
+                raise PruneKitError(f"{tensor.file}: shorter than its header says; copy or download it again")
+        return data
+
+    def read_array(self, name: str):
+        """One floating tensor's values as a numpy array: float64 where it is F64, else float32."""
+        import numpy as np
+
+        tensor, data = self.tensors[name], self.read_bytes(name)
+        if tensor.dtype == "BF16":
+            array = (np.frombuffer(data, "<u2").astype("u4") << 16).view("f4")
+        else:
+            array = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[tensor.dtype])
+        return array.astype("f8" if tensor.dtype == "F64" else "f4", copy=False).reshape(tensor.shape)
+
     def read(self, name: str):
-        """One tensor's values as a torch tensor (a private copy)."""
+        """One tensor's values as a torch tensor of its own dtype (a private copy)."""
         import torch
 
-        tensor = self.tensors[name]
+        tensor, data = self.tensors[name], self.read_bytes(name)
         dtypes = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"} | TORCH_DTYPES
         dtype = getattr(
             torch, dtypes.get(tensor.dtype) or tensor.dtype.replace("I", "int").replace("U", "uint")
         )
-        data = bytearray(tensor.nbytes)
-        if data:
-            with tensor.file.open("rb") as file:
-                file.seek(tensor.start)
-                if file.readinto(data) != len(data):
-                    raise PruneKitError(f"{tensor.file}: shorter than its header says; copy the file again")
-        return (
-            torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
-            if data
-            else torch.empty(tensor.shape, dtype=dtype)
-        )
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(tensor.shape)
 
 
-def tensor_bytes(tensor) -> memoryview:
-    """The bytes of a torch tensor, as safetensors stores them."""
-    import torch
+def float_bytes(array, dtype: str, name: str = "") -> memoryview:
+    """A float32 or float64 array as bytes of a floating safetensors dtype, rounded to nearest even.
 
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    Raises PruneKitError if a finite value becomes infinite in that dtype.
+    """
+    import numpy as np
+
+    flat = array.reshape(-1)
+    out = np.empty(flat.size, {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[dtype])
+    for start in range(0, flat.size, 2**22):  # in pieces: no second copy of a large tensor in between
+        piece = flat[start : start + 2**22]
+        with np.errstate(over="ignore"):
+            rounded = piece.astype("f4") if dtype == "BF16" else piece.astype(out.dtype)
+        if dtype == "BF16":
+            bits = rounded.view("u4")
+            upper = bits + (((bits >> 16) & 1) + 0x7FFF).astype("u4") >> 16
+            rounded = (upper << 16).view("f4")
+            out[start : start + 2**22] = np.where(np.isnan(piece), 0x7FC0, upper)
+        else:
+            out[start : start + 2**22] = rounded
+        if (np.isinf(rounded) & np.isfinite(piece)).any():
+            raise PruneKitError(
+                f"{name}: has values too large for {TORCH_DTYPES[dtype]}; choose another dtype"
+            )
+    return memoryview(out).cast("B")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

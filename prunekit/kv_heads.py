@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import (
+    TORCH_DTYPES,
     Checkpoint,
+    float_bytes,
     heads,
     history_entry,
     layer_numbers,
     statistics,
-    tensor_bytes,
     write_checkpoint,
 )
 from .errors import PruneKitError
@@ -32,22 +33,16 @@ class KVMerge:
     method: str
 
 
-def merge_heads(tensor, head_dim: int, kv_heads: int, method: str = "mean"):
-    """Merge neighbouring heads of a k_proj or v_proj parameter.
+def merge_heads(values, head_dim: int, kv_heads: int, method: str = "mean"):
+    """Merge neighbouring heads of a k_proj or v_proj parameter, an array or tensor in fp32 or wider.
 
-    tensor: weight (heads * head_dim, hidden) or bias (heads * head_dim,). Returns (kv_heads * head_dim, …) in the
-    same dtype; the mean is taken in fp32, or fp64 for fp64. New head i stands for the heads that query group i of
-    the smaller model had: rows are grouped in order, as transformers' repeat_kv does. Method: mean pooling as in GQA
+    values: weight (heads * head_dim, hidden) or bias (heads * head_dim,). Returns (kv_heads * head_dim, ...). New
+    head i stands for neighbours in order, as transformers' repeat_kv shares heads. Method: mean pooling as in GQA
     (Ainslie et al., 2305.13245), or the first head of each group.
     """
-    import torch
-
-    groups = tensor.reshape(kv_heads, -1, head_dim, *tensor.shape[1:])
-    if method == "first":
-        merged = groups[:, 0]
-    else:
-        merged = groups.mean(1, dtype=torch.promote_types(tensor.dtype, torch.float32)).to(tensor.dtype)
-    return merged.reshape(-1, *tensor.shape[1:])
+    groups = values.reshape(kv_heads, -1, head_dim, *values.shape[1:])
+    merged = groups[:, 0] if method == "first" else groups.mean(1)
+    return merged.reshape(-1, *values.shape[1:])
 
 
 def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVMerge:
@@ -79,11 +74,7 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
     projections = [name for name in tensors if re.fullmatch(names, name)]
     for name in projections:
         old = tensors[name]
-        if (
-            not old.shape
-            or old.shape[0] != present * head_dim
-            or old.dtype not in ("F64", "F32", "F16", "BF16")
-        ):
+        if not old.shape or old.shape[0] != present * head_dim or old.dtype not in TORCH_DTYPES:
             raise PruneKitError(
                 f"{name}: {old.dtype} {list(old.shape)}, where config.json's {present} KV heads of {head_dim} mean "
                 f"{present * head_dim} floating-point rows; mend config.json"
@@ -103,7 +94,8 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
 
 
 def _merged_bytes(checkpoint: Checkpoint, name: str, head_dim: int, kv_heads: int, method: str) -> memoryview:
-    return tensor_bytes(merge_heads(checkpoint.read(name), head_dim, kv_heads, method))
+    merged = merge_heads(checkpoint.read_array(name), head_dim, kv_heads, method)
+    return float_bytes(merged, checkpoint.tensors[name].dtype, name)
 
 
 def apply_kv_merge(

@@ -26,12 +26,13 @@ from .checkpoint import (
     Checkpoint,
     Tensor,
     check_out,
+    float_bytes,
     history_entry,
+    is_tied,
     new_folder,
     open_checkpoint,
     read_header,
     statistics,
-    tensor_bytes,
     write_checkpoint,
 )
 from .errors import PruneKitError, run_script
@@ -63,9 +64,7 @@ def _check_same_tensors(source: Checkpoint, base: Checkpoint) -> None:
 
 
 def _cast(source: Checkpoint, name: str, dtype: str) -> memoryview:
-    import torch
-
-    return tensor_bytes(source.read(name).to(getattr(torch, TORCH_DTYPES[dtype])))
+    return float_bytes(source.read_array(name), dtype, name)
 
 
 def _with_dtypes(source: Checkpoint, base: Checkpoint, dtype: str | None) -> tuple[dict[str, Tensor], str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -22,8 +23,10 @@ from prunekit.checkpoint import (
     HISTORY,
     INDEX,
     MAX_HEADER,
+    TORCH_DTYPES,
     append_history,
     check_out,
+    float_bytes,
     history,
     history_entry,
     new_folder,
@@ -93,6 +96,24 @@ def test_every_dtype_is_read(dtype, tmp_path):
     read = open_checkpoint(tmp_path).read("a")
     assert read.dtype == tensors["a"].dtype and torch.equal(read.double(), tensors["a"].double())
     assert open_checkpoint(tmp_path).read("none").shape == (0, 3)
+
+
+@QUICK
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50),
+    dtype=st.sampled_from(["BF16", "F16", "F32"]),
+)
+def test_floats_are_rounded_as_torch_rounds_them(bits, dtype):
+    values = np.array(bits, "u4").view("f4")
+    expected = torch.from_numpy(values).to(getattr(torch, TORCH_DTYPES[dtype]))
+    try:
+        got = torch.frombuffer(bytearray(float_bytes(values, dtype)), dtype=expected.dtype)
+    except PruneKitError:
+        assert (expected.isinf() & torch.from_numpy(np.isfinite(values))).any()
+        return
+    assert torch.equal(got.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0)) and torch.equal(
+        got.isnan(), expected.isnan()
+    )
 
 
 def test_shards_without_an_index_are_read(own):

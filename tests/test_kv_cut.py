@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build, load, logits
 
 from prunekit.checkpoint import history, open_checkpoint, statistics
@@ -65,12 +65,15 @@ def test_other_tensors_keep_their_bytes(family, tiny, tmp_path):
     assert changed == {name for name in before if any(p in name for p in PROJECTIONS)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_mean_of_each_group_is_taken_in_fp32(dtype):
-    weight = torch.randn(4 * 3, 5).to(dtype)
-    heads = weight.float().view(4, 3, 5)
-    expected = torch.cat([(heads[0] + heads[1]) / 2, (heads[2] + heads[3]) / 2]).to(dtype)
-    assert torch.equal(merge_heads(weight, 3, 2), expected)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_of_each_group_is_taken_in_fp32_and_rounded_once(dtype, own, tmp_path):
+    folder, name = own("qwen3"), "model.layers.0.self_attn.v_proj.weight"
+    tensors = {key: value.to(dtype) for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    cut(folder, tmp_path / "out", 2)
+    heads = tensors[name].to(torch.promote_types(dtype, torch.float32)).view(2, 2, 16, 32)
+    expected = ((heads[:, 0] + heads[:, 1]) / 2).to(dtype).view(32, 32)
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name], expected)
 
 
 def test_first_keeps_the_first_head_of_each_group():

@@ -119,6 +119,18 @@ def test_a_wanted_dtype_goes_to_weights_and_config(key, run, base, tmp_path):
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"F16"}
 
 
+def test_weights_that_overflow_a_dtype_are_not_published(run, base, tmp_path):
+    file = run / "checkpoint-20/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.language_model.norm.weight"][0] = 1e6
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        PruneKitError, match=r"norm\.weight: has values too large for float16; choose another dtype"
+    ):
+        publish(run / "checkpoint-20", tmp_path / "out", base, "sft", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("has_head", ["source", "base"])
 def test_a_tied_head_may_be_there_or_not(has_head, run, base, tmp_path):
     folder = base if has_head == "base" else run / "checkpoint-20"
