@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoint import open_checkpoint, statistics
 from .errors import PruneKitError, run_script
-from .preflight import check_dataset, check_no_remote_code
+from .preflight import check_dataset, check_no_remote_code, check_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PLUGINS = (ROOT / "plugins" / "qwen_vl_token_ids.py",)
@@ -32,7 +32,9 @@ def read_rows(dataset: str | Path, limit: int | None = None) -> list[dict[str, A
                 break
             row = json.loads(line)
             if row["messages"][-1]["role"] != "assistant":
-                raise PruneKitError(f"dataset {dataset} line {number} ends without an assistant message to compare with")
+                raise PruneKitError(
+                    f"dataset {dataset} line {number} ends without an assistant message to compare with"
+                )
             rows.append(row)
     return rows
 
@@ -84,22 +86,27 @@ def teacher_forced(engine, rows: list[dict[str, Any]], batch_size: int = 64) -> 
     right = total = 0
     loss = 0.0
     with torch.inference_mode():
-        for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None):
-            inputs = to_device(engine.template.data_collator([encoded[index] for index in batch]), engine.model.device)
+        for batch in tqdm(
+            batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None
+        ):
+            inputs = to_device(
+                engine.template.data_collator([encoded[index] for index in batch]), engine.model.device
+            )
             labels = inputs.pop("labels")[:, 1:]
             inputs.pop("text_position_ids", None)
             inputs.pop("loss_scale", None)
             logits = engine.model(**inputs).logits[:, :-1]
             counted = labels != -100
             right += int((logits.argmax(-1) == labels)[counted].sum())
-            loss += float(torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"))
+            loss += float(
+                torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
+            )
             total += int(counted.sum())
     return {"token_acc": right / total, "loss": loss / total}
 
 
-def generated(engine, rows: list[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64) -> dict[str, float]:
-    """Exact match and character error rate of greedy answers; both ignore white space at the ends."""
-    from rapidfuzz.distance import Levenshtein
+def generate(engine, rows: list[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64) -> list[str]:
+    """Greedy answers to the rows' messages without the last, white space at the ends stripped."""
     from swift import InferRequest, RequestConfig
 
     engine.template.set_mode("transformers")
@@ -107,16 +114,39 @@ def generated(engine, rows: list[dict[str, Any]], batch_size: int = 64, max_new_
     requests = [InferRequest(messages=row["messages"][:-1], images=row.get("images", [])) for row in rows]
     config = RequestConfig(max_tokens=max_new_tokens, temperature=0)
     responses = engine.infer(requests, config, use_tqdm=sys.stderr.isatty())
-    answers = [response.choices[0].message.content.strip() for response in responses]
+    return [response.choices[0].message.content.strip() for response in responses]
+
+
+def score_answers(
+    answers: list[str], rows: list[dict[str, Any]], rewards: dict[str, float]
+) -> dict[str, float]:
+    """Exact match, character error rate (edits per reference character) and, if rewards are named, their mean.
+
+    `rewards` gives a weight to each reward that a loaded plugin registers in ms-swift; None (not applicable) counts 0,
+    as in ms-swift's own sum.
+    """
+    from rapidfuzz.distance import Levenshtein
+    from swift.rewards import orms
+
     truths = [str(row["messages"][-1]["content"]).strip() for row in rows]
-    return {
-        "exact_match": sum(a == t for a, t in zip(answers, truths, strict=True)) / len(rows),
-        "cer": sum(Levenshtein.distance(a, t) for a, t in zip(answers, truths, strict=True)) / max(1, sum(map(len, truths))),
+    edits = sum(Levenshtein.distance(answer, truth) for answer, truth in zip(answers, truths, strict=True))
+    scores = {
+        "exact_match": sum(map(str.__eq__, answers, truths)) / len(rows),
+        "cer": edits / max(1, sum(map(len, truths))),
     }
+    if rewards:
+        columns = {key: [row.get(key) for row in rows] for key in rows[0] if key != "messages"}
+        values = [
+            weight * sum(filter(None, orms[name]()(answers, **columns))) for name, weight in rewards.items()
+        ]
+        scores["reward"] = sum(values) / len(rows)
+    return scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", required=True, type=Path)
     parser.add_argument("--dataset", nargs="+", required=True, type=Path, help="messages JSONL, one or more")
     parser.add_argument("--limit", type=int, help="rows of each data set to use (default: all)")
@@ -128,12 +158,20 @@ def main() -> None:
     parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
     parser.add_argument("--template", help="ms-swift's, default: that of the model type")
     parser.add_argument("--plugins", nargs="*", type=Path, default=DEFAULT_PLUGINS)
+    parser.add_argument(
+        "--rewards", nargs="*", default=[], metavar="NAME[=WEIGHT]", help="also the mean of these rewards"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
 
     counts = {model: statistics(model) for model in args.model}
     datasets = {dataset.stem: read_rows(dataset, args.limit) for dataset in args.dataset}
+    rewards = {
+        name: float(weight or 1) for name, _, weight in (reward.partition("=") for reward in args.rewards)
+    }
+    check_rewards(rewards, args.plugins)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
     load_plugins(args.plugins)
     results = []
     for model in args.model:
@@ -142,7 +180,8 @@ def main() -> None:
         for name, rows in datasets.items():
             scores = teacher_forced(engine, rows, args.batch_size)
             if not args.no_generate:
-                scores |= generated(engine, rows, args.batch_size, args.max_new_tokens)
+                answers = generate(engine, rows, args.batch_size, args.max_new_tokens)
+                scores |= score_answers(answers, rows, rewards)
             result["datasets"][name] = scores
             values = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             print(f"{model}  {name} ({len(rows)} rows)  {values}", flush=True)

@@ -38,7 +38,12 @@ def _bad_row(row, columns: Iterable[str]) -> str | None:
     images = row.get("images", [])
     for image in images if isinstance(images, list) else [images]:
         path = image.get("path") if isinstance(image, dict) else image
-        if isinstance(path, str) and "://" not in path and not path.startswith("data:") and not Path(path).is_file():
+        if (
+            isinstance(path, str)
+            and "://" not in path
+            and not path.startswith("data:")
+            and not Path(path).is_file()
+        ):
             return f"names an image that is not there: {path}"
     return None
 
@@ -51,9 +56,10 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
     """
     path = Path(name.rpartition("#")[0] if name.rpartition("#")[2].isdigit() else name)
     if not path.is_file():
-        if path.suffix in {"", *(s for s in [path.suffix] if not s.startswith((".json", ".csv", ".txt", ".parquet")))} and (
-            len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
-        ):
+        if path.suffix in {
+            "",
+            *(s for s in [path.suffix] if not s.startswith((".json", ".csv", ".txt", ".parquet"))),
+        } and (len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()):
             return
         raise PruneKitError(f"dataset {path} is not there: give a JSONL file of ms-swift messages")
     if path.suffix != ".jsonl":
@@ -69,7 +75,9 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
                         '"content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
                     )
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PruneKitError(f"dataset {path} line {number} is not JSON ({error}): one JSON object per line") from None
+        raise PruneKitError(
+            f"dataset {path} line {number} is not JSON ({error}): one JSON object per line"
+        ) from None
     except OSError as error:
         raise PruneKitError(f"dataset {path} cannot be read: {error.strerror}") from None
     if number == 0:
@@ -77,15 +85,32 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
 
 
 def _assigned_keys(path: Path, name: str) -> set[str]:
-    """The keys of `name = {...}` and of every `name["key"] = ...` in a Python file, read and not run."""
-    keys = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    """The keys of `name = {...}` and of every `name["key"] = ...` in a Python file, read and not run.
+
+    None stands for keys that only running the file would tell (a loop, `name.update(...)`).
+    """
+    keys: set[str | None] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         for target in targets:
             if isinstance(target, ast.Name) and target.id == name and isinstance(node.value, ast.Dict):
                 keys |= {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
-            elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and target.value.id == name:
+            elif (
+                isinstance(target, ast.Subscript)
+                and isinstance(target.value, ast.Name)
+                and target.value.id == name
+            ):
                 keys |= {target.slice.value} if isinstance(target.slice, ast.Constant) else {None}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{name}.update":
+            keys.add(None)
     return keys
 
 
@@ -98,7 +123,9 @@ def check_no_remote_code(folder: Path) -> None:
         return
     for file in sorted(folder.glob("*.json")):
         if file.stat().st_size < 2**20 and '"auto_map"' in file.read_text(encoding="utf-8", errors="replace"):
-            raise PruneKitError(f"{file} names Python code to run (auto_map): read it, then set TRUST_REMOTE_CODE=1")
+            raise PruneKitError(
+                f"{file} names Python code to run (auto_map): read it, then set TRUST_REMOTE_CODE=1"
+            )
 
 
 def check_rewards(names: Iterable[str], plugins: Iterable[Path]) -> None:
@@ -118,7 +145,9 @@ def check_rewards(names: Iterable[str], plugins: Iterable[Path]) -> None:
             known |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for name in names:
         if name not in known:
-            raise PruneKitError(f"unknown reward {name}: choose from {', '.join(sorted(known))}, or register it in a plugin")
+            raise PruneKitError(
+                f"unknown reward {name}: choose from {', '.join(sorted(known))}, or register it in a plugin"
+            )
 
 
 def check_port(port: int) -> None:
@@ -127,7 +156,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            raise PruneKitError(f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)") from None
+            raise PruneKitError(
+                f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)"
+            ) from None
 
 
 def check_disk(out: Path, need: int) -> None:
@@ -135,14 +166,19 @@ def check_disk(out: Path, need: int) -> None:
     folder = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise PruneKitError(f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {need / 1e9:.1f} GB: make room")
+        raise PruneKitError(
+            f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {need / 1e9:.1f} GB: make room"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--reuse-out", action="store_true", help="OUT may exist: the stage continues in it")
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
     parser.add_argument("--dataset", action="append", default=[], help="may be repeated")
@@ -150,7 +186,9 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=[])
     parser.add_argument("--plugins", nargs="+", type=Path, default=[])
     parser.add_argument("--port", type=int, action="append", default=[])
-    parser.add_argument("--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model")
+    parser.add_argument(
+        "--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model"
+    )
     args = parser.parse_args()
 
     checkpoint = open_checkpoint(args.model)
@@ -158,13 +196,16 @@ def main() -> None:
     if args.teacher:
         check_no_remote_code(open_checkpoint(args.teacher).path)
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
-        raise PruneKitError(f"{args.adapter} holds no adapter (adapter_config.json): give the folder that lora.sh wrote")
+        raise PruneKitError(
+            f"{args.adapter} holds no adapter (adapter_config.json): give the folder that lora.sh wrote"
+        )
     for dataset in args.dataset:
         check_dataset(dataset, args.columns)
     check_rewards(args.rewards, args.plugins)
     for port in args.port:
         check_port(port)
-    check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
+    if not args.reuse_out:
+        check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
     check_disk(args.out, int(checkpoint.nbytes * args.disk_factor))
     print(checkpoint.config["model_type"])
 

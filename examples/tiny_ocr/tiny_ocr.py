@@ -33,12 +33,13 @@ LOOKALIKES = frozenset("авекмнорстухАВЕКМНОРСТУХ")
 
 @dataclass(frozen=True)
 class Look:
-    """How hard a rendering is: font sizes in pixels, noise in grey levels, rotation in degrees."""
+    """How hard a rendering is: font sizes and shift in pixels, noise and contrast in grey levels, rotation in degrees."""
 
     sizes: tuple[int, int] = (20, 26)
     noise: float = 12.0
     rotation: float = 1.5
     contrast: int = 90
+    shift: float = 20.0
 
 
 PLAIN = Look()
@@ -90,8 +91,9 @@ def render(rng: np.random.Generator, word: str, look: Look) -> np.ndarray:
     ink = int(rng.integers(0, 110))
     paper = int(rng.integers(ink + look.contrast, 256))
     image = Image.new("L", (WIDTH, HEIGHT), paper)
-    x = rng.uniform(2, WIDTH - (box[2] - box[0]) - 2) - box[0]
-    y = rng.uniform(2, max(HEIGHT - (box[3] - box[1]) - 2, 2.5)) - box[1]
+    slack = WIDTH - (box[2] - box[0]) - 4, HEIGHT - (box[3] - box[1]) - 4
+    x = 2 - box[0] + rng.uniform(0, min(look.shift, slack[0]))
+    y = 2 - box[1] + max(slack[1], 0) * (0.5 + rng.uniform(-0.5, 0.5) * min(1, look.shift / 20))
     ImageDraw.Draw(image).text((x, y), word, fill=ink, font=_font(name, size))
     angle = rng.uniform(-look.rotation, look.rotation) * min(1.0, 60 / (box[2] - box[0]))
     pixels = np.asarray(image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=paper), np.float32)
@@ -343,7 +345,7 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
             if word not in banned:
                 words.append(word)
         ease = min(1.0, step / steps / 0.4)
-        look = replace(PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease)
+        look = replace(PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease, shift=PLAIN.shift * ease)
         pictures = np.stack([render(rng, word, look) for word in words])
         loss = net(**batches(words, pictures)).loss
         loss.backward()

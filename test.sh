@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set up, then lint and test. Ends with pytest's own closing line.
+#   bash test.sh                  everything
+#   bash test.sh -m 'not slow'    unit tests only; any pytest arguments
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+bash lib/setup.sh
+PATH=$PWD/.venv/bin:$PATH
+
+ruff check .
+ruff format --check .
+shellcheck -x ./*.sh lib/*.sh .ci/run
+export WANDB_MODE=offline
+pytest "$@"
