@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import importlib.metadata
 import json
 import math
@@ -326,38 +327,40 @@ def check_out(out: str | Path, *inputs: Path, overwrite: bool = False) -> Path:
 
 def _lock(folder: Path) -> int | None:
     """An exclusive lock on a folder, held until the descriptor is closed or the process dies; None if it's taken."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
     return descriptor
 
 
 def _remove_leftovers(out: Path) -> None:
-    for leftover in out.parent.glob(f"{_glob_escape(out.name)}.partial-*"):
-        if leftover.is_symlink() or (descriptor := _lock(leftover)) is None:
-            continue  # a live process is writing it
-        shutil.rmtree(leftover, ignore_errors=True)
-        os.close(descriptor)
+    for leftover in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        # Not lockable: gone meanwhile, no folder, or a file system without locks, where nobody knows if it's in use.
+        with contextlib.suppress(OSError):
+            if not leftover.is_symlink() and (descriptor := _lock(leftover)) is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+                os.close(descriptor)
 
 
-def _glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def _make_partial(out: Path) -> tuple[Path, int]:
+def _make_partial(out: Path) -> tuple[Path, int | None]:
     while True:
         partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
         partial.mkdir()
         # Another process's clean-up may take the folder for a leftover before the lock is held: then try again.
-        if (descriptor := _lock(partial)) is not None:
-            if partial.exists():
-                return partial, descriptor
+        try:
+            descriptor = _lock(partial)
+        except FileNotFoundError:
+            continue
+        except OSError:  # a file system without locks, where no clean-up is made either
+            return partial, None
+        if descriptor is not None and partial.exists():
+            return partial, descriptor
+        if descriptor is not None:
             os.close(descriptor)
 
 

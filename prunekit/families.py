@@ -24,6 +24,9 @@ class Stack:
     threshold: str | None = None  # config key: layers below this number are of another kind
     sparse_step: str | None = None  # config key: every n-th layer is a mixture of experts
     pattern: tuple[str, ...] = ()  # config keys, by precedence: every n-th layer attends fully
+    defaults: dict[str, Any] = field(
+        default_factory=dict
+    )  # what transformers takes where such a key is missing
     fixed_if: str | None = None  # config flag that ties a layer's computation to its number
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
@@ -91,9 +94,9 @@ _TEXT = r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\."
 _VISUAL = r"(?:model\.)?visual\."
 
 _DECODER = Stack(_TEXT)
-_QWEN = Stack(_TEXT, threshold="max_window_layers")
+_QWEN = Stack(_TEXT, threshold="max_window_layers", defaults={"max_window_layers": 28})
+_QWEN_VL = replace(_QWEN, defaults={"max_window_layers": 80}, config="text_config")
 _QWEN_MOE = Stack(_TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step")
-_VL = {"config": "text_config"}
 _VIT = {
     "prefix": _VISUAL + r"blocks\.",
     "count": "depth",
@@ -128,19 +131,34 @@ FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
         Family(
-            "qwen3_vl", Stack(_TEXT, **_VL), _VIT3, vision_prefix=_VISUAL, taps=Taps(), head_dim_default=128
+            "qwen3_vl",
+            replace(_DECODER, config="text_config"),
+            _VIT3,
+            vision_prefix=_VISUAL,
+            taps=Taps(),
+            head_dim_default=128,
         ),
-        Family("qwen3_vl_moe", replace(_QWEN_MOE, **_VL), _VIT3, vision_prefix=_VISUAL, taps=Taps()),
+        Family(
+            "qwen3_vl_moe",
+            replace(_QWEN_MOE, config="text_config"),
+            _VIT3,
+            vision_prefix=_VISUAL,
+            taps=Taps(),
+        ),
         Family(
             "qwen2_5_vl",
-            replace(_QWEN, **_VL),
-            Stack(**_VIT, numbers=("fullatt_block_indexes",)),
+            _QWEN_VL,
+            Stack(
+                **_VIT,
+                numbers=("fullatt_block_indexes",),
+                defaults={"fullatt_block_indexes": [7, 15, 23, 31]},
+            ),
             vision_prefix=_VISUAL,
             head_dim=None,
         ),
         Family(
             "qwen2_vl",
-            replace(_QWEN, **_VL),
+            _QWEN_VL,
             Stack(**_VIT, mlp=("mlp.fc1", "mlp.fc2")),
             vision_prefix=_VISUAL,
             head_dim=None,
@@ -155,6 +173,7 @@ FAMILIES: dict[str, Family] = {
             Stack(
                 _TEXT,
                 pattern=("sliding_window_pattern", "_sliding_window_pattern"),
+                defaults={"_sliding_window_pattern": 6},
                 norms=(
                     "input_layernorm",
                     "post_attention_layernorm",

@@ -96,8 +96,9 @@ def _plan_taps(
 def _shrink(part: dict[str, Any], row: Stack, kept: list[int], count: int) -> None:
     """Make one config's per-layer keys fit the layers kept."""
     part[row.count] = len(kept)
+    known = row.defaults | part
     for key in row.pattern:
-        if type(every := part.get(key)) is int and every > 0 and not part.get("layer_types"):
+        if type(every := known.get(key)) is int and every > 0 and not part.get("layer_types"):
             types = ("full_attention", "sliding_attention")
             part["layer_types"] = [types[(i + 1) % every > 0] for i in range(count)]
     for key in row.per_layer:
@@ -113,9 +114,9 @@ def _shrink(part: dict[str, Any], row: Stack, kept: list[int], count: int) -> No
         part[row.numbers[0]] = [i for i in range(count) if i in dense or (i + 1) % step]
         part[row.sparse_step] = 1
     for key in row.numbers:
-        if isinstance(values := part.get(key), list):
+        if isinstance(values := part.get(key, row.defaults.get(key)), list):
             part[key] = [new for new, old in enumerate(kept) if old in values]
-    if row.threshold and type(limit := part.get(row.threshold)) is int:
+    if row.threshold and type(limit := known.get(row.threshold)) is int:
         part[row.threshold] = sum(i < limit for i in kept)
 
 

@@ -521,6 +521,16 @@ def test_a_live_writers_folder_is_not_taken_for_a_leftover(tmp_path):
         assert first.exists()
 
 
+def test_a_file_system_without_locks_is_written_to_and_not_cleaned(tiny, tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / "out.partial-1").mkdir()
+    copy_whole(tiny("llama"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial-1"]
+
+
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(PruneKitError, match=r"needs 1,000,000,000,000\.0 MB, [\d,.]+ MB are free"):
         new_folder(tmp_path / "out", need_bytes=10**18).__enter__()

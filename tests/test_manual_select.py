@@ -155,6 +155,32 @@ def test_layer_types_implied_by_a_pattern_are_written_out(own, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out")), logits(skip(build("gemma3_text"), "text", [1])))
 
 
+@pytest.mark.parametrize(
+    "family, stack, key, kwargs, expected",
+    [
+        ("gemma3_text", None, "sliding_window_pattern", {"text": [1]}, None),
+        ("qwen2", None, "max_window_layers", {"text": [1]}, 4),
+        ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", {"vision": [1]}, []),
+    ],
+)
+def test_a_key_left_to_its_default_means_the_same_after_the_cut(
+    family, stack, key, kwargs, expected, own, tmp_path
+):
+    folder = own(family)
+
+    def leave_out(config):
+        part = config[stack] if stack else config
+        for name in (key, "_" + key, "layer_types"):
+            part.pop(name, None)
+
+    edit_config(folder, leave_out)
+    reference = skip(load(folder), *next((name, numbers) for name, numbers in kwargs.items()))
+    cut(folder, tmp_path / "out", **kwargs)
+    config = read_config(tmp_path / "out")
+    assert (config[stack] if stack else config).get(key) == expected
+    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+
+
 def test_max_window_layers_counts_the_layers_left_below_it(own, tmp_path):
     folder = own("qwen2")
     edit_config(folder, lambda config: config.pop("layer_types"))
