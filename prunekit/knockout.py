@@ -176,6 +176,8 @@ class Sweep:
         arguments += [
             "--run_name",
             f"knockout/{run.name}",
+            "--eval_strategy",
+            "steps",
             "--save_strategy",
             "no",
             "--output_dir",
