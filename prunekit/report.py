@@ -25,14 +25,15 @@ def _figure(columns: int, width: float, height: float):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.size": 9, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK,
-        "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "axes.titlesize": 10,
-    }  # fmt: skip
-    with plt.rc_context(style):
-        return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    plt.rcParams.update(
+        {
+            "font.size": 9, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK,
+            "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
+            "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "axes.titleweight": "bold",
+            "axes.titlelocation": "left", "axes.titlesize": 10,
+        }
+    )  # fmt: skip
+    return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained")
 
 
 def _save(figure, path: Path) -> None:
@@ -51,7 +52,7 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
     baseline = ranking["baseline"]["token_acc"]
     values = [removal["relative"] for removal in ranking["removals"] if removal["relative"] is not None]
     low = min([0.88, *values])
-    floor = max(0.0, math.floor((low - 0.02) * 20) / 20)
+    floor = math.floor((low - 0.02) * 20) / 20 if low > 0.7 else 0.0
     for axis, stack in zip(axes[0], stacks):
         removals = sorted((r for r in ranking["removals"] if r["stack"] == stack), key=lambda r: r["layer"])
         for position, removal in enumerate(removals):
@@ -72,6 +73,7 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
             axis.text(len(removals) - 0.45, line, label, fontsize=7, color=MUTED, va="center", ha="left")
         step = max(1, math.ceil(len(removals) / 16))
         axis.set_xticks(range(0, len(removals), step), [str(r["layer"]) for r in removals[::step]])
+        axis.set_xlim(-0.6, len(removals) - 0.4)
         axis.set_ylim(floor, 1.0 + (1.0 - floor) * 0.08)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.grid(axis="x", visible=False)
