@@ -117,12 +117,12 @@ def _words(name: str, seed: int, banned: frozenset[str]) -> list[str]:
     return list(words)
 
 
-def make_data(out: Path, seed: int, overwrite: bool) -> None:
+def make_data(out: Path, seed: int) -> None:
     """Write NAME.jsonl (ms-swift messages with images; the truth again in the column `solution`) and images."""
     from tqdm import tqdm
 
     banned = held_out_words(seed)
-    with new_folder(out, overwrite=overwrite) as folder:
+    with new_folder(out) as folder:
         (folder / "images").mkdir()
         progress = tqdm(total=sum(rows for rows, *_ in DATASETS.values()), desc="render", unit="image")
         rows_of = {}
@@ -328,7 +328,8 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
     ]
     schedule = [
         torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+            optimizer,
+            lambda step: min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))),
         )
         for optimizer in optimizers
     ]
@@ -345,7 +346,9 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
             if word not in banned:
                 words.append(word)
         ease = min(1.0, step / steps / 0.4)
-        look = replace(PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease, shift=PLAIN.shift * ease)
+        look = replace(
+            PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease, shift=PLAIN.shift * ease
+        )
         pictures = np.stack([render(rng, word, look) for word in words])
         loss = net(**batches(words, pictures)).loss
         loss.backward()
@@ -358,7 +361,9 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
             line = f"step {step}/{steps} loss {loss.item():.4f} {time.time() - start:.0f} s"
             if step % 400 == 0 or step == steps - 1:
                 for name in ("val", "cyrillic_val", "rl_val"):
-                    line += "  {} token_acc {:.3f} exact {:.3f}".format(name, *accuracy(model, batches, name, seed))
+                    line += "  {} token_acc {:.3f} exact {:.3f}".format(
+                        name, *accuracy(model, batches, name, seed)
+                    )
             print(line, flush=True)
     if rank == 0:
         model = model.to(torch.bfloat16)
@@ -366,25 +371,31 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
         with new_folder(out, overwrite=overwrite) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-        print("test token_acc {:.4f} exact {:.4f} (weights rounded to bf16)".format(*accuracy(model.float(), batches, "test", seed)))
+        print(
+            "test token_acc {:.4f} exact {:.4f} (weights rounded to bf16)".format(
+                *accuracy(model.float(), batches, "test", seed)
+            )
+        )
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("data", "train"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--overwrite", action="store_true")
+    command.add_argument("--overwrite", action="store_true")
     command.add_argument("--steps", type=int, default=3600, help="optimizer steps (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=64, help="words a process (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "data":
-        make_data(args.out, args.seed, args.overwrite)
+        make_data(args.out, args.seed)
     else:
         train(args.out, args.steps, args.batch_size, args.seed, args.overwrite)
 
