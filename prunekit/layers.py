@@ -163,9 +163,9 @@ def plan_removal(
     moves = []
     if family.taps:
         part = configs(config, family.vision)[0]
-        old = list(part.get(family.taps.key, family.taps.default))
+        old = part.get(family.taps.key, list(family.taps.default))
         blocks = len(kept["vision"]) + len(removed["vision"])
-        if old != sorted(set(old)) or not set(old) <= set(range(blocks)):
+        if not isinstance(old, list) or old != [block for block in range(blocks) if block in old]:
             raise PruneKitError(
                 f"config.json: {family.taps.key} {old} isn't a rising list of the blocks 0 to {blocks - 1}"
             )

@@ -289,7 +289,7 @@ def test_taps_without_a_place_are_refused(kwargs, message, tiny):
         plan_removal(open_checkpoint(tiny("qwen3_vl")), **kwargs)
 
 
-@pytest.mark.parametrize("taps", [[1, 3, 6], [1, 1, 4], [3, 1, 4]], ids=str)
+@pytest.mark.parametrize("taps", [[1, 3, 6], [1, 1, 4], [3, 1, 4], ["1"], None], ids=str)
 def test_taps_that_transformers_would_silently_skip_are_refused(taps, own):
     folder = own("qwen3_vl")
     edit_config(folder, lambda config: config["vision_config"].update(deepstack_visual_indexes=taps))
