@@ -41,23 +41,24 @@ ROLLOUT_ARGS=(
   --vllm_max_model_len 8192
 )
 
-CHECKED=(--teacher "$TEACHER" --dataset "$DATASET" --dataset "$VAL_DATASET" --disk-factor 11)
+CHECKED=(--teacher "$TEACHER" --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor 11)
 [[ $GPUS == *,* ]] && CHECKED+=(--port "$ROLLOUT_PORT")
-preflight "${CHECKED[@]}"
+preflight "${CHECKED[@]}" "$@"
 
 if [[ $GPUS == *,* ]]; then
   training_gpus=$(comm -23 <(tr , '\n' <<< "$GPUS" | sort) <(tr , '\n' <<< "$ROLLOUT_GPUS" | sort) | sort -n | paste -sd,)
   [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer"
-  claim_work
-  start_server "http://127.0.0.1:$ROLLOUT_PORT/health/" "$ROLLOUT_DEADLINE" \
-    env -u NPROC_PER_NODE CUDA_VISIBLE_DEVICES="$ROLLOUT_GPUS" \
-    swift rollout --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} \
+  SERVER=(
+    "http://127.0.0.1:$ROLLOUT_PORT/health/" "$ROLLOUT_DEADLINE"
+    env -u NPROC_PER_NODE CUDA_VISIBLE_DEVICES="$ROLLOUT_GPUS"
+    swift rollout --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
     --external_plugins "${PLUGINS[@]}" --host 127.0.0.1 --port "$ROLLOUT_PORT" "${ROLLOUT_ARGS[@]}"
+  )
   use_gpus "$training_gpus"
   ARGS+=(--use_vllm true --vllm_mode server --vllm_server_host 127.0.0.1 --vllm_server_port "$ROLLOUT_PORT")
 elif [ -n "$GPUS" ]; then
   ARGS+=(--use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3 --sleep_level 1)
 fi
 
-train rlhf --rlhf_type gkd --teacher_model "$TEACHER" --teacher_model_type "$MODEL_TYPE" \
+train rlhf --rlhf_type gkd --teacher_model "$TEACHER" --teacher_model_type "$TEACHER_TYPE" \
   --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}" "$@"

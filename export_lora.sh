@@ -14,5 +14,5 @@ ARGS=(
   --safe_serialization true
 )
 
-preflight --adapter "$ADAPTER" --disk-factor 2.2
+preflight --adapter "$ADAPTER" --disk-factor 2.2 "$@"
 export_merged "${ARGS[@]}" "$@"

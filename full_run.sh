@@ -23,5 +23,5 @@ ARGS=(
   --logging_steps 10
 )
 
-preflight --dataset "$DATASET" --dataset "$VAL_DATASET" --disk-factor 11
+preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor 11 "$@"
 train sft --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}" "$@"

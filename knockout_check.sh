@@ -26,7 +26,7 @@ ARGS=(
   --logging_steps 5
 )
 
-preflight --dataset "$DATASET" --dataset "$VAL_DATASET" --disk-factor "$((JOBS + 1))" --reuse-out
+preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor "$((JOBS + 1))" --reuse-out "$@"
 claim_work
 setup_wandb
 if [ -n "$RESTART" ]; then rm -rf "$OUTPUT"; fi

@@ -30,5 +30,5 @@ ARGS=(
   --logging_steps 10
 )
 
-preflight --dataset "$DATASET" --dataset "$VAL_DATASET"
+preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" "$@"
 train sft --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${ARGS[@]}" "$@"

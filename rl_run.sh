@@ -17,6 +17,7 @@ CHORD_DATASET=${CHORD_DATASET:-data/train.jsonl}
 PLUGINS+=("$ROOT/plugins/ocr_rewards.py") # add your own here: every plugin goes into one list
 REWARDS=(ocr_cer ocr_prefix ocr_perfect ocr_rambling)
 REWARD_WEIGHTS=(1 0.5 1 0.5)
+REWARD_COLUMNS=(solution) # columns of the data set that the rewards read
 
 # Group Sequence Policy Optimization (Zheng et al. 2025): several minibatches a rollout, or nothing is ever clipped.
 GSPO=(
@@ -26,11 +27,13 @@ GSPO=(
   --beta 0
   --steps_per_generation 4
 )
+# shellcheck disable=SC2034  # used by name: ALGORITHM
 # GDPO: every reward is normalised by itself before they are added, so that a rare one is not drowned.
 GDPO=(
   "${GSPO[@]}"
   --scale_rewards gdpo
 )
+# shellcheck disable=SC2034
 # CHORD (Zhang et al. 2025): an SFT loss on expert rows, fading out, beside the policy's own.
 CHORD=(
   --importance_sampling_level token
@@ -73,10 +76,11 @@ DATA_ARGS=(--dataset "$DATASET" --split_dataset_ratio 0)
 CHECKED=(--dataset "$DATASET")
 if [ -n "$VAL_DATASET" ]; then
   DATA_ARGS=(--dataset "$DATASET" --val_dataset "$VAL_DATASET")
-  CHECKED+=(--dataset "$VAL_DATASET")
+  CHECKED+=(--val-dataset "$VAL_DATASET")
 fi
-[ "$ALGORITHM" = CHORD ] && CHECKED+=(--dataset "$CHORD_DATASET")
+[ "$ALGORITHM" = CHORD ] && CHECKED+=(--chord-sft-dataset "$CHORD_DATASET")
 
-preflight "${CHECKED[@]}" --rewards "${REWARDS[@]}" --plugins "${PLUGINS[@]}" --disk-factor 11
+preflight "${CHECKED[@]}" --needed-columns "${REWARD_COLUMNS[@]}" --reward-funcs "${REWARDS[@]}" \
+  --external-plugins "${PLUGINS[@]}" --disk-factor 11 "$@"
 train rlhf --rlhf_type grpo --reward_funcs "${REWARDS[@]}" --reward_weights "${REWARD_WEIGHTS[@]}" \
   "${DATA_ARGS[@]}" "${FULL_ARGS[@]}" "${ALGORITHM_ARGS[@]}" "${ARGS[@]}" "$@"

@@ -2,8 +2,10 @@
 
     python -m prunekit.preflight --model checkpoints/base --dataset train.jsonl --out checkpoints/recovered
 
-Every launcher calls this first. It prints the name of the model's architecture (ms-swift's `--model_type` unless
-the user names another) and exits 0, or prints one line that names the mistake and the mend and exits 2.
+Every launcher calls this first, with the user's own flags last: those that this knows count as they do for ms-swift
+(`--dataset`, `--val_dataset`, `--reward_funcs`, ...: the last one wins), the others are left to ms-swift. It prints
+the architectures of the model and of the teacher, a line each (ms-swift's `--model_type` unless the user names
+another), and exits 0, or prints one line that names the mistake and the mend and exits 2.
 """
 
 import argparse
@@ -11,8 +13,10 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -21,9 +25,21 @@ from .checkpoint import check_out, open_checkpoint
 from .errors import PruneKitError, run_script
 
 ROWS_CHECKED = 10_000
+DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet"}
+HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
-def _bad_row(row, columns: Iterable[str]) -> str | None:
+def _is_missing(image: object) -> bool:
+    """Is this the path of an image that is not there? URLs and base64 (long, without a dot) are no paths."""
+    path = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(path, str) or "://" in path or path.startswith("data:"):
+        return False
+    if len(path) > 255 and "." not in path:
+        return False
+    return not Path(os.environ.get("ROOT_IMAGE_DIR", ""), path).is_file()
+
+
+def _bad_row(row: object, columns: Iterable[str]) -> str | None:
     if not isinstance(row, dict):
         return "is not a JSON object"
     messages = row.get("messages")
@@ -35,31 +51,23 @@ def _bad_row(row, columns: Iterable[str]) -> str | None:
     for column in columns:
         if column not in row:
             return f'has no column "{column}"'
-    images = row.get("images", [])
+    images = row.get("images")
     for image in images if isinstance(images, list) else [images]:
-        path = image.get("path") if isinstance(image, dict) else image
-        if (
-            isinstance(path, str)
-            and "://" not in path
-            and not path.startswith("data:")
-            and not Path(path).is_file()
-        ):
-            return f"names an image that is not there: {path}"
+        if _is_missing(image):
+            name = str(image["path"] if isinstance(image, dict) else image)
+            return f"names an image that is not there: {name[:200]!r}"
     return None
 
 
 def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
     """Check that a JSONL file holds ms-swift messages rows and that their images exist (its first 10,000 rows).
 
-    `name` may end in ms-swift's `#N` (use N rows). What is no local file and has no local file's ending is taken
-    for a hub's data set and left to ms-swift, as are CSV and JSON files. Raises PruneKitError naming the line.
+    `name` may end in ms-swift's `#N` (use N rows). What looks like a hub's `org/name` and is no file or folder here
+    is left to ms-swift, as are files of other kinds. Raises PruneKitError naming the line.
     """
-    path = Path(name.rpartition("#")[0] if name.rpartition("#")[2].isdigit() else name)
+    path = Path(name if Path(name).is_file() else re.sub(r"#\d+$", "", name))
     if not path.is_file():
-        if path.suffix in {
-            "",
-            *(s for s in [path.suffix] if not s.startswith((".json", ".csv", ".txt", ".parquet"))),
-        } and (len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()):
+        if HUB_DATASET.fullmatch(str(path)) and path.suffix not in DATA_FILES and not path.parent.exists():
             return
         raise PruneKitError(f"dataset {path} is not there: give a JSONL file of ms-swift messages")
     if path.suffix != ".jsonl":
@@ -74,44 +82,52 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
                         f'dataset {path} line {number} {problem}: rows look like {{"messages": [{{"role": "user", '
                         '"content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
                     )
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise PruneKitError(f"dataset {path} is not UTF-8 text near line {number + 1}: convert it") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not only JSONDecodeError: numbers of 5000 digits, 5000 brackets
         raise PruneKitError(
             f"dataset {path} line {number} is not JSON ({error}): one JSON object per line"
         ) from None
     except OSError as error:
-        raise PruneKitError(f"dataset {path} cannot be read: {error.strerror}") from None
+        raise PruneKitError(f"dataset {path} line {number} cannot be read: {error.strerror}") from None
     if number == 0:
         raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
 
 
-def _assigned_keys(path: Path, name: str) -> set[str]:
-    """The keys of `name = {...}` and of every `name["key"] = ...` in a Python file, read and not run.
+def _rewards_in(path: Path) -> tuple[set[str], set[str]]:
+    """The rewards that a Python file registers in `orms`, to list and to allow; it is read and not run.
 
-    None stands for keys that only running the file would tell (a loop, `name.update(...)`).
+    `orms = {...}` and `orms["name"] = ...` are exact. A file that does anything else with `orms` (a loop,
+    `orms.update(...)`) is likely to register its functions, and may register under any string in it.
     """
-    keys: set[str | None] = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise PruneKitError(
+            f"plugin {path} is not there: name a .py file that registers your rewards"
+        ) from None
+    except (SyntaxError, ValueError) as error:
+        raise PruneKitError(f"plugin {path} is not Python: {error}") from None
+    names, understood = set(), 0
     for node in ast.walk(tree):
-        targets = (
-            node.targets
-            if isinstance(node, ast.Assign)
-            else [node.target]
-            if isinstance(node, ast.AnnAssign)
-            else []
-        )
-        for target in targets:
-            if isinstance(target, ast.Name) and target.id == name and isinstance(node.value, ast.Dict):
-                keys |= {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
-            elif (
-                isinstance(target, ast.Subscript)
-                and isinstance(target.value, ast.Name)
-                and target.value.id == name
+        match node:
+            case ast.Assign([ast.Name("orms")], ast.Dict(keys)) if all(
+                isinstance(key, ast.Constant) for key in keys
             ):
-                keys |= {target.slice.value} if isinstance(target.slice, ast.Constant) else {None}
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == f"{name}.update":
-            keys.add(None)
-    return keys
+                names |= {key.value for key in keys}
+            case ast.Assign([ast.Subscript(ast.Name("orms"), ast.Constant(key))]):
+                names.add(key)
+            case _:
+                continue
+        understood += 1
+    if sum(isinstance(node, ast.Name) and node.id == "orms" for node in ast.walk(tree)) == understood:
+        return names, names
+    likely = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return names | likely, names | likely | strings
 
 
 def check_no_remote_code(folder: Path) -> None:
@@ -121,49 +137,55 @@ def check_no_remote_code(folder: Path) -> None:
     """
     if os.environ.get("TRUST_REMOTE_CODE") == "1":
         return
-    for file in sorted(folder.glob("*.json")):
-        if file.stat().st_size < 2**20 and '"auto_map"' in file.read_text(encoding="utf-8", errors="replace"):
+    for file in sorted(folder.glob("*config.json")):
+        keys: set[str] = set()
+
+        def collect(pairs, keys=keys):
+            keys.update(key for key, _ in pairs)
+
+        try:  # parsed, since a key may be written with escapes
+            json.loads(file.read_bytes(), object_pairs_hook=collect)
+        except (OSError, ValueError, RecursionError) as error:
+            raise PruneKitError(f"{file}: cannot be read ({error}); download it again") from None
+        if "auto_map" in keys:
             raise PruneKitError(
                 f"{file} names Python code to run (auto_map): read it, then set TRUST_REMOTE_CODE=1"
             )
 
 
 def check_rewards(names: Iterable[str], plugins: Iterable[Path]) -> None:
-    """Check that ms-swift or one of the plugins registers every reward; neither is imported.
-
-    A plugin that registers under computed names (a loop) is trusted for functions and classes it defines.
-    """
-    package = Path(importlib.util.find_spec("swift").origin).parent
-    known = _assigned_keys(package / "rewards" / "orm.py", "orms")
-    for plugin in plugins:
-        if not plugin.is_file():
-            raise PruneKitError(f"plugin {plugin} is not there: name a .py file that registers your rewards")
-        keys = _assigned_keys(plugin, "orms")
-        known |= keys - {None}
-        if None in keys:
-            tree = ast.parse(plugin.read_text(encoding="utf-8"))
-            known |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    """Check that ms-swift or one of the plugins registers every reward; neither is imported."""
+    swift = Path(importlib.util.find_spec("swift").origin).parent
+    found = [_rewards_in(path) for path in (swift / "rewards" / "orm.py", *plugins)]
     for name in names:
-        if name not in known:
-            raise PruneKitError(
-                f"unknown reward {name}: choose from {', '.join(sorted(known))}, or register it in a plugin"
-            )
+        if not any(name in allowed for _, allowed in found):
+            listed = ", ".join(sorted(set().union(*(names for names, _ in found))))
+            raise PruneKitError(f"unknown reward {name}: choose from {listed}, or register it in a plugin")
 
 
-def check_port(port: int) -> None:
+def check_port(port: str | int) -> None:
     """Check that nothing listens on a local TCP port."""
+    if not (str(port).isascii() and str(port).isdigit() and 0 < int(port) < 65536):
+        raise PruneKitError(f"port {port} is none: give a number from 1 to 65535")
     with socket.socket() as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # old connections in TIME_WAIT don't count
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", int(port)))
+        except PermissionError:
+            raise PruneKitError(f"port {port} is not for users: choose one above 1023") from None
         except OSError:
             raise PruneKitError(
                 f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)"
             ) from None
 
 
-def check_disk(out: Path, need: int) -> None:
-    """Check that the file system of `out` has `need` bytes free."""
+def check_disk(out: Path, need: float) -> None:
+    """Check that `out` can be made, and that its file system has `need` bytes free."""
     folder = next(parent for parent in out.resolve().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PruneKitError(f"{out} cannot be made: {folder} is no folder that you may write to")
     free = shutil.disk_usage(folder).free
     if free < need:
         raise PruneKitError(
@@ -173,41 +195,52 @@ def check_disk(out: Path, need: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--reuse-out", action="store_true", help="OUT may exist: the stage continues in it")
-    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--teacher", "--teacher-model", type=Path)
     parser.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
-    parser.add_argument("--dataset", action="append", default=[], help="may be repeated")
-    parser.add_argument("--columns", nargs="+", default=[], help="columns that every row must have")
-    parser.add_argument("--rewards", nargs="+", default=[])
-    parser.add_argument("--plugins", nargs="+", type=Path, default=[])
-    parser.add_argument("--port", type=int, action="append", default=[])
+    parser.add_argument("--dataset", nargs="+", default=[])
+    parser.add_argument("--val-dataset", nargs="+", default=[])
+    parser.add_argument("--chord-sft-dataset", nargs="+", default=[])
+    parser.add_argument("--columns", help="ms-swift renames columns: rows are left to it")
+    parser.add_argument(
+        "--needed-columns", nargs="+", default=[], help="columns that rows of --dataset must have"
+    )
+    parser.add_argument("--reward-funcs", nargs="+", default=[])
+    parser.add_argument("--external-plugins", nargs="+", type=Path, default=[])
+    parser.add_argument("--port", action="append", default=[])
     parser.add_argument(
         "--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model"
     )
-    args = parser.parse_args()
+    flags = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), flag) for flag in sys.argv[1:]]
+    args, _ = parser.parse_known_args(flags)
 
     checkpoint = open_checkpoint(args.model)
-    check_no_remote_code(checkpoint.path)
-    if args.teacher:
-        check_no_remote_code(open_checkpoint(args.teacher).path)
+    teacher = open_checkpoint(args.teacher) if args.teacher else checkpoint
+    for each in (checkpoint, teacher):
+        check_no_remote_code(each.path)
+    _ = checkpoint.family  # raises PruneKitError: publishing needs to know it
     if args.adapter and not (args.adapter / "adapter_config.json").is_file():
         raise PruneKitError(
             f"{args.adapter} holds no adapter (adapter_config.json): give the folder that lora.sh wrote"
         )
-    for dataset in args.dataset:
-        check_dataset(dataset, args.columns)
-    check_rewards(args.rewards, args.plugins)
+    if not args.columns:
+        for dataset in [*args.dataset, *args.val_dataset]:
+            check_dataset(dataset, args.needed_columns)
+        for dataset in args.chord_sft_dataset:
+            check_dataset(dataset)
+    check_rewards(args.reward_funcs, args.external_plugins)
     for port in args.port:
         check_port(port)
     if not args.reuse_out:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
-    check_disk(args.out, int(checkpoint.nbytes * args.disk_factor))
+    check_disk(args.out, checkpoint.nbytes * args.disk_factor)
     print(checkpoint.config["model_type"])
+    print(teacher.config["model_type"])
 
 
 if __name__ == "__main__":
