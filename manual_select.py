@@ -2,17 +2,19 @@
 
     python manual_select.py --model checkpoints/base --out checkpoints/pruned --text 4 10 --vision 9
     python manual_select.py --model checkpoints/base --text 4-7,10 --dry-run
+    python manual_select.py --model checkpoints/base --out checkpoints/pruned --from-ranking runs/knockout/ranking.json
 
 Numbers count from 0 and are those of the input. DeepStack taps (Qwen3-VL) on removed blocks move to the nearest block
-before; --taps or --drop-taps say otherwise.
+before; --taps or --drop-taps say otherwise. --from-ranking takes what the knockouts found cheap.
 """
 
 import argparse
+from pathlib import Path
 
-from prunekit.checkpoint import check_out, open_checkpoint, statistics
-from prunekit.errors import run_script
+from prunekit.checkpoint import check_out, open_checkpoint, read_json, statistics
+from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
-from prunekit.layers import apply_removal, parse_numbers, plan_removal
+from prunekit.layers import apply_removal, choose_from_ranking, parse_numbers, plan_removal
 
 
 def main() -> None:
@@ -32,6 +34,14 @@ def main() -> None:
         "--drop-taps", nargs="+", default=[], metavar="I", help="mergers to drop with their taps"
     )
     parser.add_argument(
+        "--from-ranking", metavar="JSON", help="ranking.json of knockout_check.sh: drop the cheapest"
+    )
+    parser.add_argument(
+        "--keep-above", type=float, default=0.95, help="of the baseline's token_acc (default: 0.95)"
+    )
+    parser.add_argument("--max-layers", type=int, default=10, help="drop at most so many (default: 10)")
+    parser.add_argument("--max-fraction", type=float, default=0.25, help="of all parameters (default: 0.25)")
+    parser.add_argument(
         "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
@@ -43,10 +53,21 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.model)
     if arguments.out:
         check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    text, vision = parse_numbers(arguments.text), parse_numbers(arguments.vision)
+    if arguments.from_ranking:
+        if text or vision:
+            raise PruneKitError("--from-ranking chooses the layers; leave out --text and --vision")
+        ranking = read_json(Path(arguments.from_ranking))
+        limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction)
+        for entry in choose_from_ranking(checkpoint, ranking, *limits):
+            print(
+                f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline when removed alone"
+            )
+            (text if entry["stack"] == "text" else vision).append(entry["layer"])
     plan = plan_removal(
         checkpoint,
-        parse_numbers(arguments.text),
-        parse_numbers(arguments.vision),
+        text,
+        vision,
         None if arguments.taps is None else parse_numbers(arguments.taps),
         parse_numbers(arguments.drop_taps),
     )

@@ -34,6 +34,53 @@ def parse_numbers(words: Iterable[str]) -> list[int]:
     return numbers
 
 
+def choose_from_ranking(
+    checkpoint: Checkpoint,
+    ranking: dict[str, Any],
+    keep_above: float = 0.95,
+    max_layers: int = 10,
+    max_fraction: float = 0.25,
+) -> list[dict[str, Any]]:
+    """The entries of a knockout ranking to remove: cheapest first, as long as each kept `keep_above` of the baseline.
+
+    Stops at `max_layers` layers, and leaves out what would bring the removed share of all parameters over
+    `max_fraction` or leave a stack with fewer layers than it must have. Raises PruneKitError if the ranking is of a
+    model with other layers, or if nothing qualifies.
+    """
+    if not isinstance(ranking, dict) or not isinstance(ranking.get("removals"), list):
+        raise PruneKitError(
+            'the ranking has no list "removals": give the ranking.json that knockout_check.sh wrote'
+        )
+    total = statistics(checkpoint)["parameters"]
+    chosen: list[dict[str, Any]] = []
+    for entry in ranking["removals"]:
+        if len(chosen) == max_layers or entry["relative"] is None or entry["relative"] < keep_above:
+            break
+        layers = {
+            stack: [e["layer"] for e in [*chosen, entry] if e["stack"] == stack]
+            for stack in ("text", "vision")
+        }
+        if any(
+            max(numbers, default=-1) >= len(layer_numbers(checkpoint, stack))
+            for stack, numbers in layers.items()
+        ):
+            raise PruneKitError(
+                f"the ranking has a {entry['name']}, the model has not: is it the ranking of this model?"
+            )
+        try:
+            left = statistics(plan_removal(checkpoint, **layers).result)["parameters"]
+        except PruneKitError:
+            continue
+        if 1 - left / total <= max_fraction:
+            chosen.append(entry)
+    if not chosen:
+        raise PruneKitError(
+            f"the ranking has nothing that keeps {keep_above:.0%} of the baseline within {max_fraction:.0%} of the "
+            "parameters; lower --keep-above or raise --max-fraction"
+        )
+    return chosen
+
+
 def place_taps(taps: Sequence[int], kept: Sequence[int]) -> list[int]:
     """Where each tap goes when only the vision blocks `kept` remain; numbers are those of the input.
 

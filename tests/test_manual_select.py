@@ -13,7 +13,7 @@ from tiny_models import FAMILIES, VISION, build, load, logits
 from prunekit.checkpoint import history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
-from prunekit.layers import apply_removal, parse_numbers, place_taps, plan_removal
+from prunekit.layers import apply_removal, choose_from_ranking, parse_numbers, place_taps, plan_removal
 
 
 def module_list(model, stack):
@@ -390,3 +390,57 @@ def test_script_ends_with_one_line_and_writes_nothing_on_bad_input(tiny, tmp_pat
 def test_surgery_does_not_import_torch():
     code = "import sys, manual_select; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def ranking(*entries) -> dict:
+    names = ("stack", "layer", "relative")
+    return {"removals": [dict(zip(names, entry)) | {"name": f"{entry[0]}-{entry[1]}"} for entry in entries]}
+
+
+def chosen(tiny, removals, **limits) -> list[tuple[str, int]]:
+    entries = choose_from_ranking(open_checkpoint(tiny("qwen3_vl")), removals, **limits)
+    return [(entry["stack"], entry["layer"]) for entry in entries]
+
+
+def test_a_ranking_gives_what_keeps_enough_of_the_baseline(tiny):
+    removals = ranking(("text", 3, 1.0), ("vision", 2, 0.96), ("text", 4, 0.94), ("text", 1, None))
+    assert chosen(tiny, removals, max_fraction=1.0) == [("text", 3), ("vision", 2)]
+
+
+def test_a_ranking_gives_no_more_layers_than_allowed(tiny):
+    removals = ranking(("text", 3, 1.0), ("vision", 2, 0.99))
+    assert chosen(tiny, removals, max_layers=1, max_fraction=1.0) == [("text", 3)]
+
+
+def test_a_ranking_gives_no_more_parameters_than_allowed(tiny):
+    removals = ranking(("text", 3, 1.0), ("text", 2, 1.0), ("vision", 2, 1.0))
+    checkpoint = open_checkpoint(tiny("qwen3_vl"))
+    one = plan_removal(checkpoint, text=[3]).result
+    fraction = 1 - statistics(one)["parameters"] / statistics(checkpoint)["parameters"]
+    assert chosen(tiny, removals, max_fraction=fraction) == [("text", 3)]
+
+
+def test_a_ranking_never_empties_a_stack_or_leaves_a_tap_without_a_block(tiny):
+    removals = ranking(*(("text", i, 1.0) for i in range(5)), *(("vision", i, 1.0) for i in range(6)))
+    picked = chosen(tiny, removals, max_layers=99, max_fraction=1.0)
+    assert [stack for stack, _ in picked].count("text") == 2 and [stack for stack, _ in picked].count(
+        "vision"
+    ) == 3
+
+
+def test_a_ranking_where_nothing_qualifies_says_what_to_lower(tiny):
+    with pytest.raises(PruneKitError, match="--keep-above"):
+        chosen(tiny, ranking(("text", 3, 0.5)))
+
+
+def test_a_ranking_of_another_model_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="ranking of this model"):
+        chosen(tiny, ranking(("text", 20, 1.0)))
+
+
+def test_the_script_drops_what_a_ranking_says(tiny, tmp_path, script):
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking(("text", 3, 1.0))))
+    done = script("manual_select.py", "--model", tiny("qwen3_vl"), "--out", tmp_path / "out",
+                  "--from-ranking", tmp_path / "ranking.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert open_checkpoint(tmp_path / "out").config["text_config"]["num_hidden_layers"] == 4
