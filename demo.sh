@@ -38,6 +38,9 @@ TINY=(
   --logging_steps 5
 )
 started=$SECONDS
+# A stage outlives no demo: killed together, they go on together.
+TIED=()
+if setpriv --pdeathsig TERM true 2>/dev/null; then TIED=(setpriv --pdeathsig TERM); fi
 
 # stage NAME RESULT COMMAND...: run a stage unless its RESULT is there, which is whole or absent.
 stage() {
@@ -48,6 +51,7 @@ stage() {
     return
   fi
   printf '%-22s ' "$name"
+  if [ "$(type -t "$1")" = file ]; then set -- "${TIED[@]}" "$@"; fi
   if ! "$@" > "$RUN/logs/$name.log" 2>&1; then
     printf 'failed: the end of %s says why\n\n' "$RUN/logs/$name.log"
     tail -n 20 "$RUN/logs/$name.log"
@@ -63,11 +67,16 @@ recover() {
 
 stage data "$RUN/data" python examples/tiny_ocr/tiny_ocr.py data --out "$RUN/data"
 
-MODEL=$BASE OUTPUT=$RUN/knockout JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/ranking.png" bash knockout_check.sh \
-  "${TINY[@]}" --learning_rate 3e-4 --max_steps "$KNOCKOUT_STEPS" --eval_steps "$KNOCKOUT_STEPS"
+# The ranking grows with every run, so it is no sign of a finished sweep.
+knock_out() {
+  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 3e-4 --max_steps "$KNOCKOUT_STEPS" --eval_steps "$KNOCKOUT_STEPS" &&
+    touch "$RUN/knockout/done"
+}
+MODEL=$BASE OUTPUT=$RUN/knockout JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" \
-  python manual_select.py --model "$BASE" --out "$RUN/pruned" --from-ranking "$RUN/knockout/ranking.json" --max-layers "$DROP"
+  python manual_select.py --model "$BASE" --out "$RUN/pruned" --from-ranking "$RUN/knockout/ranking.json" \
+  --max-layers "$DROP" --keep-above 0 --max-fraction 0.5
 recover recovered pruned "$RECOVER_STEPS"
 
 MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \
@@ -88,25 +97,25 @@ MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl OUTPUT=$RUN/rl stage rl "$RUN
 
 # Two measurements side by side, one a core.
 measure() {
-  python -m prunekit.evaluate --batch-size 128 --max-new-tokens 24 --plugins plugins/*.py --limit "$ROWS" \
+  "${TIED[@]}" python -m prunekit.evaluate --batch-size 128 --max-new-tokens 24 --plugins plugins/*.py --limit "$ROWS" \
     --rewards ocr_cer ocr_prefix=0.5 ocr_perfect ocr_rambling=0.5 "$@"
 }
 measure_all() {
-  local models=("$BASE")
+  local models=("$BASE") first
   for name in "${CHECKPOINTS[@]}"; do models+=("$RUN/$name"); done
-  measure --model "${models[@]}" --dataset "$RUN/data/test.jsonl" --json "$RUN/evaluation/test.json" & local first=$!
+  measure --model "${models[@]}" --dataset "$RUN/data/test.jsonl" --json "$RUN/evaluation/test.json" &
+  first=$!
   measure --model "$RUN/mqa-recovered" "$RUN/merged" "$RUN/rl" --dataset "$RUN/data/cyrillic_val.jsonl" "$RUN/data/rl_val.jsonl" \
-    --json "$RUN/evaluation/skills.json"
-  wait "$first"
-  touch "$RUN/evaluation/done"
+    --json "$RUN/evaluation/skills.json" && wait "$first" && touch "$RUN/evaluation/done"
 }
 CHECKPOINTS=(pruned recovered distilled kv2 kv2-recovered mqa mqa-recovered merged rl)
 mkdir -p "$RUN/evaluation"
 stage evaluation "$RUN/evaluation/done" measure_all
 
+STAGES=(base="$BASE")
+for name in "${CHECKPOINTS[@]}"; do STAGES+=("$name=$RUN/$name"); done
 echo
-python -m prunekit.summary --out "$RUN" --seconds "$RUN/seconds" --evaluation "$RUN"/evaluation/*.json \
-  --stages base="$BASE" $(printf "%s=$RUN/%s " $(printf '%s\n' "${CHECKPOINTS[@]}" | sed 'p'))
+python -m prunekit.summary --out "$RUN" --seconds "$RUN/seconds" --evaluation "$RUN"/evaluation/*.json --stages "${STAGES[@]}"
 echo
 echo "pictures: $RUN/stages.png $RUN/knockout/ranking.png $RUN/*/curves.png      numbers: $RUN/summary.json"
 echo "in all: $((SECONDS - started)) s"
