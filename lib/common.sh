@@ -133,7 +133,8 @@ setup_wandb() {
 end_group() {
   kill -TERM -- "-$1" 2>/dev/null || kill -TERM "$1" 2>/dev/null || return 0 # just started, it has no group yet
   for _ in $(seq 50); do
-    kill -0 -- "-$1" 2>/dev/null || return 0
+    # its dead don't count: in a container nobody may collect them
+    grep -qsE "\) [^ZX] [0-9]+ $1 " /proc/[0-9]*/stat || return 0
     sleep 0.1
   done
   kill -KILL -- "-$1" 2>/dev/null || true

@@ -125,9 +125,10 @@ def _rewards_in(path: Path) -> tuple[set[str], set[str]]:
         understood += 1
     if sum(isinstance(node, ast.Name) and node.id == "orms" for node in ast.walk(tree)) == understood:
         return names, names
-    likely = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    return names | likely, names | likely | strings
+    return names | functions, names | functions | classes | strings
 
 
 def check_no_remote_code(folder: Path) -> None:
@@ -168,9 +169,8 @@ def check_port(port: str | int) -> None:
     if not (str(port).isascii() and str(port).isdigit() and 0 < int(port) < 65536):
         raise PruneKitError(f"port {port} is none: give a number from 1 to 65535")
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # old connections in TIME_WAIT don't count
+        # Old connections in TIME_WAIT don't count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", int(port)))
         except PermissionError:

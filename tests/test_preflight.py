@@ -1,0 +1,323 @@
+"""What launchers refuse before anything is written: each check by itself, in this process."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prunekit.errors import PruneKitError
+from prunekit.preflight import check_dataset, check_disk, check_no_remote_code, check_port, check_rewards
+
+ROW = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
+PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """data(row, ...): write these rows to data.jsonl in the current folder, where image.png is too."""
+    monkeypatch.chdir(tmp_path)
+    Path("image.png").touch()
+
+    def write(*rows) -> str:
+        Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return "data.jsonl"
+
+    return write
+
+
+# --- data sets ------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+MESSAGES = st.lists(JSON | st.fixed_dictionaries({"role": JSON, "content": JSON}), max_size=3)
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": MESSAGES | JSON,
+        "images": JSON | st.lists(JSON | st.just({"path": "x"})),
+        "a": JSON,
+    },
+)
+LINES = st.lists((ROWS | JSON).map(lambda row: json.dumps(row).encode()) | st.binary(max_size=60), max_size=4)
+
+
+@given(LINES, st.sampled_from([(), ("a",)]))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_file_passes_or_is_a_users_error_of_one_line(tmp_path_factory, lines, columns):
+    file = tmp_path_factory.getbasetemp() / "garbage.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    try:
+        check_dataset(str(file), columns)
+    except PruneKitError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None)
+def test_any_name_passes_or_is_a_users_error(name):
+    with contextlib.suppress(PruneKitError):
+        check_dataset(name)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000, '{"messages": ', "[]".encode("utf-16"), b"\xff"])
+def test_what_breaks_json_parsers_is_a_users_error(tmp_path, line):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises(PruneKitError, match="data.jsonl"):
+        check_dataset(str(file))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        ["image.png"],
+        "image.png",
+        [{"path": "image.png"}],
+        [{"bytes": "aGVsbG8=", "path": None}],
+        ["https://a.b/c.png"],
+        ["data:image/png;base64,aGVsbG8="],
+        ["aGVsbG8" * 50],
+        [],
+        None,
+    ],
+    ids=str,
+)
+def test_every_form_of_image_that_swift_takes_passes(data, images):
+    check_dataset(data(ROW | {"images": images}))
+
+
+@pytest.mark.parametrize(
+    "images", [["gone.png"], "gone.png", [{"path": "gone.png"}], ["image.png", "gone.png"]], ids=str
+)
+def test_a_missing_image_is_named_with_its_line(data, images):
+    with pytest.raises(
+        PruneKitError, match=r"data.jsonl line 2 names an image that is not there: 'gone.png'"
+    ):
+        check_dataset(data(ROW, ROW | {"images": images}))
+
+
+def test_images_are_looked_up_where_swift_looks(data, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").touch()
+    name = data(ROW | {"images": ["a.png"]})
+    with pytest.raises(PruneKitError):
+        check_dataset(name)
+    monkeypatch.setenv("ROOT_IMAGE_DIR", "pictures")
+    check_dataset(name)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ([], "is not a JSON object"),
+        ({"messages": "hello"}, 'has no list "messages"'),
+        ({"messages": []}, 'has no list "messages"'),
+        ({"messages": [{"role": "user"}]}, 'has a message without "role" and "content"'),
+        (ROW, 'has no column "solution"'),
+    ],
+    ids=str,
+)
+def test_a_bad_row_is_named_with_its_line(data, row, problem):
+    good = ROW | {"solution": "a"}
+    with pytest.raises(PruneKitError, match=f"data.jsonl line 3 {problem}"):
+        check_dataset(data(good, good, row), ["solution"])
+
+
+def test_an_empty_file_and_an_empty_line_are_refused(data):
+    with pytest.raises(PruneKitError, match="is empty: it needs at least one row"):
+        check_dataset(data())
+    Path("data.jsonl").write_text("\n" + json.dumps(ROW))
+    with pytest.raises(PruneKitError, match="line 1 is empty"):
+        check_dataset("data.jsonl")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl#100", "odd#7.jsonl", "odd.jsonl#7"])
+def test_a_number_of_rows_may_follow_the_name(data, name):
+    Path(data(ROW)).rename(
+        "odd.jsonl" if name == "odd.jsonl#7" else "odd#7.jsonl" if "odd" in name else "data.jsonl"
+    )
+    check_dataset(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["org/name", "org/name#500", "HF::org/gsm8k-v1.1", "ms::org/name:subset/other#5", "org/name:default"],
+)
+def test_a_hubs_name_is_left_to_swift(data, name):
+    check_dataset(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["org/name.jsonl", "org/name.csv#5", "name", "a/b/c", "/org/name", "folder/name", "folder", "", "hf::x"],
+)
+def test_what_is_neither_here_nor_a_hubs_name_is_refused(data, name):
+    Path("folder").mkdir()
+    with pytest.raises(PruneKitError, match="is not there"):
+        check_dataset(name)
+
+
+# --- rewards --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "orms['mine'] = Reward",
+        "orms = {'mine': Reward}",
+        "orms.update(mine=1)\ndef mine(): pass",
+        "for f in (mine,): orms[f.__name__] = f\nclass mine: pass",
+        "for name in ('mine', 'other'): orms[name] = make(name)",
+        "orms |= {'mine': Reward}",
+        "register(orms, 'mine')",
+    ],
+)
+def test_every_way_of_registering_a_reward_is_seen(tmp_path, code):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(f"from swift.rewards import orms\n{code}\n")
+    check_rewards(["mine", "accuracy"], [plugin])
+    with pytest.raises(PruneKitError, match="unknown reward yours: choose from .*accuracy"):
+        check_rewards(["yours"], [plugin])
+
+
+def test_the_projects_rewards_are_known_and_listed():
+    plugins = sorted(PLUGINS.glob("*.py"))
+    check_rewards(["ocr_cer", "ocr_rambling", "soft_overlong"], plugins)
+    with pytest.raises(PruneKitError, match="choose from .*ocr_cer.*ocr_script"):
+        check_rewards(["ocr_wer"], plugins)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not there"),
+        (b"def broken(:", "is not Python"),
+        (b"\xff\xfe", "is not Python"),
+        (b"\0", "is not Python"),
+    ],
+)
+def test_a_plugin_that_cannot_be_read_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "plugin.py").write_bytes(content)
+    with pytest.raises(PruneKitError, match=f"plugin.py {message}") as error:
+        check_rewards([], [tmp_path / "plugin.py"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_plugin_is_read_and_not_run(tmp_path):
+    (tmp_path / "plugin.py").write_text("raise SystemExit('ran')\norms['mine'] = 1\n")
+    check_rewards(["mine"], [tmp_path / "plugin.py"])
+
+
+# --- code in checkpoints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("key", ["auto_map", "auto\\u005fmap"])
+def test_a_checkpoint_that_brings_code_is_refused(own, monkeypatch, file, key):
+    model = own("qwen3")
+    check_no_remote_code(model)
+    padding = json.dumps("x" * 2**20)
+    (model / file).write_text(
+        f'{{"padding": {padding}, "inner": {{"{key}": {{"AutoModel": "evil.Model"}}}}}}'
+    )
+    with pytest.raises(PruneKitError, match=rf"{file} names Python code to run .*TRUST_REMOTE_CODE=1"):
+        check_no_remote_code(model)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    check_no_remote_code(model)
+
+
+# --- port and disk --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "many", "", "²"])
+def test_what_is_no_port_is_refused(port):
+    with pytest.raises(PruneKitError, match="from 1 to 65535"):
+        check_port(port)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_is_in_use_while_something_listens_and_free_right_after(address):
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+        server.bind((address, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(PruneKitError, match=f"port {port} is in use"):
+            check_port(port)
+        client = socket.create_connection(("127.0.0.1", port))
+        connection, _ = server.accept()
+        connection.close()  # the server's end closes first: this leaves it in TIME_WAIT
+        client.close()
+    check_port(port)
+
+
+def test_a_small_disk_is_refused_with_both_sizes(tmp_path):
+    check_disk(tmp_path / "new" / "out", 1)
+    with pytest.raises(PruneKitError, match=r"GB free, out may need 1000000000\.0 GB"):
+        check_disk(tmp_path / "new" / "out", 1e18)
+
+
+def test_a_file_as_parent_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PruneKitError, match="no folder that you may write to"):
+        check_disk(tmp_path / "file" / "out", 1)
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def preflight(tmp_path):
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "prunekit.preflight", "--out", tmp_path / "out", *arguments]
+        return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_architectures_of_model_and_teacher_are_printed(preflight, tiny):
+    result = preflight(
+        "--model", tiny("qwen3"), "--teacher", tiny("llama"), "--max_steps", 5, "--bf16", "true"
+    )
+    assert (result.returncode, result.stdout) == (0, "qwen3\nllama\n"), result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--val-dataset", "--val_dataset", "--val_dataset=absent.jsonl"])
+def test_the_users_flag_is_checked_in_place_of_the_launchers(preflight, tiny, data, flag):
+    arguments = [
+        "--model",
+        tiny("qwen3"),
+        "--val-dataset",
+        data(ROW),
+        flag,
+        *["absent.jsonl"] * ("=" not in flag),
+    ]
+    result = preflight(*arguments)
+    assert result.returncode == 2
+    assert "absent.jsonl is not there" in result.stderr
+
+
+def test_columns_renamed_by_swift_leave_rows_to_it(preflight, tiny, data):
+    columns = ["--columns", '{"conversation": "messages"}']
+    result = preflight("--model", tiny("qwen3"), "--dataset", data({"conversation": []}), *columns)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "mamba"}', "{}"])
+def test_an_unknown_architecture_is_refused(preflight, own, config):
+    model = own("qwen3")
+    (model / "config.json").write_text(config)
+    result = preflight("--model", model)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "model_type" in result.stderr
