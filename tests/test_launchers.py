@@ -36,7 +36,7 @@ def executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def wait_for(condition, seconds: float = 30):
+def wait_for(condition, seconds: float = 60):
     """The first true value of condition()."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -93,7 +93,7 @@ class Lab:
 
     def run(self, launcher: str, *arguments: object, **env: str) -> subprocess.CompletedProcess:
         process = self.start(launcher, *arguments, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def until_hanging(
@@ -334,7 +334,7 @@ def test_a_node_that_is_not_the_main_one_trains_beside_it_and_publishes_nothing(
     assert not lab.out.exists()
     assert main.poll() is None
     main.terminate()
-    main.communicate(timeout=20)
+    main.communicate(timeout=60)
 
 
 # --- publishing and resuming ----------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_a_second_launcher_of_the_same_output_is_refused(lab, launcher):
     assert first.poll() is None
     assert len(lab.calls()) == 1
     first.terminate()
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -524,7 +524,7 @@ def test_a_second_launcher_of_the_same_output_is_refused(lab, launcher):
 def test_a_signal_to_the_launcher_ends_the_trainer_and_its_children(lab, sent, env, code):
     process = lab.until_hanging("full_run.sh", GPUS="", STUB_HANG_AT=1, **env)
     process.send_signal(sent)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == code
     assert lab.left() == []
     assert not lab.out.exists()
@@ -583,7 +583,7 @@ def test_sigterm_ends_the_server_and_the_trainer(lab):
     process = lab.until_hanging("distil.sh", GPUS="0,1", ROLLOUT_PORT=free_port(), STUB_HANG_AT=1)
     assert len(lab.left()) > 4
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 143
     assert lab.left() == []
 
