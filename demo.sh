@@ -4,6 +4,7 @@
 #   Out:  runs/demo/summary.json, runs/demo/*.png, every stage's checkpoint, runs/demo/logs
 #   bash demo.sh                  an interrupted demo goes on where it was; `rm -r runs/demo` starts afresh
 #   QUICK=1 bash demo.sh          every stage for a few steps only: to see that all of it works
+# shellcheck disable=SC2046  # lasting prints several words
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash lib/setup.sh
@@ -12,13 +13,11 @@ PATH=$PWD/.venv/bin:$PATH
 RUN=${RUN:-runs/demo}
 BASE=${BASE:-examples/tiny_ocr/model}
 QUICK=${QUICK:-}
-KNOCKOUT_STEPS=${KNOCKOUT_STEPS:-$([ -n "$QUICK" ] && echo 2 || echo 12)}
-RECOVER_STEPS=${RECOVER_STEPS:-$([ -n "$QUICK" ] && echo 2 || echo 60)}
-DISTIL_STEPS=${DISTIL_STEPS:-$([ -n "$QUICK" ] && echo 2 || echo 30)}
-LORA_STEPS=${LORA_STEPS:-$([ -n "$QUICK" ] && echo 2 || echo 100)}
-RL_STEPS=${RL_STEPS:-$([ -n "$QUICK" ] && echo 2 || echo 40)}
-ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 20 || echo 500)}  # held-out words to evaluate on
-DROP=${DROP:-5}                                          # layers to drop, the cheapest by the knockouts
+steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
+ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 20 || echo 400)} # held-out words to evaluate on
+# What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
+# --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
+read -ra DROP <<< "${DROP:---text 2 7 --vision 4 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}
 export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl
@@ -31,7 +30,7 @@ fi
 
 # What a tiny model needs on a CPU instead of the launchers' defaults for a real one on GPUs.
 TINY=(
-  --per_device_train_batch_size 32
+  --per_device_train_batch_size 16
   --per_device_eval_batch_size 150
   --gradient_accumulation_steps 1
   --learning_rate 1e-3
@@ -60,40 +59,39 @@ stage() {
   echo $((SECONDS - begun)) > "$RUN/seconds/$name"
   printf '%4d s   %s\n' $((SECONDS - begun)) "$(python -m prunekit.summary --line "$result")"
 }
-# recover NAME INPUT STEPS: full_run.sh on INPUT.
+# lasting STEPS: flags for a run of so many steps, evaluated and saved at its end.
+lasting() { echo --max_steps "$(steps "$1")" --eval_steps "$(steps "$1")" --save_steps "$(steps "$1")"; }
+# recover NAME INPUT STEPS LEARNING_RATE: full_run.sh on INPUT.
 recover() {
-  stage "$1" "$RUN/$1" env MODEL="$RUN/$2" OUTPUT="$RUN/$1" bash full_run.sh "${TINY[@]}" --max_steps "$3" --eval_steps "$3" --save_steps "$3"
+  MODEL=$RUN/$2 OUTPUT=$RUN/$1 stage "$1" "$RUN/$1" bash full_run.sh "${TINY[@]}" $(lasting "$3") --learning_rate "$4"
 }
 
 stage data "$RUN/data" python examples/tiny_ocr/tiny_ocr.py data --out "$RUN/data"
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
-  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 3e-4 --max_steps "$KNOCKOUT_STEPS" --eval_steps "$KNOCKOUT_STEPS" &&
+  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 2e-4 --max_steps "$(steps 5)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
 MODEL=$BASE OUTPUT=$RUN/knockout JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
-stage pruned "$RUN/pruned" \
-  python manual_select.py --model "$BASE" --out "$RUN/pruned" --from-ranking "$RUN/knockout/ranking.json" \
-  --max-layers "$DROP" --keep-above 0 --max-fraction 0.5
-recover recovered pruned "$RECOVER_STEPS"
+stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}"
+recover recovered pruned 120 1e-3
 
 MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \
-  "${TINY[@]}" --learning_rate 3e-4 --max_completion_length 16 --max_steps "$DISTIL_STEPS" --eval_steps "$DISTIL_STEPS" --save_steps "$DISTIL_STEPS"
+  "${TINY[@]}" $(lasting 20) --learning_rate 3e-4 --max_completion_length 16
 
 stage kv2 "$RUN/kv2" python kv_cut.py --model "$RUN/distilled" --out "$RUN/kv2" --kv-heads 2
-recover kv2-recovered kv2 "$RECOVER_STEPS"
+recover kv2-recovered kv2 200 3e-3
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/kv2-recovered" --out "$RUN/mqa" --kv-heads 1
-recover mqa-recovered mqa "$((RECOVER_STEPS * 2))"
+recover mqa-recovered mqa 600 3e-3
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
-  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" --learning_rate 2e-3 --lora_dropout 0 \
-  --max_steps "$LORA_STEPS" --eval_steps "$LORA_STEPS" --save_steps "$LORA_STEPS"
+  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 160) --learning_rate 2e-3 --lora_dropout 0
 MODEL=$RUN/mqa-recovered ADAPTER=$RUN/lora OUTPUT=$RUN/merged stage merged "$RUN/merged" bash export_lora.sh
 
-MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \
-  "${TINY[@]}" --learning_rate 1e-4 --max_completion_length 16 --max_steps "$RL_STEPS" --save_steps "$RL_STEPS"
+MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl VAL_DATASET='' OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \
+  "${TINY[@]}" --max_steps "$(steps 40)" --save_steps "$(steps 40)" --learning_rate 1e-4 --max_completion_length 16
 
 # Two measurements side by side, one a core.
 measure() {
