@@ -31,9 +31,8 @@ def model():
 @pytest.fixture(scope="module")
 def held_out():
     """100 held-out words and their pictures."""
-    words = tiny_ocr._words("test", 0, frozenset())[:100]
-    rng = np.random.default_rng([0, list(tiny_ocr.DATASETS).index("test"), 1])
-    return words, np.stack([tiny_ocr.render(rng, word, tiny_ocr.PLAIN) for word in words])
+    words = tiny_ocr._words("test", 0, frozenset())
+    return words[:100], tiny_ocr.pictures("test", words, 0, 0)[:100]
 
 
 def test_the_model_is_a_qwen3_vl_with_gqa_qk_norm_and_deepstack():

@@ -13,6 +13,7 @@ import math
 import os
 import string
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,10 +48,10 @@ HARD = Look(sizes=(15, 21), noise=34.0, rotation=3.0, contrast=60)
 
 # name of the file, rows, script, word lengths, look
 DATASETS = {
-    "train": (6000, "latin", (3, 8), PLAIN),
+    "train": (24000, "latin", (3, 8), PLAIN),
     "val": (300, "latin", (3, 8), PLAIN),
     "test": (1000, "latin", (3, 8), PLAIN),
-    "cyrillic_train": (2000, "cyrillic", (3, 6), PLAIN),
+    "cyrillic_train": (4000, "cyrillic", (3, 6), PLAIN),
     "cyrillic_val": (200, "cyrillic", (3, 6), PLAIN),
     "rl_train": (1024, "latin", (5, 9), HARD),
     "rl_val": (300, "latin", (5, 9), HARD),
@@ -117,40 +118,66 @@ def _words(name: str, seed: int, banned: frozenset[str]) -> list[str]:
     return list(words)
 
 
+CHUNK = 1000  # rows that share a random generator, so that chunks can be drawn side by side
+
+
+def pictures(name: str, words: list[str], seed: int, chunk: int) -> np.ndarray:
+    """Draw a data set's words number chunk * CHUNK and on. Returns uint8 (up to CHUNK, HEIGHT, WIDTH)."""
+    rng = np.random.default_rng([seed, list(DATASETS).index(name), 1, chunk])
+    return np.stack(
+        [render(rng, word, DATASETS[name][3]) for word in words[chunk * CHUNK : (chunk + 1) * CHUNK]]
+    )
+
+
+def _image(name: str, number: int) -> str:
+    return f"images/{name}_{number:05d}.png"
+
+
+def _save_chunk(folder: Path, name: str, words: list[str], seed: int, chunk: int) -> int:
+    drawn = pictures(name, words, seed, chunk)
+    for number, picture in enumerate(drawn, chunk * CHUNK):
+        Image.fromarray(picture).save(folder / _image(name, number), compress_level=1)
+    return len(drawn)
+
+
 def make_data(out: Path, seed: int) -> None:
     """Write NAME.jsonl (ms-swift messages with images; the truth again in the column `solution`) and images."""
     from tqdm import tqdm
 
     banned = held_out_words(seed)
-    with new_folder(out) as folder:
+    words_of = {name: _words(name, seed, frozenset() if name in HELD_OUT else banned) for name in DATASETS}
+    with new_folder(out) as folder, ProcessPoolExecutor() as pool:
         (folder / "images").mkdir()
-        progress = tqdm(total=sum(rows for rows, *_ in DATASETS.values()), desc="render", unit="image")
-        rows_of = {}
-        for name, (_, _, _, look) in DATASETS.items():
-            words = _words(name, seed, frozenset() if name in HELD_OUT else banned)
-            rng = np.random.default_rng([seed, list(DATASETS).index(name), 1])
-            rows_of[name] = []
-            for index, word in enumerate(words):
-                image = f"images/{name}_{index:04d}.png"
-                Image.fromarray(render(rng, word, look)).save(folder / image)
-                rows_of[name].append(
-                    {
-                        "messages": [
-                            {"role": "user", "content": f"<image>{PROMPT}"},
-                            {"role": "assistant", "content": word},
-                        ],
-                        # ms-swift reads relative image paths from the working directory.
-                        "images": [str(out.resolve() / image)],
-                        "solution": word,
-                    }
-                )
-                progress.update()
+        drawing = [
+            pool.submit(_save_chunk, folder, name, words, seed, chunk)
+            for name, words in words_of.items()
+            for chunk in range(math.ceil(len(words) / CHUNK))
+        ]
+        with tqdm(total=sum(map(len, words_of.values())), desc="render", unit="image") as progress:
+            for chunk in as_completed(drawing):
+                progress.update(chunk.result())
+        rows_of = {
+            name: [
+                {
+                    "messages": [
+                        {"role": "user", "content": f"<image>{PROMPT}"},
+                        {"role": "assistant", "content": word},
+                    ],
+                    # ms-swift reads relative image paths from the working directory.
+                    "images": [str(out.resolve() / _image(name, number))],
+                    "solution": word,
+                }
+                for number, word in enumerate(words)
+            ]
+            for name, words in words_of.items()
+        }
         # Old words beside the new script: without them a LoRA unlearns Latin.
-        rows_of["lora_train"] = rows_of["cyrillic_train"] + rows_of["train"][:1000]
+        rows_of["lora_train"] = (
+            rows_of["cyrillic_train"] + rows_of["train"][: len(rows_of["cyrillic_train"]) // 2]
+        )
         for name, rows in rows_of.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        progress.close()
 
 
 CHAT_TEMPLATE = (
@@ -285,13 +312,14 @@ def accuracy(model, batches: Batches, name: str, seed: int) -> tuple[float, floa
     import torch
 
     words = _words(name, seed, frozenset())
-    rng = np.random.default_rng([seed, list(DATASETS).index(name), 1])
-    pictures = np.stack([render(rng, word, DATASETS[name][3]) for word in words])
+    drawn = np.concatenate(
+        [pictures(name, words, seed, chunk) for chunk in range(math.ceil(len(words) / CHUNK))]
+    )
     right = total = exact = 0
     model.eval()
     with torch.no_grad():
         for start in range(0, len(words), 100):
-            batch = batches(words[start : start + 100], pictures[start : start + 100])
+            batch = batches(words[start : start + 100], drawn[start : start + 100])
             labels = batch.pop("labels")[:, 1:]
             correct = model(**batch).logits[:, :-1].argmax(-1) == labels
             counted = labels != -100
@@ -349,8 +377,8 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
         look = replace(
             PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease, shift=PLAIN.shift * ease
         )
-        pictures = np.stack([render(rng, word, look) for word in words])
-        loss = net(**batches(words, pictures)).loss
+        drawn = np.stack([render(rng, word, look) for word in words])
+        loss = net(**batches(words, drawn)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedule, strict=True):
