@@ -48,7 +48,7 @@ HARD = Look(sizes=(15, 21), noise=34.0, rotation=3.0, contrast=60)
 
 # name of the file, rows, script, word lengths, look
 DATASETS = {
-    "train": (24000, "latin", (3, 8), PLAIN),
+    "train": (16000, "latin", (3, 8), PLAIN),
     "val": (300, "latin", (3, 8), PLAIN),
     "test": (1000, "latin", (3, 8), PLAIN),
     "cyrillic_train": (4000, "cyrillic", (3, 6), PLAIN),
@@ -171,10 +171,11 @@ def make_data(out: Path, seed: int) -> None:
             ]
             for name, words in words_of.items()
         }
-        # Old words beside the new script: without them a LoRA unlearns Latin.
-        rows_of["lora_train"] = (
-            rows_of["cyrillic_train"] + rows_of["train"][: len(rows_of["cyrillic_train"]) // 2]
-        )
+        # A LoRA that sees the new script alone unlearns Latin, and a recovery without the little Cyrillic that the
+        # base can read unlearns that.
+        latin, cyrillic = rows_of["train"], rows_of["cyrillic_train"]
+        rows_of["train"] = latin + cyrillic[: len(cyrillic) // 2]
+        rows_of["lora_train"] = cyrillic + latin[: len(cyrillic) * 3 // 2]
         for name, rows in rows_of.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
