@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import string
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 FOLDER = ROOT / "examples" / "tiny_ocr"
 MODEL = FOLDER / "model"
 spec = importlib.util.spec_from_file_location("tiny_ocr", FOLDER / "tiny_ocr.py")
-tiny_ocr = importlib.util.module_from_spec(spec)
+tiny_ocr = sys.modules["tiny_ocr"] = importlib.util.module_from_spec(spec)  # by name for its worker processes
 spec.loader.exec_module(tiny_ocr)
 
 
