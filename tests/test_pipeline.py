@@ -97,12 +97,10 @@ def test_the_merged_checkpoint_answers_as_base_and_adapter_do(demo):
     adapted = PeftModel.from_pretrained(load(demo / "mqa-recovered"), demo / "lora").eval()
     with torch.no_grad():
         expected, merged = adapted(**inputs).logits, load(demo / "merged").eval()(**inputs).logits
-    with torch.no_grad():
         rounded = adapted.merge_and_unload().bfloat16().float()(**inputs).logits
-    assert (
-        merged - expected
-    ).norm() < 0.05 * expected.norm()  # bf16's rounding of weights hardly trained here
-    assert (merged - rounded).norm() < 0.005 * expected.norm()
+    norm = expected.norm()
+    assert (merged - rounded).norm() < 0.005 * norm
+    assert (merged - expected).norm() < 0.05 * norm  # the rounding to bf16, of weights hardly trained here
 
 
 def test_a_second_demo_repeats_nothing(demo):
