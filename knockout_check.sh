@@ -29,7 +29,7 @@ ARGS=(
 preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor "$((JOBS + 1))" --reuse-out "$@"
 claim_work
 setup_wandb
-if [ -n "$RESTART" ]; then rm -rf "$OUTPUT"; fi
+if [ -n "$RESTART" ] && [ -e "$OUTPUT/settings.json" ]; then rm -rf "$OUTPUT"; fi # a sweep, and nothing else
 if [ -n "$GPUS" ] && [ "$JOBS" -gt 1 ]; then
   all=$(tr , '\n' <<< "$GPUS" | wc -l)
   use_gpus "$(cut -d, -f"1-$((all / JOBS > 0 ? all / JOBS : 1))" <<< "$GPUS")"

@@ -554,8 +554,10 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as transformers does: two spaces, a line end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file as transformers does: two spaces, a line end. It is whole or as before, whatever happens."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    draft.replace(path)
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -615,10 +617,7 @@ def history(path: str | Path) -> list[dict[str, Any]]:
 
 def append_history(folder: str | Path, entry: dict[str, Any]) -> None:
     """Add an entry to a folder's pruning_info.json, atomically."""
-    file = Path(folder) / HISTORY
-    draft = file.with_name(f".{HISTORY}.{os.getpid()}")
-    write_json(draft, {"history": [*history(folder), entry]})
-    draft.rename(file)
+    write_json(Path(folder) / HISTORY, {"history": [*history(folder), entry]})
 
 
 def history_entry(

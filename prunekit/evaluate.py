@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import open_checkpoint, statistics
+from .checkpoint import open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
 from .preflight import check_dataset, check_no_remote_code, check_rewards
 
@@ -187,9 +187,7 @@ def main() -> None:
             print(f"{model}  {name} ({len(rows)} rows)  {values}", flush=True)
         results.append(result)
         if args.json:
-            partial = args.json.with_name(args.json.name + ".new")
-            partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            partial.replace(args.json)
+            write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,6 @@ class Sweep:
         self.slots: SimpleQueue[list[str]] = SimpleQueue()
         for job in range(jobs):
             self.slots.put(gpus[job::jobs])
-        self.gpus = gpus
         if not gpus:
             os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
             self.forks = multiprocessing.get_context("forkserver")
@@ -165,8 +164,7 @@ class Sweep:
             self.slots.put(gpus)
         result["seconds"] = round(time.time() - started, 1)
         shutil.rmtree(work, ignore_errors=True)
-        write_json(self.result_file(run).with_suffix(".new"), result)
-        self.result_file(run).with_suffix(".new").replace(self.result_file(run))
+        write_json(self.result_file(run), result)
         return result
 
     def _train(self, run: Knockout, model: Path, work: Path, gpus: list[str]) -> None:
@@ -266,6 +264,11 @@ def main() -> None:
             f"--jobs {args.jobs}: choose 1 to {len(gpus) or os.cpu_count()}, one GPU a run at the least"
         )
 
+    settings_file = args.out / "settings.json"
+    own_files = {"lock", ".settings.json.new"}  # all that a sweep killed at its very start leaves
+    is_sweep = not args.out.exists() or settings_file.exists()
+    if not is_sweep and (not args.out.is_dir() or {path.name for path in args.out.iterdir()} - own_files):
+        raise PruneKitError(f"{args.out}: is in use, and no sweep of knockouts; choose another OUT")
     args.out.mkdir(parents=True, exist_ok=True)
     lock = (args.out / "lock").open("w")
     try:
@@ -273,7 +276,6 @@ def main() -> None:
     except OSError:
         raise PruneKitError(f"{args.out}: another sweep is running there; choose another OUT") from None
     settings = {"fingerprint": fingerprint(checkpoint), "swift": swift}
-    settings_file = args.out / "settings.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         raise PruneKitError(
             f"{args.out}: holds a sweep of another model or other settings; choose another OUT or remove it"
@@ -308,8 +310,7 @@ def sweep_all(sweep: Sweep, runs: list[Knockout], settings: dict[str, Any]) -> l
 
     def write_ranking() -> dict[str, Any]:
         ranking = rank(list(results.values()), settings, str(sweep.checkpoint.path))
-        write_json(sweep.out / "ranking.json.new", ranking)
-        (sweep.out / "ranking.json.new").replace(sweep.out / "ranking.json")
+        write_json(sweep.out / "ranking.json", ranking)
         if ranking["baseline"] and ranking["removals"]:
             draw_ranking(ranking, sweep.out / "ranking.png")
         return ranking

@@ -113,8 +113,7 @@ def main() -> None:
                 values = "  ".join(f"{key} {value:.4f}" for key, value in row["datasets"][name].items())
                 print(f"  {row['stage']:20}{values}")
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "summary.json.new", {"stages": rows})
-    (args.out / "summary.json.new").replace(args.out / "summary.json")
+    write_json(args.out / "summary.json", {"stages": rows})
     draw_stages(rows, args.out / "stages.png")
 
 

@@ -106,6 +106,14 @@ def test_a_sweep_of_other_settings_in_the_same_folder_is_refused(monkeypatch, ti
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
 
 
+def test_a_folder_that_is_no_sweep_is_refused_and_left_as_it_is(monkeypatch, tiny, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(PruneKitError, match="no sweep"):
+        run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+
+
 def test_two_sweeps_in_one_folder_are_refused(monkeypatch, tiny, tmp_path):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
