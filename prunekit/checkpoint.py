@@ -28,6 +28,7 @@ from typing import Any
 
 from .errors import PruneKitError
 from .families import Family, configs, family_of
+from .model_card import model_card
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -581,7 +582,7 @@ def write_checkpoint(
     extra_files: Iterable[Path] = (),
     fallback: Path | None = None,
 ) -> None:
-    """Write `checkpoint` to OUT, atomically, with its side files and its history plus `entry`.
+    """Write `checkpoint` to OUT, atomically, with its side files, its history plus `entry`, and a README.md of these.
 
     `checkpoint.path` is the folder that side files come from; files missing there come from `fallback`, whose history
     is then the one that goes on. Raises PruneKitError as `new_folder` does.
@@ -590,6 +591,8 @@ def write_checkpoint(
         file.name: file for folder in (fallback, checkpoint.path) if folder for file in side_files(folder)
     }
     files |= {file.name: file for file in map(Path, extra_files)}
+    entries = [*history(fallback or checkpoint.path), entry]
+    card = model_card(checkpoint.config, statistics(checkpoint), entries)
     need = checkpoint.nbytes + sum(file.stat().st_size for file in files.values()) + 2**20
     check_out(out, checkpoint.path, *([fallback] if fallback else []), overwrite=overwrite)
     with new_folder(out, overwrite, need) as folder:
@@ -597,7 +600,8 @@ def write_checkpoint(
         write_json(folder / "config.json", checkpoint.config)
         for file in files.values():
             shutil.copyfile(file, folder / file.name)
-        write_json(folder / HISTORY, {"history": [*history(fallback or checkpoint.path), entry]})
+        write_json(folder / HISTORY, {"history": entries})
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # --- history and statistics ------------------------------------------------------------------------------------------
@@ -610,8 +614,8 @@ def history(path: str | Path) -> list[dict[str, Any]]:
         return []
     content = read_json(file)
     entries = content.get("history") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise PruneKitError(f"{file}: has no list 'history'; mend or remove it")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise PruneKitError(f"{file}: has no list 'history' of entries; mend or remove it")
     return entries
 
 
@@ -629,7 +633,7 @@ def history_entry(
     metrics: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What one stage did. `before` and `after` come from `statistics`."""
+    """What one stage did. `before` and `after` come from `statistics`; both are in it, `before` as `…_before`."""
     versions = {}
     for package in ("prunekit", "torch", "transformers", "ms-swift"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -638,10 +642,8 @@ def history_entry(
         "stage": stage,
         "input": str(input_path),
         "removed": removed,
-        "parameters_before": before["parameters"],
-        "parameters": after["parameters"],
-        "kv_bytes_per_token_before": before["kv_bytes_per_token"],
-        "kv_bytes_per_token": after["kv_bytes_per_token"],
+        **{f"{key}_before": value for key, value in before.items()},
+        **after,
         "metrics": metrics,
         "settings": settings,
         "versions": versions,

@@ -9,17 +9,7 @@ from typing import Any
 
 from .checkpoint import history, open_checkpoint, statistics
 from .errors import run_script
-
-ROWS = {
-    "text layers": "num_hidden_layers",
-    "vision blocks": "vision_depth",
-    "attention heads": "num_attention_heads",
-    "KV heads": "num_key_value_heads",
-    "head dim": "head_dim",
-    "parameters": "parameters",
-    "KV bytes/token": "kv_bytes_per_token",
-    "bytes on disk": "bytes",
-}
+from .model_card import ROWS
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:

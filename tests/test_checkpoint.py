@@ -431,7 +431,13 @@ def test_side_files_travel_and_a_trainers_traces_do_not(own, tmp_path):
         (folder / name).write_text("{}")
     (folder / "global_step3").mkdir()
     out = copy_whole(folder, tmp_path / "out")
-    assert {file.name for file in out.iterdir()} == {*kept, "config.json", "model.safetensors", HISTORY}
+    assert {file.name for file in out.iterdir()} == {
+        *kept,
+        "config.json",
+        "model.safetensors",
+        HISTORY,
+        "README.md",
+    }
 
 
 def test_history_grows_by_one_entry_a_stage(tiny, tmp_path):
@@ -448,10 +454,11 @@ def test_a_history_entry_says_what_changed_and_with_what(tiny):
     json.dumps(entry)
 
 
-def test_a_damaged_history_is_refused_before_anything_is_written(own, tmp_path):
+@pytest.mark.parametrize("content", ["[]", '{"history": 1}', '{"history": [1]}'])
+def test_a_damaged_history_is_refused_before_anything_is_written(content, own, tmp_path):
     folder = own("llama")
-    (folder / HISTORY).write_text("[]")
-    with pytest.raises(PruneKitError, match="has no list 'history'; mend or remove it"):
+    (folder / HISTORY).write_text(content)
+    with pytest.raises(PruneKitError, match="has no list 'history' of entries; mend or remove it"):
         copy_whole(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

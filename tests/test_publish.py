@@ -82,7 +82,7 @@ def test_a_run_becomes_a_clean_checkpoint(run, base, tmp_path, script):
     out = tmp_path / "out"
     assert {file.name for file in out.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
-        "logging.jsonl", "command.sh", HISTORY,
+        "logging.jsonl", "command.sh", HISTORY, "README.md",
     }  # fmt: skip
     assert (norm(out), (out / "tokenizer.json").read_text()) == (20, "trained")
     first, entry = history(out)
