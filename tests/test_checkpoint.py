@@ -1,9 +1,13 @@
 """Reading damaged folders, writing whole ones."""
 
 import errno
+import hashlib
 import json
+import multiprocessing
 import os
 import random
+import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -562,38 +566,64 @@ def test_an_out_below_a_file_is_refused(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A sharded llama of 96 MB, all zeros: sparse files, quickly made, slow enough to be killed while copied."""
-    folder = tmp_path_factory.mktemp("large")
+    """A sharded llama of 24 MB, no two layers alike: quickly made, and with many moments to be killed in."""
+    folder, data = tmp_path_factory.mktemp("large"), random.Random(0)
     config = {"model_type": "llama", "num_hidden_layers": 24, "num_attention_heads": 1, "hidden_size": 1024}
     (folder / "config.json").write_text(json.dumps(config))
     for shard in range(6):
         names = [f"model.layers.{4 * shard + i}.mlp.up_proj.weight" for i in range(4)]
-        header = {name: entry(2**22 * i, 2**22 * (i + 1), [1024, 4096]) for i, name in enumerate(names)}
-        file = write_raw(folder / f"model-{shard + 1:05}-of-00006.safetensors", header)
-        os.truncate(file, file.stat().st_size + 4 * 2**22)
+        header = {name: entry(2**20 * i, 2**20 * (i + 1), [1024, 1024]) for i, name in enumerate(names)}
+        write_raw(folder / f"model-{shard + 1:05}-of-00006.safetensors", header, data.randbytes(4 * 2**20))
     return folder
 
 
-def test_a_killed_run_leaves_out_absent_or_whole_and_the_next_one_cleans_up(large, tmp_path):
-    out, moments = tmp_path / "out", random.Random(0)
-    command = [sys.executable, "manual_select.py", "--model", large, "--out", out, "--text", "7"]
-    seen = set()
-    for _ in range(10):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not any(tmp_path.iterdir()):
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        seen.add(out.exists())
-        if out.exists():
-            assert len(open_checkpoint(out).tensors) == 23
-            assert json.loads((out / HISTORY).read_text())["history"][0]["removed"] == {"text": [7]}
-            command += ["--overwrite"]
-    command += ["--overwrite"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
-    assert list(tmp_path.iterdir()) == [out] and len(open_checkpoint(out).tensors) == 23
-    assert False in seen, "no run was killed while it wrote"
+def cut(source, out, layer, kill_after=None):
+    """Run manual_select.py in a fork of this process, which saves its start-up; the seconds that it lived."""
+    arguments = ["--model", source, "--out", out, "--text", layer, "--overwrite"]
+
+    def child():
+        sys.argv = ["manual_select.py", *map(str, arguments)]
+        runpy.run_path(ROOT / "manual_select.py", run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    start = time.monotonic()
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0 or (kill_after is not None and process.exitcode == -signal.SIGKILL)
+    return time.monotonic() - start
+
+
+def contents(folder):
+    """A digest of every file by name, but for the time of day in the history and the card: what was removed."""
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    (entry,) = history(folder)
+    assert entry["time"] in (folder / "README.md").read_text()
+    return files | {HISTORY: entry["removed"], "README.md": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("used", [False, True], ids=["new", "overwrite"])
+def test_a_run_killed_at_any_moment_leaves_out_absent_or_whole_and_the_next_one_cleans_up(
+    used, large, tmp_path, tmp_path_factory
+):
+    complete, moments = tmp_path_factory.mktemp("complete"), random.Random(0)
+    duration = max(cut(large, complete / str(layer), layer) for layer in (7, 8))
+    old, new = contents(complete / "7"), contents(complete / "8")
+    out, left_a_partial = tmp_path / "out", 0
+    for part in range(50):
+        if used:
+            cut(large, out, 7)
+        cut(large, out, 8, kill_after=(part + moments.random()) / 50 * duration)
+        left_a_partial += any(path != out for path in tmp_path.iterdir())
+        if out.exists() or used:
+            open_checkpoint(out)
+            assert contents(out) in ([old, new] if used else [new])
+        cut(large, out, 8)
+        assert list(tmp_path.iterdir()) == [out] and contents(out) == new
+        shutil.rmtree(out)
+    assert left_a_partial, "no run was killed while it wrote"
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
