@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -556,6 +557,60 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(PruneKitError, match="the disk is full; nothing was left there"):
         copy_whole(tiny("llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """on_disk(options, source): drop a layer of source onto a tmpfs of its own; stdout names what is left there."""
+    script = 'mount -t tmpfs -o "$0" tmpfs disk || exit 77; "$@" >/dev/null; code=$?; ls -A disk; exit $code'
+
+    def run(options, *command):
+        for unshare in (["unshare", "--mount", "--map-root-user"], ["unshare", "--mount"]):
+            done = subprocess.run(
+                [*unshare, "bash", "-c", script, options, *map(str, command)],
+                cwd=tmp_path, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if "unshare: " not in done.stderr and done.returncode != 77:
+                return done
+        pytest.skip(f"a tmpfs can be mounted neither in a user namespace nor as root: {done.stderr.strip()}")
+
+    (tmp_path / "disk").mkdir()
+    return lambda options, source: run(
+        options,
+        sys.executable,
+        ROOT / "manual_select.py",
+        "--model",
+        source,
+        "--out",
+        "disk/out",
+        "--text",
+        "1",
+    )
+
+
+def test_a_disk_with_too_little_room_is_refused(tiny, on_disk):
+    done = on_disk("size=1m", tiny("llama"))
+    assert re.fullmatch(r"error: disk/out: needs 1\.\d MB, 1\.0 MB are free; make room or .*\n", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("inodes", range(1, 15), ids="{} inodes".format)
+def test_a_disk_on_which_a_file_cannot_be_made_is_left_empty(inodes, tiny, on_disk):
+    source = tiny("llama", max_shard_size="30KB")
+    done = on_disk(f"size=9m,nr_inodes={inodes}", source)
+    assert re.fullmatch(r"error: disk/out: the disk is full; nothing was left there; .*\n", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_disk_that_proves_too_small_while_it_is_written_to_is_left_empty(tmp_path, on_disk):
+    for shard in range(1, 513):  # each takes a page of 4 KB, for the one byte of which the room was counted
+        header = {f"model.layers.{shard - 1}.mlp.up_proj.weight": entry(0, 1)}
+        write_raw(tmp_path / f"model-{shard:05}-of-00512.safetensors", header, b"x")
+    config = {"model_type": "llama", "num_hidden_layers": 512, "num_attention_heads": 1, "hidden_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = on_disk("size=1536k", tmp_path)
+    assert re.fullmatch(r"error: disk/out: the disk is full; nothing was left there; .*\n", done.stderr)
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_an_out_below_a_file_is_refused(tiny, tmp_path):
