@@ -564,28 +564,27 @@ def on_disk(tmp_path):
     """on_disk(options, source): drop a layer of source onto a tmpfs of its own; stdout names what is left there."""
     script = 'mount -t tmpfs -o "$0" tmpfs disk || exit 77; "$@" >/dev/null; code=$?; ls -A disk; exit $code'
 
-    def run(options, *command):
+    (tmp_path / "disk").mkdir()
+
+    def run(options, source):
+        command = [
+            sys.executable,
+            ROOT / "manual_select.py",
+            "--model",
+            source,
+            "--out",
+            "disk/out",
+            "--text",
+            "1",
+        ]
         for unshare in (["unshare", "--mount", "--map-root-user"], ["unshare", "--mount"]):
-            done = subprocess.run(
-                [*unshare, "bash", "-c", script, options, *map(str, command)],
-                cwd=tmp_path, capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            command_line = [*unshare, "bash", "-c", script, options, *command]
+            done = subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=False)
             if "unshare: " not in done.stderr and done.returncode != 77:
                 return done
-        pytest.skip(f"a tmpfs can be mounted neither in a user namespace nor as root: {done.stderr.strip()}")
+        return pytest.skip(f"no tmpfs can be mounted, in a user namespace or as root: {done.stderr.strip()}")
 
-    (tmp_path / "disk").mkdir()
-    return lambda options, source: run(
-        options,
-        sys.executable,
-        ROOT / "manual_select.py",
-        "--model",
-        source,
-        "--out",
-        "disk/out",
-        "--text",
-        "1",
-    )
+    return run
 
 
 def test_a_disk_with_too_little_room_is_refused(tiny, on_disk):
