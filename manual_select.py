@@ -3,18 +3,56 @@
     python manual_select.py --model checkpoints/base --out checkpoints/pruned --text 4 10 --vision 9
     python manual_select.py --model checkpoints/base --text 4-7,10 --dry-run
     python manual_select.py --model checkpoints/base --out checkpoints/pruned --from-ranking runs/knockout/ranking.json
+    python manual_select.py --model checkpoints/base --out checkpoints/pruned --text 4-7 --heal --calib data/train.jsonl
 
 Numbers count from 0 and are those of the input. DeepStack taps (Qwen3-VL) on removed blocks move to the nearest block
-before; --taps or --drop-taps say otherwise. --from-ranking takes what the knockouts found cheap.
+before; --taps or --drop-taps say otherwise. --from-ranking takes what the knockouts found cheap. --heal refits the
+layers around each seam on calibration data, so that recovery starts from a better model; it needs the model in memory.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from prunekit.calibration import calibrate, load_model, read_calibration
 from prunekit.checkpoint import check_out, open_checkpoint, read_json, statistics
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
-from prunekit.layers import apply_removal, choose_from_ranking, parse_numbers, plan_removal
+from prunekit.layers import (
+    Removal,
+    apply_removal,
+    check_healable,
+    choose_from_ranking,
+    parse_numbers,
+    plan_removal,
+)
+
+
+def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, dict[str, Any]]:
+    """Refit around the seams: the plan with new tensors, and what its history shall say of it."""
+    check_healable(plan)
+    read_calibration(arguments.calib)
+    from prunekit.heal import heal
+
+    model = load_model(plan.source, arguments.device, arguments.dtype)
+    data = calibrate(
+        model,
+        plan.source,
+        arguments.calib,
+        arguments.calib_tokens,
+        arguments.max_length,
+        model_type=arguments.model_type,
+        template=arguments.template,
+    )
+    plan, seams = heal(plan, model, data)
+    for seam in seams:
+        done = f"{seam['jump_left']:.0%} of the jump left, held-out loss {seam['loss_before']:.4f} -> {seam['loss_after']:.4f}"
+        if not seam["refitted"]:
+            done = "left as it is: refitting did not lower the held-out loss"
+        print(f"{seam['stack']} seam behind layer {seam['layer']}: {done}")
+    losses = {"held_out_loss_unhealed": seams[0]["loss_before"], "held_out_loss": seams[-1]["loss_after"]}
+    settings = {"heal": str(arguments.calib), "calibration_tokens": data.tokens}
+    return plan, {"settings": settings, "metrics": losses, "seams": seams}
 
 
 def main() -> None:
@@ -46,9 +84,24 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
+    healing = parser.add_argument_group("healing")
+    healing.add_argument(
+        "--heal", action="store_true", help="refit the layers around each seam (needs --calib)"
+    )
+    healing.add_argument(
+        "--calib", metavar="JSONL", help='ms-swift messages, or {"text": ...}, like the data the model is for'
+    )
+    healing.add_argument("--calib-tokens", type=int, default=65_536, metavar="N", help="(default: 65536)")
+    healing.add_argument("--max-length", type=int, default=2048, metavar="N", help="of a row (default: 2048)")
+    healing.add_argument("--device", help="default: cuda if there is one")
+    healing.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
+    healing.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
+    healing.add_argument("--template", help="ms-swift's, default: that of the model type")
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")
+    if arguments.heal != bool(arguments.calib):
+        parser.error("--heal and --calib need each other")
 
     checkpoint = open_checkpoint(arguments.model)
     if arguments.out:
@@ -76,11 +129,16 @@ def main() -> None:
     for note in plan.notes:
         print(note)
     print(comparison(statistics(checkpoint), statistics(plan.result)))
+    healing = None
+    if arguments.heal:
+        plan, healing = heal_plan(plan, arguments)
     if arguments.dry_run:
         print("dry run: nothing written")
         return
     limit = arguments.max_shard_gb
-    apply_removal(plan, arguments.out, arguments.overwrite, None if limit is None else int(limit * 1e9))
+    apply_removal(
+        plan, arguments.out, arguments.overwrite, None if limit is None else int(limit * 1e9), healing
+    )
     print(f"wrote {arguments.out}")
 
 

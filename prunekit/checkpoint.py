@@ -569,7 +569,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as transformers does: two spaces, a line end. It is whole or as before, whatever happens."""
     draft = path.with_name(f".{path.name}.new")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

@@ -75,34 +75,40 @@ def batches_by_length(encoded: list[dict], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
+    import torch
+
+    right = total = 0
+    loss = 0.0
+    with torch.inference_mode():
+        for batch in batches:
+            inputs = {
+                key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+                for key, value in batch.items()
+                if key not in ("labels", "text_position_ids", "loss_scale")
+            }
+            labels = batch["labels"][:, 1:].to(model.device)
+            counted = labels != -100
+            logits, labels = model(**inputs, use_cache=False).logits[:, :-1][counted], labels[counted]
+            right += int((logits.argmax(-1) == labels).sum())
+            for part, truth in zip(logits.split(1024), labels.split(1024)):  # in parts: fp32 logits are large
+                loss += float(torch.nn.functional.cross_entropy(part.float(), truth, reduction="sum"))
+            total += len(labels)
+    return {"token_acc": right / total, "loss": loss / total}
+
+
 def teacher_forced(engine, rows: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
     """token_acc and mean loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval."""
-    import torch
-    from swift.utils import to_device
     from tqdm import tqdm
 
     engine.template.set_mode("train")
     encoded = [engine.template.encode(row) for row in tqdm(rows, desc="encode", leave=False, disable=None)]
-    right = total = 0
-    loss = 0.0
-    with torch.inference_mode():
-        for batch in tqdm(
-            batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None
-        ):
-            inputs = to_device(
-                engine.template.data_collator([encoded[index] for index in batch]), engine.model.device
-            )
-            labels = inputs.pop("labels")[:, 1:]
-            inputs.pop("text_position_ids", None)
-            inputs.pop("loss_scale", None)
-            logits = engine.model(**inputs).logits[:, :-1]
-            counted = labels != -100
-            right += int((logits.argmax(-1) == labels)[counted].sum())
-            loss += float(
-                torch.nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
-            )
-            total += int(counted.sum())
-    return {"token_acc": right / total, "loss": loss / total}
+    batches = (
+        engine.template.data_collator([encoded[index] for index in batch])
+        for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None)
+    )
+    return score_batches(engine.model, batches)
 
 
 def generate(engine, rows: list[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64) -> list[str]:

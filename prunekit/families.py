@@ -35,6 +35,7 @@ class Stack:
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    plain_residual: bool = True  # attention and MLP write into the residual stream with no norm between
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ _BERT = Stack(
     v="attention.self.value",
     o="attention.output.dense",
     mlp=("intermediate.dense", "output.dense"),
+    plain_residual=False,
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
 _ENCODER = {
@@ -172,6 +174,7 @@ FAMILIES: dict[str, Family] = {
             "gemma3_text",
             Stack(
                 _TEXT,
+                plain_residual=False,
                 pattern=("sliding_window_pattern", "_sliding_window_pattern"),
                 defaults={"_sliding_window_pattern": 6},
                 norms=(
@@ -217,6 +220,7 @@ FAMILIES: dict[str, Family] = {
                 v="attention.v_lin",
                 o="attention.out_lin",
                 mlp=("ffn.lin1", "ffn.lin2"),
+                plain_residual=False,
                 norms=("sa_layer_norm", "output_layer_norm"),
             ),
             hidden="dim",

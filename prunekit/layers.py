@@ -23,6 +23,16 @@ class Removal:
     notes: list[str]  # what the user should know, one line each
 
 
+@dataclass(frozen=True)
+class Seam:
+    """A place where layers are missing. Numbers are those of the input."""
+
+    stack: str
+    before: int
+    gone: tuple[int, ...]
+    behind: tuple[int, ...]  # the layers from here to the next seam
+
+
 def parse_numbers(words: Iterable[str]) -> list[int]:
     """Layer numbers from words like `4`, `4-7` and `4-7,10`, in the order given."""
     numbers: list[int] = []
@@ -262,13 +272,55 @@ def _rename(name: str, renames: list[tuple[str, list[int]]]) -> str | None:
     return name
 
 
+def find_seams(plan: Removal) -> list[Seam]:
+    """Vision first, then text, in the order of the layers. Removed first layers have none before them to refit."""
+    seams = []
+    for stack in reversed(plan.source.family.stacks):
+        gone = plan.removed.get(stack, [])
+        kept = [i for i in layer_numbers(plan.source, stack) if i not in gone]
+        starts = [i for i in kept if i + 1 in gone]
+        for before, end in zip(starts, [*starts[1:], None]):
+            behind = tuple(kept[kept.index(before) + 1 : end and kept.index(end)])
+            missing = range(before + 1, min((i for i in kept if i > before), default=max(gone) + 1))
+            seams.append(Seam(stack, before, tuple(missing), behind))
+    return seams
+
+
+def check_healable(plan: Removal) -> None:
+    """PruneKitError if this plan has a seam that can't be healed, or none that can."""
+    family = plan.source.family
+    for stack in plan.removed:
+        if not family.stacks[stack].plain_residual:
+            raise PruneKitError(
+                f"--heal: {family.model_type} has norms behind its projections, into which nothing can be folded; "
+                "leave it out"
+            )
+    if not find_seams(plan):
+        raise PruneKitError("--heal: no layer is left before those that are removed; leave it out")
+
+
 def apply_removal(
-    plan: Removal, out: str | Path, overwrite: bool = False, max_shard_bytes: int | None = None
+    plan: Removal,
+    out: str | Path,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+    healing: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does."""
+    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
+
+    `healing` is what the entry shall say of it: settings, metrics and `heal.heal`'s seams.
+    """
     removed = plan.removed | ({"taps": plan.taps} if any(a != b for a, b in plan.taps) else {})
     entry = history_entry(
-        "manual_select", plan.source.path, statistics(plan.source), statistics(plan.result), removed=removed
+        "manual_select",
+        plan.source.path,
+        statistics(plan.source),
+        statistics(plan.result),
+        removed=removed,
+        metrics=healing and healing["metrics"],
+        settings=healing and healing["settings"],
     )
+    if healing:
+        entry["seams"] = healing["seams"]
     write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
     return entry

@@ -1,0 +1,154 @@
+"""Calibration data: rows of text or messages as batches of model inputs, and a model to run them through."""
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, statistics
+from .errors import PruneKitError
+from .preflight import check_dataset, check_no_remote_code
+
+HELD_OUT = 5  # every fifth row only judges
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of model inputs with labels (-100: not counted), on the CPU: to fit on, and to judge by."""
+
+    fit: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    tokens: int
+
+
+def read_calibration(dataset: str | Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, all {"text": ...} or all ms-swift messages. PruneKitError names a line that is neither."""
+    path = Path(dataset)
+    if not path.is_file():
+        raise PruneKitError(f"calibration set {path} is not there: give a JSONL file of messages or texts")
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise PruneKitError(f"calibration set {path} line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict) or ("text" in row) != ("text" in (rows or [row])[0]):
+                raise PruneKitError(
+                    f'calibration set {path} line {number}: rows must all be {{"text": ...}}, or all have "messages"'
+                )
+            if "text" in row and not (isinstance(row["text"], str) and row["text"].strip()):
+                raise PruneKitError(f"calibration set {path} line {number} has no text")
+            rows.append(row)
+    if len(rows) < HELD_OUT:
+        raise PruneKitError(f"calibration set {path} has {len(rows)} rows; give hundreds")
+    if "text" not in rows[0]:
+        check_dataset(str(path))
+    return rows
+
+
+def load_model(checkpoint: Checkpoint, device: str | None = None, dtype: str | None = None):
+    """The checkpoint's own class from transformers, in evaluation mode.
+
+    Device: cuda if there is one. Dtype: bfloat16, several times faster than float32 on CPUs too; but float32 on a CPU
+    for models of less than 50M parameters.
+    """
+    import torch
+    import transformers
+
+    check_no_remote_code(checkpoint.path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    small = device == "cpu" and statistics(checkpoint)["parameters"] < 50e6
+    names = checkpoint.config.get("architectures") or ["AutoModelForCausalLM"]
+    cls = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
+    dtype = getattr(torch, dtype or ("float32" if small else "bfloat16"))
+    return cls.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
+
+
+def _text_encoder(folder: Path, max_length: int):
+    from transformers import AutoTokenizer
+    from transformers.data import DataCollatorForSeq2Seq
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def encode(row):
+        ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+    return encode, DataCollatorForSeq2Seq(tokenizer)
+
+
+def _message_encoder(
+    model, checkpoint: Checkpoint, max_length: int, model_type: str | None, template: str | None
+):
+    from .evaluate import DEFAULT_PLUGINS, load_plugins
+
+    os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
+    from swift import get_processor, get_template
+    from swift.template import MaxLengthError
+
+    load_plugins(DEFAULT_PLUGINS)
+    processor = get_processor(str(checkpoint.path), model_type=model_type or checkpoint.config["model_type"])
+    encoder = get_template(processor, max_length=max_length, template_type=template)
+    encoder.set_mode("train")
+    encoder.model = model  # which makes the position ids of M-RoPE
+
+    def encode(row):
+        try:
+            return encoder.encode(row)
+        except MaxLengthError:
+            return None
+
+    def collate(rows):
+        batch = encoder.data_collator(rows)
+        return {key: value for key, value in batch.items() if key not in ("text_position_ids", "loss_scale")}
+
+    return encode, collate
+
+
+def calibrate(
+    model,
+    checkpoint: Checkpoint,
+    dataset: str | Path,
+    max_tokens: int = 65_536,
+    max_length: int = 512,
+    batch_tokens: int = 4096,
+    model_type: str | None = None,
+    template: str | None = None,
+) -> Calibration:
+    """Batches of similar length of a calibration set, in all about `max_tokens` tokens (image tokens included).
+
+    Rows are drawn in a seeded random order. Texts are cut to `max_length` tokens; messages, encoded by ms-swift's
+    template (`model_type` and `template` are ms-swift's), are left out if longer. Raises PruneKitError for bad rows.
+    """
+    rows = read_calibration(dataset)
+    random.Random(0).shuffle(rows)
+    if "text" in rows[0]:
+        encode, collate = _text_encoder(checkpoint.path, max_length)
+    else:
+        encode, collate = _message_encoder(model, checkpoint, max_length, model_type, template)
+    encoded, tokens = [], 0
+    for row in rows:
+        if tokens >= max_tokens:
+            break
+        if (item := encode(row)) and len(item["input_ids"]) > 1:
+            encoded.append(item)
+            tokens += len(item["input_ids"])
+    if len(encoded) < HELD_OUT:
+        raise PruneKitError(
+            f"calibration set {dataset}: {len(encoded)} of its rows fit into {max_length} tokens; raise --max-length"
+        )
+
+    def batches(items: list[dict]) -> list[dict[str, Any]]:
+        groups: list[list[dict]] = []
+        for item in sorted(items, key=lambda item: len(item["input_ids"])):
+            if not groups or len(item["input_ids"]) * (len(groups[-1]) + 1) > batch_tokens:
+                groups.append([])
+            groups[-1].append(item)
+        return [dict(collate(group)) for group in groups]
+
+    fit = [item for number, item in enumerate(encoded) if number % HELD_OUT]
+    return Calibration(batches(fit), batches(encoded[::HELD_OUT]), tokens)

@@ -1,0 +1,242 @@
+"""Heal the seams of removed layers: refit what the layers around them write, so that less is missing behind them.
+
+Where layers were removed, the layer before them hands its state on to a layer that used to get another one. Ridge
+least squares on calibration activations says how that layer has to write its output so that what is handed on comes
+nearest to the uncut model's state there; then the layers behind the seam are refitted to the uncut model's states in
+the same way, each on what the refitted ones before it give. All is folded into output projections: shapes stay as
+they are, and inference pays nothing. (A linear map in place of the removed layers, folded into the MLP before them, is
+the idea of ReplaceMe, 2505.02819. Refitting the projections themselves has more freedom at the same price.)
+"""
+
+import re
+from copy import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from .calibration import Calibration
+from .checkpoint import float_bytes
+from .evaluate import score_batches
+from .layers import Removal, check_healable, find_seams
+from .stacks import Replay, find_stack, record_calls, removed
+
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # times the mean of the normal matrix's diagonal
+UNLABELLED = (
+    0.1  # weight of text tokens that predict no label (prompt, image): what they carry counts only indirectly
+)
+
+
+class LeastSquares:
+    """Weighted normal equations of y = D x, gathered batch by batch. x: (n, inputs), y: (n, outputs)."""
+
+    def __init__(self) -> None:
+        self.xx = self.xy = self.yy = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        weighted = x * weight[:, None]
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y
+        self.yy += float((y.square().sum(1) * weight).sum())
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """D (outputs, inputs), drawn toward 0 by `ridge` times the mean of the diagonal."""
+        matrix = self.xx.clone()
+        matrix.diagonal().add_(ridge * self.xx.diagonal().mean())
+        return torch.linalg.solve(matrix, self.xy).T
+
+    def left(self, solution: torch.Tensor) -> float:
+        """Share of y's weighted sum of squares that a solution leaves: 1 for D = 0."""
+        rest = self.yy - 2 * (solution.T * self.xy).sum() + ((solution @ self.xx) * solution).sum()
+        return float(rest) / self.yy if self.yy else 1.0
+
+
+class Projection:
+    """What a layer's attention or MLP writes into the residual stream, linear in features that are captured.
+
+    The features are the projection's inputs (and 1 for its bias). For a mixture of experts they are the MLP's output,
+    and the fitted map goes into every expert's projection.
+    """
+
+    def __init__(self, layer: nn.Module, name: str):
+        self.name = name
+        block, _, linear = name.rpartition(".")
+        parent = layer.get_submodule(block)
+        self.experts = None if hasattr(parent, linear) else parent.experts
+        self.module = parent if self.experts is not None else getattr(parent, linear)
+        self.bias = self.experts is None and self.module.bias is not None
+        self.parameters = (
+            dict(self.module.named_parameters())
+            if self.experts is None
+            else {linear: getattr(self.experts, linear)}
+        )
+
+    def features(self, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """(tokens, inputs [+ 1]) in fp32."""
+        x = (inputs if self.experts is None else output).flatten(0, -2).float()
+        return torch.cat([x, x.new_ones(len(x), 1)], 1) if self.bias else x
+
+    def changed(self, name: str, value: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
+        """A parameter after the fit, in fp32. `name` ends in bias for the bias; experts come one by one or stacked."""
+        value = value.float()
+        if (
+            self.experts is not None
+        ):  # ([experts,] hidden, width), or (experts, width, hidden) in some releases
+            by_rows = value.shape[-2] == len(solution)
+            return value + (solution @ value if by_rows else value @ solution.T)
+        if name.endswith("bias"):
+            return value + solution[:, -1]
+        change = solution[:, :-1] if self.bias else solution
+        return value + (change.T if isinstance(self.module, Conv1D) else change)
+
+    def pattern(self) -> str:
+        """Regex of the checkpoint's names for its parameters, relative to the layer."""
+        block, _, linear = self.name.rpartition(".")
+        experts = r"experts\.(?:\d+\.)?" if self.experts is not None else ""
+        return rf"{re.escape(block)}\.{experts}{linear}(?:\.weight|\.bias)?"
+
+
+class _Sides:
+    """The uncut stack (teacher) and the cut one (student), advanced side by side over all rows."""
+
+    def __init__(
+        self, plan: Removal, model: nn.Module, stack: str, batches: list[dict], judged: range, calls: list
+    ):
+        self.plan, self.model, self.stack, self.batches, self.judged = plan, model, stack, batches, judged
+        self.row = plan.source.family.stacks[stack]
+        owner, attribute = find_stack(model, self.row)
+        self.layers = getattr(owner, attribute)
+        self.kept = [i for i in range(len(self.layers)) if i not in plan.removed[stack]]
+        self.teacher = Replay(model, self.row, calls)
+        with removed(model, plan):
+            self.student = Replay(model, self.row, record_calls(model, self.row, batches))
+
+    def targets(self, layer: int) -> list[torch.Tensor]:
+        """The uncut model's state where the student's `layer` hands its own on, per batch."""
+        states: dict[int, torch.Tensor] = {}
+        self.teacher.step(
+            min((i for i in self.kept if i > layer), default=len(self.layers)), states.__setitem__
+        )
+        return [states[index] for index in range(len(states))]
+
+    def fit(self, layer: int, targets: list[torch.Tensor], names: list[str]) -> tuple[list, float, float]:
+        """Fit these projections of a layer to the targets, together.
+
+        Returns [(projection, solution)], the ridge that leaves least on the rows that judge, and the share it leaves.
+        """
+        projections = [Projection(self.layers[layer], name) for name in names]
+        fit, judge = LeastSquares(), LeastSquares()
+        features: dict[str, torch.Tensor] = {}
+        scales: dict[str, torch.Tensor] = {}
+
+        def gather(index: int, state: torch.Tensor) -> None:
+            target = targets[index].flatten(0, -2).float()
+            # A few tokens have states a thousand times larger (2402.17762): unweighted, they would decide alone.
+            weight = 1 / target.square().sum(1).clamp_min(1e-12)
+            if self.stack == "text":
+                labels = nn.functional.pad(self.batches[index]["labels"][:, 1:], (0, 1), value=-100)
+                counts = torch.where(labels != -100, 1.0, UNLABELLED) * self.batches[index]["attention_mask"]
+                weight = weight * counts.to(weight.device).flatten()
+            # One ridge serves both projections only if their inputs are alike in size.
+            for name, x in features.items():
+                scales.setdefault(name, x.square().mean().sqrt())
+            x = torch.cat([features[name] / scales[name] for name in names], 1)
+            (judge if index in self.judged else fit).add(x, target - state.flatten(0, -2).float(), weight)
+
+        def capture(projection, _, inputs, output):
+            features[projection.name] = projection.features(inputs[0], output)
+
+        hooks = [p.module.register_forward_hook(partial(capture, p)) for p in projections]
+        with removed(self.model, self.plan):
+            self.student.step(self.kept.index(layer))
+            self.student.step(self.kept.index(layer) + 1, gather, keep=False)
+        for hook in hooks:
+            hook.remove()
+        solutions = ((ridge, fit.solve(ridge)) for ridge in RIDGES)
+        left, ridge, solution = min(
+            ((judge.left(solution), ridge, solution) for ridge, solution in solutions), key=lambda way: way[0]
+        )
+        parts = solution.split([features[name].shape[1] for name in names], 1)
+        return [(p, part / scales[p.name]) for p, part in zip(projections, parts)], ridge, left
+
+
+@torch.inference_mode()
+def heal(
+    plan: Removal, model: nn.Module, data: Calibration, quiet: bool | None = None
+) -> tuple[Removal, list[dict]]:
+    """Refit the layer before each seam, then the layers behind it up to the next one.
+
+    `model` is the uncut model; it ends up with the refitted weights. Ridges are chosen on the held-out rows, and what
+    doesn't lower the model's loss there is left as it was. Returns the plan with the refitted tensors, and a record
+    per seam: `stack`, `layer` (the one before it), `removed`, `refitted` (layers, numbered as in the input), `ridge`,
+    `jump_left` (share of the jump in the state that the layer before leaves, held out), held-out `loss_before` and
+    `loss_after`. Memory: three states per token, and the normal matrix of one layer. Raises as `check_healable`.
+    """
+    check_healable(plan)
+    family, seams = plan.source.family, find_seams(plan)
+    batches = [*data.fit, *data.held_out]
+    judged = range(len(data.fit), len(batches))
+    calls = {stack: record_calls(model, family.stacks[stack], batches) for stack in {s.stack for s in seams}}
+
+    def held_out_loss() -> float:
+        with removed(model, plan):
+            return score_batches(model, data.held_out)["loss"]
+
+    loss, records, computed, sides = held_out_loss(), [], {}, None
+    with tqdm(total=sum(1 + len(seam.behind) for seam in seams), desc="heal", disable=quiet) as progress:
+        for seam in seams:
+            if sides is None or sides.stack != seam.stack:
+                sides = _Sides(plan, model, seam.stack, batches, judged, calls.pop(seam.stack))
+            record = {"stack": seam.stack, "layer": seam.before, "removed": list(seam.gone), "refitted": []}
+            record |= {"ridge": None, "jump_left": 1.0, "loss_before": loss}
+            for layers in filter(None, ((seam.before,), seam.behind)):
+                before, undo, changed = copy(sides.student), [], {}
+                before.states, before.added = list(before.states), list(before.added)
+                for layer in layers:
+                    targets = sides.targets(layer)
+                    # Attention first, in view of what the MLP can do; then the MLP on what it gets from there.
+                    for names in ([sides.row.o, sides.row.mlp[-1]], [sides.row.mlp[-1]]):
+                        fits, ridge, left = sides.fit(layer, targets, names)
+                        if left >= 1:
+                            continue
+                        projection, solution = fits[0]
+                        for name, parameter in projection.parameters.items():
+                            undo.append((parameter, parameter.clone()))
+                            parameter.copy_(projection.changed(name, parameter, solution))
+                        changed |= _changed_tensors(plan, sides, layer, projection, solution.cpu())
+                    if layer == seam.before:
+                        record |= {"ridge": ridge, "jump_left": left}
+                    progress.update()
+                new_loss = held_out_loss() if changed else loss
+                if new_loss < loss:
+                    loss = new_loss
+                    computed |= changed
+                    record["refitted"] += layers
+                else:
+                    for parameter, value in reversed(undo):
+                        parameter.copy_(value)
+                    sides.student = before
+                progress.set_postfix_str(f"loss {loss:.4f}")
+            records.append(record | {"loss_after": loss})
+    result = replace(plan.result, tensors=plan.result.tensors | computed)
+    return replace(plan, result=result), records
+
+
+def _changed_tensors(
+    plan: Removal, sides: _Sides, layer: int, projection: Projection, solution: torch.Tensor
+):
+    """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values when they are written."""
+    pattern = rf"{sides.row.prefix}{sides.kept.index(layer)}\.{projection.pattern()}"
+
+    def compute(name: str) -> memoryview:
+        changed = projection.changed(name, torch.from_numpy(plan.result.read_array(name)), solution)
+        return float_bytes(changed.numpy(), plan.result.tensors[name].dtype, name)
+
+    return {
+        name: replace(tensor, compute=partial(compute, name))
+        for name, tensor in plan.result.tensors.items()
+        if re.fullmatch(pattern, name)
+    }
