@@ -1,0 +1,296 @@
+"""Healing: what linear least squares can give back is given back, and nothing is ever made worse."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny_models import FAMILIES, build, load, logits
+
+from prunekit import heal as healing
+from prunekit.calibration import Calibration, calibrate, load_model, read_calibration
+from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.evaluate import score_batches
+from prunekit.families import FAMILIES as ROWS
+from prunekit.heal import LeastSquares, heal
+from prunekit.layers import apply_removal, check_healable, find_seams, plan_removal
+from prunekit.stacks import removed
+
+HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
+CAUSAL = [family for family in HEALABLE if ROWS[family].causal]
+
+
+def text_batches(count, seed=0, rows=8, length=12):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(5, 100, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0  # one padded row a batch
+        labels = torch.where(mask == 1, ids, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def data(fit=6, held_out=2):
+    return Calibration(text_batches(fit), text_batches(held_out, seed=1), tokens=(fit + held_out) * 90)
+
+
+def self_labelled(model, calibration):
+    """The same data with the model's own answers as labels: then the uncut model has the lowest loss there is."""
+    for batch in [*calibration.fit, *calibration.held_out]:
+        with torch.no_grad():
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            answers = model(**inputs, use_cache=False).logits.argmax(-1).roll(1, dims=1)
+        batch["labels"] = torch.where(batch["attention_mask"] == 1, answers, -100)
+    return calibration
+
+
+def test_least_squares_find_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(3, 5, generator=generator)
+    fit = LeastSquares()
+    for _ in range(4):
+        x = torch.randn(20, 5, generator=generator)
+        fit.add(x, x @ truth.T, torch.rand(20, generator=generator) + 0.1)
+    torch.testing.assert_close(fit.solve(1e-7), truth, atol=1e-4, rtol=0)
+
+
+def test_the_share_that_is_left_is_that_of_the_residuals():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 4, generator=generator), torch.randn(50, 3, generator=generator)
+    weight, solution = torch.rand(50, generator=generator), torch.randn(3, 4, generator=generator)
+    fit = LeastSquares()
+    fit.add(x, y, weight)
+    residual = ((y - x @ solution.T).square().sum(1) * weight).sum() / (y.square().sum(1) * weight).sum()
+    assert fit.left(solution) == pytest.approx(float(residual), rel=1e-4)
+
+
+def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
+    model = build("gpt2")
+    with torch.no_grad():
+        block = model.transformer.h[2]
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            projection.weight.zero_()
+        block.attn.c_proj.bias.zero_()
+        block.mlp.c_proj.bias.normal_(generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(tmp_path / "model")
+    before = logits(model)
+    plan = plan_removal(open_checkpoint(tmp_path / "model"), text=[2])
+    calibration = self_labelled(model, data())
+    cut, _ = heal(plan, model, calibration)
+    apply_removal(cut, tmp_path / "healed")
+    apply_removal(plan, tmp_path / "unhealed")
+    unhealed = (logits(load(tmp_path / "unhealed")) - before).abs().max()
+    assert unhealed > 0.5
+    assert (logits(load(tmp_path / "healed")) - before).abs().max() < 0.05 * unhealed
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, tmp_path):
+    model = load(tiny(family))
+    calibration = self_labelled(model, data())
+    plan, seams = heal(plan_removal(open_checkpoint(tiny(family)), text=[1, 3]), model, calibration)
+    apply_removal(plan, tmp_path / "out")
+    loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
+    assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
+    assert any(seam["refitted"] for seam in seams), "nothing was healed, so that nothing was tested"
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_loss_on_held_out_rows_never_rises(family, tiny):
+    model = load(tiny(family))
+    plan = plan_removal(open_checkpoint(tiny(family)), text=[1, 3])
+    calibration = self_labelled(model, data())
+    with removed(model, plan):
+        unhealed = score_batches(model, calibration.held_out)["loss"]
+    _, seams = heal(plan, model, calibration)
+    losses = [unhealed, *(seam["loss_after"] for seam in seams)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_only_output_projections_of_refitted_layers_change(family, tiny):
+    checkpoint = open_checkpoint(tiny(family))
+    model = load(tiny(family))
+    plan, seams = heal(plan_removal(checkpoint, text=[1, 3]), model, self_labelled(model, data()))
+    row = checkpoint.family.text
+    kept = [0, 2, 4]
+    refitted = [kept.index(layer) for seam in seams for layer in seam["refitted"]]
+    outputs = "|".join(
+        re.escape(name) for name in (row.o, row.mlp[-1], row.mlp[-1].rpartition(".")[0] + ".experts")
+    )
+    allowed = rf"{row.prefix}(?:{'|'.join(map(str, refitted))})\.(?:{outputs})\b.*"
+    changed = [name for name, tensor in plan.result.tensors.items() if tensor.compute]
+    assert changed and all(re.fullmatch(allowed, name) for name in changed)
+
+
+def test_a_refit_that_does_not_gain_leaves_the_model_as_it_was(tiny, monkeypatch):
+    model = load(tiny("llama"))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(LeastSquares, "solve", lambda self, ridge: torch.full_like(self.xy.T, 5.0))
+    monkeypatch.setattr(
+        LeastSquares, "left", lambda self, solution: 0.5
+    )  # as if it were good on the held-out rows
+    plan, seams = heal(
+        plan_removal(open_checkpoint(tiny("llama")), text=[1, 3]), model, self_labelled(model, data())
+    )
+    assert [seam["refitted"] for seam in seams] == [[], []]
+    assert not any(tensor.compute for tensor in plan.result.tensors.values())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_healing_twice_from_the_same_files_gives_the_same_bytes(tiny, tmp_path):
+    for name in ("one", "two"):
+        model = load(tiny("qwen3"))
+        plan, _ = heal(
+            plan_removal(open_checkpoint(tiny("qwen3")), text=[2]), model, self_labelled(model, data())
+        )
+        apply_removal(plan, tmp_path / name)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_stacked_experts_are_changed_alike_in_both_orientations():
+    layer = build("qwen3_moe").model.layers[3]
+    projection = healing.Projection(layer, "mlp.down_proj")
+    value = torch.randn(4, 32, 16)
+    solution = torch.randn(32, 32)
+    changed = projection.changed("mlp.experts.down_proj", value, solution)
+    turned = projection.changed("mlp.experts.down_proj", value.transpose(1, 2), solution)
+    torch.testing.assert_close(changed, turned.transpose(1, 2))
+    torch.testing.assert_close(
+        changed[2], projection.changed("mlp.experts.2.down_proj.weight", value[2], solution)
+    )
+
+
+def test_runs_of_removed_layers_are_one_seam(tiny):
+    seams = find_seams(plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[1, 2], vision=[0, 4, 5]))
+    assert [(s.stack, s.before, s.gone) for s in seams] == [("vision", 3, (4, 5)), ("text", 0, (1, 2))]
+
+
+def test_layers_behind_a_seam_belong_to_it_up_to_the_next(tiny):
+    seams = find_seams(plan_removal(open_checkpoint(tiny("qwen3_vl")), vision=[1, 4]))
+    assert [(s.before, s.behind) for s in seams] == [(0, (2,)), (3, (5,))]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(HEALABLE)))
+def test_families_with_norms_behind_their_projections_are_refused(family, tiny):
+    with pytest.raises(PruneKitError, match=f"--heal: {family} has norms"):
+        check_healable(plan_removal(open_checkpoint(tiny(family)), text=[1]))
+
+
+def test_a_cut_with_no_layer_before_it_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="no layer is left before"):
+        check_healable(plan_removal(open_checkpoint(tiny("llama")), text=[0, 1]))
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([], "has 0 rows"),
+        ([{"text": "a"}] * 4, "has 4 rows"),
+        ([{"text": "a"}] * 5 + [{"messages": []}], "line 6: rows must all be"),
+        ([{"text": "a"}] * 5 + [{"text": " "}], "line 6 has no text"),
+        ([{"text": 3}] * 5, "line 1 has no text"),
+        ([{"messages": []}] * 5, 'no list "messages"'),
+        ([[1]] * 5, "line 1: rows must all be"),
+    ],
+)
+def test_bad_rows_are_named(lines, message, tmp_path):
+    file = tmp_path / "calib.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(PruneKitError, match=message):
+        read_calibration(file)
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "calib.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(PruneKitError, match="line 2 is not JSON"):
+        read_calibration(tmp_path / "calib.jsonl")
+
+
+EXAMPLE = ROOT / "examples" / "tiny_ocr" / "model"
+
+
+def write_texts(path, count=60):
+    path.write_text("".join(json.dumps({"text": f"row {i} " * (1 + i % 7)}) + "\n" for i in range(count)))
+    return path
+
+
+def test_texts_become_batches_within_their_limits(tmp_path):
+    checkpoint = open_checkpoint(EXAMPLE)
+    file = write_texts(tmp_path / "texts.jsonl")
+    calibration = calibrate(
+        load_model(checkpoint), checkpoint, file, max_tokens=600, max_length=20, batch_tokens=64
+    )
+    batches = [*calibration.fit, *calibration.held_out]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == calibration.tokens
+    assert 600 <= calibration.tokens < 620
+    assert all(batch["input_ids"].numel() <= 64 and batch["input_ids"].shape[1] <= 20 for batch in batches)
+
+
+def test_padding_is_no_label(tmp_path):
+    checkpoint = open_checkpoint(EXAMPLE)
+    calibration = calibrate(load_model(checkpoint), checkpoint, write_texts(tmp_path / "texts.jsonl"))
+    batch = calibration.fit[0]
+    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+
+
+def test_the_script_heals_and_says_so(tmp_path, script):
+    file = write_texts(tmp_path / "texts.jsonl")
+    done = script(
+        "manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", 3, "--heal", "--calib", file
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "text seam behind layer 2:" in done.stdout
+    entry = json.loads((tmp_path / "out" / "pruning_info.json").read_text())["history"][-1]
+    assert entry["settings"]["heal"] == str(file)
+    assert entry["seams"][0]["removed"] == [3]
+    assert entry["metrics"]["held_out_loss"] <= entry["metrics"]["held_out_loss_unhealed"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", 1, "--heal"], "--heal and --calib need each other"),
+        (["--text", 1, "--calib", "x.jsonl"], "--heal and --calib need each other"),
+        (["--text", 1, "--heal", "--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["--text", 0, "--heal", "--calib", "nowhere.jsonl"], "no layer is left before"),
+    ],
+)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
+    done = script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
+    """The embedded model reads; without two text layers and a vision block it misreads, healed it misreads less."""
+    done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()[:400]
+    (tmp_path / "calib.jsonl").write_text("\n".join(rows) + "\n")
+    done = script(
+        "manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", 5, 7, "--vision", 4,
+        "--heal", "--calib", tmp_path / "calib.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seams = json.loads((tmp_path / "out" / "pruning_info.json").read_text())["history"][-1]["seams"]
+    assert {seam["stack"] for seam in seams if seam["refitted"]} == {"text", "vision"}
+    checkpoint = open_checkpoint(tmp_path / "out")
+    shutil.copy(tmp_path / "data" / "val.jsonl", tmp_path / "val.jsonl")
+    fresh = calibrate(load_model(checkpoint), checkpoint, tmp_path / "val.jsonl", max_tokens=6000)
+    batches = [*fresh.fit, *fresh.held_out]
+    healed = score_batches(load_model(checkpoint), batches)["loss"]
+    model = load_model(open_checkpoint(EXAMPLE))
+    base = score_batches(model, batches)["loss"]
+    with removed(model, plan_removal(open_checkpoint(EXAMPLE), text=[5, 7], vision=[4])):
+        unhealed = score_batches(model, batches)["loss"]
+    assert unhealed - healed > 0.3 * (unhealed - base)
