@@ -41,8 +41,8 @@ model.save_pretrained(sys.argv[2], max_shard_size="1GB")
 """
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def warm(*folders: Path) -> None:
@@ -52,16 +52,18 @@ def warm(*folders: Path) -> None:
                 pass
 
 
-def timed(command: list, folder: Path) -> tuple[float, float]:
-    """Seconds and peak MB of a command that writes `folder`."""
+def timed(command: list, folder: Path) -> tuple[float, float, str]:
+    """Seconds, peak MB, and the error's last line if it failed, of a command that writes `folder`."""
     start = time.perf_counter()
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    if status or not any(folder.iterdir()):
+    error = output.decode().strip().splitlines()[-1].strip() if status else ""
+    # mergekit 0.1.5 writes all of a Qwen3's weights, then fails to save its config: its time counts all the same.
+    if not any(folder.glob("*.safetensors")) or (status and command[0] != MERGEKIT):
         sys.exit(f"error: {command} failed:\n{output.decode()}")
-    return seconds, usage.ru_maxrss * 1024 / 1e6
+    return seconds, usage.ru_maxrss * 1024 / 1e6, error
 
 
 def contenders(model: Path, work: Path) -> dict[str, list]:
@@ -101,12 +103,17 @@ def measure(model: Path, work: Path, runs: int, slow_runs: int) -> dict:
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
             warm(model, work / "cut", work / "kv")
-            seconds, peak = timed(commands[name], out)
+            seconds, peak, error = timed(commands[name], out)
+            weights = [weight_bytes(folder) for folder in (out, work / ("kv" if "kv" in name else "cut"))]
+            if abs(weights[0] / weights[1] - 1) > 0.001:
+                sys.exit(f"error: {name} wrote {weights[0]} bytes of weights instead of {weights[1]}")
             print(f"{model.name} run {run + 1}: {name} {seconds:.2f} s, {peak:.0f} MB", file=sys.stderr)
             result = results[name]
             result["seconds"].append(round(seconds, 3))
             result["peak_rss_mb"] = round(max(result["peak_rss_mb"], peak), 1)
-            result["written_mb"] = round(folder_bytes(out) / 1e6, 1)
+            result["weights_mb"] = round(weights[0] / 1e6, 1)
+            if error:
+                result["error"] = error
     for result in results.values():
         seconds = result["seconds"]
         result |= {"min": min(seconds), "median": round(statistics.median(seconds), 3), "max": max(seconds)}
