@@ -17,6 +17,7 @@ steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 20 || echo 400)} # held-out words to evaluate on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
+HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000)
 read -ra DROP <<< "${DROP:---text 2 7 --vision 4 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}
@@ -75,7 +76,8 @@ knock_out() {
 }
 MODEL=$BASE OUTPUT=$RUN/knockout JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
-stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}"
+stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
+  --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
 recover recovered pruned 80 1e-3
 
 MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \

@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prunekit.calibration import calibrate, load_model, read_calibration
 from prunekit.checkpoint import check_out, open_checkpoint, read_json, statistics
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
@@ -30,9 +29,11 @@ from prunekit.layers import (
 
 def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, dict[str, Any]]:
     """Refit around the seams: the plan with new tensors, and what its history shall say of it."""
+    from prunekit.calibration import calibrate, load_model, read_calibration
+
     check_healable(plan)
     read_calibration(arguments.calib)
-    from prunekit.heal import heal
+    from prunekit.heal import heal  # torch: seconds, after all that can be checked without it
 
     model = load_model(plan.source, arguments.device, arguments.dtype)
     data = calibrate(

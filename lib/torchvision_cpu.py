@@ -7,14 +7,13 @@ operators which its CUDA library would have declared; with that library unloadab
 Nothing happens until torchvision is imported, and nothing at all beside a CUDA build of torch.
 """
 
-import importlib.abc
 import sys
 
 _SCHEMAS = ("nms", "qnms")
 _library = None
 
 
-class _DeclareBeforeTorchvision(importlib.abc.MetaPathFinder):
+class _DeclareBeforeTorchvision:  # no base class: importing importlib.abc would cost every start of Python 20 ms
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)

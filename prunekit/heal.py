@@ -8,9 +8,10 @@ they are, and inference pays nothing. (A linear map in place of the removed laye
 the idea of ReplaceMe, 2505.02819. Refitting the projections themselves has more freedom at the same price.)
 """
 
+import contextlib
 import re
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .calibration import Calibration
-from .checkpoint import float_bytes
+from .checkpoint import Tensor, float_bytes
 from .evaluate import score_batches
 from .layers import Removal, check_healable, find_seams
 from .stacks import Replay, find_stack, record_calls, removed
@@ -99,6 +100,15 @@ class Projection:
         return rf"{re.escape(block)}\.{experts}{linear}(?:\.weight|\.bias)?"
 
 
+@dataclass(frozen=True)
+class Fit:
+    projection: Projection
+    solution: torch.Tensor  # (outputs, inputs [+ 1]): what to add to the projection
+    ridge: float
+    before: float  # weighted squares that were missing on the rows that judge
+    left: float  # and that still are
+
+
 class _Sides:
     """The uncut stack (teacher) and the cut one (student), advanced side by side over all rows."""
 
@@ -122,10 +132,10 @@ class _Sides:
         )
         return [states[index] for index in range(len(states))]
 
-    def fit(self, layer: int, targets: list[torch.Tensor], names: list[str]) -> tuple[list, float, float]:
-        """Fit these projections of a layer to the targets, together.
+    def fit(self, layer: int, names: tuple[str, ...], targets: list[torch.Tensor]) -> Fit:
+        """Fit the first of these projections of a layer to the targets, in view of what the others could do.
 
-        Returns [(projection, solution)], the ridge that leaves least on the rows that judge, and the share it leaves.
+        The ridge is the one that leaves least on the rows that judge.
         """
         projections = [Projection(self.layers[layer], name) for name in names]
         fit, judge = LeastSquares(), LeastSquares()
@@ -140,27 +150,28 @@ class _Sides:
                 labels = nn.functional.pad(self.batches[index]["labels"][:, 1:], (0, 1), value=-100)
                 counts = torch.where(labels != -100, 1.0, UNLABELLED) * self.batches[index]["attention_mask"]
                 weight = weight * counts.to(weight.device).flatten()
-            # One ridge serves both projections only if their inputs are alike in size.
-            for name, x in features.items():
-                scales.setdefault(name, x.square().mean().sqrt())
+            for (
+                name,
+                x,
+            ) in features.items():  # one ridge is right for all only if their inputs are alike in size
+                scales.setdefault(name, x.square().mean().sqrt().clamp_min(1e-12))
             x = torch.cat([features[name] / scales[name] for name in names], 1)
             (judge if index in self.judged else fit).add(x, target - state.flatten(0, -2).float(), weight)
 
         def capture(projection, _, inputs, output):
             features[projection.name] = projection.features(inputs[0], output)
 
-        hooks = [p.module.register_forward_hook(partial(capture, p)) for p in projections]
-        with removed(self.model, self.plan):
+        with removed(self.model, self.plan), contextlib.ExitStack() as hooks:
+            for projection in projections:
+                hook = projection.module.register_forward_hook(partial(capture, projection))
+                hooks.enter_context(hook)
             self.student.step(self.kept.index(layer))
             self.student.step(self.kept.index(layer) + 1, gather, keep=False)
-        for hook in hooks:
-            hook.remove()
-        solutions = ((ridge, fit.solve(ridge)) for ridge in RIDGES)
-        left, ridge, solution = min(
-            ((judge.left(solution), ridge, solution) for ridge, solution in solutions), key=lambda way: way[0]
-        )
-        parts = solution.split([features[name].shape[1] for name in names], 1)
-        return [(p, part / scales[p.name]) for p, part in zip(projections, parts)], ridge, left
+        solutions = [(ridge, fit.solve(ridge)) for ridge in RIDGES]
+        ridge, solution = min(solutions, key=lambda pair: judge.left(pair[1]))
+        width = features[names[0]].shape[1]
+        first = solution[:, :width] / scales[names[0]]
+        return Fit(projections[0], first, ridge, judge.yy, judge.left(solution) * judge.yy)
 
 
 @torch.inference_mode()
@@ -197,18 +208,22 @@ def heal(
                 before.states, before.added = list(before.states), list(before.added)
                 for layer in layers:
                     targets = sides.targets(layer)
-                    # Attention first, in view of what the MLP can do; then the MLP on what it gets from there.
-                    for names in ([sides.row.o, sides.row.mlp[-1]], [sides.row.mlp[-1]]):
-                        fits, ridge, left = sides.fit(layer, targets, names)
-                        if left >= 1:
+                    jump = None
+                    names = (sides.row.o, sides.row.mlp[-1])
+                    for wanted in (names, names[1:]):  # the MLP on what it gets from the refitted attention
+                        fit = sides.fit(layer, wanted, targets)
+                        jump = jump or fit.before
+                        if fit.left >= fit.before:
                             continue
-                        projection, solution = fits[0]
-                        for name, parameter in projection.parameters.items():
+                        for name, parameter in fit.projection.parameters.items():
                             undo.append((parameter, parameter.clone()))
-                            parameter.copy_(projection.changed(name, parameter, solution))
-                        changed |= _changed_tensors(plan, sides, layer, projection, solution.cpu())
+                            parameter.copy_(fit.projection.changed(name, parameter, fit.solution))
+                        changed |= _changed_tensors(plan, sides, layer, fit)
                     if layer == seam.before:
-                        record |= {"ridge": ridge, "jump_left": left}
+                        record |= {
+                            "ridge": fit.ridge,
+                            "jump_left": min(fit.left, fit.before) / jump if jump else 1.0,
+                        }
                     progress.update()
                 new_loss = held_out_loss() if changed else loss
                 if new_loss < loss:
@@ -225,14 +240,13 @@ def heal(
     return replace(plan, result=result), records
 
 
-def _changed_tensors(
-    plan: Removal, sides: _Sides, layer: int, projection: Projection, solution: torch.Tensor
-):
+def _changed_tensors(plan: Removal, sides: _Sides, layer: int, fit: Fit) -> dict[str, Tensor]:
     """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values when they are written."""
-    pattern = rf"{sides.row.prefix}{sides.kept.index(layer)}\.{projection.pattern()}"
+    pattern = rf"{sides.row.prefix}{sides.kept.index(layer)}\.{fit.projection.pattern()}"
+    solution = fit.solution.cpu()
 
     def compute(name: str) -> memoryview:
-        changed = projection.changed(name, torch.from_numpy(plan.result.read_array(name)), solution)
+        changed = fit.projection.changed(name, torch.from_numpy(plan.result.read_array(name)), solution)
         return float_bytes(changed.numpy(), plan.result.tensors[name].dtype, name)
 
     return {
