@@ -78,7 +78,7 @@ MODEL=$BASE OUTPUT=$RUN/knockout JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/kno
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
-recover recovered pruned 80 1e-3
+recover recovered pruned 80 3e-4
 
 MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \
   "${TINY[@]}" $(lasting 20) --learning_rate 3e-4 --max_completion_length 16

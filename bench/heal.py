@@ -3,8 +3,8 @@
     bash bench/setup.sh && .venv/bin/python bench/heal.py --json docs/heal.json
 
 The layers are chosen greedily on training text: all single removals are scored, the cheapest stays removed, and the
-rest is scored again. Calibration is on the training half of Wikipedia articles; loss (nats per token) is measured on
-the other half, and on text of another kind (docstrings). Prints JSON; takes an hour on two CPU cores.
+twelve that were cheapest at first are scored again with it gone, and so on. Calibration is on the training half of Wikipedia articles; loss (nats per token) is measured on
+the other half, and on text of another kind (docstrings). Prints JSON; takes a quarter of an hour on two CPU cores.
 """
 
 import argparse
@@ -28,15 +28,14 @@ from prunekit.stacks import removed
 def greedy(model, checkpoint, batches: list[dict], count: int) -> list[int]:
     """The `count` text layers whose removal, one after the other, costs least loss on these batches."""
     chosen: list[int] = []
-    layers = range(checkpoint.config["num_hidden_layers"])
+    layers = list(range(checkpoint.config["num_hidden_layers"]))
     for step in range(count):
         losses = {}
-        for layer in tqdm(
-            [i for i in layers if i not in chosen], desc=f"scan {step + 1} of {count}", disable=None
-        ):
+        for layer in tqdm(layers, desc=f"scan {step + 1} of {count}", disable=None):
             with removed(model, plan_removal(checkpoint, text=[*chosen, layer])):
                 losses[layer] = score_batches(model, batches)["loss"]
         chosen.append(min(losses, key=losses.get))
+        layers = [layer for layer in sorted(losses, key=losses.get) if layer not in chosen][:12]
         print(f"removed {chosen}: loss {losses[chosen[-1]]:.3f}", file=sys.stderr, flush=True)
     return chosen
 
@@ -46,8 +45,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of calibration (default: 65536)")
-    parser.add_argument("--scan-tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=32_768, help="of calibration (default: 32768)")
+    parser.add_argument("--scan-tokens", type=int, default=3072)
     parser.add_argument("--test-tokens", type=int, default=16_384)
     parser.add_argument(
         "--counts", type=int, nargs="+", default=[3, 5, 8], help="numbers of layers to remove"
