@@ -15,9 +15,9 @@ BASE=${BASE:-examples/tiny_ocr/model}
 QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 20 || echo 400)} # held-out words to evaluate on
+HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000) # of training words, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
-HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000)
 read -ra DROP <<< "${DROP:---text 2 7 --vision 4 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}

@@ -2,9 +2,10 @@
 
     bash bench/setup.sh && .venv/bin/python bench/heal.py --json docs/heal.json
 
-The layers are chosen greedily on training text: all single removals are scored, the cheapest stays removed, and the
-twelve that were cheapest at first are scored again with it gone, and so on. Calibration is on the training half of Wikipedia articles; loss (nats per token) is measured on
-the other half, and on text of another kind (docstrings). Prints JSON; takes a quarter of an hour on two CPU cores.
+The layers are chosen greedily on training text: all single removals are scored, the cheapest stays removed, the twelve
+next cheapest are scored again with it gone, and so on. Calibration is on the training half of Wikipedia articles; loss
+(nats per token) is measured on the other half, and on text of another kind (docstrings). Prints JSON; takes a quarter
+of an hour on two CPU cores.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def wikipedia() -> tuple[list[str], list[str]]:
 
 
 def docstrings() -> list[str]:
-    """Docstrings of modules of Python's library, longest first joined up to `CHARACTERS`."""
+    """The longer docstrings of each module of Python's library, joined and cut to pieces of `CHARACTERS`."""
     import ast
 
     texts = []

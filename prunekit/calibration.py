@@ -102,11 +102,7 @@ def _message_encoder(
         except MaxLengthError:
             return None
 
-    def collate(rows):
-        batch = encoder.data_collator(rows)
-        return {key: value for key, value in batch.items() if key not in ("text_position_ids", "loss_scale")}
-
-    return encode, collate
+    return encode, encoder.data_collator
 
 
 def calibrate(

@@ -75,6 +75,14 @@ def batches_by_length(encoded: list[dict], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def model_inputs(model, batch: dict[str, Any]) -> dict[str, Any]:
+    """A collated batch as arguments of the model's forward: on its device, no labels, no cache."""
+    not_inputs = ("labels", "text_position_ids", "loss_scale")  # the last two are for ms-swift's trainer
+    inputs = {key: value for key, value in batch.items() if key not in not_inputs}
+    moved = {key: value.to(model.device) for key, value in inputs.items() if hasattr(value, "to")}
+    return inputs | moved | {"use_cache": False}
+
+
 def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
     import torch
@@ -83,14 +91,9 @@ def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     loss = 0.0
     with torch.inference_mode():
         for batch in batches:
-            inputs = {
-                key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-                for key, value in batch.items()
-                if key not in ("labels", "text_position_ids", "loss_scale")
-            }
             labels = batch["labels"][:, 1:].to(model.device)
             counted = labels != -100
-            logits, labels = model(**inputs, use_cache=False).logits[:, :-1][counted], labels[counted]
+            logits, labels = model(**model_inputs(model, batch)).logits[:, :-1][counted], labels[counted]
             right += int((logits.argmax(-1) == labels).sum())
             for part, truth in zip(logits.split(1024), labels.split(1024)):  # in parts: fp32 logits are large
                 loss += float(torch.nn.functional.cross_entropy(part.float(), truth, reduction="sum"))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .evaluate import model_inputs
 from .families import Stack, configs
 from .layers import Removal
 
@@ -99,14 +100,6 @@ class _End(nn.Module):
         raise _Stop
 
 
-def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-        if key != "labels"
-    }
-
-
 def record_calls(model: nn.Module, row: Stack, batches: Sequence[dict[str, Any]]) -> list[tuple[tuple, dict]]:
     """The (args, kwargs) with which the stack's owner is called for each batch; its layers aren't run."""
     owner, _ = find_stack(model, row)
@@ -119,7 +112,7 @@ def record_calls(model: nn.Module, row: Stack, batches: Sequence[dict[str, Any]]
     with owner.register_forward_pre_hook(record, with_kwargs=True), torch.inference_mode():
         for batch in batches:
             with contextlib.suppress(_Stop):
-                model(**_on(model.device, batch), use_cache=False)
+                model(**model_inputs(model, batch))
     return calls
 
 
