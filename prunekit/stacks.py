@@ -92,6 +92,18 @@ class _Pass(nn.Module):
         return hidden_states
 
 
+@contextlib.contextmanager
+def given(owner: nn.Module, attribute: str, states: dict[int, torch.Tensor], start: int) -> Iterator[None]:
+    """Within the block the first `start` layers aren't run: each hands on its kept state, or what it gets if it has none."""
+    layers = getattr(owner, attribute)
+    before = [_Given(states[position]) if position in states else _Pass() for position in range(start)]
+    setattr(owner, attribute, nn.ModuleList([*before, *layers[start:]]))
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, layers)
+
+
 class _End(nn.Module):
     """Stands in for the layer after the last one wanted: keeps what would have entered it."""
 
