@@ -8,199 +8,20 @@ sweep goes on where it was; ranking.json and ranking.png are drawn anew from the
 """
 
 import argparse
-import ctypes
+import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-import traceback
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
-from .checkpoint import Checkpoint, layer_numbers, open_checkpoint, statistics, write_json
+from .checkpoint import Checkpoint, open_checkpoint, write_json
 from .errors import PruneKitError, run_script
-from .layers import apply_removal, parse_numbers, plan_removal
-from .publish import read_log
-
-BASELINE = "baseline"
-
-
-@dataclass(frozen=True)
-class Knockout:
-    """One run: the whole model, or the model without one layer of a stack."""
-
-    stack: str | None = None  # "text" or "vision"
-    layer: int | None = None
-
-    @property
-    def name(self) -> str:
-        return BASELINE if self.stack is None else f"{self.stack}-{self.layer:02d}"
-
-
-def plan_knockouts(checkpoint: Checkpoint, text: str, vision: str) -> list[Knockout]:
-    """The baseline, then one run for each layer named: "all", "none" or numbers and ranges like "0-3,10".
-
-    Raises PruneKitError for layers that can't be removed, before any run.
-    """
-    runs = [Knockout()]
-    for stack, wanted in (("text", text), ("vision", vision)):
-        if wanted.strip() in ("", "none"):
-            continue
-        if wanted.strip() == "all":
-            numbers = layer_numbers(checkpoint, stack) if stack in checkpoint.family.stacks else []
-        else:
-            numbers = parse_numbers(wanted.split())
-        for number in numbers:
-            plan_removal(checkpoint, **{stack: [number]})
-            runs.append(Knockout(stack, number))
-    return runs
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that kill -9 of a sweep leaves nothing running."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
-
-
-def _train_in_this_process(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """Body of a forked process: ms-swift is imported already, so a run starts at once."""
-    _die_with_parent()
-    os.environ.clear()
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    try:
-        import torch
-        from swift import sft_main
-
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        sft_main(arguments)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-def _free_port() -> int:
-    """A local TCP port that nothing uses now: runs side by side each need their own for torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _last_line(log: Path) -> str:
-    """The line of a log that says most about a failure: the last that isn't empty or a progress bar."""
-    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines() if log.exists() else []
-    return next(
-        (line.strip() for line in reversed(lines) if line.strip() and "wandb" not in line), "no message"
-    )
-
-
-class Sweep:
-    """Runs knockouts, each in a process of its own, and keeps OUT's files true after each."""
-
-    def __init__(self, checkpoint: Checkpoint, out: Path, arguments: list[str], group: str, gpus: list[str], jobs: int,
-                 model_type: str):  # fmt: skip
-        self.checkpoint, self.out, self.arguments, self.group = checkpoint, out, arguments, group
-        self.model_type = model_type
-        self.jobs = jobs
-        self.slots: SimpleQueue[list[str]] = SimpleQueue()
-        for job in range(jobs):
-            self.slots.put(gpus[job::jobs])
-        if not gpus:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-            self.forks = multiprocessing.get_context("forkserver")
-            self.forks.set_forkserver_preload(["prunekit.knockout_preload"])
-
-    def result_file(self, run: Knockout) -> Path:
-        return self.out / "runs" / f"{run.name}.json"
-
-    def do(self, run: Knockout) -> dict[str, Any]:
-        """Remove, train, measure; returns the result, which is on disk by then. Never raises for a failed run."""
-        work = self.out / "work" / run.name
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        started = time.time()
-        result: dict[str, Any] = asdict(run) | {"name": run.name}
-        gpus = self.slots.get()
-        try:
-            model = self.checkpoint.path
-            if run.stack is not None:
-                model = work / "model"
-                apply_removal(plan_removal(self.checkpoint, **{run.stack: [run.layer]}), model)
-            result["parameters"] = statistics(model)["parameters"]
-            self._train(run, model, work, gpus)
-            records = [record for record in read_log(work / "swift") if "eval_token_acc" in record]
-            if not records:
-                raise RuntimeError("the run ended without an evaluation: is eval_steps at most max_steps?")
-            result |= {
-                "token_acc": records[-1]["eval_token_acc"],
-                "loss": records[-1]["eval_loss"],
-                "curve": [
-                    {
-                        "step": int(record["global_step/max_steps"].split("/")[0]),
-                        "token_acc": record["eval_token_acc"],
-                    }
-                    for record in records
-                ],
-                "training": [record["loss"] for record in read_log(work / "swift") if "loss" in record],
-                "error": None,
-            }
-        except (RuntimeError, OSError, PruneKitError) as error:
-            result |= {"token_acc": None, "loss": None, "error": str(error)}
-        finally:
-            self.slots.put(gpus)
-        result["seconds"] = round(time.time() - started, 1)
-        shutil.rmtree(work, ignore_errors=True)
-        write_json(self.result_file(run), result)
-        return result
-
-    def _train(self, run: Knockout, model: Path, work: Path, gpus: list[str]) -> None:
-        log = self.out / "logs" / f"{run.name}.log"
-        log.parent.mkdir(exist_ok=True)
-        arguments = ["--model", str(model), "--model_type", self.model_type, *self.arguments]
-        arguments += [
-            "--run_name",
-            f"knockout/{run.name}",
-            "--eval_strategy",
-            "steps",
-            "--save_strategy",
-            "no",
-            "--output_dir",
-            str(work / "swift"),
-        ]
-        environment = os.environ | {"WANDB_RUN_GROUP": self.group}
-        environment.pop("NPROC_PER_NODE", None)
-        if gpus:
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-            if len(gpus) > 1:
-                environment |= {"NPROC_PER_NODE": str(len(gpus)), "MASTER_PORT": str(_free_port())}
-            with log.open("w") as target:
-                code = subprocess.run(
-                    ["swift", "sft", *arguments], env=environment, stdout=target, stderr=target,
-                    preexec_fn=_die_with_parent,
-                ).returncode  # fmt: skip
-        else:
-            process = self.forks.Process(
-                target=_train_in_this_process, args=(arguments, environment, str(log))
-            )
-            process.start()
-            process.join()
-            code = process.exitcode
-        if code:
-            raise RuntimeError(f"{_last_line(log)} (exit code {code}; see {log})")
+from .trained_knockouts import Knockout, Sweep, Training, plan_knockouts
 
 
 def rank(results: list[dict[str, Any]], settings: dict[str, Any], model: str) -> dict[str, Any]:
@@ -254,6 +75,12 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs side by side; GPUs are shared out (default: 1)"
     )
+    parser.add_argument(
+        "--gpus-per-task",
+        type=int,
+        default=1,
+        help="on a Ray cluster (RAY_ADDRESS), instead of --gpus and --jobs",
+    )
     args = parser.parse_args(own)
 
     checkpoint = open_checkpoint(args.model)
@@ -285,7 +112,8 @@ def main() -> None:
     shutil.rmtree(args.out / "work", ignore_errors=True)
 
     model_type = args.model_type or checkpoint.config["model_type"]
-    sweep = Sweep(checkpoint, args.out, swift, args.group, gpus, args.jobs, model_type)
+    training = Training(checkpoint.path, model_type, args.out, tuple(swift), args.group)
+    sweep = Sweep(training, gpus, args.jobs, args.gpus_per_task)
     failed = sweep_all(sweep, runs, settings)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed:", *failed, sep="\n  ", file=sys.stderr)
@@ -308,36 +136,28 @@ def sweep_all(sweep: Sweep, runs: list[Knockout], settings: dict[str, Any]) -> l
     if results:
         print(f"{len(results)} of {len(runs)} runs are done already")
 
+    out = sweep.training.out
+
     def write_ranking() -> dict[str, Any]:
-        ranking = rank(list(results.values()), settings, str(sweep.checkpoint.path))
-        write_json(sweep.out / "ranking.json", ranking)
+        ranking = rank(list(results.values()), settings, str(sweep.training.model))
+        write_json(out / "ranking.json", ranking)
         if ranking["baseline"] and ranking["removals"]:
-            draw_ranking(ranking, sweep.out / "ranking.png")
+            draw_ranking(ranking, out / "ranking.png")
         return ranking
 
     with (
-        ThreadPoolExecutor(sweep.jobs) as pool,
+        contextlib.closing(sweep.do_all(todo)) as done,
         tqdm(total=len(runs), initial=len(results), desc="knockouts", unit="run") as bar,
     ):
-        pending: set[Future] = {pool.submit(sweep.do, run) for run in todo}
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    result = future.result()
-                    results[result["name"]] = result
-                    shown = result["error"] or f"token_acc {result['token_acc']:.4f}"
-                    bar.write(f"{result['name']:>10}  {shown}  ({result['seconds']:.0f} s)", file=sys.stdout)
-                    bar.update()
-                    write_ranking()
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.kill()
-            pool.shutdown(cancel_futures=True, wait=False)
-            raise
+        for result in done:
+            results[result["name"]] = result
+            shown = result["error"] or f"token_acc {result['token_acc']:.4f}"
+            bar.write(f"{result['name']:>10}  {shown}  ({result['seconds']:.0f} s)", file=sys.stdout)
+            bar.update()
+            write_ranking()
     ranking = write_ranking()
-    shutil.rmtree(sweep.out / "work", ignore_errors=True)
-    print(f"wrote {sweep.out / 'ranking.json'} and ranking.png")
+    shutil.rmtree(out / "work", ignore_errors=True)
+    print(f"wrote {out / 'ranking.json'} and ranking.png")
     for entry in ranking["removals"]:
         if entry["relative"] is not None:
             print(f"{entry['name']:>10}  {entry['relative']:7.1%} of the baseline's token_acc")

@@ -27,6 +27,30 @@ def find_stack(model: nn.Module, row: Stack) -> tuple[nn.Module, str]:
     raise ValueError(f"{type(model).__name__} has no layers named like {row.prefix}")
 
 
+def _changes(model: nn.Module, plan: Removal) -> Iterator[tuple[Any, str, Any]]:
+    """(target, attribute, value): what to set, one after the other, to make the model what `apply_removal` writes."""
+    family = plan.source.family
+    for stack, row in family.stacks.items():
+        owner, attribute = find_stack(model, row)
+        gone = plan.removed.get(stack, [])
+        if gone:
+            layers = getattr(owner, attribute)
+            yield owner, attribute, nn.ModuleList(x for i, x in enumerate(layers) if i not in gone)
+        config = getattr(owner, "config", model.config)
+        after = configs(plan.result.config, row)[0]
+        for key in (*row.per_layer, *row.numbers, row.count):
+            for target in (config, owner):
+                if key in after and hasattr(target, key):
+                    yield target, key, after[key]
+    if family.taps and plan.taps:
+        tower, _ = find_stack(model, family.vision)
+        part = configs(plan.result.config, family.vision)[0]
+        yield tower, family.taps.key, part[family.taps.key]
+        attribute = re.sub(r"\W", "", family.taps.mergers.rpartition(r"visual\.")[2])
+        mergers = zip(getattr(tower, attribute), plan.taps)
+        yield tower, attribute, nn.ModuleList(merger for merger, (_, after) in mergers if after is not None)
+
+
 @contextlib.contextmanager
 def removed(model: nn.Module, plan: Removal) -> Iterator[None]:
     """Within the block the model is what `apply_removal` would write: nothing is copied, and all is put back at the end.
@@ -39,37 +63,29 @@ def removed(model: nn.Module, plan: Removal) -> Iterator[None]:
         undo.append((target, name, getattr(target, name)))
         setattr(target, name, value)
 
-    family = plan.source.family
     try:
-        for stack, row in family.stacks.items():
-            owner, attribute = find_stack(model, row)
-            layers = getattr(owner, attribute)
-            gone = plan.removed.get(stack, [])
-            if gone:
-                put(owner, attribute, nn.ModuleList(x for i, x in enumerate(layers) if i not in gone))
-            config = getattr(owner, "config", model.config)
+        for change in _changes(model, plan):
+            put(*change)
+        for row in plan.source.family.stacks.values():
+            config = getattr(find_stack(model, row)[0], "config", model.config)
             if hasattr(config, "use_cache"):
                 put(config, "use_cache", False)  # modules keep their `layer_idx`, which a cache counts by
-            after = configs(plan.result.config, row)[0]
-            for key in (*row.per_layer, *row.numbers, row.count):
-                for target in (config, owner):
-                    if key in after and hasattr(target, key):
-                        put(target, key, after[key])
-        if family.taps and plan.taps:
-            tower, _ = find_stack(model, family.vision)
-            part = configs(plan.result.config, family.vision)[0]
-            put(tower, family.taps.key, part[family.taps.key])
-            attribute = re.sub(r"\W", "", family.taps.mergers.rpartition(r"visual\.")[2])
-            mergers = getattr(tower, attribute)
-            put(
-                tower,
-                attribute,
-                nn.ModuleList(m for m, (_, after) in zip(mergers, plan.taps) if after is not None),
-            )
         yield
     finally:
         for target, name, value in reversed(undo):
             setattr(target, name, value)
+
+
+def cut(model: nn.Module, plan: Removal) -> None:
+    """Make the model what `apply_removal` would write, for good: nothing here keeps the layers removed alive."""
+    for change in _changes(model, plan):
+        setattr(*change)
+    for row in plan.source.family.stacks.values():
+        owner, attribute = find_stack(model, row)
+        for number, layer in enumerate(getattr(owner, attribute)):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = number  # a KV cache counts by it
 
 
 class _Stop(Exception):
