@@ -6,7 +6,8 @@
     python manual_select.py --model checkpoints/base --out checkpoints/pruned --text 4-7 --heal --calib data/train.jsonl
 
 Numbers count from 0 and are those of the input. DeepStack taps (Qwen3-VL) on removed blocks move to the nearest block
-before; --taps or --drop-taps say otherwise. --from-ranking takes what the knockouts found cheap. --heal refits the
+before; --taps or --drop-taps say otherwise. --from-ranking follows the knockouts' greedy path, or takes what they found
+cheap one by one if there is none or with --independent; a set that was tried together keeps more. --heal refits the
 layers around each seam on calibration data, so that recovery starts from a better model; it needs the model in memory.
 """
 
@@ -76,6 +77,9 @@ def main() -> None:
         "--from-ranking", metavar="JSON", help="ranking.json of knockout_check.sh: drop the cheapest"
     )
     parser.add_argument(
+        "--independent", action="store_true", help="of a ranking, the cheapest alone, not its greedy path"
+    )
+    parser.add_argument(
         "--keep-above", type=float, default=0.95, help="of the baseline's token_acc (default: 0.95)"
     )
     parser.add_argument("--max-layers", type=int, default=10, help="drop at most so many (default: 10)")
@@ -112,11 +116,17 @@ def main() -> None:
         if text or vision:
             raise PruneKitError("--from-ranking chooses the layers; leave out --text and --vision")
         ranking = read_json(Path(arguments.from_ranking))
-        limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction)
-        for entry in choose_from_ranking(checkpoint, ranking, *limits):
+        limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction, arguments.independent)
+        chosen = choose_from_ranking(checkpoint, ranking, *limits)
+        path = None if arguments.independent else ranking.get("greedy")
+        how = "with all above removed, too" if path else "when removed alone"
+        for entry in chosen:
             print(
-                f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline when removed alone"
+                f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}"
             )
+        if path and path["healed"] and not arguments.heal:
+            print("the path was healed after each removal: with --heal and --calib, too, it keeps that much")
+        for entry in chosen:
             (text if entry["stack"] == "text" else vision).append(entry["layer"])
     plan = plan_removal(
         checkpoint,

@@ -1,8 +1,9 @@
 """Drop text layers and vision blocks: plan (pure, all decisions) then apply (bytes, no decisions)."""
 
 import copy
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,45 +51,59 @@ def choose_from_ranking(
     keep_above: float = 0.95,
     max_layers: int = 10,
     max_fraction: float = 0.25,
+    independent: bool = False,
 ) -> list[dict[str, Any]]:
-    """The entries of a knockout ranking to remove: cheapest first, as long as each kept `keep_above` of the baseline.
+    """What to remove by a knockout ranking: stack, layer and `relative`, the share of the baseline that it keeps.
 
-    Stops at `max_layers` layers, and leaves out what would bring the removed share of all parameters over
-    `max_fraction` or leave a stack with fewer layers than it must have. Raises PruneKitError if the ranking is of a
-    model with other layers, or if nothing qualifies.
+    With a greedy path in the ranking, the path is followed as long as what is left keeps `keep_above`; `relative` is
+    then that of the layer and all before it, gone together. Without one, or if `independent`, the removals that keep
+    `keep_above` alone are taken, cheapest first. Takes at most `max_layers`, and nothing that would bring the removed
+    share of all parameters over `max_fraction` or leave a stack with fewer layers than it must have: there a path
+    ends, while independent removals go on with the next. Raises PruneKitError if the ranking is of a model with other
+    layers, or if nothing qualifies.
     """
     if not isinstance(ranking, dict) or not isinstance(ranking.get("removals"), list):
         raise PruneKitError(
             'the ranking has no list "removals": give the ranking.json that knockout_check.sh wrote'
         )
-    total = statistics(checkpoint)["parameters"]
+    path = None if independent else ranking.get("greedy")
     chosen: list[dict[str, Any]] = []
-    for entry in ranking["removals"]:
-        if len(chosen) == max_layers or entry["relative"] is None or entry["relative"] < keep_above:
-            break
-        layers = {
-            stack: [e["layer"] for e in [*chosen, entry] if e["stack"] == stack]
-            for stack in ("text", "vision")
-        }
-        if any(
-            max(numbers, default=-1) >= len(layer_numbers(checkpoint, stack))
-            for stack, numbers in layers.items()
-        ):
-            raise PruneKitError(
-                f"the ranking has a {entry['name']}, the model has not: is it the ranking of this model?"
-            )
-        try:
-            left = statistics(plan_removal(checkpoint, **layers).result)["parameters"]
-        except PruneKitError:
-            continue
-        if 1 - left / total <= max_fraction:
+    for entry in _path_steps(path["path"]) if path else ranking["removals"]:
+        cheap = entry["relative"] is not None and entry["relative"] >= keep_above
+        if len(chosen) < max_layers and cheap and _fits(checkpoint, [*chosen, entry], max_fraction):
             chosen.append(entry)
+        elif path:
+            break
     if not chosen:
         raise PruneKitError(
             f"the ranking has nothing that keeps {keep_above:.0%} of the baseline within {max_fraction:.0%} of the "
             "parameters; lower --keep-above or raise --max-fraction"
         )
     return chosen
+
+
+def _path_steps(path: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The layers of a greedy path one by one, each with what is left once it is gone."""
+    for before, point in itertools.pairwise(path):
+        for name in point["removed"]:
+            if name not in before["removed"]:
+                stack, number = name.rsplit("-", 1)
+                yield {"name": name, "stack": stack, "layer": int(number), "relative": point["relative"]}
+
+
+def _fits(checkpoint: Checkpoint, entries: list[dict[str, Any]], max_fraction: float) -> bool:
+    """Can these be removed together, and are they at most `max_fraction` of the parameters?"""
+    layers = {stack: [e["layer"] for e in entries if e["stack"] == stack] for stack in ("text", "vision")}
+    for stack, numbers in layers.items():
+        if max(numbers, default=-1) >= len(layer_numbers(checkpoint, stack)):
+            raise PruneKitError(
+                f"the ranking has a {stack}-{max(numbers):02d}, the model has not: is it the ranking of this model?"
+            )
+    try:
+        plan = plan_removal(checkpoint, **layers)
+    except PruneKitError:
+        return False
+    return 1 - statistics(plan.result)["parameters"] / statistics(checkpoint)["parameters"] <= max_fraction
 
 
 def place_taps(taps: Sequence[int], kept: Sequence[int]) -> list[int]:
