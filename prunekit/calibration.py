@@ -3,9 +3,12 @@
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from .checkpoint import Checkpoint, statistics
 from .errors import PruneKitError
@@ -105,6 +108,49 @@ def _message_encoder(
     return encode, encoder.data_collator
 
 
+def encoder_of(
+    model,
+    checkpoint: Checkpoint,
+    rows: list[dict[str, Any]],
+    max_length: int,
+    model_type: str | None = None,
+    template: str | None = None,
+) -> tuple[Callable[[dict], dict | None], Callable[[list[dict]], dict]]:
+    """(encode, collate): a row as a model's input with labels, None if it is too long; several as one padded batch.
+
+    Texts are cut to `max_length` tokens; messages, encoded by ms-swift's template (`model_type` and `template` are
+    ms-swift's), are refused if longer.
+    """
+    if "text" in rows[0]:
+        return _text_encoder(checkpoint.path, max_length)
+    return _message_encoder(model, checkpoint, max_length, model_type, template)
+
+
+def into_batches(items: list[dict], batch_tokens: int) -> list[list[dict]]:
+    """Items of similar length together, so that little is padded: at most `batch_tokens` a batch, padding included."""
+    groups: list[list[dict]] = []
+    for item in sorted(items, key=lambda item: len(item["input_ids"])):
+        if not groups or len(item["input_ids"]) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(item)
+    return groups
+
+
+def draw_rows(
+    rows: list[dict[str, Any]], encode: Callable[[dict], dict | None], max_tokens: int | None
+) -> list[dict]:
+    """Rows in a seeded random order, encoded, until they have about `max_tokens` tokens (None: all). Too long: left out."""
+    rows, encoded, tokens = list(rows), [], 0
+    random.Random(0).shuffle(rows)
+    for row in tqdm(rows, desc="encode", leave=False, disable=None):
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+        if (item := encode(row)) and len(item["input_ids"]) > 1:
+            encoded.append(item)
+            tokens += len(item["input_ids"])
+    return encoded
+
+
 def calibrate(
     model,
     checkpoint: Checkpoint,
@@ -117,34 +163,19 @@ def calibrate(
 ) -> Calibration:
     """Batches of similar length of a calibration set, in all about `max_tokens` tokens (image tokens included).
 
-    Rows are drawn in a seeded random order. Texts are cut to `max_length` tokens; messages, encoded by ms-swift's
-    template (`model_type` and `template` are ms-swift's), are left out if longer. Raises PruneKitError for bad rows.
+    Rows are drawn in a seeded random order and encoded by `encoder_of`. Raises PruneKitError for bad rows.
     """
     rows = read_calibration(dataset)
-    random.Random(0).shuffle(rows)
-    if "text" in rows[0]:
-        encode, collate = _text_encoder(checkpoint.path, max_length)
-    else:
-        encode, collate = _message_encoder(model, checkpoint, max_length, model_type, template)
-    encoded, tokens = [], 0
-    for row in rows:
-        if tokens >= max_tokens:
-            break
-        if (item := encode(row)) and len(item["input_ids"]) > 1:
-            encoded.append(item)
-            tokens += len(item["input_ids"])
+    encode, collate = encoder_of(model, checkpoint, rows, max_length, model_type, template)
+    encoded = draw_rows(rows, encode, max_tokens)
     if len(encoded) < HELD_OUT:
         raise PruneKitError(
             f"calibration set {dataset}: {len(encoded)} of its rows fit into {max_length} tokens; raise --max-length"
         )
 
     def batches(items: list[dict]) -> list[dict[str, Any]]:
-        groups: list[list[dict]] = []
-        for item in sorted(items, key=lambda item: len(item["input_ids"])):
-            if not groups or len(item["input_ids"]) * (len(groups[-1]) + 1) > batch_tokens:
-                groups.append([])
-            groups[-1].append(item)
-        return [dict(collate(group)) for group in groups]
+        return [dict(collate(group)) for group in into_batches(items, batch_tokens)]
 
     fit = [item for number, item in enumerate(encoded) if number % HELD_OUT]
+    tokens = sum(len(item["input_ids"]) for item in encoded)
     return Calibration(batches(fit), batches(encoded[::HELD_OUT]), tokens)

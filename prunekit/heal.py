@@ -109,6 +109,20 @@ class Fit:
     left: float  # and that still are
 
 
+@dataclass(frozen=True)
+class Refit:
+    """A layer's refit, as it is in the model now."""
+
+    changes: list[Fit]
+    undo: list[tuple[nn.Parameter, torch.Tensor]]  # parameters and their values before
+    ridge: float
+    jump_left: float  # share of what was missing before the refit, on the rows that judge
+
+    def take_back(self) -> None:
+        for parameter, value in reversed(self.undo):
+            parameter.copy_(value)
+
+
 class _Sides:
     """The uncut stack (teacher) and the cut one (student), advanced side by side over all rows."""
 
@@ -131,6 +145,28 @@ class _Sides:
             min((i for i in self.kept if i > layer), default=len(self.layers)), states.__setitem__
         )
         return [states[index] for index in range(len(states))]
+
+    def without(self, plan: Removal) -> "_Sides":
+        """These sides for a cut of the same stack that is the same up to where they are."""
+        other = copy(self)
+        other.plan = plan
+        other.kept = [i for i in range(len(self.layers)) if i not in plan.removed[self.stack]]
+        return other
+
+    def refit(self, layer: int, targets: list[torch.Tensor]) -> "Refit":
+        """Fit the layer's attention and MLP together, then the MLP on what it gets; in the model, where it helps."""
+        names, jump, changes = (self.row.o, self.row.mlp[-1]), None, []
+        undo: list[tuple[nn.Parameter, torch.Tensor]] = []
+        for wanted in (names, names[1:]):
+            fit = self.fit(layer, wanted, targets)
+            jump = jump or fit.before
+            if fit.left >= fit.before:
+                continue
+            for name, parameter in fit.projection.parameters.items():
+                undo.append((parameter, parameter.clone()))
+                parameter.copy_(fit.projection.changed(name, parameter, fit.solution))
+            changes.append(fit)
+        return Refit(changes, undo, fit.ridge, min(fit.left, fit.before) / jump if jump else 1.0)
 
     def fit(self, layer: int, names: tuple[str, ...], targets: list[torch.Tensor]) -> Fit:
         """Fit the first of these projections of a layer to the targets, in view of what the others could do.
@@ -204,26 +240,15 @@ def heal(
             record = {"stack": seam.stack, "layer": seam.before, "removed": list(seam.gone), "refitted": []}
             record |= {"ridge": None, "jump_left": 1.0, "loss_before": loss}
             for layers in filter(None, ((seam.before,), seam.behind)):
-                before, undo, changed = copy(sides.student), [], {}
+                before, refits, changed = copy(sides.student), [], {}
                 before.states, before.added = list(before.states), list(before.added)
                 for layer in layers:
-                    targets = sides.targets(layer)
-                    jump = None
-                    names = (sides.row.o, sides.row.mlp[-1])
-                    for wanted in (names, names[1:]):  # the MLP on what it gets from the refitted attention
-                        fit = sides.fit(layer, wanted, targets)
-                        jump = jump or fit.before
-                        if fit.left >= fit.before:
-                            continue
-                        for name, parameter in fit.projection.parameters.items():
-                            undo.append((parameter, parameter.clone()))
-                            parameter.copy_(fit.projection.changed(name, parameter, fit.solution))
+                    refit = sides.refit(layer, sides.targets(layer))
+                    refits.append(refit)
+                    for fit in refit.changes:
                         changed |= _changed_tensors(plan, sides, layer, fit)
                     if layer == seam.before:
-                        record |= {
-                            "ridge": fit.ridge,
-                            "jump_left": min(fit.left, fit.before) / jump if jump else 1.0,
-                        }
+                        record |= {"ridge": refit.ridge, "jump_left": refit.jump_left}
                     progress.update()
                 new_loss = held_out_loss() if changed else loss
                 if new_loss < loss:
@@ -231,8 +256,8 @@ def heal(
                     computed |= changed
                     record["refitted"] += layers
                 else:
-                    for parameter, value in reversed(undo):
-                        parameter.copy_(value)
+                    for refit in reversed(refits):
+                        refit.take_back()
                     sides.student = before
                 progress.set_postfix_str(f"loss {loss:.4f}")
             records.append(record | {"loss_after": loss})
