@@ -32,6 +32,8 @@ def build_ranking(
     scan, trained = _finite(scan), _finite(trained)
     runs = {record["name"]: record for record in trained}
     trained_baseline = runs.pop(BASELINE, None)
+    failed = trained_baseline is None or trained_baseline["error"]
+    trained_acc = None if failed else trained_baseline["token_acc"]
     baseline = {**(scan["baseline"] if scan else {}), "trained": trained_baseline}
     found = {entry["name"]: entry for entry in scan["removals"]} if scan else {}
     for name, record in runs.items():
@@ -42,7 +44,7 @@ def build_ranking(
     for name, entry in found.items():
         run = runs.get(name)
         scanned = _share(entry.get("token_acc"), baseline.get("token_acc"))
-        after = _share(run and run["token_acc"], trained_baseline and trained_baseline["token_acc"])
+        after = _share(run and run["token_acc"], trained_acc)
         error = entry["error"] or (run and run["error"])
         if run and not error and run["token_acc"] is None:
             error = "its training ended without a number"
@@ -164,7 +166,7 @@ def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
     for name, draw, wanted in (
         ("ranking.png", draw_ranking, any(e["relative"] is not None for e in ranking["removals"])),
         ("greedy.png", draw_greedy, ranking["greedy"] and len(ranking["greedy"]["path"]) > 1),
-        ("curves.png", draw_knockout_curves, any(record and not record["error"] for record in records)),
+        ("curves.png", draw_knockout_curves, any(record and record["curve"] for record in records)),
     ):
         if wanted:
             draw(ranking, out / name)

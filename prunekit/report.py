@@ -130,7 +130,8 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
             if diamond is not None and (labelled or diamond < floor):
                 lines.append(f"◆{diamond * 100:.1f}")
             axis.annotate(
-                "\n".join(reversed(lines)) if labelled else " ".join(lines), (position, top), xytext=(0, 1.5), textcoords="offset points",
+                "\n".join(reversed(lines)) if labelled else " ".join(lines),
+                (position, top), xytext=(0, 1.5), textcoords="offset points",
                 ha="center", va="bottom", fontsize=7 if labelled else 6, color=INK, rotation=0 if labelled else 90,
             )  # fmt: skip
         for line, label in ((0.95, "95%"), (0.90, "90%")):
@@ -217,12 +218,12 @@ def draw_greedy(ranking: dict[str, Any], path: Path) -> None:
 
 
 def draw_knockout_curves(ranking: dict[str, Any], path: Path) -> None:
-    """Training and evaluation loss of the trained knockouts: a key layer's spikes at the start.
+    """Training and evaluation loss of the trained knockouts: a key layer's spikes at the start. Diverged ones show, too.
 
     The key layers (below 90% of the baseline) have colours of their own, at most eight of them, worst first; with more
     than ten runs in all, the others are one grey.
     """
-    trained = [entry for entry in ranking["removals"] if entry["trained"] and not entry["trained"]["error"]]
+    trained = [entry for entry in ranking["removals"] if entry["trained"] and entry["trained"]["curve"]]
     trained.sort(key=lambda entry: (entry["relative_trained"] is None, entry["relative_trained"] or 0))
     key = [
         entry
@@ -239,7 +240,7 @@ def draw_knockout_curves(ranking: dict[str, Any], path: Path) -> None:
             (entry["trained"], colour, entry["name"] + (f" ({share:.1%})" if share is not None else ""))
         )
     baseline = ranking["baseline"]["trained"]
-    if baseline and not baseline["error"]:
+    if baseline and baseline["curve"]:
         lines.append((baseline, INK, "baseline"))
 
     figure, axes = _figure(2, 10.2, 3.6)

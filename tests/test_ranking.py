@@ -144,8 +144,9 @@ def test_a_trained_share_is_of_the_trained_baseline_and_counts():
     assert found["relative"] == found["relative_trained"] == pytest.approx(0.9)
 
 
-def test_without_a_trained_baseline_the_scan_counts():
-    found = ranked(scan(removal(0, 0.4)), [run("text-00", 0.81)])["text-00"]
+@pytest.mark.parametrize("baseline", [[], [run("baseline", 0.9, "loss is NaN")]], ids=["none", "failed"])
+def test_without_a_trained_baseline_the_scan_counts(baseline):
+    found = ranked(scan(removal(0, 0.4)), [*baseline, run("text-00", 0.81)])["text-00"]
     assert (found["relative_trained"], found["relative"]) == (None, pytest.approx(0.5))
 
 

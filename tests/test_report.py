@@ -132,6 +132,13 @@ def test_greedy_figure_has_a_line_of_exact_match_if_that_was_measured(axes, gene
     assert ("exact match of generated answers" in labels) == generation
 
 
+def test_knockout_curves_show_a_run_that_diverged(axes):
+    runs = [run(None, None, 0.8), run("text", 0, None, "loss is NaN at step 3")]
+    runs[1]["curve"][-1]["loss"] = None
+    legend = axes(draw_knockout_curves, build_ranking(None, runs, "base", {}))[0].figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["text-00", "baseline"]
+
+
 @pytest.mark.parametrize(("trained", "entries"), [(9, 10), (30, 10)])
 def test_the_legend_of_knockout_curves_stays_short(axes, trained, entries):
     ranking = made_ranking(layers=40, trained=trained)
