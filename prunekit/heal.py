@@ -123,7 +123,7 @@ class Refit:
             parameter.copy_(value)
 
 
-class _Sides:
+class Sides:
     """The uncut stack (teacher) and the cut one (student), advanced side by side over all rows."""
 
     def __init__(
@@ -146,7 +146,7 @@ class _Sides:
         )
         return [states[index] for index in range(len(states))]
 
-    def without(self, plan: Removal) -> "_Sides":
+    def without(self, plan: Removal) -> "Sides":
         """These sides for a cut of the same stack that is the same up to where they are."""
         other = copy(self)
         other.plan = plan
@@ -236,7 +236,7 @@ def heal(
     with tqdm(total=sum(1 + len(seam.behind) for seam in seams), desc="heal", disable=quiet) as progress:
         for seam in seams:
             if sides is None or sides.stack != seam.stack:
-                sides = _Sides(plan, model, seam.stack, batches, judged, calls.pop(seam.stack))
+                sides = Sides(plan, model, seam.stack, batches, judged, calls.pop(seam.stack))
             record = {"stack": seam.stack, "layer": seam.before, "removed": list(seam.gone), "refitted": []}
             record |= {"ridge": None, "jump_left": 1.0, "loss_before": loss}
             for layers in filter(None, ((seam.before,), seam.behind)):
@@ -265,7 +265,7 @@ def heal(
     return replace(plan, result=result), records
 
 
-def _changed_tensors(plan: Removal, sides: _Sides, layer: int, fit: Fit) -> dict[str, Tensor]:
+def _changed_tensors(plan: Removal, sides: Sides, layer: int, fit: Fit) -> dict[str, Tensor]:
     """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values when they are written."""
     pattern = rf"{sides.row.prefix}{sides.kept.index(layer)}\.{fit.projection.pattern()}"
     solution = fit.solution.cpu()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .calibration import Calibration
-from .heal import Projection, _Sides, heal
+from .heal import Projection, Sides, heal
 from .layers import check_healable, find_seams
 from .scanner import Scanner
 from .stacks import find_stack, record_calls
@@ -60,7 +60,10 @@ class HealedScanner:
         self.healed = tuple(gone)
 
     def measure(
-        self, gone: Sequence[Knockout], candidates: Sequence[Knockout], scored: Callable[[], None] = lambda: None
+        self,
+        gone: Sequence[Knockout],
+        candidates: Sequence[Knockout],
+        scored: Callable[[], None] = lambda: None,
     ) -> list[dict[str, Any]]:
         """What `Scanner.measure` returns, for every batch: the model healed after the cut, and each candidate's."""
         self.heal(gone)
@@ -88,7 +91,9 @@ class HealedScanner:
                             candidate, gone, traces[index], scanner.batches[index], start
                         )
                         scores = records[index]["scores"]
-                        scores[candidate.name] = scores[BASELINE] if final is None else scanner.score(final, index)
+                        scores[candidate.name] = (
+                            scores[BASELINE] if final is None else scanner.score(final, index)
+                        )
                     scored()
         return records
 
@@ -105,7 +110,7 @@ class HealedScanner:
             if sides is None:
                 with self.uncut_weights():
                     calls = record_calls(self.model, row, batches)
-                sides = _Sides(plan, self.model, stack, batches, judged, calls)
+                sides = Sides(plan, self.model, stack, batches, judged, calls)
             seam = next((s for s in find_seams(plan) if s.stack == stack and candidate.layer in s.gone), None)
             if seam is None:  # nothing is left before it
                 yield candidate, kept.index(candidate.layer)

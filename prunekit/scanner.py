@@ -26,7 +26,7 @@ from .trained_knockouts import BASELINE, Knockout
 
 LIKELIEST = 64  # tokens of the unpruned output whose probabilities the KL compares one by one
 STATE_BYTES = 128 << 20  # for kept states, or a tenth of the weights if that is more
-METRICS = ("token_acc", "loss", "kl")
+FAIR_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Job:
     max_tokens: int | None = 65_536  # of the data set, drawn in a seeded random order; None: all
     max_length: int = 4096  # of a row
     batch_tokens: int = 4096
+    fair_batches: bool = False  # many batches of rows of any length, so that the first few are a fair sample
     counts_suffix: bool = True  # what always ends an answer (<|im_end|>) counts in token_acc and loss
     device: str | None = None
     dtype: str | None = None
@@ -297,7 +298,10 @@ def load_scanner(job: Job) -> Scanner:
         raise PruneKitError(
             f"data set {job.dataset}: no row of at most {job.max_length} tokens has an answer to score"
         )
-    groups = into_batches(items, job.batch_tokens)
-    # In an order that says nothing of length, so that any first few batches are a fair sample
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
-    return Scanner(checkpoint, model, [dict(collate(groups[index])) for index in order])
+    if job.fair_batches:
+        size = -(-len(items) // FAIR_BATCHES)
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    else:
+        chunks = [items]
+    groups = [group for chunk in chunks for group in into_batches(chunk, job.batch_tokens)]
+    return Scanner(checkpoint, model, [dict(collate(group)) for group in groups])

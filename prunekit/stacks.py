@@ -35,7 +35,10 @@ def _changes(model: nn.Module, plan: Removal) -> Iterator[tuple[Any, str, Any]]:
         gone = plan.removed.get(stack, [])
         if gone:
             layers = getattr(owner, attribute)
-            yield owner, attribute, nn.ModuleList(x for i, x in enumerate(layers) if i not in gone)
+            kept = [layer for number, layer in enumerate(layers) if number not in gone]
+            yield owner, attribute, nn.ModuleList(kept)
+            for number, layer in enumerate(kept):  # which a KV cache counts by
+                yield from ((x, "layer_idx", number) for x in layer.modules() if hasattr(x, "layer_idx"))
         config = getattr(owner, "config", model.config)
         after = configs(plan.result.config, row)[0]
         for key in (*row.per_layer, *row.numbers, row.count):
@@ -53,10 +56,7 @@ def _changes(model: nn.Module, plan: Removal) -> Iterator[tuple[Any, str, Any]]:
 
 @contextlib.contextmanager
 def removed(model: nn.Module, plan: Removal) -> Iterator[None]:
-    """Within the block the model is what `apply_removal` would write: nothing is copied, and all is put back at the end.
-
-    There is no KV cache within the block.
-    """
+    """Within the block the model is what `apply_removal` would write: nothing is copied, and all is put back at the end."""
     undo: list[tuple[Any, str, Any]] = []
 
     def put(target: Any, name: str, value: Any) -> None:
@@ -66,10 +66,6 @@ def removed(model: nn.Module, plan: Removal) -> Iterator[None]:
     try:
         for change in _changes(model, plan):
             put(*change)
-        for row in plan.source.family.stacks.values():
-            config = getattr(find_stack(model, row)[0], "config", model.config)
-            if hasattr(config, "use_cache"):
-                put(config, "use_cache", False)  # modules keep their `layer_idx`, which a cache counts by
         yield
     finally:
         for target, name, value in reversed(undo):
@@ -80,12 +76,6 @@ def cut(model: nn.Module, plan: Removal) -> None:
     """Make the model what `apply_removal` would write, for good: nothing here keeps the layers removed alive."""
     for change in _changes(model, plan):
         setattr(*change)
-    for row in plan.source.family.stacks.values():
-        owner, attribute = find_stack(model, row)
-        for number, layer in enumerate(getattr(owner, attribute)):
-            for module in layer.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = number  # a KV cache counts by it
 
 
 class _Stop(Exception):
