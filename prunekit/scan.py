@@ -30,7 +30,7 @@ from .evaluate import generate, read_rows, score_answers
 from .healed_scan import HealedScanner
 from .layers import plan_removal
 from .ranking import finalists
-from .scanner import Job, Scanner, finite, load_scanner, template_of
+from .scanner import Job, Scanner, check_causal, finite, load_scanner, template_of
 from .trained_knockouts import BASELINE, Knockout, plan_knockouts
 from .work_folder import claim_folder, fingerprint
 
@@ -427,6 +427,7 @@ def main() -> None:
 
 def run_scan(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.model)
+    check_causal(checkpoint)
     candidates = plan_knockouts(checkpoint, args.text, args.vision)[1:]
     rows = read_calibration(args.dataset)
     if args.calib:

@@ -277,14 +277,19 @@ def template_of(job: Job, checkpoint: Checkpoint):
     return get_template(processor, max_length=job.max_length, template_type=job.template)
 
 
+def check_causal(checkpoint: Checkpoint) -> None:
+    """PruneKitError for a model that predicts no next token."""
+    if not checkpoint.family.causal:
+        raise PruneKitError(
+            f"{checkpoint.path}: {checkpoint.family.model_type} predicts no next token to score by; give a causal model"
+        )
+
+
 @functools.lru_cache(maxsize=1)
 def load_scanner(job: Job) -> Scanner:
     """A job's scanner, kept for the next call. PruneKitError for an encoder, bad rows, or rows without an answer."""
     checkpoint = open_checkpoint(job.model)
-    if not checkpoint.family.causal:
-        raise PruneKitError(
-            f"{job.model}: {checkpoint.family.model_type} predicts no next token to score by; give a causal model"
-        )
+    check_causal(checkpoint)
     rows = read_calibration(job.dataset)
     model = load_model(checkpoint, job.device, job.dtype)
     encode, collate = encoder_of(model, checkpoint, rows, job.max_length, job.model_type, job.template)

@@ -1,0 +1,402 @@
+"""The fast scan: its time and memory, what a race leaves out, what predicts trained knockouts, which sets are good.
+
+    bash bench/setup.sh
+    .venv/bin/python bench/knockout.py --json docs/knockout.json speed race predict sets
+
+Parts, each a key of the JSON: `speed` compares a full scan of SmolLM2-135M (30 layers, 8k tokens) with 30 plain
+evaluations, with saving, loading and evaluating every pruned copy, and with one training of 100 steps for each layer;
+`memory` its peak with that of a plain evaluation; `race` the time and finalists of --race with the full scan's;
+`predict` ranks removals by each metric of the scan and by trained knockouts, of the embedded model and of SmolLM2;
+`sets` removes 3, 5 and 8 layers chosen in five ways. All of it takes two hours on two CPU cores.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from materials import smollm2, write_texts
+
+from prunekit.calibration import calibrate, load_model
+from prunekit.checkpoint import open_checkpoint, read_json, write_json
+from prunekit.evaluate import score_batches
+from prunekit.heal import heal
+from prunekit.layers import apply_removal, plan_removal
+from prunekit.scan import HealedScan, Scan, describe, find_path
+from prunekit.scanner import Job, load_scanner
+from prunekit.stacks import removed
+from prunekit.trained_knockouts import Sweep, Training, plan_knockouts
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENS = 8192
+PREDICTORS = ("token_acc", "loss", "kl", "block_influence")
+TINY = [
+    "--torch_dtype",
+    "float32",
+    "--fp16",
+    "false",
+    "--bf16",
+    "false",
+    "--use_cpu",
+    "true",
+    "--gradient_checkpointing",
+    "false",
+    "--dataloader_num_workers",
+    "0",
+    "--check_model",
+    "false",
+    "--add_version",
+    "false",
+    "--seed",
+    "42",
+    "--report_to",
+    "none",
+    "--tuner_type",
+    "full",
+    "--freeze_vit",
+    "false",
+    "--freeze_aligner",
+    "false",
+    "--gradient_accumulation_steps",
+    "1",
+    "--logging_steps",
+    "5",
+]
+
+
+def log(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """(seconds, result)"""
+    started = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - started, result
+
+
+def chat_rows(texts: Path, folder: Path, characters: int) -> Path:
+    """The texts as answers without a question, as ms-swift's messages."""
+    target = folder / f"{texts.stem}-messages-{characters}.jsonl"
+    rows = [json.loads(line)["text"][:characters] for line in texts.open()]
+    message = ({"messages": [{"role": "assistant", "content": row}]} for row in rows)
+    target.write_text("".join(json.dumps(row) + "\n" for row in message))
+    return target
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """Rank correlation; equal values share their mean rank."""
+
+    def ranks(values: list[float]) -> list[float]:
+        return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+    return statistics.correlation(ranks(one), ranks(other))
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
+    texts = write_texts(args.runs)
+    job = Job(str(folder), str(texts["wikipedia-test"]), TOKENS, 512)
+    scanner = load_scanner(job)
+    runs = plan_knockouts(scanner.checkpoint, "all", "none")[1:]
+    evaluate = lambda: score_batches(scanner.model, scanner.batches)  # noqa: E731
+
+    def forward() -> None:
+        for batch in scanner.batches:
+            with torch.inference_mode():
+                scanner.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+    evaluate()
+    plain, forwards, scans = [], [], []
+    for _ in range(args.repeat):
+        plain.append(timed(evaluate)[0])
+        forwards.append(timed(forward)[0])
+        scanner.references.clear()
+        scans.append(timed(lambda: [scanner.measure([], runs, i) for i in range(len(scanner.batches))])[0])
+        plain.append(timed(evaluate)[0])
+        log(f"scan {scans[-1]:.1f} s, an evaluation {plain[-1]:.1f} s, a forward pass {forwards[-1]:.1f} s")
+    scan, one, forward_pass = map(statistics.median, (scans, plain, forwards))
+
+    def save_load_evaluate(layer: int) -> None:
+        with tempfile.TemporaryDirectory(dir=args.runs) as work:
+            apply_removal(plan_removal(scanner.checkpoint, text=[layer]), Path(work) / "cut")
+            score_batches(load_model(open_checkpoint(Path(work) / "cut")), scanner.batches)
+
+    naive = [timed(save_load_evaluate, layer)[0] for layer in range(2, len(runs), 6)]
+    log(f"save, load, evaluate: {statistics.median(naive):.1f} s a layer")
+    result = {
+        "tokens": sum(int((batch["labels"] != -100).sum()) for batch in scanner.batches),
+        "layers": len(runs),
+        "scan_seconds": scan,
+        "evaluation_seconds": one,
+        "forward_pass_seconds": forward_pass,
+        "scan_over_evaluations": scan / (len(runs) * one),
+        "scan_over_forward_passes": scan / (len(runs) * forward_pass),
+        "naive_seconds_a_layer": statistics.median(naive),
+        "naive_over_scan": statistics.median(naive) * len(runs) / scan,
+    }
+    data = chat_rows(texts["wikipedia-train"], args.runs, 2000)
+    records = train(
+        folder,
+        [runs[13]],
+        data,
+        data,
+        args.runs / "speed-trained",
+        1,
+        SMOLLM2 + ["--max_steps", str(args.steps), "--eval_steps", str(args.steps)],
+    )
+    seconds = records[0]["seconds"] * 100 / args.steps
+    return result | {"trained_knockout_seconds": seconds, "trained_over_scan": seconds * len(runs) / scan}
+
+
+SMOLLM2 = [
+    *TINY, "--torch_dtype", "bfloat16", "--bf16", "true", "--template", "chatml", "--learning_rate", "2e-5",
+    "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "4", "--max_length", "512",
+    "--dataset_num_proc", "1", "--lr_scheduler_type", "constant",
+]  # fmt: skip
+
+
+def train(
+    model: Path, runs: list, data: Path, validation: Path, out: Path, jobs: int, arguments: list[str]
+) -> list[dict]:
+    """Records of trained knockouts; those that an earlier call did aren't repeated."""
+    model_type = open_checkpoint(model).config["model_type"]
+    plugins = ["--external_plugins", str(ROOT / "plugins" / "qwen_vl_token_ids.py")]
+    flags = (*plugins, "--dataset", str(data), "--val_dataset", str(validation), *arguments)
+    sweep = Sweep(Training(model, model_type, out, flags, "bench"), [], jobs)
+    done = sweep.finished(runs)
+    with contextlib.closing(sweep.do_all([run for run in runs if run.name not in done])) as records:
+        for record in records:
+            log(f"{record['name']}: {record['error'] or record['token_acc']} ({record['seconds']:.0f} s)")
+            done[record["name"]] = record
+    return [done[run.name] for run in runs]
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peaks of two processes that do nothing else, in MB of resident memory."""
+    folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
+    data = write_texts(args.runs)["wikipedia-test"]
+    peaks = {}
+    for what in ("evaluate", "scan"):
+        command = [sys.executable, __file__, f"peak-{what}", "--runs", str(args.runs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[what] = json.loads(done.stdout)["peak_mb"]
+        log(f"{what} of {folder.name} on {data.name}: {peaks[what]} MB at its peak")
+    return peaks | {"scan_over_evaluate": peaks["scan"] / peaks["evaluate"]}
+
+
+def peak(args: argparse.Namespace, what: str) -> dict[str, Any]:
+    job = Job(str(args.runs / "smollm2-bf16"), str(args.runs / "wikipedia-test.jsonl"), TOKENS, 512)
+    scanner = load_scanner(job)
+    if what == "evaluate":
+        score_batches(scanner.model, scanner.batches)
+    else:
+        runs = plan_knockouts(scanner.checkpoint, "all", "none")[1:]
+        for index in range(len(scanner.batches)):
+            scanner.measure([], runs, index)
+    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def race(args: argparse.Namespace) -> dict[str, Any]:
+    folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
+    data = str(write_texts(args.runs)["wikipedia-test"])
+    full_job = Job(str(folder), data, 2 * TOKENS, 128)
+    candidates = plan_knockouts(open_checkpoint(folder), "all", "none")[1:]
+    result = {"tokens": 2 * TOKENS, "rows_of": 128, "finalists": {}}
+    full = Scan(full_job, None, quiet=True)
+    full_seconds, _ = timed(lambda: full.measure([], candidates, range(full.batches), "scan"))
+    scores = {k.name: full.score([], k.name) for k in candidates}
+    order = sorted(scores, key=lambda name: scores[name]["loss"])
+    fair_job = Job(str(folder), data, 2 * TOKENS, 128, fair_batches=True)
+    load_scanner(fair_job)
+    for keep in (5, 10):
+        scan = Scan(fair_job, None, quiet=True)
+        weights = {k.name: 1.0 for k in candidates}
+        seconds, (best, undecided) = timed(scan.race, [], candidates, keep, weights, args.race_share)
+        result["finalists"][keep] = {
+            "race": best,
+            "full_scan": order[:keep],
+            "agree": len(set(best) & set(order[:keep])),
+            "undecided": sorted(undecided),
+            "seconds": seconds,
+            "share_of_full": seconds / full_seconds,
+            "losses": {
+                name: {"full": scores[name]["loss"], "race": (score := scan.score([], name))["loss"], "error": score["standard_error"]["loss"]}
+                for name in dict.fromkeys([*best, *order[:keep]])
+            },
+        }  # fmt: skip
+        found = result["finalists"][keep]
+        log(
+            f"best {keep}: {found['agree']} agree, {found['share_of_full']:.2f} of the full scan's {full_seconds:.0f} s"
+        )
+    return result | {"full_seconds": full_seconds}
+
+
+def predict(args: argparse.Namespace) -> dict[str, Any]:
+    ocr = args.runs / "ocr"
+    if not (ocr / "val.jsonl").exists():
+        subprocess.run(
+            [sys.executable, ROOT / "examples/tiny_ocr/tiny_ocr.py", "data", "--out", ocr], check=True
+        )
+    folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
+    texts = write_texts(args.runs)
+    train_rows = chat_rows(texts["wikipedia-train"], args.runs, 900)
+    every = chat_rows(texts["wikipedia-test"], args.runs, 900)
+    few = args.runs / "wikipedia-test-few.jsonl"
+    few.write_text("".join(every.open().readlines()[::12][:40]))
+    embedded = [
+        *TINY, "--learning_rate", "2e-4", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "150",
+        "--max_steps", "40", "--eval_steps", "20",
+    ]  # fmt: skip
+    small = [
+        *SMOLLM2,
+        "--max_length",
+        "256",
+        "--max_steps",
+        "20",
+        "--eval_steps",
+        "20",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+    cases = {
+        "embedded": (
+            ROOT / "examples/tiny_ocr/model",
+            ocr / "train.jsonl",
+            ocr / "val.jsonl",
+            embedded,
+            2,
+            None,
+            4096,
+        ),
+        "smollm2": (folder, train_rows, few, small, 1, "chatml", 256),
+    }
+    result = {}
+    for name, (model, data, validation, arguments, jobs, template, length) in cases.items():
+        runs = plan_knockouts(open_checkpoint(model), "all", "all")
+        records = train(model, runs, data, validation, args.runs / f"trained-{name}", jobs, arguments)
+        scan = Scan(Job(str(model), str(validation), None, length, template=template), None)
+        scan.measure([], runs[1:], range(scan.batches), "scan")
+        scanned = {entry["name"]: entry for entry in describe(scan, runs[1:], None, set())["removals"]}
+        trained = {record["name"]: record["token_acc"] for record in records}
+        names = [run.name for run in runs[1:] if trained[run.name] is not None]
+        result[name] = {
+            "layers": len(names),
+            "flags": " ".join(arguments),
+            "baseline": {"trained": trained["baseline"], "scanned": scan.score([], "baseline")["token_acc"]},
+            "spearman": {
+                metric: spearman(
+                    [scanned[n][metric] * (1 if metric == "token_acc" else -1) for n in names],
+                    [trained[n] for n in names],
+                )
+                for metric in PREDICTORS
+            },
+            "removals": {n: {"trained": trained[n]} | {m: scanned[n][m] for m in PREDICTORS} for n in names},
+        }
+        log(name, result[name]["spearman"])
+    return result
+
+
+def sets(args: argparse.Namespace) -> dict[str, Any]:
+    folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
+    checkpoint, texts = open_checkpoint(folder), write_texts(args.runs)
+    counts = (3, 5, 8)
+    job = Job(str(folder), str(texts["wikipedia-train"]), args.choice_tokens, 256)
+    candidates = plan_knockouts(checkpoint, "all", "none")[1:]
+    scan = Scan(job, args.runs / "sets-records.jsonl")
+    scan.measure([], candidates, range(scan.batches), "scan")
+    removals = describe(scan, candidates, None, set())["removals"]
+    chosen, seconds = {}, {}
+    for metric in ("loss", "kl", "block_influence"):
+        chosen[metric] = [e["layer"] for e in sorted(removals, key=lambda e: e[metric])][: max(counts)]
+    numbers = {k.name: k.layer for k in candidates}
+    seconds["greedy"], path = timed(lambda: find_path(scan, candidates, max(counts), None, None))
+    chosen["greedy"] = [numbers[name] for name in path[-1]["removed"]]
+    log("greedy", chosen["greedy"])
+    healed = HealedScan(
+        job, args.runs / "sets-records-healed.jsonl", str(texts["wikipedia-train"]), args.choice_tokens
+    )
+    seconds["greedy_healed"], path = timed(lambda: find_path(healed, candidates, max(counts), None, None))
+    chosen["greedy_healed"] = [numbers[name] for name in path[-1]["removed"]]
+    log("greedy, healed", chosen["greedy_healed"])
+    load_scanner.cache_clear()
+
+    model = load_model(checkpoint)
+    tests = {}
+    for name in ("wikipedia-test", "docstrings"):
+        found = calibrate(model, checkpoint, texts[name], max_tokens=args.test_tokens)
+        tests[name] = [*found.fit, *found.held_out]
+    data = calibrate(model, checkpoint, texts["wikipedia-train"], max_tokens=2 * args.test_tokens)
+
+    def losses() -> dict[str, float]:
+        return {name: score_batches(model, batches)["loss"] for name, batches in tests.items()}
+
+    base, rows = losses(), []
+    for count in counts:
+        for way, layers in chosen.items():
+            model = load_model(checkpoint)
+            plan = plan_removal(checkpoint, text=layers[:count])
+            with removed(model, plan):
+                row = {
+                    "layers_removed": count,
+                    "chosen_by": way,
+                    "layers": sorted(layers[:count]),
+                    "loss": losses(),
+                }
+            heal(plan, model, data)
+            with removed(model, plan):
+                rows.append(row | {"loss_healed": losses()})
+            log(rows[-1])
+    return {
+        "choice_tokens": args.choice_tokens,
+        "seconds": seconds,
+        "order": chosen,
+        "base": base,
+        "rows": rows,
+    }
+
+
+PARTS = {"speed": speed, "memory": memory, "race": race, "predict": predict, "sets": sets}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "peak-scan", "peak-evaluate"], metavar="PART")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
+    parser.add_argument("--repeat", type=int, default=3, help="scans timed (default: 3)")
+    parser.add_argument("--steps", type=int, default=100, help="of the training that is timed (default: 100)")
+    parser.add_argument("--race-share", type=float, default=0.3)
+    parser.add_argument("--choice-tokens", type=int, default=4096, help="to choose sets on (default: 4096)")
+    parser.add_argument("--test-tokens", type=int, default=16_384, help="to judge sets on (default: 16384)")
+    parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
+    args = parser.parse_args()
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.parts[0].startswith("peak-"):
+        print(json.dumps(peak(args, args.parts[0].removeprefix("peak-"))))
+        return
+    result = read_json(args.json) if args.json and args.json.exists() else {}
+    result |= {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
+    for part in args.parts:
+        result[part] = PARTS[part](args)
+        if args.json:
+            write_json(args.json, result)
+    shutil.rmtree(args.runs / "speed-trained", ignore_errors=True)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
