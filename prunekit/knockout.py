@@ -126,12 +126,7 @@ def sweep_all(sweep: Sweep, runs: list[Knockout], settings: dict[str, Any]) -> l
 
     from .report import draw_ranking
 
-    results: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        if sweep.result_file(run).exists():
-            result = json.loads(sweep.result_file(run).read_text())
-            if not result["error"]:  # a failed run is tried again
-                results[run.name] = result
+    results = sweep.finished(runs)
     todo = [run for run in runs if run.name not in results]
     if results:
         print(f"{len(results)} of {len(runs)} runs are done already")

@@ -6,7 +6,9 @@ with RAY_ADDRESS set one or the other on any node of a Ray cluster.
 """
 
 import argparse
+import contextlib
 import ctypes
+import json
 import math
 import multiprocessing
 import os
@@ -21,7 +23,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -82,15 +83,33 @@ def merged_flag(arguments: list[str], flag: str, *values: str) -> list[str]:
     return [*others, flag, *dict.fromkeys([*values, *found.given])]
 
 
-def _die_with_parent(last_words: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent dies: kill -9 of a sweep leaves nothing running."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, last_words)
+def _end_descendants(*_: Any) -> None:
+    """Kill all that descends from this process, and leave."""
+    while descendants := psutil.Process().children(recursive=True):
+        for process in descendants:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(descendants, timeout=1)
+    os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Wait for the death of the process that asked for this one, then end this one: the fork server outlives that."""
+    multiprocessing.parent_process().join()
+    _end_descendants()
 
 
 def _enter(environment: dict[str, str], log: str) -> None:
-    """Begin a run's process: its environment, its output into its log, and no ear for Ctrl-C, which is the sweep's."""
+    """Begin a run's process: its environment, its output into its log, and its end.
+
+    SIGTERM ends it with all its descendants, and so does the sweep's death, be it by kill -9. Ctrl-C is the sweep's.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_descendants)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform == "linux":
+        pr_set_child_subreaper = 36  # orphans among the descendants become children of this process
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
     os.environ.clear()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -100,7 +119,6 @@ def _enter(environment: dict[str, str], log: str) -> None:
 
 def _train_in_this_process(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Body of a forked process: ms-swift is imported already, so a run starts at once."""
-    _die_with_parent()
     _enter(environment, log)
     try:
         import torch
@@ -111,30 +129,21 @@ def _train_in_this_process(arguments: list[str], environment: dict[str, str], lo
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)
-
-
-def _end_descendants(*_: Any) -> None:
-    """Kill all that descends from this process, and leave."""
-    while descendants := psutil.Process().children(recursive=True):
-        for process in descendants:
-            process.kill()
-        psutil.wait_procs(descendants, timeout=1)
-    os._exit(1)
+        _end_descendants()
 
 
 def _train_by_command(arguments: list[str], environment: dict[str, str], log: str) -> None:
     """Body of a process that watches over `swift sft`: the trainers behind that wrapper outlive it otherwise."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(
-            36, 1
-        )  # orphans among the descendants become children of this one
-    signal.signal(signal.SIGTERM, _end_descendants)
-    _die_with_parent(signal.SIGTERM)
     _enter(environment, log)
-    code = subprocess.run(["swift", "sft", *arguments]).returncode
-    if code:
+    if subprocess.run(["swift", "sft", *arguments]).returncode:
         _end_descendants()
+
+
+def _free_port() -> int:
+    """A local TCP port that nothing uses now: runs side by side each need their own for torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _processes(preload: bool) -> Any:
@@ -145,13 +154,6 @@ def _processes(preload: bool) -> Any:
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["prunekit.knockout_preload"] if preload else [])
     return forks
-
-
-def _free_port() -> int:
-    """A local TCP port that nothing uses now: runs side by side each need their own for torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _last_line(log: Path) -> str:
@@ -283,6 +285,15 @@ class Sweep:
     def result_file(self, run: Knockout) -> Path:
         return self.training.out / "runs" / f"{run.name}.json"
 
+    def finished(self, runs: list[Knockout]) -> dict[str, dict[str, Any]]:
+        """Records by name of those among these runs that earlier sweeps here did. Failed ones aren't: do them again.
+
+        A run that trained to the end and came to NaN is finished: it would do so again.
+        """
+        files = [file for file in map(self.result_file, runs) if file.exists()]
+        records = [json.loads(file.read_text()) for file in files]
+        return {record["name"]: record for record in records if not record["error"] or record["curve"]}
+
     def do_all(self, runs: list[Knockout]) -> Iterator[dict[str, Any]]:
         """Do these runs; yields each one's record as it ends, on disk by then. Failed runs have an "error" in it.
 
@@ -290,14 +301,14 @@ class Sweep:
         """
         (self.training.out / "runs").mkdir(parents=True, exist_ok=True)
         pairs = self._on_cluster(runs) if os.environ.get("RAY_ADDRESS") else self._here(runs)
-        with closing(pairs):
+        with contextlib.closing(pairs):
             for run, result in pairs:
                 write_json(self.result_file(run), result)
                 yield result
 
     def _on_cluster(self, runs: list[Knockout]) -> Iterator[tuple[Knockout, dict[str, Any]]]:
         work = partial(_result_on_node, self.training)
-        with closing(cluster.run_tasks(work, runs, gpus=self.gpus_per_task)) as tasks:
+        with contextlib.closing(cluster.run_tasks(work, runs, gpus=self.gpus_per_task)) as tasks:
             for run, result in tasks:
                 if isinstance(result, Exception):
                     result = _empty_record(run) | {
