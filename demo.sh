@@ -71,10 +71,10 @@ stage data "$RUN/data" python examples/tiny_ocr/tiny_ocr.py data --out "$RUN/dat
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
-  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 2e-4 --max_steps "$(steps 5)" --eval_steps "$(steps 5)" &&
+  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 2e-4 --max_steps "$(steps 20)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
-MODEL=$BASE OUTPUT=$RUN/knockout JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
+MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=5 GREEDY=6 JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
@@ -116,5 +116,5 @@ for name in "${CHECKPOINTS[@]}"; do STAGES+=("$name=$RUN/$name"); done
 echo
 python -m prunekit.summary --out "$RUN" --seconds "$RUN/seconds" --evaluation "$RUN"/evaluation/*.json --stages "${STAGES[@]}"
 echo
-echo "pictures: $RUN/stages.png $RUN/knockout/ranking.png $RUN/*/curves.png      numbers: $RUN/summary.json"
+echo "pictures: $RUN/stages.png $RUN/knockout/*.png $RUN/*/curves.png      numbers: $RUN/summary.json"
 echo "in all: $((SECONDS - started)) s"

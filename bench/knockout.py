@@ -211,14 +211,14 @@ def peak(args: argparse.Namespace, what: str) -> dict[str, Any]:
 def race(args: argparse.Namespace) -> dict[str, Any]:
     folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
     data = str(write_texts(args.runs)["wikipedia-test"])
-    full_job = Job(str(folder), data, 2 * TOKENS, 128)
+    full_job = Job(str(folder), data, TOKENS, 128)
     candidates = plan_knockouts(open_checkpoint(folder), "all", "none")[1:]
-    result = {"tokens": 2 * TOKENS, "rows_of": 128, "finalists": {}}
+    result = {"tokens": TOKENS, "rows_of": 128, "finalists": {}}
     full = Scan(full_job, None, quiet=True)
     full_seconds, _ = timed(lambda: full.measure([], candidates, range(full.batches), "scan"))
     scores = {k.name: full.score([], k.name) for k in candidates}
     order = sorted(scores, key=lambda name: scores[name]["loss"])
-    fair_job = Job(str(folder), data, 2 * TOKENS, 128, fair_batches=True)
+    fair_job = Job(str(folder), data, TOKENS, 128, fair_batches=True)
     load_scanner(fair_job)
     for keep in (5, 10):
         scan = Scan(fair_job, None, quiet=True)
@@ -254,7 +254,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     train_rows = chat_rows(texts["wikipedia-train"], args.runs, 900)
     every = chat_rows(texts["wikipedia-test"], args.runs, 900)
     few = args.runs / "wikipedia-test-few.jsonl"
-    few.write_text("".join(every.open().readlines()[::12][:40]))
+    few.write_text("".join(every.open().readlines()[::24][:20]))
     embedded = [
         *TINY, "--learning_rate", "2e-4", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "150",
         "--max_steps", "40", "--eval_steps", "20",
@@ -337,7 +337,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("wikipedia-test", "docstrings"):
         found = calibrate(model, checkpoint, texts[name], max_tokens=args.test_tokens)
         tests[name] = [*found.fit, *found.held_out]
-    data = calibrate(model, checkpoint, texts["wikipedia-train"], max_tokens=2 * args.test_tokens)
+    data = calibrate(model, checkpoint, texts["wikipedia-train"], max_tokens=args.test_tokens)
 
     def losses() -> dict[str, float]:
         return {name: score_batches(model, batches)["loss"] for name, batches in tests.items()}
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="scans timed (default: 3)")
     parser.add_argument("--steps", type=int, default=100, help="of the training that is timed (default: 100)")
     parser.add_argument("--race-share", type=float, default=0.3)
-    parser.add_argument("--choice-tokens", type=int, default=4096, help="to choose sets on (default: 4096)")
+    parser.add_argument("--choice-tokens", type=int, default=2048, help="to choose sets on (default: 2048)")
     parser.add_argument("--test-tokens", type=int, default=16_384, help="to judge sets on (default: 16384)")
     parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
     args = parser.parse_args()

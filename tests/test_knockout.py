@@ -8,8 +8,9 @@ import pytest
 from prunekit import knockout
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.knockout import Sweep, plan_knockouts, sweep_all
+from prunekit.knockout import Sweep, choose_runs, plan_knockouts, sweep_all
 from prunekit.trained_knockouts import Training
+from prunekit.work_folder import fingerprint
 
 
 class StubTraining(Training):
@@ -22,12 +23,73 @@ class StubTraining(Training):
         (work / "swift" / "logging.jsonl").write_text(json.dumps(record) + "\n")
 
 
-def test_a_sweep_writes_a_ranking_relative_to_its_baseline(tiny, tmp_path):
-    sweep = Sweep(StubTraining(tiny("qwen3_vl"), "qwen3_vl", tmp_path, (), "group"), [], 2)
+def sweep(folder, out):
+    return Sweep(StubTraining(folder, "qwen3_vl", out / "trained", (), "group"), [], 2)
+
+
+def test_a_sweep_without_a_scan_writes_a_ranking_relative_to_its_trained_baseline(tiny, tmp_path):
     runs = plan_knockouts(open_checkpoint(tiny("qwen3_vl")), "0-1", "none")
-    assert sweep_all(sweep, runs, {}) == []
+    sweep_all(sweep(tiny("qwen3_vl"), tmp_path), runs, None, tmp_path)
     ranking = json.loads((tmp_path / "ranking.json").read_text())
     assert [removal["relative"] for removal in ranking["removals"]] == pytest.approx([0.8, 0.8])
+
+
+def scan_of(*losses):
+    removals = [
+        {
+            "name": f"text-{layer:02d}", "stack": "text", "layer": layer, "parameters": 90, "parameters_saved": 10,
+            "latency_saved": 0.1, "token_acc": 0.9 - loss / 10, "loss": loss, "kl": loss, "block_influence": 0.1,
+            "standard_error": {"token_acc": 0.01, "loss": 0.01, "kl": 0.01}, "samples": 9, "tokens": 90,
+            "decided": True, "generation": None, "error": None,
+        }
+        for layer, loss in enumerate(losses)
+    ]  # fmt: skip
+    return {
+        "predictor": "loss",
+        "counts_suffix": True,
+        "baseline": {"token_acc": 0.9, "loss": 1.0, "kl": 0.0, "samples": 9, "tokens": 90, "parameters": 100},
+        "removals": removals,
+        "greedy": None,
+        "best": [entry["name"] for entry in sorted(removals, key=lambda entry: entry["loss"])],
+        "settings": {},
+    }
+
+
+@pytest.fixture
+def runs(tiny):
+    return plan_knockouts(open_checkpoint(tiny("qwen3_vl")), "0-2", "none")
+
+
+def names(chosen):
+    return [run.name for run in chosen]
+
+
+def test_the_best_of_a_scan_are_trained_beside_the_baseline(runs):
+    assert names(choose_runs(runs, scan_of(3, 1, 2), 2)) == ["baseline", "text-01", "text-02"]
+
+
+def test_all_means_every_removal_of_the_scan(runs):
+    assert len(choose_runs(runs, scan_of(3, 1, 2), None)) == 4
+
+
+def test_without_a_scan_everything_is_trained(runs):
+    assert choose_runs(runs, None, 1) == runs
+
+
+def test_no_finalists_means_no_training(runs):
+    assert choose_runs(runs, scan_of(3, 1, 2), 0) == choose_runs(runs, None, 0) == []
+
+
+def test_finalists_have_scanned_and_trained_values_side_by_side(tiny, runs, tmp_path):
+    scan = scan_of(3, 1, 2)
+    ranking = sweep_all(sweep(tiny("qwen3_vl"), tmp_path), choose_runs(runs, scan, 1), scan, tmp_path)
+    first, *others = ranking["removals"]
+    assert (first["name"], first["relative_trained"]) == ("text-01", pytest.approx(0.8))
+    assert first["relative_scanned"] == pytest.approx(0.8 / 0.9)
+    assert [entry["trained"] for entry in others] == [None, None]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ranking.json", "ranking.csv", "ranking.png", "curves.png", "trained"
+    }  # fmt: skip
 
 
 def run_main(monkeypatch, *arguments):
@@ -36,7 +98,8 @@ def run_main(monkeypatch, *arguments):
 
 
 def test_a_sweep_of_other_settings_in_the_same_folder_is_refused(monkeypatch, tiny, tmp_path):
-    (tmp_path / "settings.json").write_text('{"fingerprint": "another"}')
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "settings.json").write_text('{"fingerprint": "another"}')
     with pytest.raises(PruneKitError, match="other settings"):
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
 
@@ -50,7 +113,8 @@ def test_a_folder_that_is_no_sweep_is_refused_and_left_as_it_is(monkeypatch, tin
 
 
 def test_two_sweeps_in_one_folder_are_refused(monkeypatch, tiny, tmp_path):
-    with (tmp_path / "lock").open("w") as lock:
+    (tmp_path / "trained").mkdir()
+    with (tmp_path / "trained" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(PruneKitError, match="another sweep"):
             run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
@@ -61,9 +125,21 @@ def test_more_jobs_than_gpus_are_refused(monkeypatch, tiny, tmp_path):
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path, "--gpus", "0,1", "--jobs", "3")
 
 
+def test_a_number_of_finalists_that_is_none_is_refused(monkeypatch, tiny, tmp_path):
+    with pytest.raises(PruneKitError, match="--finalists many"):
+        run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path / "out", "--finalists", "many")
+
+
+def test_a_scan_of_another_model_is_refused(monkeypatch, tiny, tmp_path):
+    (tmp_path / "scan").mkdir()
+    (tmp_path / "scan" / "scan.json").write_text('{"settings": {"fingerprint": "another"}}')
+    with pytest.raises(PruneKitError, match="another model"):
+        run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
+
+
 def test_the_fingerprint_changes_when_weights_are_written_again(own):
     folder = own("qwen3_vl")
-    before = knockout.fingerprint(open_checkpoint(folder))
+    before = fingerprint(open_checkpoint(folder))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes())
-    assert knockout.fingerprint(open_checkpoint(folder)) != before
+    assert fingerprint(open_checkpoint(folder)) != before
