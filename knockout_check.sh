@@ -44,6 +44,10 @@ ARGS=(
 )
 
 case $MODE in scan | train | all) ;; *) die "MODE=$MODE: choose scan, train or all" ;; esac
+[[ $FINALISTS =~ ^([0-9]+|all|ALL)$ ]] || die "FINALISTS=$FINALISTS: give a number of layers to train without, or ALL"
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || die "JOBS=$JOBS: give a number of trainings side by side"
+processes=$(tr , '\n' <<< "${GPUS:-cpu}" | wc -l)
+if [ -n "$GPUS" ] && [ "$JOBS" -gt "$processes" ]; then die "JOBS=$JOBS: each needs a GPU, GPUS=$GPUS names $processes"; fi
 preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor 0.1 --reuse-out "$@"
 if [ -n "$RESTART" ] && { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; }; then rm -rf "$OUTPUT"; fi
 if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT/scan" ] && [ ! -d "$OUTPUT/trained" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
@@ -53,7 +57,6 @@ claim_work
 setup_wandb
 LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS")
 if [ "$MODE" != train ]; then
-  processes=$(tr , '\n' <<< "${GPUS:-cpu}" | wc -l)
   run=(python)
   if [ "$processes" -gt 1 ] && [ -z "${RAY_ADDRESS:-}" ]; then run=(torchrun --standalone --nproc_per_node "$processes"); fi
   run_group "${run[@]}" -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
@@ -64,8 +67,7 @@ if [ "$MODE" != train ]; then
   wait "$GROUP_PID"
 fi
 if [ -n "$GPUS" ] && [ "$JOBS" -gt 1 ]; then
-  all=$(tr , '\n' <<< "$GPUS" | wc -l)
-  use_gpus "$(cut -d, -f"1-$((all / JOBS > 0 ? all / JOBS : 1))" <<< "$GPUS")"
+  use_gpus "$(cut -d, -f"1-$((processes / JOBS))" <<< "$GPUS")"
 fi
 run_group python -m prunekit.knockout --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
   --finalists "$([ "$MODE" = scan ] && echo 0 || echo "$FINALISTS")" --gpus "$GPUS" --jobs "$JOBS" \

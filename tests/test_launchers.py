@@ -177,7 +177,7 @@ CASES = [
     (launcher, {"GPUS": gpus} | settings)
     for launcher, variants in {
         "full_run.sh": [{}],
-        "knockout_check.sh": [{"TEXT_LAYERS": "none", "VISION_BLOCKS": "none"}],
+        "knockout_check.sh": [{"MODE": "train", "TEXT_LAYERS": "1", "VISION_BLOCKS": "none"}],
         "lora.sh": [{}],
         "export_lora.sh": [{}],
         "distil.sh": [{}],
@@ -232,6 +232,26 @@ def test_flags_that_the_launcher_must_know_are_refused_with_the_setting_to_use(l
     result = lab.run(launcher, flag, "x")
     assert result.returncode == 2
     assert re.fullmatch(r"error: --\w+: set (MODEL|OUTPUT)=.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"MODE": "quick"}, "MODE=quick"), ({"FINALISTS": "some"}, "FINALISTS=some"),
+     ({"JOBS": "9", "GPUS": "0"}, "JOBS=9"), ({"TEXT_LAYERS": "99"}, "--text 99")],
+)  # fmt: skip
+def test_settings_of_knockouts_that_make_no_sense_are_refused(lab, settings, said):
+    result = lab.run("knockout_check.sh", **settings)
+    assert (result.returncode, said in result.stderr) == (2, True), result.stderr
+    assert not lab.calls()
+
+
+def test_knockouts_leave_a_folder_that_is_no_sweep_alone(lab):
+    lab.out.mkdir(parents=True)
+    (lab.out / "thesis.txt").write_text("mine")
+    for more in ({}, {"RESTART": "1"}):
+        result = lab.run("knockout_check.sh", **more)
+        assert (result.returncode, "no sweep" in result.stderr) == (2, True), result.stderr
+    assert [path.name for path in lab.out.iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("launcher", [*LAUNCHERS, "knockout_check.sh"])

@@ -17,6 +17,7 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 pytestmark = pytest.mark.slow
 CHECKPOINTS = ("pruned", "recovered", "distilled", "mqa", "mqa-recovered", "merged", "rl")
+EMBEDDED = ROOT / "examples" / "tiny_ocr" / "model"
 ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "GPUS": ""}
 
 
@@ -64,26 +65,58 @@ def test_the_history_of_the_last_checkpoint_names_every_stage(demo):
     ]  # fmt: skip
 
 
-def test_knockouts_ranked_every_layer(demo):
+def test_knockouts_ranked_every_layer_and_trained_the_finalists(demo):
     ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
     assert len(ranking["removals"]) == 8 + 6
     assert all(removal["relative"] for removal in ranking["removals"])
+    assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 5 + [False] * 9
+
+
+def test_the_scan_s_baseline_is_ms_swift_s_own_token_acc(demo, tmp_path):
+    ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
+    command = (demo / "knockout" / "trained" / "runs" / "baseline.json").read_text()
+    assert json.loads(command)["error"] is None
+    swift = ranking["settings"]["swift"]
+    arguments = ["--model", EMBEDDED, "--model_type", "qwen3_vl", *swift, "--output_dir", tmp_path / "run"]
+    arguments += ["--eval_strategy", "steps", "--save_strategy", "no", "--report_to", "none"]
+    arguments += ["--max_steps", 1, "--eval_steps", 1, "--learning_rate", 0]
+    swift = Path(sys.executable).parent / "swift"
+    done = subprocess.run(
+        [swift, "sft", *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [evaluation] = [
+        record
+        for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()
+        if "eval_token_acc" in (record := json.loads(line))
+    ]
+    assert ranking["baseline"]["token_acc"] == pytest.approx(evaluation["eval_token_acc"], abs=1e-3)
+    assert ranking["baseline"]["loss"] == pytest.approx(evaluation["eval_loss"], rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "picture", ["stages.png", "knockout/ranking.png", "recovered/curves.png", "rl/curves.png"]
+    "picture",
+    [
+        "stages.png",
+        *(f"knockout/{name}.png" for name in ("ranking", "greedy", "curves")),
+        "recovered/curves.png",
+        "rl/curves.png",
+    ],
 )
 def test_pictures_are_drawn(demo, picture):
     assert (demo / picture).stat().st_size > 10_000
 
 
 def test_no_temporary_checkpoint_is_left(demo):
-    assert not [*demo.glob("*.run"), *demo.glob("*.partial-*"), *demo.glob("knockout/work")]
+    assert not [*demo.glob("*.run"), *demo.glob("*.partial-*"), *demo.glob("knockout/*/work")]
 
 
 def test_every_training_stage_left_an_offline_wandb_run_of_the_group(demo):
     names = [path.name for path in (demo / "wandb").glob("offline-run-*")]
-    assert len(names) == 1 + 14 + 2 + 1 + 1 + 1  # knockouts, recoveries, distillation, LoRA, RL
+    assert (
+        len(names) == 1 + 5 + 1 + 2 + 1 + 1 + 1
+    )  # knockouts, their ranking, recoveries, distillation, LoRA, RL
 
 
 def test_the_merged_checkpoint_answers_as_base_and_adapter_do(demo):
