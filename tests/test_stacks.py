@@ -1,12 +1,15 @@
 """Stacks of loaded models: cut in memory as on disk, and replayed layer by layer as in one go."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import FAMILIES, VISION, load, logits
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.layers import apply_removal, plan_removal
-from prunekit.stacks import Replay, find_stack, record_calls, removed
+from prunekit.stacks import Replay, cut, find_stack, record_calls, removed
 
 IDS = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(2))
 BATCHES = [{"input_ids": ids[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)} for ids in IDS]
@@ -27,6 +30,30 @@ def test_a_model_cut_in_memory_gives_the_logits_of_the_checkpoint_cut_on_disk(
     model = load(tiny(family))
     with removed(model, plan):
         assert torch.equal(logits(model), logits(load(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_cut_for_good_is_the_checkpoint_cut_on_disk_and_lets_go_of_the_layers(family, tiny, tmp_path):
+    numbers = {"text": [1, 3]} | ({"vision": [0, 3]} if family in VISION else {})
+    plan = plan_removal(open_checkpoint(tiny(family)), **numbers)
+    apply_removal(plan, tmp_path / "out")
+    model, on_disk = load(tiny(family)), load(tmp_path / "out")
+    owner, attribute = find_stack(model, plan.source.family.text)
+    layer = weakref.ref(getattr(owner, attribute)[1])
+    cut(model, plan)
+    gc.collect()
+    assert layer() is None
+    assert torch.equal(logits(model), logits(on_disk))
+    assert model.state_dict().keys() == on_disk.state_dict().keys()
+
+
+def test_a_decoder_cut_for_good_generates_with_its_cache(tiny, tmp_path):
+    plan = plan_removal(open_checkpoint(tiny("qwen3")), text=[1, 3])
+    apply_removal(plan, tmp_path / "out")
+    model = load(tiny("qwen3"))
+    cut(model, plan)
+    words = [m.generate(IDS, max_new_tokens=8, do_sample=False) for m in (model, load(tmp_path / "out"))]
+    assert torch.equal(*words)
 
 
 def test_mergers_dropped_in_memory_are_those_dropped_on_disk(tiny, tmp_path):
