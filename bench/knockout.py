@@ -161,7 +161,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 SMOLLM2 = [
-    *TINY, "--torch_dtype", "bfloat16", "--bf16", "true", "--template", "chatml", "--learning_rate", "2e-5",
+    *TINY, "--torch_dtype", "bfloat16", "--bf16", "true", "--template", "chatml", "--learning_rate", "5e-5",
     "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "4", "--max_length", "512",
     "--dataset_num_proc", "1", "--lr_scheduler_type", "constant",
 ]  # fmt: skip
@@ -259,17 +259,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         *TINY, "--learning_rate", "2e-4", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "150",
         "--max_steps", "40", "--eval_steps", "20",
     ]  # fmt: skip
-    small = [
-        *SMOLLM2,
-        "--max_length",
-        "256",
-        "--max_steps",
-        "20",
-        "--eval_steps",
-        "20",
-        "--gradient_accumulation_steps",
-        "2",
-    ]
+    small = [*SMOLLM2, "--max_length", "256", "--max_steps", "20", "--eval_steps", "20"]
     cases = {
         "embedded": (
             ROOT / "examples/tiny_ocr/model",
