@@ -167,10 +167,10 @@ def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(clu
     runs = [Knockout(), Knockout("text", 1), Knockout("vision", 3)]
     sweep = Sweep(reader, [], 1)
     spread = {record["name"]: record for record in sweep.do_all(runs)}
+    assert [record["error"] for record in spread.values()] == [None] * 3
     assert not left_running(str(reader.out / "work"))
     monkeypatch.delenv("RAY_ADDRESS")
     here = {record["name"]: record for record in sweep.do_all(runs[1:])}
     assert (reader.out / "logs" / "text-01.log").stat().st_size > 0
     for name, record in here.items():
         assert spread[name] | {"seconds": 0} == record | {"seconds": 0}
-    assert spread["baseline"]["error"] is None
