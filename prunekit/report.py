@@ -66,7 +66,7 @@ def _colour(share: float) -> str:
 
 
 def _token_acc(ranking: dict[str, Any]) -> str:
-    return f"token_acc, {'with' if ranking.get('counts_suffix', True) else 'without'} the template's suffix"
+    return f"token_acc, {'with' if ranking['counts_suffix'] else 'without'} the template's suffix"
 
 
 def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
@@ -84,15 +84,13 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
     ]
     widths = [max(3.6, 0.14 * len(removals)) for removals in by_stack]
     figure, axes = _figure(len(stacks), 1.5 + sum(widths), 3.6, width_ratios=widths)
-    scanned_any = any(removal.get("relative_scanned") is not None for removal in ranking["removals"])
-    trained_any = any(
-        removal.get("relative_trained", removal["relative"]) is not None for removal in ranking["removals"]
-    )
-    baseline = ranking["baseline"] if scanned_any else ranking["baseline"].get("trained", ranking["baseline"])
+    scanned_any = any(removal["relative_scanned"] is not None for removal in ranking["removals"])
+    trained_any = any(removal["relative_trained"] is not None for removal in ranking["removals"])
+    baseline = ranking["baseline"] if scanned_any else ranking["baseline"]["trained"]
 
     def values(removal: dict[str, Any]) -> tuple[float | None, float | None]:
         """Height of the bar, place of the diamond."""
-        trained = removal.get("relative_trained", removal["relative"])
+        trained = removal["relative_trained"]
         return (removal["relative_scanned"], trained) if scanned_any else (trained, None)
 
     drawn = [value for removal in ranking["removals"] for value in values(removal) if value is not None]
