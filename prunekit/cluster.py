@@ -7,7 +7,7 @@
 
 As for torchrun, every node has this checkout and its environment at the same path, and sees model, data and outputs at
 the same paths, on a file system that they share. Whoever reaches a Ray cluster's ports can run code on it: keep it on
-addresses that only its nodes reach. Nothing is opened here; a driver listens where its node does.
+addresses that only its nodes reach, or ask for a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN the same on all nodes). Nothing is opened here; a driver listens where its node does.
 """
 
 import contextlib
@@ -39,6 +39,27 @@ def _call(folder: str, environment: dict[str, str], task: bytes) -> Any:
     os.environ.update(environment)
     function, item = pickle.loads(task)  # noqa: S301  # what the driver pickled
     return function(item)
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Any]:
+    """Be a driver on the cluster at RAY_ADDRESS, within the block: one connection, whose processes and what they have
+    cached serve every `run_tasks` inside. Yields the ray module. Raises PruneKitError where there is no such cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise PruneKitError(
+            "RAY_ADDRESS is set, but ray is not installed: pip install 'prunekit[distributed]', or unset it"
+        ) from None
+    if ray.is_initialized():
+        yield ray
+        return
+    _connect(ray, os.environ["RAY_ADDRESS"])
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -78,21 +99,13 @@ def run_tasks(
     and comes in place of its result, an Exception. Close the iterator to end early (`contextlib.closing`): what runs is
     killed, what waits is dropped. Raises PruneKitError where there is no such cluster, or no node with so many GPUs.
     """
-    try:
-        import ray
-    except ImportError:
-        raise PruneKitError(
-            "RAY_ADDRESS is set, but ray is not installed: pip install 'prunekit[distributed]', or unset it"
-        ) from None
-    address = os.environ["RAY_ADDRESS"]
-    _connect(ray, address)
-    try:
+    with connected() as ray:
         for kind, wanted in (("GPU", gpus), ("CPU", cpus)):
             most = max((node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]), default=0)
             if wanted > most:
                 raise PruneKitError(
-                    f"RAY_ADDRESS={address}: a task needs {wanted} {kind}s, no node has more than {most:g}; "
-                    f"ask for fewer a task, or add a larger node"
+                    f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: a task needs {wanted} {kind}s, no node has more than "
+                    f"{most:g}; ask for fewer a task, or add a larger node"
                 )
         environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_A_NODE)}
         if not gpus:
@@ -101,15 +114,15 @@ def run_tasks(
         remote = ray.remote(max_calls=0, num_cpus=cpus, num_gpus=gpus, max_retries=retries)(_call)
         common = ray.put(str(Path.cwd())), ray.put(environment)
         left = {remote.remote(*common, pickle.dumps((function, item))): item for item in items}
-        while left:
-            [done], _ = ray.wait(list(left), num_returns=1)
-            try:
-                result = ray.get(done)
-            except Exception as error:  # the task's own, or that it was lost too often
-                result = getattr(error, "cause", None) or error
-            yield left.pop(done), result
-    finally:
-        with contextlib.suppress(Exception):
-            for task in left:
-                ray.cancel(task, force=True)
-        ray.shutdown()
+        try:
+            while left:
+                [done], _ = ray.wait(list(left), num_returns=1)
+                try:
+                    result = ray.get(done)
+                except Exception as error:  # the task's own, or that it was lost too often
+                    result = getattr(error, "cause", None) or error
+                yield left.pop(done), result
+        finally:
+            with contextlib.suppress(Exception):
+                for task in left:
+                    ray.cancel(task, force=True)

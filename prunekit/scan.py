@@ -10,6 +10,7 @@ scan. The processes of torchrun split the samples; with RAY_ADDRESS set the node
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -107,7 +108,7 @@ def paired(table: dict[str, dict[str, np.ndarray]], one: str, other: str, metric
 class Scan:
     """A job's removals, measured here, by the processes of torchrun or by a Ray cluster."""
 
-    def __init__(self, job: Job, records: Path | None, gpus_per_task: float = 0, quiet: bool | None = None):
+    def __init__(self, job: Job, records: Path | None, gpus_per_task: int = 0, quiet: bool | None = None):
         self.job, self.checkpoint = job, open_checkpoint(job.model)
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -416,7 +417,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
     parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
     parser.add_argument("--template", help="ms-swift's, default: that of the model type")
-    parser.add_argument("--gpus-per-task", type=float, default=0, help="on a Ray cluster (default: 0)")
+    parser.add_argument("--gpus-per-task", type=int, default=0, help="on a Ray cluster (default: 0)")
     args = parser.parse_args()
     if args.heal != bool(args.calib) or (args.heal and not (args.greedy or args.target_params)):
         parser.error("--heal needs --calib, and --greedy or --target-params")
@@ -453,6 +454,18 @@ def run_scan(args: argparse.Namespace) -> None:
         lock = claim_folder(args.out, settings, "scan")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+    with cluster.connected() if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext():
+        result = search(args, job, candidates)
+    if rank == 0:
+        write_json(args.out / "scan.json", result | {"settings": settings})
+        print_scan(result)
+        lock.close()
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+def search(args: argparse.Namespace, job: Job, candidates: list[Knockout]) -> dict[str, Any]:
+    """Do what the command line asks for: the content of scan.json."""
     scan = Scan(job, args.out / "records.jsonl", args.gpus_per_task)
     best, undecided = None, set()
     if args.race:
@@ -478,12 +491,7 @@ def run_scan(args: argparse.Namespace) -> None:
             "criterion": f"{PREDICTOR} per parameter saved",
             "path": path,
         }
-    if rank == 0:
-        write_json(args.out / "scan.json", result | {"settings": settings})
-        print_scan(result)
-        lock.close()
-    if world > 1:
-        distributed.destroy_process_group()
+    return result
 
 
 def describe(

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_scan import EMBEDDED, texts  # noqa: F401  # texts is a fixture
 from test_trained_knockouts import left_running, pictures, reader  # noqa: F401  # fixtures
 
-from prunekit.cluster import run_tasks
+from prunekit.cluster import connected, run_tasks
 from prunekit.errors import PruneKitError
+from prunekit.scan import Scan, find_path
+from prunekit.scanner import Job
 from prunekit.trained_knockouts import Knockout, Sweep, Training
 
 
@@ -174,3 +177,31 @@ def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(clu
     assert (reader.out / "logs" / "text-01.log").stat().st_size > 0
     for name, record in here.items():
         assert spread[name] | {"seconds": 0} == record | {"seconds": 0}
+
+
+# --- scans ---
+
+
+@pytest.mark.slow
+def test_a_scan_spread_over_nodes_finds_what_one_machine_does(cluster, texts, monkeypatch, tmp_path):  # noqa: F811
+    job = Job(str(EMBEDDED), str(texts), batch_tokens=200)
+    candidates = [Knockout("text", 2), Knockout("vision", 3)]
+    found = {}
+    for where in ("cluster", "here"):
+        with connected() if where == "cluster" else contextlib.nullcontext():
+            scan = Scan(job, tmp_path / where, quiet=True)
+            path = find_path(scan, candidates, 2, None, None)
+        found[where] = [scan.score([], name) for name in ("baseline", "text-02", "vision-03")], path
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert len((tmp_path / "cluster").read_text().splitlines()) >= 2 * scan.batches
+    (scores, path), (expected, expected_path) = found["cluster"], found["here"]
+    assert [entry["removed"] for entry in path] == [entry["removed"] for entry in expected_path]
+    for one, other in zip([*scores, *path], [*expected, *expected_path], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["samples"] == other["samples"]
+
+
+def test_what_processes_have_cached_stays_for_the_next_tasks_of_a_connection(cluster):
+    with connected():
+        first, second = ({number for _, number in run_tasks(process_number, range(4))} for _ in range(2))
+    assert second <= first
