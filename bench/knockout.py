@@ -308,16 +308,18 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     scan.measure([], candidates, range(scan.batches), "scan")
     removals = describe(scan, candidates, None, set())["removals"]
     chosen, seconds = {}, {}
-    for metric in ("loss", "kl", "block_influence"):
-        chosen[metric] = [e["layer"] for e in sorted(removals, key=lambda e: e[metric])][: max(counts)]
+    for metric in ("loss", "token_acc", "block_influence"):
+        sign = -1 if metric == "token_acc" else 1
+        chosen[metric] = [e["layer"] for e in sorted(removals, key=lambda e: sign * e[metric])]
     numbers = {k.name: k.layer for k in candidates}
-    seconds["greedy"], path = timed(lambda: find_path(scan, candidates, max(counts), None, None))
+    seconds["greedy"], path = timed(find_path, scan, candidates, max(counts), None, None)
     chosen["greedy"] = [numbers[name] for name in path[-1]["removed"]]
     log("greedy", chosen["greedy"])
-    healed = HealedScan(
-        job, args.runs / "sets-records-healed.jsonl", str(texts["wikipedia-train"]), args.choice_tokens
-    )
-    seconds["greedy_healed"], path = timed(lambda: find_path(healed, candidates, max(counts), None, None))
+    # Of the better half only, and on few tokens: each candidate is healed, and each set from the start
+    hopeful = [k for k in candidates if k.layer in sorted(chosen["loss"][: len(candidates) // 2])]
+    calib = str(texts["wikipedia-train"])
+    healed = HealedScan(job, args.runs / "sets-records-healed.jsonl", calib, args.choice_tokens * 3 // 2)
+    seconds["greedy_healed"], path = timed(find_path, healed, hopeful, max(counts), None, None)
     chosen["greedy_healed"] = [numbers[name] for name in path[-1]["removed"]]
     log("greedy, healed", chosen["greedy_healed"])
     load_scanner.cache_clear()
@@ -335,7 +337,6 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     base, rows = losses(), []
     for count in counts:
         for way, layers in chosen.items():
-            model = load_model(checkpoint)
             plan = plan_removal(checkpoint, text=layers[:count])
             with removed(model, plan):
                 row = {
@@ -344,14 +345,17 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
                     "layers": sorted(layers[:count]),
                     "loss": losses(),
                 }
-            heal(plan, model, data)
-            with removed(model, plan):
-                rows.append(row | {"loss_healed": losses()})
-            log(rows[-1])
+            if way in ("loss", "greedy", "greedy_healed"):
+                heal(plan, model, data)
+                with removed(model, plan):
+                    row["loss_healed"] = losses()
+                model = load_model(checkpoint)
+            rows.append(row)
+            log(row)
     return {
         "choice_tokens": args.choice_tokens,
         "seconds": seconds,
-        "order": chosen,
+        "order": {way: layers[: max(counts)] for way, layers in chosen.items()},
         "base": base,
         "rows": rows,
     }
@@ -370,7 +374,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the training that is timed (default: 100)")
     parser.add_argument("--race-share", type=float, default=0.3)
     parser.add_argument("--choice-tokens", type=int, default=2048, help="to choose sets on (default: 2048)")
-    parser.add_argument("--test-tokens", type=int, default=16_384, help="to judge sets on (default: 16384)")
+    parser.add_argument(
+        "--test-tokens", type=int, default=8192, help="to judge sets on, of each kind (default: 8192)"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
     args = parser.parse_args()
 

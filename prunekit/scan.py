@@ -36,7 +36,8 @@ from .trained_knockouts import BASELINE, Knockout, plan_knockouts
 from .work_folder import claim_folder, fingerprint
 
 METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
-PREDICTOR = "loss"  # what of an untrained removal says most about the trained one: see docs/knockout.md
+PREDICTOR = "token_acc"  # what of an untrained removal says most about the trained one: see docs/knockout.md
+CRITERION = "loss"  # what a path adds up: finer than token_acc, which changes by whole tokens
 SURE = 2.0  # standard errors
 FEW_SAMPLES = 8  # below, a standard error says nothing
 
@@ -186,8 +187,9 @@ class Scan:
         weight: dict[str, float],
         share: float,
         what: str = "race",
+        metric: str = PREDICTOR,
     ) -> tuple[list[str], set[str]]:
-        """Find the `keep` best candidates (by the predictor times their weight) without scoring all of them on all samples.
+        """Find the `keep` best candidates (by what they lose of the metric, times their weight) without scoring all of them on all samples.
 
         Successive accepts and rejects (Bubeck, Wang and Viswanathan 2013): after every few batches, a candidate whose
         paired difference to the one on the other side of the cut is over `SURE` standard errors is decided, and gets no
@@ -207,14 +209,17 @@ class Scan:
             table = self.records.table(gone, [BASELINE, *(k.name for k in undecided)])
             if len(table[BASELINE]["tokens"]) < FEW_SAMPLES:
                 continue
+            sign = -1 if metric == "token_acc" else 1  # so that less is better
             scaled = {
                 k.name: {
-                    kind: values if kind == "tokens" else (values - table[BASELINE][kind]) * weight[k.name]
+                    kind: values
+                    if kind == "tokens"
+                    else (values - table[BASELINE][kind]) * sign * weight[k.name]
                     for kind, values in table[k.name].items()
                 }
                 for k in undecided
             }
-            order = sorted(undecided, key=lambda k: _worst_if_nan(scaled[k.name][PREDICTOR].sum()))
+            order = sorted(undecided, key=lambda k: _worst_if_nan(scaled[k.name][METRICS[metric]].sum()))
             left = keep - len(chosen)
             best = [*chosen, *(k.name for k in order[:left])]
             if left >= len(order):
@@ -222,7 +227,7 @@ class Scan:
             for place, candidate in enumerate(order if undecided else []):
                 rival = order[left] if place < left else order[left - 1]
                 pair = (candidate, rival) if place < left else (rival, candidate)
-                mean, error = paired(scaled, pair[0].name, pair[1].name, PREDICTOR)
+                mean, error = paired(scaled, pair[0].name, pair[1].name, metric)
                 if mean + SURE * error < 0 or math.isnan(mean):
                     undecided.remove(candidate)
                     if place < left:
@@ -339,7 +344,7 @@ def find_path(
     race_share: float | None,
     generation: int = 0,
 ) -> list[dict[str, Any]]:
-    """Remove what costs least of the predictor per parameter saved, scan again, and so on: the greedy path.
+    """Remove what costs least loss per parameter saved, scan again, and so on: the greedy path.
 
     Ends after `count` removals, at `target` of the parameters, or where nothing more can go. With `race_share` each
     choice is a race for the best one. Entries: `removed` (names), `parameters`, metrics of the model so cut.
@@ -359,11 +364,11 @@ def find_path(
         weight = {k.name: 1 / (left - after[k]) for k in possible}
         what = f"choose layer {len(gone) + 1}"
         if race_share:
-            [best], _ = scan.race(gone, possible, 1, weight, race_share, what)
+            [best], _ = scan.race(gone, possible, 1, weight, race_share, what, CRITERION)
         else:
             scan.measure(gone, possible, range(scan.batches), what)
-            base = scan.score(gone, BASELINE)[PREDICTOR]
-            costs = {k.name: scan.score(gone, k.name)[PREDICTOR] for k in possible}
+            base = scan.score(gone, BASELINE)[CRITERION]
+            costs = {k.name: scan.score(gone, k.name)[CRITERION] for k in possible}
             costs = {name: (cost - base) * weight[name] for name, cost in costs.items() if cost is not None}
             if not costs:
                 return path
@@ -488,7 +493,7 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Knockout]) -> di
         path = find_path(searched, candidates, args.greedy, args.target_params, share, args.generate)
         result["greedy"] = {
             "healed": args.heal,
-            "criterion": f"{PREDICTOR} per parameter saved",
+            "criterion": f"{CRITERION} per parameter saved",
             "path": path,
         }
     return result
@@ -513,7 +518,7 @@ def describe(
                 **scores,
                 "decided": knockout.name not in undecided,
                 "generation": None,
-                "error": None if scores[PREDICTOR] is not None else f"{PREDICTOR} is NaN",
+                "error": None if scores["loss"] is not None else "loss is NaN",
             }
         )
     result = {

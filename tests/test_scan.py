@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
-from prunekit.scan import PREDICTOR, Records, Scan, find_path, paired
+from prunekit.scan import CRITERION, Records, Scan, find_path, paired
 from prunekit.scanner import Job
 from prunekit.trained_knockouts import Knockout
 
@@ -113,7 +113,7 @@ class MadeUp(Scan):
                 own = np.random.default_rng([index, sum(map(ord, name))]).normal(size=4) * self.noise
                 cost = base + self.costs.get(name, 0.0)
                 scores[name] = {
-                    "right": [1] * 4,
+                    "right": list(-common - cost - own),  # token_acc tells them apart as the loss does
                     "loss": list(5 + common + cost + own),
                     "kl": [cost] * 4,
                     "tokens": [1] * 4,
@@ -304,7 +304,7 @@ def test_a_healed_path_is_better_than_the_plain_one(finished, texts, tmp_path):
     healed = json.loads((tmp_path / "s" / "scan.json").read_text())
     [_, entry] = healed["greedy"]["path"]
     plain = next(e for e in healed["removals"] if e["name"] == entry["removed"][0])
-    assert entry[PREDICTOR] < plain[PREDICTOR]
+    assert entry[CRITERION] < plain[CRITERION]
 
 
 def test_a_race_is_in_the_result_with_what_it_left_undecided(texts, tmp_path):
