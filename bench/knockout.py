@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from materials import smollm2, write_texts
 
+from prunekit import report
 from prunekit.calibration import calibrate, load_model
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.evaluate import score_batches
@@ -315,11 +316,11 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     seconds["greedy"], path = timed(find_path, scan, candidates, max(counts), None, None)
     chosen["greedy"] = [numbers[name] for name in path[-1]["removed"]]
     log("greedy", chosen["greedy"])
-    # Of the better half only, and on few tokens: each candidate is healed, and each set from the start
-    hopeful = [k for k in candidates if k.layer in sorted(chosen["loss"][: len(candidates) // 2])]
+    # Of the better third only, and on few tokens: each candidate is healed, and each set from the start
+    hopeful = [k for k in candidates if k.layer in sorted(chosen["loss"][: len(candidates) // 3])]
     calib = str(texts["wikipedia-train"])
     healed = HealedScan(job, args.runs / "sets-records-healed.jsonl", calib, args.choice_tokens * 3 // 2)
-    seconds["greedy_healed"], path = timed(find_path, healed, hopeful, max(counts), None, None)
+    seconds["greedy_healed"], path = timed(find_path, healed, hopeful, args.healed_layers, None, None)
     chosen["greedy_healed"] = [numbers[name] for name in path[-1]["removed"]]
     log("greedy, healed", chosen["greedy_healed"])
     load_scanner.cache_clear()
@@ -337,6 +338,8 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     base, rows = losses(), []
     for count in counts:
         for way, layers in chosen.items():
+            if len(layers) < count:
+                continue
             plan = plan_removal(checkpoint, text=layers[:count])
             with removed(model, plan):
                 row = {
@@ -345,7 +348,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
                     "layers": sorted(layers[:count]),
                     "loss": losses(),
                 }
-            if way in ("loss", "greedy", "greedy_healed"):
+            if way in ("loss", "greedy", "greedy_healed") and count <= args.healed_layers:
                 heal(plan, model, data)
                 with removed(model, plan):
                     row["loss_healed"] = losses()
@@ -359,6 +362,53 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
         "base": base,
         "rows": rows,
     }
+
+
+WAYS = {
+    "loss": "independent, by loss",
+    "token_acc": "independent, by token_acc",
+    "block_influence": "independent, by block influence",
+    "greedy": "greedy",
+    "greedy_healed": "greedy, each candidate healed",
+}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """What predicts trained knockouts, and what sets chosen in five ways cost."""
+    figure, axes = report._figure(3, 12.6, 3.6)
+    cases = result["predict"].items()
+    for axis, (name, case) in zip(axes[0], cases):
+        trained = [entry["trained"] for entry in case["removals"].values()]
+        scanned = [entry["token_acc"] for entry in case["removals"].values()]
+        axis.plot([0, 1], [0, 1], color=report.GRID, linewidth=1)
+        axis.scatter(scanned, trained, s=14, color=report.LINES[0])
+        axis.set_title(f"{name}: Spearman {case['spearman']['token_acc']:.3f}")
+        axis.set_xlabel("token_acc without a layer, scanned")
+        axis.set_ylabel("trained")
+        top = max(*trained, *scanned) * 1.04
+        axis.set_xlim(0, top)
+        axis.set_ylim(0, top)
+    axis, rows = axes[0][2], result["sets"]["rows"]
+    for colour, (way, label) in zip((*report.LINES, report.MUTED), WAYS.items()):
+        mine = [row for row in rows if row["chosen_by"] == way]
+        counts = [row["layers_removed"] for row in mine]
+        axis.plot(
+            counts,
+            [row["loss"]["wikipedia-test"] for row in mine],
+            "o-",
+            markersize=3,
+            color=colour,
+            label=label,
+        )
+        healed = [row["loss_healed"]["wikipedia-test"] for row in mine if "loss_healed" in row]
+        axis.plot(counts[: len(healed)], healed, "o--", markersize=3, color=colour)
+    axis.axhline(result["sets"]["base"]["wikipedia-test"], color=report.INK, linewidth=0.8, linestyle=":")
+    axis.set_title("SmolLM2: loss of sets (dashed: healed)")
+    axis.set_xlabel("layers removed of 30")
+    axis.set_xticks([3, 5, 8])
+    axis.set_ylim(top=min(axis.get_ylim()[1], 6.5))
+    axis.legend(frameon=False, fontsize=7)
+    report._save(figure, path)
 
 
 PARTS = {"speed": speed, "memory": memory, "race": race, "predict": predict, "sets": sets}
@@ -377,6 +427,7 @@ def main() -> None:
     parser.add_argument(
         "--test-tokens", type=int, default=8192, help="to judge sets on, of each kind (default: 8192)"
     )
+    parser.add_argument("--healed-layers", type=int, default=8, help="longest set to heal (default: 8)")
     parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
     args = parser.parse_args()
 
@@ -390,6 +441,8 @@ def main() -> None:
         result[part] = PARTS[part](args)
         if args.json:
             write_json(args.json, result)
+    if args.json and {"predict", "sets"} <= result.keys():
+        draw(result, args.json.with_suffix(".png"))
     shutil.rmtree(args.runs / "speed-trained", ignore_errors=True)
     print(json.dumps(result, indent=2))
 
