@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cluster_tasks import SlowTraining, process_number, root_of, sleep_or_return, surroundings
 from test_scan import EMBEDDED, texts  # noqa: F401  # texts is a fixture
 from test_trained_knockouts import left_running, pictures, reader  # noqa: F401  # fixtures
 
@@ -19,93 +19,15 @@ from prunekit.cluster import connected, run_tasks
 from prunekit.errors import PruneKitError
 from prunekit.scan import Scan, find_path
 from prunekit.scanner import Job
-from prunekit.trained_knockouts import Knockout, Sweep, Training
+from prunekit.trained_knockouts import Knockout, Sweep
 
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes, of one CPU each; the second has two GPUs, or says so."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's switch for loopback addresses
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for functions of this module
-
-        from ray.cluster_utils import Cluster
-
-        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1, num_gpus=2)
-        patch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster
-        cluster.shutdown()
-
-
-def root_of(number):
-    return math.sqrt(number)
-
-
-def test_results_and_errors_come_with_their_items(cluster):
-    found = dict(run_tasks(root_of, [4, -1, 9]))
-    assert (found[4], found[9]) == (2.0, 3.0)
-    assert isinstance(found[-1], ValueError) and len(found) == 3
-
-
-def surroundings(_):
-    return str(Path.cwd()), os.environ.get("OF_THE_DRIVER"), os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-def test_a_task_has_the_drivers_folder_and_variables_and_no_gpu(cluster, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OF_THE_DRIVER", "yes")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert dict(run_tasks(surroundings, [0])) == {0: (str(tmp_path), "yes", "")}
-
-
-@pytest.mark.parametrize("gpus, seen", [(1, {"0", "1"}), (2, {"0,1"})])
-def test_a_task_sees_the_gpus_that_it_was_given(cluster, gpus, seen):
-    found = {result[2] for _, result in run_tasks(surroundings, [0, 1], gpus=gpus, cpus=0)}
-    assert found <= seen
-
-
-def process_number(_):
-    return os.getpid()
-
-
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_a_process_does_many_tasks(cluster, gpus):
-    numbers = [result for _, result in run_tasks(process_number, range(6), gpus=gpus)]
-    assert len(set(numbers)) < 6
-
-
-def test_a_driver_listens_on_loopback_only(cluster):
-    with contextlib.closing(run_tasks(root_of, [1, 2])) as results:
-        next(results)
-        listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
-    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1"}
-
-
-def linger(folder):
-    (Path(folder) / str(os.getpid())).touch()
-    time.sleep(600)
-
-
-def test_tasks_that_run_are_killed_when_the_iterator_is_closed(cluster, tmp_path):
-    results = run_tasks(sleep_or_return, [str(tmp_path), "", str(tmp_path), str(tmp_path)])
-    assert next(results) == ("", None)
-    while not (running := [int(file.name) for file in tmp_path.iterdir()]):
-        time.sleep(0.1)
-    results.close()
-    end = time.monotonic() + 10
-    while any(map(psutil.pid_exists, running)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(map(psutil.pid_exists, running))
-
-
-def sleep_or_return(folder):
-    if folder:
-        linger(folder)
-
+# Read by Ray when it is first imported, be it to find no cluster
+os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback addresses
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 # --- clusters that don't do ---
 
@@ -126,25 +48,74 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
         list(run_tasks(root_of, [1]))
 
 
+# --- a cluster that does ---
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes, of one CPU each; the second has two GPUs, or says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for functions of this module
+
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1, num_gpus=2)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+        cluster.shutdown()
+
+
+def test_results_and_errors_come_with_their_items(cluster):
+    found = dict(run_tasks(root_of, [4, -1, 9]))
+    assert (found[4], found[9]) == (2.0, 3.0)
+    assert isinstance(found[-1], ValueError) and len(found) == 3
+
+
+def test_a_task_has_the_drivers_folder_and_variables_and_no_gpu(cluster, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OF_THE_DRIVER", "yes")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert dict(run_tasks(surroundings, [0])) == {0: (str(tmp_path), "yes", "")}
+
+
+@pytest.mark.parametrize("gpus, seen", [(1, {"0", "1"}), (2, {"0,1"})])
+def test_a_task_sees_the_gpus_that_it_was_given(cluster, gpus, seen):
+    found = {result[2] for _, result in run_tasks(surroundings, [0, 1], gpus=gpus, cpus=0)}
+    assert found <= seen
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_process_does_many_tasks(cluster, gpus):
+    numbers = [result for _, result in run_tasks(process_number, range(6), gpus=gpus)]
+    assert len(set(numbers)) < 6
+
+
+def test_a_driver_listens_on_loopback_only(cluster):
+    with contextlib.closing(run_tasks(root_of, [1, 2])) as results:
+        next(results)
+        listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1"}
+
+
+def test_tasks_that_run_are_killed_when_the_iterator_is_closed(cluster, tmp_path):
+    results = run_tasks(sleep_or_return, [str(tmp_path), "", str(tmp_path), str(tmp_path)])
+    assert next(results) == ("", None)
+    while not (running := [int(file.name) for file in tmp_path.iterdir()]):
+        time.sleep(0.1)
+    results.close()
+    end = time.monotonic() + 10
+    while any(map(psutil.pid_exists, running)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, running))
+
+
 def test_more_gpus_than_any_node_has_are_refused(cluster):
     with pytest.raises(PruneKitError, match="needs 4 GPUs, no node has more than 2"):
         list(run_tasks(root_of, [1], gpus=4))
 
 
 # --- knockouts ---
-
-
-class SlowTraining(Training):
-    """Trainings that take a second, or a minute on the node named in `doomed`, and only write ms-swift's log."""
-
-    def _train(self, run, work, gpus):
-        node = os.environ["RAY_RAYLET_PID"]
-        with (self.out / "begun").open("a") as begun:
-            begun.write(f"{node}\n")
-        time.sleep(60 if node == (self.out / "doomed").read_text() else 1)
-        (work / "swift").mkdir()
-        record = {"global_step/max_steps": "2/2", "eval_token_acc": 0.5, "eval_loss": 1.0}
-        (work / "swift" / "logging.jsonl").write_text(json.dumps(record))
 
 
 def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path):
