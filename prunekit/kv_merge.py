@@ -3,7 +3,7 @@
 V has neither RoPE nor a norm: a group shares the basis that keeps most of what o_proj reads of its values, and the way
 back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group shares
 one combination of its keys per frequency, and the way back is folded into q_proj. Where q and k have a norm behind
-their projections (Qwen3), nothing folds; the projections are fitted to the wanted q and k behind it. Then o_proj is
+their projections (Qwen3), the fold has the right direction, and the norm's gains are fitted to give it its length. Then o_proj is
 refitted to the original's attention output, and the MLP to the original's state, in layers whose inputs come from the
 merged ones before them.
 """
@@ -25,17 +25,12 @@ from .checkpoint import Tensor, float_bytes, heads
 from .errors import PruneKitError
 from .evaluate import score_batches
 from .families import Stack
-from .heal import LeastSquares, Sides, changed_tensors
+from .heal import Sides, changed_tensors
 from .kv_heads import KVMerge
 from .layers import Removal
 from .stacks import Replay, given, record_calls
 
-RIDGES = (
-    1e-4,
-    1e-3,
-    1e-2,
-    0.1,
-)  # of the fit in front of a norm, times the mean of the normal matrix's diagonal
+RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
 
 
@@ -156,6 +151,10 @@ class Attention:
         ]
         self.kv_heads, self.head_dim = kv_heads, head_dim
 
+    def parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        modules = (self.q, self.k, self.v, self.o, *self.norms)
+        return [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
+
     def heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head_dim) of inputs (tokens, hidden)."""
         return projection(x).unflatten(-1, (-1, self.head_dim))
@@ -175,15 +174,23 @@ def weight_of(linear: nn.Linear) -> torch.Tensor:
     return torch.cat([linear.weight, *bias], 1).double()
 
 
-def put_weight(linear: nn.Linear, value: torch.Tensor) -> None:
-    """Give a Linear a weight (and bias) of any shape."""
+def put_weight(linear: nn.Module, value: torch.Tensor) -> None:
+    """Give a Linear (or norm) a weight (and bias) of any shape, as new parameters: the old ones stay as they are."""
     with torch.inference_mode(False):
         value = value.to(linear.weight.dtype, copy=True)
-        weight, bias = (value, None) if linear.bias is None else (value[:, :-1], value[:, -1])
+        weight, bias = (
+            (value, None) if getattr(linear, "bias", None) is None else (value[:, :-1], value[:, -1])
+        )
         linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
-    linear.out_features, linear.in_features = weight.shape
+    if isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = weight.shape
+
+
+def put_parameters(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    for module, name, parameter in parameters:
+        setattr(module, name, parameter)
 
 
 @dataclass
@@ -284,69 +291,66 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
     return maps
 
 
-def fit_before_norms(
+def fold_before_norm(
     attention: Attention,
-    maps: Maps,
-    moments: Moments,
-    fitted: Sequence[torch.Tensor],
-    judged: Sequence[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Weights of q_proj and k_proj whose outputs, normed, come nearest to the wanted q and k.
+    linear: nn.Linear,
+    norm: nn.Module,
+    change: torch.Tensor,
+    before: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    fit_gains: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and gains of q_proj or k_proj and its norm that give about what `change` makes of the heads behind the norm.
 
-    A norm leaves the direction alone: the target is the wanted vector over the norm's gains, as long as what the heads
-    have in front of their norms, and errors count relative to that. Ridge toward the fold that is exact where the norms
-    of a group's heads are alike; chosen on the rows that judge.
+    change: a map of `Maps`. before: root mean square of each old head in front of the norm, which the fold takes to be
+    constant. The direction is right then; how long the result is, the norm decides by its input, the result over the
+    gains. So the gains are a metric: nonnegative weights of squares, by least squares over all heads and tokens, drawn
+    toward the norm's own, which are exact where heads only differ by signs.
     """
-    width, priors, gains = attention.head_dim, [], []
-    for linear, norm, change, before in zip(
-        (attention.q, attention.k), attention.norms, (maps.q, maps.k), moments.before_norm
-    ):
-        gain = norm(torch.ones(width, dtype=linear.weight.dtype, device=linear.weight.device)).double()
-        gains.append(gain)
-        used = (change.view(-1, width, len(before), width) != 0).any(3).any(1).double()  # (new heads, heads)
-        after = (used @ before.square() / used.sum(1)).sqrt()
-        scale = after[:, None] / before.clamp_min(1e-12) * used
-        fold = (
-            change.view(-1, width, len(before), width) * scale[:, None, :, None] * gain / gain[:, None, None]
-        )
-        priors.append(fold.reshape(len(change), -1) @ weight_of(linear))
-    prior = torch.cat(priors)
-    fit, judge = LeastSquares(), LeastSquares()
-    for systems, rows in ((fit, fitted), (judge, judged)):
-        for x in rows:
-            wanted, lengths = [], []
-            for z, linear, change, gain in zip(
-                attention.queries_and_keys(x), (attention.q, attention.k), (maps.q, maps.k), gains
-            ):
-                target = (z.flatten(1) @ change.T).unflatten(1, (-1, width)) / gain
-                used = (change.view(-1, width, z.shape[1], width) != 0).any(3).any(1).double()
-                power = attention.heads(linear, x).double().square().mean(2)
-                length = (power @ used.T / used.sum(1)).clamp_min(1e-24).sqrt()
-                unit = target / target.square().mean(2, keepdim=True).clamp_min(1e-24).sqrt()
-                wanted.append((unit * length[..., None]).flatten(1))
-                lengths.append(length)
-            features = x.double()
-            if attention.q.bias is not None:
-                features = torch.cat([features, features.new_ones(len(x), 1)], 1)
-            weight = 1 / torch.cat(lengths, 1).square().mean(1)
-            systems.add(features, torch.cat(wanted, 1) - features @ prior.T, weight)
-    solution = min((fit.solve(ridge) for ridge in RIDGES), key=judge.left)
-    if judge.left(solution) < 1:
-        prior = prior + solution
-    return list(prior.split([len(maps.q), len(maps.k)]))
+    width = attention.head_dim
+    gain = norm(torch.ones(width, dtype=linear.weight.dtype, device=linear.weight.device)).double()
+    size = gain.abs().clamp_min(1e-3 * gain.abs().mean())
+    blocks = change.view(-1, width, len(before), width)
+    used = (blocks != 0).any(3).any(1).double()  # (new heads, old heads)
+    mean = (used @ before.square() / used.sum(1)).sqrt()
+    scale = mean[:, None] / before.clamp_min(1e-12)
+    fold = (blocks * scale[:, None, :, None] * gain).reshape(len(change), -1) @ weight_of(linear)
+    if not fit_gains:
+        return fold / size.repeat(len(used))[:, None], size
+    weight, bias = (fold, None) if linear.bias is None else (fold[:, :-1], fold[:, -1])
+    normal, total, rows = torch.zeros(width, width).to(fold), torch.zeros(width).to(fold), 0
+    for x in inputs:
+        wanted = (norm(attention.heads(linear, x)).double().flatten(1) @ change.T).view(-1, width)
+        result = nn.functional.linear(x.double(), weight, bias).view(-1, width)
+        length = wanted.square().sum(1) / result.square().sum(1).clamp_min(1e-24)
+        squares = (result / size).square() / width * length[:, None]  # their weighted sum shall be 1
+        normal += squares.T @ squares
+        total += squares.sum(0)
+        rows += len(squares)
+    missing = total - normal.sum(1)
+    normal.diagonal().add_(RIDGE * normal.diagonal().mean())
+    metric = (1 + torch.linalg.solve(normal, missing)).clamp_min(0.01)
+    size = size * (total @ metric / rows / metric).sqrt()  # the sum is 1 on average
+    return fold / size.repeat(len(used))[:, None], size
 
 
 def merge_layer(
     attention: Attention,
     kv_heads: int,
     moments: Moments,
-    fitted: Sequence[torch.Tensor],
-    judged: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    fit_gains: bool = True,
 ) -> None:
-    """Give a layer's attention fewer KV heads. fitted, judged: what its projections get, (tokens, hidden) each."""
+    """Give a layer's attention fewer KV heads. inputs: what its projections get, (tokens, hidden) each."""
     maps = plan_layer(moments, kv_heads, attention.q.out_features // attention.head_dim)
     if attention.norms:
-        q, k = fit_before_norms(attention, maps, moments, fitted, judged)
+        projections = zip((attention.q, attention.k), attention.norms, (maps.q, maps.k), moments.before_norm)
+        (q, q_gain), (k, k_gain) = [
+            fold_before_norm(attention, *each, inputs, fit_gains) for each in projections
+        ]
+        for norm, gain in zip(attention.norms, (q_gain, k_gain)):
+            old = norm(torch.ones_like(norm.weight))
+            put_weight(norm, norm.weight + gain - old)  # some families' gains are 1 + weight
     else:
         q, k = maps.q @ weight_of(attention.q), maps.k @ weight_of(attention.k)
     put_weight(attention.v, maps.v @ weight_of(attention.v))
@@ -403,7 +407,7 @@ def calibrate_merge(
         raise PruneKitError(
             f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise --calib-tokens"
         )
-    before = score_batches(model, data.held_out)["loss"]
+    unmerged = score_batches(model, data.held_out)["loss"]
     unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
     judged = range(len(data.fit), len(batches))
     sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
@@ -413,18 +417,26 @@ def calibrate_merge(
             attention = Attention(layer, row, count, head_dim)
             between, behind = sides.targets_between(number)
             entered = _inputs_of(attention.q, sides.student, number)
-            rows = [x[batch["attention_mask"].to(x.device).bool()] for x, batch in zip(entered, batches)]
-            fitted, judging = rows[: judged.start], rows[judged.start :]
+            fitted = [x[batch["attention_mask"].to(x.device).bool()] for x, batch in zip(entered, data.fit)]
             moments = gather(attention, fitted)
             if not moments.finite():
                 raise PruneKitError(
                     f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
                 )
-            merge_layer(attention, plan.kv_heads, moments, fitted, judging)
+            before, best = attention.parameters(), (math.inf, [])
+            for fit_gains in (True, False) if attention.norms and row.plain_residual else (True,):
+                put_parameters(before)
+                merge_layer(attention, plan.kv_heads, moments, fitted, fit_gains)
+                missing = 0.0
+                if row.plain_residual:
+                    fit = sides.fit(number, (row.o,), between, behind_attention=True)
+                    missing = min(fit.left, fit.before)
+                    if fit.left < fit.before:
+                        fit.apply()
+                if missing < best[0]:
+                    best = (missing, attention.parameters())
+            put_parameters(best[1])
             if row.plain_residual:
-                fit = sides.fit(number, (row.o,), between, behind_attention=True)
-                if fit.left < fit.before:
-                    fit.apply()
                 loss = held_out_loss(sides, number, data.held_out)
                 refit = sides.refit(number, behind)
                 if held_out_loss(sides, number, data.held_out) < loss:
@@ -432,32 +444,33 @@ def calibrate_merge(
                         tensors |= changed_tensors(plan.result, row, number, change)
                 else:
                     refit.take_back()
-            for name, linear in (
+            for name, module in (
                 (row.q, attention.q),
                 (row.k, attention.k),
                 (row.v, attention.v),
                 (row.o, attention.o),
+                *zip((row.q_norm, row.k_norm), attention.norms),
             ):
-                tensors |= _written(tensors, rf"{row.prefix}{number}\.{re.escape(name)}", linear)
+                tensors |= _written(tensors, rf"{row.prefix}{number}\.{re.escape(name)}", module)
             progress.update()
     for part in (model.config, model.config.get_text_config()):
         if hasattr(part, family.kv_heads):
             setattr(part, family.kv_heads, plan.kv_heads)
     after = score_batches(model, data.held_out)["loss"]
     plan = replace(plan, result=replace(plan.result, tensors=tensors))
-    return plan, {"held_out_loss_unmerged": before, "held_out_loss": after}
+    return plan, {"held_out_loss_unmerged": unmerged, "held_out_loss": after}
 
 
-def _written(tensors: dict[str, Tensor], prefix: str, linear: nn.Linear) -> dict[str, Tensor]:
-    """The checkpoint's tensors of a Linear, with the values it has in memory."""
+def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """The checkpoint's tensors of a module, with the values it has in memory."""
 
     def compute(parameter: str, dtype: str, name: str) -> memoryview:
-        return float_bytes(getattr(linear, parameter).detach().float().cpu().numpy(), dtype, name)
+        return float_bytes(getattr(module, parameter).detach().float().cpu().numpy(), dtype, name)
 
     return {
         name: replace(
             tensor,
-            shape=tuple(getattr(linear, match[1]).shape),
+            shape=tuple(getattr(module, match[1]).shape),
             compute=partial(compute, match[1], tensor.dtype, name),
         )
         for name, tensor in tensors.items()

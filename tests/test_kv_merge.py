@@ -20,6 +20,7 @@ from prunekit.kv_merge import (
     calibrate_merge,
     choose_groups,
     gather,
+    merge_layer,
     partitions,
     plan_layer,
     rotation,
@@ -161,7 +162,11 @@ def test_tensors_that_merging_does_not_touch_keep_their_bytes(tiny):
         if t.compute
     }
     projections = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
-    assert projections <= changed <= projections | {"mlp.down_proj.weight"}
+    assert (
+        projections
+        <= changed
+        <= projections | {"self_attn.q_norm.weight", "self_attn.k_norm.weight", "mlp.down_proj.weight"}
+    )
 
 
 def test_weights_in_bf16_stay_in_bf16(tmp_path):
@@ -212,6 +217,32 @@ def test_values_that_nobody_reads_are_not_kept():
     readers = torch.stack([torch.zeros(2, 2), torch.eye(2)]).double()
     _, r, lost = shared_values(covariance, readers)
     assert r[1].det().abs() > 0.1 and lost < 1e-5
+
+
+def test_fitted_gains_give_turned_heads_their_length_back():
+    """With gains that differ within pairs, turned heads have other lengths in front of their norm than before."""
+    row, generator = ROWS["qwen3"].text, torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1500, 32, generator=generator), torch.randn(300, 32, generator=generator)]
+    gains = torch.randn(2, 16, generator=generator).exp()
+
+    @torch.no_grad()
+    def wrong(fit_gains):
+        attention = Attention(getattr(*find_stack(model := alike(build("qwen3")), row))[1], row, 4, 16)
+        assert model.config.num_attention_heads == 8
+        for norm, gain in zip(attention.norms, gains):
+            norm.weight.copy_(gain)
+
+        def scores(queries, keys):
+            q, k = attention.queries_and_keys(inputs[1])
+            return torch.einsum("thd,shd->hts", q[:, queries], k[:, keys])
+
+        # Two query heads share a key; the merged keys stand for 0 and 2, then for 1 and 3
+        before = scores([0, 1, 4, 5, 2, 3, 6, 7], [0, 0, 2, 2, 1, 1, 3, 3])
+        merge_layer(attention, 2, gather(attention, inputs[:1]), inputs[:1], fit_gains)
+        after = scores(list(range(8)), [0, 0, 0, 0, 1, 1, 1, 1])
+        return float((after - before).square().sum() / before.square().sum())
+
+    assert wrong(fit_gains=True) < 0.7 * wrong(fit_gains=False)
 
 
 def test_all_partitions_are_listed_once():
