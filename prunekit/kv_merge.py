@@ -3,9 +3,9 @@
 V has neither RoPE nor a norm: a group shares the basis that keeps most of what o_proj reads of its values, and the way
 back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group shares
 one combination of its keys per frequency, and the way back is folded into q_proj. Where q and k have a norm behind
-their projections (Qwen3), the fold has the right direction, and the norm's gains are fitted to give it its length. Then o_proj is
-refitted to the original's attention output, and the MLP to the original's state, in layers whose inputs come from the
-merged ones before them.
+their projections (Qwen3), the fold has the right direction, and the norm's gains can be fitted to give it its length.
+Then o_proj is refitted to the original's state behind attention, and o_proj and the MLP to its state behind the layer
+where that lowers the model's loss; what a layer gets comes from the merged ones before it.
 """
 
 import itertools
@@ -162,11 +162,9 @@ class Attention:
     def queries_and_keys(self, x: torch.Tensor) -> list[torch.Tensor]:
         """q and k as RoPE gets them."""
         both = [self.heads(self.q, x), self.heads(self.k, x)]
-        return (
-            [norm(z).double() for norm, z in zip(self.norms, both)]
-            if self.norms
-            else [z.double() for z in both]
-        )
+        if self.norms:
+            both = [norm(z) for norm, z in zip(self.norms, both)]
+        return [z.double() for z in both]
 
 
 def weight_of(linear: nn.Linear) -> torch.Tensor:
@@ -239,9 +237,7 @@ class Maps:
     """Linear maps from the old heads, side by side, to the new ones."""
 
     groups: list[tuple[int, ...]]
-    q: (
-        torch.Tensor
-    )  # (query heads * head_dim, query heads * head_dim): the query heads of a group side by side
+    q: torch.Tensor  # (query heads * head_dim, the same): puts the query heads of a group side by side
     k: torch.Tensor  # (new KV heads * head_dim, KV heads * head_dim)
     v: torch.Tensor  # like k
     o: torch.Tensor  # from o_proj's new inputs to its old ones, like q
@@ -357,8 +353,7 @@ def merge_layer(
     put_weight(attention.q, q)
     put_weight(attention.k, k)
     o = weight_of(attention.o)
-    inputs = attention.o.in_features
-    put_weight(attention.o, torch.cat([o[:, :inputs] @ maps.o, o[:, inputs:]], 1))
+    put_weight(attention.o, torch.cat([o[:, : len(maps.o)] @ maps.o, o[:, len(maps.o) :]], 1))
     attention.module.num_key_value_groups = attention.q.out_features // attention.k.out_features
 
 
@@ -366,7 +361,7 @@ def merge_layer(
 
 
 def held_out_loss(sides: Sides, number: int, held_out: list[dict]) -> float:
-    """The model's loss, from the student's states behind layer `number` - 1 on."""
+    """The loss of the model on its held-out rows, computed from layer `number` on."""
     judge, first = copy(sides.student), sides.judged.start
     judge.calls, judge.states, judge.added = judge.calls[first:], judge.states[first:], judge.added[first:]
     judge.step(number + 1)
@@ -424,6 +419,7 @@ def calibrate_merge(
                     f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
                 )
             before, best = attention.parameters(), (math.inf, [])
+            # Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by it.
             for fit_gains in (True, False) if attention.norms and row.plain_residual else (True,):
                 put_parameters(before)
                 merge_layer(attention, plan.kv_heads, moments, fitted, fit_gains)
