@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import check_out, open_checkpoint, read_json, statistics
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
@@ -30,22 +31,10 @@ from prunekit.layers import (
 
 def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, dict[str, Any]]:
     """Refit around the seams: the plan with new tensors, and what its history shall say of it."""
-    from prunekit.calibration import calibrate, load_model, read_calibration
-
     check_healable(plan)
-    read_calibration(arguments.calib)
+    model, data = model_and_calibration(plan.source, arguments)
     from prunekit.heal import heal  # torch: seconds, after all that can be checked without it
 
-    model = load_model(plan.source, arguments.device, arguments.dtype)
-    data = calibrate(
-        model,
-        plan.source,
-        arguments.calib,
-        arguments.calib_tokens,
-        arguments.max_length,
-        model_type=arguments.model_type,
-        template=arguments.template,
-    )
     plan, seams = heal(plan, model, data)
     for seam in seams:
         done = f"{seam['jump_left']:.0%} of the jump left, held-out loss {seam['loss_before']:.4f} -> {seam['loss_after']:.4f}"
@@ -93,15 +82,7 @@ def main() -> None:
     healing.add_argument(
         "--heal", action="store_true", help="refit the layers around each seam (needs --calib)"
     )
-    healing.add_argument(
-        "--calib", metavar="JSONL", help='ms-swift messages, or {"text": ...}, like the data the model is for'
-    )
-    healing.add_argument("--calib-tokens", type=int, default=65_536, metavar="N", help="(default: 65536)")
-    healing.add_argument("--max-length", type=int, default=2048, metavar="N", help="of a row (default: 2048)")
-    healing.add_argument("--device", help="default: cuda if there is one")
-    healing.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
-    healing.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
-    healing.add_argument("--template", help="ms-swift's, default: that of the model type")
+    add_calibration_arguments(healing)
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")

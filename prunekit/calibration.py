@@ -1,5 +1,6 @@
 """Calibration data: rows of text or messages as batches of model inputs, and a model to run them through."""
 
+import argparse
 import json
 import os
 import random
@@ -179,3 +180,32 @@ def calibrate(
     fit = [item for number, item in enumerate(encoded) if number % HELD_OUT]
     tokens = sum(len(item["input_ids"]) for item in encoded)
     return Calibration(batches(fit), batches(encoded[::HELD_OUT]), tokens)
+
+
+def add_calibration_arguments(group) -> None:
+    """What a script's user can say of calibration: to an argparse parser, or a group of one."""
+    group.add_argument(
+        "--calib", metavar="JSONL", help='ms-swift messages, or {"text": ...}, like the data the model is for'
+    )
+    group.add_argument("--calib-tokens", type=int, default=65_536, metavar="N", help="(default: 65536)")
+    group.add_argument("--max-length", type=int, default=2048, metavar="N", help="of a row (default: 2048)")
+    group.add_argument("--device", help="default: cuda if there is one")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
+    group.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
+    group.add_argument("--template", help="ms-swift's, default: that of the model type")
+
+
+def model_and_calibration(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[Any, Calibration]:
+    """The model in memory and its calibration data, as `add_calibration_arguments` lets a user choose them."""
+    read_calibration(arguments.calib)  # bad rows are named before the model is loaded
+    model = load_model(checkpoint, arguments.device, arguments.dtype)
+    data = calibrate(
+        model,
+        checkpoint,
+        arguments.calib,
+        arguments.calib_tokens,
+        arguments.max_length,
+        model_type=arguments.model_type,
+        template=arguments.template,
+    )
+    return model, data

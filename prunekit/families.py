@@ -32,6 +32,8 @@ class Stack:
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     o: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"  # of each head, before RoPE; only some families' layers have them
+    k_norm: str = "self_attn.k_norm"
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")

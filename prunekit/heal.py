@@ -10,6 +10,7 @@ the idea of ReplaceMe, 2505.02819. Refitting the projections themselves has more
 
 import contextlib
 import re
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .calibration import Calibration
-from .checkpoint import Tensor, float_bytes
+from .checkpoint import Checkpoint, Tensor, float_bytes
 from .evaluate import score_batches
+from .families import Stack
 from .layers import Removal, check_healable, find_seams
 from .stacks import Replay, find_stack, record_calls, removed
 
@@ -108,6 +110,13 @@ class Fit:
     before: float  # weighted squares that were missing on the rows that judge
     left: float  # and that still are
 
+    def apply(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Change the model; returns the parameters with their values before."""
+        undo = [(parameter, parameter.clone()) for parameter in self.projection.parameters.values()]
+        for name, parameter in self.projection.parameters.items():
+            parameter.copy_(self.projection.changed(name, parameter, self.solution))
+        return undo
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -121,6 +130,26 @@ class Refit:
     def take_back(self) -> None:
         for parameter, value in reversed(self.undo):
             parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def states_between(layer: nn.Module, row: Stack) -> Iterator[list[torch.Tensor]]:
+    """Within the block every run of the layer appends its state between attention and MLP."""
+    states: list[torch.Tensor] = []
+
+    def written(module, inputs, output):
+        states.append(entered + output)
+
+    def enter(module, inputs):
+        nonlocal entered
+        entered = inputs[0]
+
+    entered = torch.empty(0)
+    with (
+        layer.register_forward_pre_hook(enter),
+        layer.get_submodule(row.o).register_forward_hook(written),
+    ):
+        yield states
 
 
 class Sides:
@@ -146,6 +175,12 @@ class Sides:
         )
         return [states[index] for index in range(len(states))]
 
+    def targets_between(self, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The uncut model's states between attention and MLP of a layer, and behind it, per batch."""
+        self.teacher.step(layer)
+        with states_between(self.layers[layer], self.row) as between:
+            return between, self.targets(layer)
+
     def without(self, plan: Removal) -> "Sides":
         """These sides for a cut of the same stack that is the same up to where they are."""
         other = copy(self)
@@ -162,16 +197,17 @@ class Sides:
             jump = jump or fit.before
             if fit.left >= fit.before:
                 continue
-            for name, parameter in fit.projection.parameters.items():
-                undo.append((parameter, parameter.clone()))
-                parameter.copy_(fit.projection.changed(name, parameter, fit.solution))
+            undo += fit.apply()
             changes.append(fit)
         return Refit(changes, undo, fit.ridge, min(fit.left, fit.before) / jump if jump else 1.0)
 
-    def fit(self, layer: int, names: tuple[str, ...], targets: list[torch.Tensor]) -> Fit:
+    def fit(
+        self, layer: int, names: tuple[str, ...], targets: list[torch.Tensor], behind_attention: bool = False
+    ) -> Fit:
         """Fit the first of these projections of a layer to the targets, in view of what the others could do.
 
-        The ridge is the one that leaves least on the rows that judge.
+        Targets are states behind the layer, or those between its attention and its MLP. The ridge is the one that leaves
+        least on the rows that judge.
         """
         projections = [Projection(self.layers[layer], name) for name in names]
         fit, judge = LeastSquares(), LeastSquares()
@@ -180,6 +216,7 @@ class Sides:
 
         def gather(index: int, state: torch.Tensor) -> None:
             target = targets[index].flatten(0, -2).float()
+            state = between.pop() if behind_attention else state
             # A few tokens have states a thousand times larger (2402.17762): unweighted, they would decide alone.
             weight = 1 / target.square().sum(1).clamp_min(1e-12)
             if self.stack == "text":
@@ -201,6 +238,7 @@ class Sides:
             for projection in projections:
                 hook = projection.module.register_forward_hook(partial(capture, projection))
                 hooks.enter_context(hook)
+            between = hooks.enter_context(states_between(self.layers[layer], self.row))
             self.student.step(self.kept.index(layer))
             self.student.step(self.kept.index(layer) + 1, gather, keep=False)
         solutions = [(ridge, fit.solve(ridge)) for ridge in RIDGES]
@@ -246,7 +284,7 @@ def heal(
                     refit = sides.refit(layer, sides.targets(layer))
                     refits.append(refit)
                     for fit in refit.changes:
-                        changed |= _changed_tensors(plan, sides, layer, fit)
+                        changed |= changed_tensors(plan.result, sides.row, sides.kept.index(layer), fit)
                     if layer == seam.before:
                         record |= {"ridge": refit.ridge, "jump_left": refit.jump_left}
                     progress.update()
@@ -265,17 +303,17 @@ def heal(
     return replace(plan, result=result), records
 
 
-def _changed_tensors(plan: Removal, sides: Sides, layer: int, fit: Fit) -> dict[str, Tensor]:
+def changed_tensors(result: Checkpoint, row: Stack, number: int, fit: Fit) -> dict[str, Tensor]:
     """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values when they are written."""
-    pattern = rf"{sides.row.prefix}{sides.kept.index(layer)}\.{fit.projection.pattern()}"
+    pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
     solution = fit.solution.cpu()
 
     def compute(name: str) -> memoryview:
-        changed = fit.projection.changed(name, torch.from_numpy(plan.result.read_array(name)), solution)
-        return float_bytes(changed.numpy(), plan.result.tensors[name].dtype, name)
+        changed = fit.projection.changed(name, torch.from_numpy(result.read_array(name)), solution)
+        return float_bytes(changed.numpy(), result.tensors[name].dtype, name)
 
     return {
         name: replace(tensor, compute=partial(compute, name))
-        for name, tensor in plan.result.tensors.items()
+        for name, tensor in result.tensors.items()
         if re.fullmatch(pattern, name)
     }

@@ -20,7 +20,7 @@ from .checkpoint import (
 from .errors import PruneKitError
 from .families import configs
 
-METHODS = ("mean", "first")
+METHODS = ("mean", "first", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,23 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
 
 
 def _merged_bytes(checkpoint: Checkpoint, name: str, head_dim: int, kv_heads: int, method: str) -> memoryview:
+    if method == "calibrated":
+        raise ValueError(f"{name}: kv_merge.calibrate_merge has yet to fill this plan")
     merged = merge_heads(checkpoint.read_array(name), head_dim, kv_heads, method)
     return float_bytes(merged, checkpoint.tensors[name].dtype, name)
 
 
 def apply_kv_merge(
-    plan: KVMerge, out: str | Path, overwrite: bool = False, max_shard_bytes: int | None = None
+    plan: KVMerge,
+    out: str | Path,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+    calibration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does."""
+    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
+
+    `calibration` is what the entry shall say of it: settings and metrics.
+    """
     before, after = statistics(plan.source), statistics(plan.result)
     entry = history_entry(
         "kv_cut",
@@ -109,7 +118,9 @@ def apply_kv_merge(
         before,
         after,
         removed={"kv_heads": before["num_key_value_heads"] - plan.kv_heads},
-        settings={"kv_heads": plan.kv_heads, "method": plan.method},
+        metrics=calibration and calibration["metrics"],
+        settings={"kv_heads": plan.kv_heads, "method": plan.method}
+        | (calibration["settings"] if calibration else {}),
     )
     write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
     return entry

@@ -1,0 +1,474 @@
+"""Merge KV heads so that attention stays nearly what it was: closed forms on calibration activations, layer by layer.
+
+V has neither RoPE nor a norm: a group shares the basis that keeps most of what o_proj reads of its values, and the way
+back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group shares
+one combination of its keys per frequency, and the way back is folded into q_proj. Where q and k have a norm behind
+their projections (Qwen3), the fold has the right direction, and the norm's gains can be fitted to give it its length.
+Then o_proj is refitted to the original's state behind attention, and o_proj and the MLP to its state behind the layer
+where that lowers the model's loss; what a layer gets comes from the merged ones before it.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .calibration import Calibration
+from .checkpoint import Tensor, float_bytes, heads
+from .errors import PruneKitError
+from .evaluate import score_batches
+from .families import Stack
+from .heal import Sides, changed_tensors
+from .kv_heads import KVMerge
+from .layers import Removal
+from .stacks import Replay, given, record_calls
+
+RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
+MANY = 2000  # partitions of the heads into groups; more aren't all tried
+
+
+# --- one group of heads ------------------------------------------------------------------------------------------------
+
+
+def shared_keys(
+    moments: torch.Tensor, energy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One key for a group's heads, per RoPE frequency: k' = sum_h a_h k_h, and k_h is then about b_h k'.
+
+    moments: E[k k^H], (frequencies, heads, heads), of the pairs (i, i + head_dim / 2) as complex numbers. energy: what
+    the heads' queries have of each frequency, (heads, frequencies). Least sum of energy_h |k_h - b_h k'|^2, by the top
+    eigenvector. Returns a and b, (heads, frequencies), and what is lost, which counts about as squared logits. E|k'|^2 is
+    the heads' mean; the phase, which is free, is the heads' mean one.
+    """
+    energy = energy.T
+    root = energy.clamp_min(1e-12 * energy.max().clamp_min(1e-30)).sqrt()
+    values, vectors = torch.linalg.eigh(root[:, :, None] * moments * root[:, None, :])
+    a, b = vectors[..., -1].conj() * root, vectors[..., -1] / root
+    power = torch.einsum("fn,fnm,fm->f", a, moments, a.conj()).real
+    wanted = moments.diagonal(dim1=1, dim2=2).real.mean(1)
+    mean = b.sum(1, keepdim=True)
+    phase = torch.where(mean.abs() > 1e-9 * b.abs().sum(1, keepdim=True), mean / mean.abs(), 1)
+    scale = (wanted / power.clamp_min(1e-30)).clamp_min(1e-30).sqrt()[:, None] * phase
+    return (a * scale).T, (b / scale).T, values[:, :-1].sum()
+
+
+def shared_values(
+    covariance: torch.Tensor, readers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One value for a group's heads: v' = P v of all of them, and v_h is then about R_h v'.
+
+    covariance: E[v v^T] of the group's concatenated values, (heads * head_dim, heads * head_dim). readers: sum of
+    O^T O over the columns of o_proj that read each head, (heads, head_dim, head_dim). Least error in what o_proj writes,
+    by PCA in the readers' metric. Returns P (head_dim, heads * head_dim), R (heads, head_dim, head_dim) and what is lost,
+    as squared output. E|v'|^2 is the heads' mean.
+    """
+    count, width, _ = readers.shape
+    eye = torch.eye(width, dtype=readers.dtype, device=readers.device)
+    mean = readers.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-30)
+    values, vectors = torch.linalg.eigh(readers / mean + 1e-6 * eye)
+    half = torch.block_diag(*((vectors * values[:, None].sqrt()) @ vectors.mT))
+    back = torch.block_diag(*((vectors / values[:, None].sqrt()) @ vectors.mT))
+    energy, basis = torch.linalg.eigh(half @ covariance @ half)
+    encode, decode = basis[:, -width:].T @ half, back @ basis[:, -width:]
+    power = energy[-width:].sum().clamp_min(1e-30)
+    scale = (covariance.diagonal().sum() / count / power).clamp_min(1e-30).sqrt()
+    return encode * scale, (decode / scale).view(count, width, width), energy[:-width].sum() * mean
+
+
+def rotation(c: torch.Tensor) -> torch.Tensor:
+    """Multiplication of the pairs (i, i + n) by complex numbers c (n,), as a matrix (2n, 2n)."""
+    return torch.cat(
+        [torch.cat([c.real.diag(), -c.imag.diag()], 1), torch.cat([c.imag.diag(), c.real.diag()], 1)]
+    )
+
+
+def as_pairs(x: torch.Tensor) -> torch.Tensor:
+    """(..., head_dim) as the complex pairs that RoPE rotates, (..., head_dim / 2)."""
+    first, second = x.chunk(2, -1)
+    return torch.complex(first.contiguous(), second.contiguous())
+
+
+# --- which heads go together -------------------------------------------------------------------------------------------
+
+
+def partitions(items: Sequence[int], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """All ways to split items into groups of a size."""
+    if not items:
+        yield []
+        return
+    for others in itertools.combinations(items[1:], size - 1):
+        left = [item for item in items[1:] if item not in others]
+        for rest in partitions(left, size):
+            yield [(items[0], *others), *rest]
+
+
+def choose_groups(cost: torch.Tensor, groups: int) -> list[tuple[int, ...]]:
+    """Equal groups with the least sum of pair costs within them. cost: (heads, heads), symmetric.
+
+    Of many heads not all partitions are tried: neighbours start together, and two change places while that helps.
+    """
+    count = len(cost)
+    size = count // groups
+    table = cost.tolist()
+
+    def total(partition):
+        return sum(table[i][j] for group in partition for i, j in itertools.combinations(group, 2))
+
+    if math.factorial(count) // (math.factorial(size) ** groups * math.factorial(groups)) <= MANY:
+        return min(partitions(range(count), size), key=total)
+    best = [tuple(range(start, start + size)) for start in range(0, count, size)]
+    improved = True
+    while improved:
+        improved = False
+        for one, two in itertools.combinations(range(count), 2):
+            swap = {one: two, two: one}
+            trial = [tuple(swap.get(head, head) for head in group) for group in best]
+            if total(trial) < total(best) * (1 - 1e-9):
+                best, improved = trial, True
+    return sorted(tuple(sorted(group)) for group in best)
+
+
+# --- one layer ---------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """The parts of a layer's attention that merging changes. Weights are handled in fp64, biases as their last column."""
+
+    def __init__(self, layer: nn.Module, row: Stack, kv_heads: int, head_dim: int):
+        self.module = layer.get_submodule(row.o.rpartition(".")[0])
+        self.q, self.k, self.v, self.o = (layer.get_submodule(name) for name in (row.q, row.k, row.v, row.o))
+        self.norms = [
+            layer.get_submodule(name)
+            for name in (row.q_norm, row.k_norm)
+            if hasattr(self.module, name.rpartition(".")[2])
+        ]
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+
+    def parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        modules = (self.q, self.k, self.v, self.o, *self.norms)
+        return [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
+
+    def heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head_dim) of inputs (tokens, hidden)."""
+        return projection(x).unflatten(-1, (-1, self.head_dim))
+
+    def queries_and_keys(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """q and k as RoPE gets them."""
+        both = [self.heads(self.q, x), self.heads(self.k, x)]
+        if self.norms:
+            both = [norm(z) for norm, z in zip(self.norms, both)]
+        return [z.double() for z in both]
+
+
+def weight_of(linear: nn.Linear) -> torch.Tensor:
+    bias = [] if linear.bias is None else [linear.bias[:, None]]
+    return torch.cat([linear.weight, *bias], 1).double()
+
+
+def put_weight(linear: nn.Module, value: torch.Tensor) -> None:
+    """Give a Linear (or norm) a weight (and bias) of any shape, as new parameters: the old ones stay as they are."""
+    with torch.inference_mode(False):
+        value = value.to(linear.weight.dtype, copy=True)
+        weight, bias = (
+            (value, None) if getattr(linear, "bias", None) is None else (value[:, :-1], value[:, -1])
+        )
+        linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+    if isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = weight.shape
+
+
+def put_parameters(parameters: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    for module, name, parameter in parameters:
+        setattr(module, name, parameter)
+
+
+@dataclass
+class Moments:
+    """What merging needs to know of a layer's heads, of many tokens."""
+
+    keys: torch.Tensor  # E[k k^H], (frequencies, KV heads, KV heads), complex
+    queries: torch.Tensor  # E|q|^2 summed over the query heads of a KV head, (KV heads, frequencies)
+    values: torch.Tensor  # E[v v^T], (KV heads * head_dim, KV heads * head_dim)
+    readers: torch.Tensor  # O^T O summed over a KV head's query heads, (KV heads, head_dim, head_dim)
+    before_norm: list[torch.Tensor]  # root mean square of each head of q and of k in front of its norm
+
+    def finite(self) -> bool:
+        return all(
+            float(z.abs().sum()) < math.inf for z in (self.keys, self.queries, self.values, self.readers)
+        )
+
+
+def gather(attention: Attention, inputs: Sequence[torch.Tensor]) -> Moments:
+    """inputs: what the projections get, (tokens, hidden) each."""
+    keys = queries = values = tokens = 0
+    before: list[torch.Tensor | float] = [0.0, 0.0]
+    for x in inputs:
+        q, k = attention.queries_and_keys(x)
+        v = attention.v(x).double()
+        pairs = as_pairs(k)
+        keys = keys + torch.einsum("tnf,tmf->fnm", pairs, pairs.conj())
+        queries = queries + as_pairs(q).abs().square().sum(0)
+        values = values + v.T @ v
+        if attention.norms:
+            both = (attention.q, attention.k)
+            before = [
+                total + attention.heads(linear, x).double().square().mean(2).sum(0)
+                for total, linear in zip(before, both)
+            ]
+        tokens += len(x)
+    columns = attention.o.weight.double().unflatten(1, (attention.kv_heads, -1, attention.head_dim))
+    readers = torch.einsum("ohgd,ohge->hde", columns, columns)
+    queries = queries.view(attention.kv_heads, -1, queries.shape[-1]).sum(1) / tokens
+    norms = [(total / tokens).sqrt() for total in before] if attention.norms else []
+    return Moments(keys / tokens, queries, values / tokens, readers, norms)
+
+
+@dataclass
+class Maps:
+    """Linear maps from the old heads, side by side, to the new ones."""
+
+    groups: list[tuple[int, ...]]
+    q: torch.Tensor  # (query heads * head_dim, the same): puts the query heads of a group side by side
+    k: torch.Tensor  # (new KV heads * head_dim, KV heads * head_dim)
+    v: torch.Tensor  # like k
+    o: torch.Tensor  # from o_proj's new inputs to its old ones, like q
+
+
+def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
+    """Choose the groups and what they share."""
+    count, width = moments.readers.shape[:2]
+
+    def share(group: tuple[int, ...]):
+        index = torch.tensor(group, device=moments.values.device)
+        a, b, lost_keys = shared_keys(moments.keys[:, index][:, :, index], moments.queries[index])
+        blocks = moments.values.view(count, width, count, width)[index][:, :, index]
+        p, r, lost_values = shared_values(blocks.reshape(len(group) * width, -1), moments.readers[index])
+        return a, b, p, r, (lost_keys, lost_values)
+
+    if kv_heads == 1:
+        groups = [tuple(range(count))]
+    else:
+        cost = torch.zeros(2, count, count, dtype=torch.float64)
+        for i, j in itertools.combinations(range(count), 2):
+            cost[:, i, j] = cost[:, j, i] = torch.stack(share((i, j))[-1]).cpu()
+        # Keys lose squared logits, values squared output: each counts as a share of its own sum.
+        groups = choose_groups((cost / cost.sum((1, 2), keepdim=True).clamp_min(1e-30)).sum(0), kv_heads)
+    per_head = query_heads // count
+    zeros = partial(torch.zeros, dtype=moments.values.dtype, device=moments.values.device)
+    maps = Maps(
+        groups,
+        zeros(query_heads, width, query_heads, width),
+        zeros(kv_heads, width, count, width),
+        zeros(kv_heads, width, count, width),
+        zeros(query_heads, width, query_heads, width),
+    )
+    place = 0
+    for number, group in enumerate(groups):
+        a, b, p, r, _ = share(group)
+        maps.v[number][:, list(group)] = p.view(width, len(group), width)
+        for i, head in enumerate(group):
+            maps.k[number][:, head] = rotation(a[i])
+            for query in range(head * per_head, (head + 1) * per_head):
+                maps.q[place][:, query] = rotation(b[i].conj())
+                maps.o[query][:, place] = r[i]
+                place += 1
+    for name in ("q", "k", "v", "o"):
+        value = getattr(maps, name)
+        setattr(maps, name, value.reshape(value.shape[0] * width, -1))
+    return maps
+
+
+def fold_before_norm(
+    attention: Attention,
+    linear: nn.Linear,
+    norm: nn.Module,
+    change: torch.Tensor,
+    before: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    fit_gains: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and gains of q_proj or k_proj and its norm that give about what `change` makes of the heads behind the norm.
+
+    change: a map of `Maps`. before: root mean square of each old head in front of the norm, which the fold takes to be
+    constant. The direction is right then; how long the result is, the norm decides by its input, the result over the
+    gains. So the gains are a metric: nonnegative weights of squares, by least squares over all heads and tokens, drawn
+    toward the norm's own, which are exact where heads only differ by signs.
+    """
+    width = attention.head_dim
+    gain = norm(torch.ones(width, dtype=linear.weight.dtype, device=linear.weight.device)).double()
+    size = gain.abs().clamp_min(1e-3 * gain.abs().mean())
+    blocks = change.view(-1, width, len(before), width)
+    used = (blocks != 0).any(3).any(1).double()  # (new heads, old heads)
+    mean = (used @ before.square() / used.sum(1)).sqrt()
+    scale = mean[:, None] / before.clamp_min(1e-12)
+    fold = (blocks * scale[:, None, :, None] * gain).reshape(len(change), -1) @ weight_of(linear)
+    if not fit_gains:
+        return fold / size.repeat(len(used))[:, None], size
+    weight, bias = (fold, None) if linear.bias is None else (fold[:, :-1], fold[:, -1])
+    normal, total, rows = torch.zeros(width, width).to(fold), torch.zeros(width).to(fold), 0
+    for x in inputs:
+        wanted = (norm(attention.heads(linear, x)).double().flatten(1) @ change.T).view(-1, width)
+        result = nn.functional.linear(x.double(), weight, bias).view(-1, width)
+        length = wanted.square().sum(1) / result.square().sum(1).clamp_min(1e-24)
+        squares = (result / size).square() / width * length[:, None]  # their weighted sum shall be 1
+        normal += squares.T @ squares
+        total += squares.sum(0)
+        rows += len(squares)
+    missing = total - normal.sum(1)
+    normal.diagonal().add_(RIDGE * normal.diagonal().mean())
+    metric = (1 + torch.linalg.solve(normal, missing)).clamp_min(0.01)
+    size = size * (total @ metric / rows / metric).sqrt()  # the sum is 1 on average
+    return fold / size.repeat(len(used))[:, None], size
+
+
+def merge_layer(
+    attention: Attention,
+    kv_heads: int,
+    moments: Moments,
+    inputs: Sequence[torch.Tensor],
+    fit_gains: bool = True,
+) -> None:
+    """Give a layer's attention fewer KV heads. inputs: what its projections get, (tokens, hidden) each."""
+    maps = plan_layer(moments, kv_heads, attention.q.out_features // attention.head_dim)
+    if attention.norms:
+        projections = zip((attention.q, attention.k), attention.norms, (maps.q, maps.k), moments.before_norm)
+        (q, q_gain), (k, k_gain) = [
+            fold_before_norm(attention, *each, inputs, fit_gains) for each in projections
+        ]
+        for norm, gain in zip(attention.norms, (q_gain, k_gain)):
+            old = norm(torch.ones_like(norm.weight))
+            put_weight(norm, norm.weight + gain - old)  # some families' gains are 1 + weight
+    else:
+        q, k = maps.q @ weight_of(attention.q), maps.k @ weight_of(attention.k)
+    put_weight(attention.v, maps.v @ weight_of(attention.v))
+    put_weight(attention.q, q)
+    put_weight(attention.k, k)
+    o = weight_of(attention.o)
+    put_weight(attention.o, torch.cat([o[:, : len(maps.o)] @ maps.o, o[:, len(maps.o) :]], 1))
+    attention.module.num_key_value_groups = attention.q.out_features // attention.k.out_features
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def held_out_loss(sides: Sides, number: int, held_out: list[dict]) -> float:
+    """The loss of the model on its held-out rows, computed from layer `number` on."""
+    judge, first = copy(sides.student), sides.judged.start
+    judge.calls, judge.states, judge.added = judge.calls[first:], judge.states[first:], judge.added[first:]
+    judge.step(number + 1)
+    loss = tokens = 0.0
+    for batch, state in zip(held_out, judge.states):
+        with given(judge.owner, judge.attribute, {number: state}, number + 1):
+            counted = int((batch["labels"][:, 1:] != -100).sum())
+            loss += score_batches(sides.model, [batch])["loss"] * counted
+            tokens += counted
+    return loss / tokens
+
+
+def _inputs_of(module: nn.Module, student: Replay, number: int) -> list[torch.Tensor]:
+    """What a module of layer `number` gets, per batch."""
+    entered: list[torch.Tensor] = []
+    student.step(number)
+    with module.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+        student.step(number + 1, keep=False)
+    return entered
+
+
+@torch.no_grad()
+def calibrate_merge(
+    plan: KVMerge, model: nn.Module, data: Calibration, quiet: bool | None = None
+) -> tuple[KVMerge, dict[str, float]]:
+    """Merge the KV heads of `model`, and plan to write what it then has.
+
+    `model` is the unmerged one; it ends up merged. Returns the plan with its tensors, and the loss on the held-out rows:
+    `held_out_loss_unmerged` and `held_out_loss`. Memory: two states and one input of the projections per token, and some
+    square matrices of one layer. PruneKitError for activations that aren't finite, or fewer tokens than dimensions.
+    """
+    family, row = plan.source.family, plan.source.family.text
+    _, count, head_dim = heads(plan.source)
+    batches = [*data.fit, *data.held_out]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in data.fit)
+    needed = count // plan.kv_heads * head_dim
+    if tokens < needed:
+        raise PruneKitError(
+            f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise --calib-tokens"
+        )
+    unmerged = score_batches(model, data.held_out)["loss"]
+    unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
+    judged = range(len(data.fit), len(batches))
+    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
+    tensors = dict(plan.result.tensors)
+    with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
+        for number, layer in enumerate(sides.layers):
+            attention = Attention(layer, row, count, head_dim)
+            between, behind = sides.targets_between(number)
+            entered = _inputs_of(attention.q, sides.student, number)
+            fitted = [x[batch["attention_mask"].to(x.device).bool()] for x, batch in zip(entered, data.fit)]
+            moments = gather(attention, fitted)
+            if not moments.finite():
+                raise PruneKitError(
+                    f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
+                )
+            before, best = attention.parameters(), (math.inf, [])
+            # Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by it.
+            for fit_gains in (True, False) if attention.norms and row.plain_residual else (True,):
+                put_parameters(before)
+                merge_layer(attention, plan.kv_heads, moments, fitted, fit_gains)
+                missing = 0.0
+                if row.plain_residual:
+                    fit = sides.fit(number, (row.o,), between, behind_attention=True)
+                    missing = min(fit.left, fit.before)
+                    if fit.left < fit.before:
+                        fit.apply()
+                if missing < best[0]:
+                    best = (missing, attention.parameters())
+            put_parameters(best[1])
+            if row.plain_residual:
+                loss = held_out_loss(sides, number, data.held_out)
+                refit = sides.refit(number, behind)
+                if held_out_loss(sides, number, data.held_out) < loss:
+                    for change in refit.changes:
+                        tensors |= changed_tensors(plan.result, row, number, change)
+                else:
+                    refit.take_back()
+            for name, module in (
+                (row.q, attention.q),
+                (row.k, attention.k),
+                (row.v, attention.v),
+                (row.o, attention.o),
+                *zip((row.q_norm, row.k_norm), attention.norms),
+            ):
+                tensors |= _written(tensors, rf"{row.prefix}{number}\.{re.escape(name)}", module)
+            progress.update()
+    for part in (model.config, model.config.get_text_config()):
+        if hasattr(part, family.kv_heads):
+            setattr(part, family.kv_heads, plan.kv_heads)
+    after = score_batches(model, data.held_out)["loss"]
+    plan = replace(plan, result=replace(plan.result, tensors=tensors))
+    return plan, {"held_out_loss_unmerged": unmerged, "held_out_loss": after}
+
+
+def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """The checkpoint's tensors of a module, with the values it has in memory."""
+
+    def compute(parameter: str, dtype: str, name: str) -> memoryview:
+        return float_bytes(getattr(module, parameter).detach().float().cpu().numpy(), dtype, name)
+
+    return {
+        name: replace(
+            tensor,
+            shape=tuple(getattr(module, match[1]).shape),
+            compute=partial(compute, match[1], tensor.dtype, name),
+        )
+        for name, tensor in tensors.items()
+        if (match := re.fullmatch(rf"{prefix}\.(weight|bias)", name))
+    }

@@ -1,0 +1,341 @@
+"""Calibrated merging of KV heads: exact where heads are one and the same but for what folds away."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from test_heal import data, self_labelled, text_batches, write_texts
+from test_kv_cut import SHARED, head_dim_of, text_config
+from tiny_models import KV4, TEXT, build, load, logits
+
+from prunekit.calibration import Calibration
+from prunekit.checkpoint import heads, history, open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES as ROWS
+from prunekit.kv_heads import apply_kv_merge, plan_kv_merge
+from prunekit.kv_merge import (
+    Attention,
+    as_pairs,
+    calibrate_merge,
+    choose_groups,
+    gather,
+    merge_layer,
+    partitions,
+    plan_layer,
+    rotation,
+    shared_keys,
+    shared_values,
+)
+from prunekit.stacks import find_stack
+
+EXAMPLE = "examples/tiny_ocr/model"
+NORMED = [name for name in SHARED if name.startswith(("qwen3", "gemma3"))]
+PLAIN = [name for name in SHARED if name not in NORMED]
+
+
+@torch.no_grad()
+def alike(model, turns=True):
+    """Make KV heads h and h + n/2 one and the same but for a turn and scale of each pair of k, and a map of v.
+
+    Without `turns` pairs only change their sign, which is all that a norm behind k_proj allows.
+    """
+    generator = torch.Generator().manual_seed(5)
+    width = head_dim_of(model)
+    half = text_config(model).num_key_value_heads // 2
+    for name, projection in model.named_modules():
+        for head in range(half if name.endswith(("self_attn.k_proj", "self_attn.v_proj")) else 0):
+            draw = torch.rand(width // 2, generator=generator)
+            change = rotation(
+                torch.polar(draw + 0.5, 6.3 * draw) if turns else (draw - 0.5).sign().to(torch.cfloat)
+            )
+            if name.endswith("v_proj"):
+                change = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
+            for parameter in projection.parameters():
+                every = parameter.view(-1, width, *parameter.shape[1:])
+                every[half + head] = change @ every[head]
+    return model
+
+
+def merge(folder, kv_heads, calibration=None, model=None):
+    """(plan, model, losses) of a calibrated merge of a folder's model in fp32."""
+    model = model or load(folder)
+    plan, losses = calibrate_merge(
+        plan_kv_merge(open_checkpoint(folder), kv_heads, "calibrated"),
+        model,
+        calibration or data(),
+        quiet=True,
+    )
+    return plan, model, losses
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_heads_that_are_alike_but_for_turns_and_maps_merge_without_loss(family, tmp_path):
+    model = alike(build(family))
+    model.save_pretrained(tmp_path / "in")
+    plan, _, _ = merge(tmp_path / "in", text_config(model).num_key_value_heads // 2)
+    apply_kv_merge(plan, tmp_path / "out")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", NORMED)
+def test_heads_with_norms_that_are_alike_but_for_signs_and_maps_merge_without_loss(family, tmp_path):
+    model = alike(build(family), turns=False)
+    model.save_pretrained(tmp_path / "in")
+    plan, _, _ = merge(tmp_path / "in", text_config(model).num_key_value_heads // 2)
+    apply_kv_merge(plan, tmp_path / "out")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
+
+
+def test_biases_in_front_of_norms_are_fitted_too(tmp_path):
+    torch.manual_seed(0)
+    model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT | KV4, attention_bias=True)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    alike(model, turns=False).save_pretrained(tmp_path / "in")
+    plan, _, _ = merge(tmp_path / "in", 2)
+    apply_kv_merge(plan, tmp_path / "out")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_what_is_written_is_the_model_in_memory(family, tiny, tmp_path):
+    plan, model, _ = merge(tiny(family), 1)
+    apply_kv_merge(plan, tmp_path / "out")
+    assert text_config(load(tmp_path / "out")).num_key_value_heads == 1
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_the_loss_reported_is_that_of_the_checkpoints(family, tiny, tmp_path):
+    from prunekit.evaluate import score_batches
+
+    calibration = data()
+    plan, _, losses = merge(tiny(family), 1, calibration)
+    apply_kv_merge(plan, tmp_path / "out")
+    for folder, key in ((tiny(family), "held_out_loss_unmerged"), (tmp_path / "out", "held_out_loss")):
+        assert score_batches(load(folder), calibration.held_out)["loss"] == pytest.approx(
+            losses[key], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_the_merged_model_is_nearer_to_the_original_than_the_averaged_one(family, tiny, tmp_path):
+    calibration = self_labelled(build(family), data())
+    plan, _, _ = merge(tiny(family), 1, calibration)
+    apply_kv_merge(plan, tmp_path / "calibrated")
+    apply_kv_merge(plan_kv_merge(open_checkpoint(tiny(family)), 1, "mean"), tmp_path / "mean")
+    base = logits(load(tiny(family)))
+    far = {
+        name: float((logits(load(tmp_path / name)) - base).square().mean()) for name in ("calibrated", "mean")
+    }
+    assert far["calibrated"] < 0.7 * far["mean"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_cache_has_one_head_and_generation_is_the_same_with_it(family, tiny, tmp_path):
+    plan, _, _ = merge(tiny(family), 1)
+    apply_kv_merge(plan, tmp_path / "out")
+    model = load(tmp_path / "out")
+    prompt = torch.tensor([[7, 30, 11, 52, 9]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
+    cached = model.generate(prompt, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
+    cache = model(prompt, use_cache=True).past_key_values
+    assert {layer.keys.shape[1] for layer in cache.layers} == {1}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_vl"])
+def test_heads_that_are_alike_go_together(family):
+    model, row = alike(build(family), turns=family == "qwen2"), ROWS[family].text
+    attention = Attention(getattr(*find_stack(model, row))[1], row, 4, head_dim_of(model))
+    moments = gather(attention, [torch.randn(300, 32, generator=torch.Generator().manual_seed(0))])
+    assert plan_layer(moments, 2, text_config(model).num_attention_heads).groups == [(0, 2), (1, 3)]
+
+
+def test_tensors_that_merging_does_not_touch_keep_their_bytes(tiny):
+    plan, _, _ = merge(tiny("qwen3_vl"), 2)
+    changed = {
+        name.rpartition(".layers.")[2].partition(".")[2]
+        for name, t in plan.result.tensors.items()
+        if t.compute
+    }
+    projections = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
+    assert (
+        projections
+        <= changed
+        <= projections | {"self_attn.q_norm.weight", "self_attn.k_norm.weight", "mlp.down_proj.weight"}
+    )
+
+
+def test_weights_in_bf16_stay_in_bf16(tmp_path):
+    build("qwen3").to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    plan, _, _ = merge(tmp_path / "in", 2)
+    apply_kv_merge(plan, tmp_path / "out")
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"BF16"}
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+# --- the closed forms --------------------------------------------------------------------------------------------------
+
+
+def test_keys_that_are_one_but_for_complex_factors_are_shared_exactly():
+    generator = torch.Generator().manual_seed(0)
+    one = as_pairs(torch.randn(200, 1, 8, generator=generator).double())
+    factors = as_pairs(torch.randn(3, 8, generator=generator).double())
+    keys = one * factors
+    moments = torch.einsum("tnf,tmf->fnm", keys, keys.conj()) / 200
+    a, b, lost = shared_keys(moments, torch.rand(3, 4, generator=generator).double() + 0.1)
+    shared = (keys * a).sum(1, keepdim=True)
+    torch.testing.assert_close(shared * b, keys)
+    assert abs(lost) < 1e-12
+
+
+def test_the_shared_key_is_as_large_as_the_heads_are():
+    generator = torch.Generator().manual_seed(0)
+    keys = as_pairs(torch.randn(500, 3, 8, generator=generator).double())
+    moments = torch.einsum("tnf,tmf->fnm", keys, keys.conj()) / 500
+    a, _, _ = shared_keys(moments, torch.ones(3, 4).double())
+    size = (keys * a).sum(1).abs().square().mean(0)
+    torch.testing.assert_close(size, keys.abs().square().mean((0, 1)))
+
+
+def test_values_in_one_subspace_are_shared_exactly():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(100, 4, generator=generator).double()
+    values = one @ torch.randn(4, 12, generator=generator).double()
+    roots = torch.randn(3, 4, 4, generator=generator).double()
+    p, r, lost = shared_values(values.T @ values / 100, roots.mT @ roots)
+    back = torch.cat([values @ p.T @ r[head].T for head in range(3)], 1)
+    torch.testing.assert_close(back, values)
+    assert abs(lost) < 1e-9
+
+
+def test_values_that_nobody_reads_are_not_kept():
+    covariance = torch.eye(4).double()
+    readers = torch.stack([torch.zeros(2, 2), torch.eye(2)]).double()
+    _, r, lost = shared_values(covariance, readers)
+    assert r[1].det().abs() > 0.1 and lost < 1e-5
+
+
+def test_fitted_gains_give_turned_heads_their_length_back():
+    """With gains that differ within pairs, turned heads have other lengths in front of their norm than before."""
+    row, generator = ROWS["qwen3"].text, torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1500, 32, generator=generator), torch.randn(300, 32, generator=generator)]
+    gains = torch.randn(2, 16, generator=generator).exp()
+
+    @torch.no_grad()
+    def wrong(fit_gains):
+        attention = Attention(getattr(*find_stack(model := alike(build("qwen3")), row))[1], row, 4, 16)
+        assert model.config.num_attention_heads == 8
+        for norm, gain in zip(attention.norms, gains):
+            norm.weight.copy_(gain)
+
+        def scores(queries, keys):
+            q, k = attention.queries_and_keys(inputs[1])
+            return torch.einsum("thd,shd->hts", q[:, queries], k[:, keys])
+
+        # Two query heads share a key; the merged keys stand for 0 and 2, then for 1 and 3
+        before = scores([0, 1, 4, 5, 2, 3, 6, 7], [0, 0, 2, 2, 1, 1, 3, 3])
+        merge_layer(attention, 2, gather(attention, inputs[:1]), inputs[:1], fit_gains)
+        after = scores(list(range(8)), [0, 0, 0, 0, 1, 1, 1, 1])
+        return float((after - before).square().sum() / before.square().sum())
+
+    assert wrong(fit_gains=True) < 0.7 * wrong(fit_gains=False)
+
+
+def test_all_partitions_are_listed_once():
+    found = [frozenset(p) for p in partitions(range(6), 2)]
+    assert len(found) == len(set(found)) == 15
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_the_best_groups_are_found(count):
+    planted = torch.randperm(count, generator=torch.Generator().manual_seed(0)).view(-1, 2).tolist()
+    cost = torch.rand(count, count, generator=torch.Generator().manual_seed(1)) + 1
+    cost = (cost + cost.T) / 2
+    for i, j in planted:
+        cost[i, j] = cost[j, i] = 0.1
+    assert {frozenset(group) for group in choose_groups(cost, count // 2)} == {frozenset(p) for p in planted}
+
+
+# --- what can be wrong with the data -----------------------------------------------------------------------------------
+
+
+def test_a_rank_deficient_covariance_is_no_trouble(tiny):
+    batches = text_batches(3)
+    for batch in batches:
+        batch["input_ids"][:] = 7
+    _, model, losses = merge(tiny("qwen3"), 1, Calibration(batches[:2], batches[2:], tokens=200))
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_too_few_tokens_are_refused(tiny):
+    batches = text_batches(2, rows=2)
+    with pytest.raises(PruneKitError, match="18 calibration tokens to fit 64 dimensions.*--calib-tokens"):
+        merge(tiny("qwen3"), 1, Calibration(batches[:1], batches[1:], tokens=36))
+
+
+def test_activations_that_are_not_finite_are_refused(tiny):
+    model = load(tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(
+        PruneKitError, match="layer 3 has activations that are not finite; try --dtype float32"
+    ):
+        merge(tiny("llama"), 1, model=model)
+
+
+# --- the script --------------------------------------------------------------------------------------------------------
+
+
+def test_the_script_merges_and_says_so(tmp_path, script):
+    file = write_texts(tmp_path / "texts.jsonl")
+    done = script(
+        "kv_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file
+    )
+    assert done.returncode == 0, done.stderr
+    entry = history(tmp_path / "out")[-1]
+    assert entry["settings"]["method"] == "calibrated" and entry["settings"]["calib"] == str(file)
+    assert entry["settings"]["calibration_tokens"] > 0
+    said = f"{entry['metrics']['held_out_loss_unmerged']:.4f} -> {entry['metrics']['held_out_loss']:.4f}"
+    assert f"held-out loss {said}" in done.stdout
+    assert heads(open_checkpoint(tmp_path / "out"))[1] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "calibrated"], "--method calibrated and --calib need each other"),
+        (["--method", "mean", "--calib", "x.jsonl"], "--method calibrated and --calib need each other"),
+        (["--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+    ],
+)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
+    done = script("kv_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--kv-heads", 1, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_families_without_shared_heads_are_refused(family, tiny, tmp_path, script):
+    file = write_texts(tmp_path / "texts.jsonl")
+    done = script(
+        "kv_cut.py", "--model", tiny(family), "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file
+    )
+    assert done.returncode == 2
+    assert f"{family}: has no form with fewer KV heads" in done.stderr
+
+
+def test_the_card_says_method_tokens_and_losses(tmp_path, tiny):
+    calibration = data()
+    plan, _, losses = merge(tiny("qwen3"), 2, calibration)
+    said = {"settings": {"calibration_tokens": calibration.tokens}, "metrics": losses}
+    apply_kv_merge(plan, tmp_path / "out", calibration=said)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'method "calibrated"' in card
+    assert f"calibration_tokens {calibration.tokens}" in card
+    assert f"held_out_loss {json.dumps(losses['held_out_loss'])}" in card
