@@ -71,7 +71,7 @@ stage data "$RUN/data" python examples/tiny_ocr/tiny_ocr.py data --out "$RUN/dat
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
-  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 2e-4 --max_steps "$(steps 20)" --eval_steps "$(steps 5)" &&
+  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
 MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=5 GREEDY=6 JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
