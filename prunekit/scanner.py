@@ -117,9 +117,12 @@ class Scanner:
         a lower bound. `scored` is called after each candidate.
         """
         batch = self.batches[index]
-        self.refer(index)
+        if gone:
+            self.refer(index)
         with self.without(gone):
             trace = self.trace(batch, gone)
+        if index not in self.references:
+            self.references[index] = self._likeliest(trace.final, batch)
         scores = {BASELINE: self.score(trace.final, index)}
         trace.final = torch.empty(0)
         # Layer by layer, so that a state which isn't kept is computed from the one before
