@@ -148,11 +148,13 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "naive_over_scan": statistics.median(naive) * len(runs) / scan,
     }
     data = chat_rows(texts["wikipedia-train"], args.runs, 2000)
+    few = args.runs / "wikipedia-train-few.jsonl"
+    few.write_text("".join(data.open().readlines()[:16]))
     records = train(
         folder,
         [runs[13]],
         data,
-        data,
+        few,
         args.runs / "speed-trained",
         1,
         SMOLLM2 + ["--max_steps", str(args.steps), "--eval_steps", str(args.steps)],
