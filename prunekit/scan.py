@@ -37,7 +37,7 @@ from .work_folder import claim_folder, fingerprint
 
 METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
 PREDICTOR = "token_acc"  # what of an untrained removal says most about the trained one: see docs/knockout.md
-CRITERION = "loss"  # what a path adds up: finer than token_acc, which changes by whole tokens
+CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
 SURE = 2.0  # standard errors
 FEW_SAMPLES = 8  # below, a standard error says nothing
 
@@ -187,9 +187,8 @@ class Scan:
         weight: dict[str, float],
         share: float,
         what: str = "race",
-        metric: str = PREDICTOR,
     ) -> tuple[list[str], set[str]]:
-        """Find the `keep` best candidates (by what they lose of the metric, times their weight) without scoring all of them on all samples.
+        """Find the `keep` best candidates (by the loss they add, times their weight) without scoring all of them on all samples.
 
         Successive accepts and rejects (Bubeck, Wang and Viswanathan 2013): after every few batches, a candidate whose
         paired difference to the one on the other side of the cut is over `SURE` standard errors is decided, and gets no
@@ -209,17 +208,14 @@ class Scan:
             table = self.records.table(gone, [BASELINE, *(k.name for k in undecided)])
             if len(table[BASELINE]["tokens"]) < FEW_SAMPLES:
                 continue
-            sign = -1 if metric == "token_acc" else 1  # so that less is better
             scaled = {
                 k.name: {
-                    kind: values
-                    if kind == "tokens"
-                    else (values - table[BASELINE][kind]) * sign * weight[k.name]
+                    kind: values if kind == "tokens" else (values - table[BASELINE][kind]) * weight[k.name]
                     for kind, values in table[k.name].items()
                 }
                 for k in undecided
             }
-            order = sorted(undecided, key=lambda k: _worst_if_nan(scaled[k.name][METRICS[metric]].sum()))
+            order = sorted(undecided, key=lambda k: _worst_if_nan(scaled[k.name][CRITERION].sum()))
             left = keep - len(chosen)
             best = [*chosen, *(k.name for k in order[:left])]
             if left >= len(order):
@@ -227,7 +223,7 @@ class Scan:
             for place, candidate in enumerate(order if undecided else []):
                 rival = order[left] if place < left else order[left - 1]
                 pair = (candidate, rival) if place < left else (rival, candidate)
-                mean, error = paired(scaled, pair[0].name, pair[1].name, metric)
+                mean, error = paired(scaled, pair[0].name, pair[1].name, CRITERION)
                 if mean + SURE * error < 0 or math.isnan(mean):
                     undecided.remove(candidate)
                     if place < left:
@@ -364,7 +360,7 @@ def find_path(
         weight = {k.name: 1 / (left - after[k]) for k in possible}
         what = f"choose layer {len(gone) + 1}"
         if race_share:
-            [best], _ = scan.race(gone, possible, 1, weight, race_share, what, CRITERION)
+            [best], _ = scan.race(gone, possible, 1, weight, race_share, what)
         else:
             scan.measure(gone, possible, range(scan.batches), what)
             base = scan.score(gone, BASELINE)[CRITERION]
@@ -522,7 +518,7 @@ def describe(
             }
         )
     result = {
-        "predictor": PREDICTOR,
+        "predictor": PREDICTOR if best is None else CRITERION,
         "counts_suffix": scan.job.counts_suffix,
         "baseline": {**scan.score([], BASELINE), "parameters": scan.parameters},
         "removals": removals,
