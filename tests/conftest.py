@@ -7,6 +7,7 @@ os.environ.update(
 )
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ import transformers
 from tiny_models import save
 
 ROOT = Path(__file__).resolve().parents[1]
+# Started with nohup or in the background, these are ignored, and what the tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
