@@ -271,10 +271,10 @@ def main():
     sweep = Sweep(training, spec["gpus"], 1)
     runs = [Knockout(), Knockout("text", 2), Knockout("text", 3)]
     todo = [run for run in runs if run.name not in sweep.finished(runs)]
-    print("todo", *[run.name for run in todo], flush=True)
+    print("sweep: todo", *[run.name for run in todo], flush=True)
     with contextlib.closing(sweep.do_all(todo)) as done:
         for record in done:
-            print(record["name"], record["error"], flush=True)
+            print("sweep:", record["name"], record["error"], flush=True)
 
 if __name__ == "__main__":
     run_script(main)
@@ -290,6 +290,11 @@ def start_sweep(training, gpus=(), **environment):
     )  # fmt: skip
 
 
+def said_by(sweep):
+    """The lines of the script above; libraries print to the same stream."""
+    return (line.removeprefix("sweep: ").strip() for line in sweep.stdout if line.startswith("sweep: "))
+
+
 def ctrl_c(sweep):
     os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does
 
@@ -302,20 +307,16 @@ def kill_9(sweep):
 def test_a_sweep_ended_keeps_what_is_done_and_the_same_command_does_the_rest(end, code, texter, tmp_path):
     training = replace(texter, out=tmp_path)
     sweep = start_sweep(training)
-    assert [sweep.stdout.readline() for _ in range(2)] == [
-        "todo baseline text-02 text-03\n",
-        "baseline None\n",
-    ]
+    lines = said_by(sweep)
+    assert [next(lines), next(lines)] == ["todo baseline text-02 text-03", "baseline None"]
     time.sleep(0.5)  # into the next training
     end(sweep)
     assert sweep.wait(timeout=20) == code
     assert [file.name for file in (tmp_path / "runs").iterdir()] == ["baseline.json"]
     assert not left_running(str(tmp_path))
-    assert start_sweep(training).communicate()[0].splitlines() == [
-        "todo text-02 text-03",
-        "text-02 None",
-        "text-03 None",
-    ]
+    again = start_sweep(training)
+    assert list(said_by(again)) == ["todo text-02 text-03", "text-02 None", "text-03 None"]
+    assert again.wait(timeout=20) == 0
 
 
 def left_running(word, within=10):
