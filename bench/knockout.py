@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from materials import smollm2, write_texts
+from transformers import AutoModelForCausalLM
 
 from prunekit import report
 from prunekit.calibration import calibrate, load_model
@@ -134,8 +135,40 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             apply_removal(plan_removal(scanner.checkpoint, text=[layer]), Path(work) / "cut")
             score_batches(load_model(open_checkpoint(Path(work) / "cut")), scanner.batches)
 
-    naive = [timed(save_load_evaluate, layer)[0] for layer in range(2, len(runs), 6)]
-    log(f"save, load, evaluate: {statistics.median(naive):.1f} s a layer")
+    def by_transformers(layer: int) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        del model.model.layers[layer]
+        model.config.num_hidden_layers -= 1
+        with tempfile.TemporaryDirectory(dir=args.runs) as work:
+            model.save_pretrained(work)
+            score_batches(AutoModelForCausalLM.from_pretrained(work, dtype=torch.bfloat16), scanner.batches)
+
+    def by_commands(layer: int) -> None:
+        with tempfile.TemporaryDirectory(dir=args.runs) as work:
+            cut = Path(work) / "cut"
+            surgery = ["manual_select.py", "--model", folder, "--out", cut, "--text", str(layer)]
+            judging = [
+                "-m",
+                "prunekit.evaluate",
+                "--model",
+                cut,
+                "--dataset",
+                messages,
+                "--template",
+                "chatml",
+            ]
+            judging += ["--dtype", "bfloat16", "--no-generate"]
+            for command in (surgery, judging):
+                subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+
+    rows = chat_rows(texts["wikipedia-test"], args.runs, 2000).open().readlines()
+    messages = args.runs / "wikipedia-test-8k.jsonl"
+    messages.write_text("".join(rows[: sum(len(batch["labels"]) for batch in scanner.batches)]))
+    loops = {"ours": save_load_evaluate, "transformers": by_transformers, "commands": by_commands}
+    naive = {}
+    for name, loop in loops.items():
+        naive[name] = statistics.median(timed(loop, layer)[0] for layer in range(2, len(runs), 6))
+        log(f"save, load, evaluate by {name}: {naive[name]:.1f} s a layer")
     result = {
         "tokens": sum(int((batch["labels"] != -100).sum()) for batch in scanner.batches),
         "layers": len(runs),
@@ -144,8 +177,8 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "forward_pass_seconds": forward_pass,
         "scan_over_evaluations": scan / (len(runs) * one),
         "scan_over_forward_passes": scan / (len(runs) * forward_pass),
-        "naive_seconds_a_layer": statistics.median(naive),
-        "naive_over_scan": statistics.median(naive) * len(runs) / scan,
+        "naive_seconds_a_layer": naive,
+        "naive_over_scan": {name: seconds * len(runs) / scan for name, seconds in naive.items()},
     }
     data = chat_rows(texts["wikipedia-train"], args.runs, 2000)
     few = args.runs / "wikipedia-train-few.jsonl"
