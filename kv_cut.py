@@ -4,15 +4,17 @@
     python kv_cut.py --model checkpoints/pruned --out checkpoints/kv2 --kv-heads 2
 
 With --calib, heads that go together are chosen, aligned and folded into the projections around them, so that attention
-stays nearly what it was; it needs the model in memory. Without it, neighbours are averaged, and recovery (full_run.sh)
-has to learn attention again.
+stays nearly what it was; --refine fits each layer's attention further. It takes the memory of one layer and some disk
+beside OUT. Without --calib, neighbours are averaged, and recovery (full_run.sh) has to learn attention again.
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
-from prunekit.checkpoint import check_out, open_checkpoint, statistics
+from prunekit.checkpoint import check_out, open_checkpoint, scratch_folder, statistics
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
 from prunekit.kv_heads import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
@@ -20,12 +22,20 @@ from prunekit.kv_heads import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
 
 def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerge, dict[str, Any]]:
     """The plan with its tensors, and what its history shall say of them."""
-    model, data = model_and_calibration(plan.source, arguments)
-    from prunekit.kv_merge import calibrate_merge  # torch: seconds, after all that can be checked without it
+    with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "kv_cut")) as scratch:
+        model, data = model_and_calibration(plan.source, arguments, scratch)
+        from prunekit.kv_merge import (
+            calibrate_merge,
+        )  # torch: seconds, after all that can be checked without it
+        from prunekit.offload import on_disk
 
-    plan, losses = calibrate_merge(plan, model, data)
+        plan, losses = calibrate_merge(plan, model, data, arguments.refine, on_disk(scratch))
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**losses))
-    settings = {"calib": str(arguments.calib), "calibration_tokens": data.tokens}
+    settings = {
+        "calib": str(arguments.calib),
+        "calibration_tokens": data.tokens,
+        "refine_steps": arguments.refine,
+    }
     return plan, {"settings": settings, "metrics": losses}
 
 
@@ -46,13 +56,23 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
-    add_calibration_arguments(parser.add_argument_group("calibration"))
+    group = parser.add_argument_group("calibration")
+    add_calibration_arguments(group)
+    group.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="of Adam on each layer's attention, to what the uncut one writes (default: 0; 100 is much)",
+    )
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")
     method = arguments.method or ("calibrated" if arguments.calib else "mean")
     if (method == "calibrated") != bool(arguments.calib):
         parser.error("--method calibrated and --calib need each other")
+    if arguments.refine < 0 or (arguments.refine and not arguments.calib):
+        parser.error("--refine takes a positive number of steps, and --calib")
 
     checkpoint = open_checkpoint(arguments.model)
     if arguments.out:

@@ -53,11 +53,17 @@ def read_calibration(dataset: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def load_model(checkpoint: Checkpoint, device: str | None = None, dtype: str | None = None):
+def load_model(
+    checkpoint: Checkpoint,
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: str | Path | None = None,
+):
     """The checkpoint's own class from transformers, in evaluation mode.
 
     Device: cuda if there is one. Dtype: bfloat16, several times faster than float32 on CPUs too; but float32 on a CPU
-    for models of less than 50M parameters.
+    for models of less than 50M parameters. With `offload`, a folder for what has to be converted, the text layers stay
+    on disk (accelerate).
     """
     import torch
     import transformers
@@ -68,7 +74,18 @@ def load_model(checkpoint: Checkpoint, device: str | None = None, dtype: str | N
     names = checkpoint.config.get("architectures") or ["AutoModelForCausalLM"]
     cls = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     dtype = getattr(torch, dtype or ("float32" if small else "bfloat16"))
-    return cls.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
+    if offload is None:
+        return cls.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
+    from accelerate import init_empty_weights
+
+    from .offload import device_map
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    with init_empty_weights():
+        places = device_map(cls(config), checkpoint.family.text, device)
+    return cls.from_pretrained(
+        checkpoint.path, dtype=dtype, device_map=places, offload_folder=str(offload)
+    ).eval()
 
 
 def _text_encoder(folder: Path, max_length: int):
@@ -195,10 +212,12 @@ def add_calibration_arguments(group) -> None:
     group.add_argument("--template", help="ms-swift's, default: that of the model type")
 
 
-def model_and_calibration(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[Any, Calibration]:
-    """The model in memory and its calibration data, as `add_calibration_arguments` lets a user choose them."""
+def model_and_calibration(
+    checkpoint: Checkpoint, arguments: argparse.Namespace, offload: str | Path | None = None
+) -> tuple[Any, Calibration]:
+    """The model and its calibration data, as `add_calibration_arguments` lets a user choose them."""
     read_calibration(arguments.calib)  # bad rows are named before the model is loaded
-    model = load_model(checkpoint, arguments.device, arguments.dtype)
+    model = load_model(checkpoint, arguments.device, arguments.dtype, offload)
     data = calibrate(
         model,
         checkpoint,

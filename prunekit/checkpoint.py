@@ -415,6 +415,34 @@ def _size(nbytes: int) -> str:
 
 
 @contextlib.contextmanager
+def scratch_folder(out: str | Path) -> Iterator[Path]:
+    """A folder `OUT.partial-…` beside OUT for the time of the block. What killed processes left for this OUT is removed.
+
+    Raises PruneKitError if it can't be made, or if the disk fills up in the block.
+    """
+    out = Path(out)
+    partial = descriptor = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        partial, descriptor = _make_partial(out)
+        yield partial
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PruneKitError(
+                f"{out}: the disk is full; nothing was left there; make room or choose another disk"
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+            raise PruneKitError(f"{out}: can't be written ({error.strerror}: {error.filename})") from error
+        raise
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
 def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0) -> Iterator[Path]:
     """Write a folder that is either whole or absent.
 
@@ -424,35 +452,18 @@ def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0) ->
     if the disk fills up, or OUT can't be written.
     """
     out = check_out(out, overwrite=overwrite)
-    partial = descriptor = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
+    with scratch_folder(out) as partial:
         free = shutil.disk_usage(out.parent).free
         if free < need_bytes:
             raise PruneKitError(
                 f"{out}: needs {_size(need_bytes)}, {_size(free)} are free; make room or choose another disk"
             )
-        partial, descriptor = _make_partial(out)
         yield partial
         _sync(partial)
         _swap_in(partial, out, overwrite)
         parent = os.open(out.parent, os.O_RDONLY)
         os.fsync(parent)
         os.close(parent)
-    except BaseException as error:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PruneKitError(
-                f"{out}: the disk is full; nothing was left there; make room or choose another disk"
-            ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise PruneKitError(f"{out}: can't be written ({error.strerror}: {error.filename})") from error
-        raise
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _start_writeback(file: int) -> None:

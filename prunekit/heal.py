@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint, Tensor, float_bytes
 from .evaluate import score_batches
 from .families import Stack
 from .layers import Removal, check_healable, find_seams
-from .stacks import Replay, find_stack, record_calls, removed
+from .stacks import Replay, Store, find_stack, in_memory, record_calls, removed
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # times the mean of the normal matrix's diagonal
 UNLABELLED = (
@@ -133,12 +133,12 @@ class Refit:
 
 
 @contextlib.contextmanager
-def states_between(layer: nn.Module, row: Stack) -> Iterator[list[torch.Tensor]]:
+def states_between(layer: nn.Module, row: Stack, store: Store = in_memory) -> Iterator[list[torch.Tensor]]:
     """Within the block every run of the layer appends its state between attention and MLP."""
     states: list[torch.Tensor] = []
 
     def written(module, inputs, output):
-        states.append(entered + output)
+        states.append(store(entered + output))
 
     def enter(module, inputs):
         nonlocal entered
@@ -156,30 +156,49 @@ class Sides:
     """The uncut stack (teacher) and the cut one (student), advanced side by side over all rows."""
 
     def __init__(
-        self, plan: Removal, model: nn.Module, stack: str, batches: list[dict], judged: range, calls: list
+        self,
+        plan: Removal,
+        model: nn.Module,
+        stack: str,
+        batches: list[dict],
+        judged: range,
+        calls: list,
+        store: Store = in_memory,
     ):
         self.plan, self.model, self.stack, self.batches, self.judged = plan, model, stack, batches, judged
+        self.store = store
         self.row = plan.source.family.stacks[stack]
         owner, attribute = find_stack(model, self.row)
         self.layers = getattr(owner, attribute)
         self.kept = [i for i in range(len(self.layers)) if i not in plan.removed[stack]]
-        self.teacher = Replay(model, self.row, calls)
+        self.teacher = Replay(model, self.row, calls, store)
         with removed(model, plan):
-            self.student = Replay(model, self.row, record_calls(model, self.row, batches))
+            self.student = Replay(model, self.row, record_calls(model, self.row, batches), store)
 
     def targets(self, layer: int) -> list[torch.Tensor]:
         """The uncut model's state where the student's `layer` hands its own on, per batch."""
-        states: dict[int, torch.Tensor] = {}
+        states: list[torch.Tensor] = []
         self.teacher.step(
-            min((i for i in self.kept if i > layer), default=len(self.layers)), states.__setitem__
+            min((i for i in self.kept if i > layer), default=len(self.layers)),
+            lambda _, state: states.append(self.store(state)),
         )
-        return [states[index] for index in range(len(states))]
+        return states
 
     def targets_between(self, layer: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The uncut model's states between attention and MLP of a layer, and behind it, per batch."""
         self.teacher.step(layer)
-        with states_between(self.layers[layer], self.row) as between:
+        with states_between(self.layers[layer], self.row, self.store) as between:
             return between, self.targets(layer)
+
+    def weight(self, index: int, target: torch.Tensor) -> torch.Tensor:
+        """How much each token of batch `index` counts in a fit, (tokens,). target: the state that is wanted."""
+        # A few tokens have states a thousand times larger (2402.17762): unweighted, they would decide alone.
+        weight = 1 / target.flatten(0, -2).float().square().sum(1).clamp_min(1e-12)
+        if self.stack == "text":
+            labels = nn.functional.pad(self.batches[index]["labels"][:, 1:], (0, 1), value=-100)
+            counts = torch.where(labels != -100, 1.0, UNLABELLED) * self.batches[index]["attention_mask"]
+            weight = weight * counts.to(weight.device).flatten()
+        return weight
 
     def without(self, plan: Removal) -> "Sides":
         """These sides for a cut of the same stack that is the same up to where they are."""
@@ -215,14 +234,9 @@ class Sides:
         scales: dict[str, torch.Tensor] = {}
 
         def gather(index: int, state: torch.Tensor) -> None:
-            target = targets[index].flatten(0, -2).float()
+            target = targets[index].to(state.device).flatten(0, -2).float()
             state = between.pop() if behind_attention else state
-            # A few tokens have states a thousand times larger (2402.17762): unweighted, they would decide alone.
-            weight = 1 / target.square().sum(1).clamp_min(1e-12)
-            if self.stack == "text":
-                labels = nn.functional.pad(self.batches[index]["labels"][:, 1:], (0, 1), value=-100)
-                counts = torch.where(labels != -100, 1.0, UNLABELLED) * self.batches[index]["attention_mask"]
-                weight = weight * counts.to(weight.device).flatten()
+            weight = self.weight(index, target)
             for (
                 name,
                 x,

@@ -4,19 +4,19 @@ V has neither RoPE nor a norm: a group shares the basis that keeps most of what 
 back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group shares
 one combination of its keys per frequency, and the way back is folded into q_proj. Where q and k have a norm behind
 their projections (Qwen3), the fold has the right direction, and the norm's gains can be fitted to give it its length.
-Then o_proj is refitted to the original's state behind attention, and o_proj and the MLP to its state behind the layer
-where that lowers the model's loss; what a layer gets comes from the merged ones before it.
+Then o_proj is refitted to what the original's attention writes, and on request q, k, v, o and norms together, by a few
+gradient steps within the layer; what a layer gets comes from the merged ones before it.
 """
 
 import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 from tqdm import tqdm
 
@@ -25,12 +25,15 @@ from .checkpoint import Tensor, float_bytes, heads
 from .errors import PruneKitError
 from .evaluate import score_batches
 from .families import Stack
-from .heal import Sides, changed_tensors
+from .heal import Sides
 from .kv_heads import KVMerge
 from .layers import Removal
-from .stacks import Replay, given, record_calls
+from .offload import bring
+from .stacks import Replay, Store, given, in_memory, record_calls
 
 RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
+# Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by fitted ones.
+GAINS = (True, False)  # with norms: both are tried, layer by layer
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
 
 
@@ -360,41 +363,152 @@ def merge_layer(
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
-def held_out_loss(sides: Sides, number: int, held_out: list[dict]) -> float:
-    """The loss of the model on its held-out rows, computed from layer `number` on."""
-    judge, first = copy(sides.student), sides.judged.start
-    judge.calls, judge.states, judge.added = judge.calls[first:], judge.states[first:], judge.added[first:]
-    judge.step(number + 1)
+def loss_behind(replay: Replay, model: nn.Module, batches: dict[int, dict]) -> float:
+    """The loss of a model whose layers were all run: only what is behind them is. batches: by their place in the replay."""
     loss = tokens = 0.0
-    for batch, state in zip(held_out, judge.states):
-        with given(judge.owner, judge.attribute, {number: state}, number + 1):
+    for index, batch in batches.items():
+        last = {replay.done - 1: replay.states[index].to(replay.device)}
+        with given(replay.owner, replay.attribute, last, replay.done):
             counted = int((batch["labels"][:, 1:] != -100).sum())
-            loss += score_batches(sides.model, [batch])["loss"] * counted
+            loss += score_batches(model, [batch])["loss"] * counted
             tokens += counted
     return loss / tokens
 
 
-def _inputs_of(module: nn.Module, student: Replay, number: int) -> list[torch.Tensor]:
-    """What a module of layer `number` gets, per batch."""
-    entered: list[torch.Tensor] = []
+@dataclass
+class Entered:
+    """What a layer, its attention and its projections get in the student, per batch."""
+
+    layer: list[torch.Tensor]
+    attention: list[tuple[tuple, dict]]
+    projections: list[torch.Tensor]
+
+
+def enter(layer: nn.Module, attention: Attention, student: Replay, number: int) -> Entered:
+    entered = Entered([], [], [])
     student.step(number)
-    with module.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])):
+    with (
+        layer.register_forward_pre_hook(lambda _, inputs: entered.layer.append(inputs[0])),
+        attention.module.register_forward_pre_hook(
+            lambda _, inputs, named: entered.attention.append((inputs, named)), with_kwargs=True
+        ),
+        attention.q.register_forward_pre_hook(lambda _, inputs: entered.projections.append(inputs[0])),
+    ):
         student.step(number + 1, keep=False)
     return entered
 
 
+def written_by(layer: nn.Module, row: Stack, teacher: Replay, number: int) -> list[torch.Tensor]:
+    """What the original's attention writes into the residual stream in layer `number`, per batch."""
+    written: list[torch.Tensor] = []
+    teacher.step(number)
+    with layer.get_submodule(row.o).register_forward_hook(
+        lambda _, inputs, output: written.append(teacher.store(output))
+    ):
+        teacher.step(number + 1)
+    return written
+
+
+def fit_output(sides: Sides, number: int, behind: list[torch.Tensor]) -> float:
+    """Refit o_proj by ridge least squares, if that helps; the weighted squares that are missing then, held out.
+
+    behind: the states wanted behind attention, per batch.
+    """
+    fit = sides.fit(number, (sides.row.o,), behind, behind_attention=True)
+    if fit.left < fit.before:
+        fit.apply()
+    return min(fit.left, fit.before)
+
+
+def refine(
+    attention: Attention,
+    sides: Sides,
+    entered: Entered,
+    wanted: Sequence[torch.Tensor],
+    steps: int,
+    rate: float = 0.02,
+) -> tuple[float, float]:
+    """Fit a layer's q, k, v, o and norms to what the original's attention writes, by Adam, the layer alone.
+
+    entered: what the layer gets from the merged ones before it. wanted: what the original's attention writes. Both per
+    batch; one batch a step, the learning rate is a share of each parameter's root mean square and falls as a cosine.
+    Computes in the model's dtype, the parameters meanwhile in fp32. Returns the share of the weighted squares of what is
+    wanted that is missing on the rows that judge, before and after; what makes it larger is left as it was.
+    """
+    start = attention.parameters()
+    dtype, device = attention.o.weight.dtype, attention.o.weight.device
+    fit = [index for index in range(len(wanted)) if index not in sides.judged]
+
+    def missing(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted squares that are missing, those of what is wanted)"""
+        # Clones: what was computed in inference mode can't take part in a backward pass
+        inputs, named = recursively_apply(torch.clone, entered.attention[index])
+        target = wanted[index].to(device)
+        weight = sides.weight(index, entered.layer[index] + target)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            written = attention.module(*inputs, **named)[0]
+        target = target.flatten(0, -2).float()
+        rest = (target - written.flatten(0, -2).float()).square().sum(1)
+        return rest @ weight, target.square().sum(1) @ weight
+
+    def judge() -> float:
+        sums = [torch.stack(missing(index)) for index in sides.judged]
+        rest, all_of_it = torch.stack(sums).sum(0).tolist()
+        return rest / max(all_of_it, 1e-30)
+
+    before = judge()
+    put_parameters([(m, n, nn.Parameter(p.float(), requires_grad=True)) for m, n, p in start])
+    try:
+        groups = [
+            {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt().clamp_min(1e-6))}
+            for _, _, p in attention.parameters()
+        ]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            with torch.enable_grad():
+                rest, all_of_it = missing(fit[step % len(fit)])
+                (rest / all_of_it).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    finally:
+        put_parameters(
+            [
+                (m, n, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+                for m, n, p in attention.parameters()
+            ]
+        )
+    after = judge()
+    if not after < before:
+        put_parameters(start)
+    return before, min(before, after)
+
+
 @torch.no_grad()
 def calibrate_merge(
-    plan: KVMerge, model: nn.Module, data: Calibration, quiet: bool | None = None
+    plan: KVMerge,
+    model: nn.Module,
+    data: Calibration,
+    refine_steps: int = 0,
+    store: Store = in_memory,
+    quiet: bool | None = None,
 ) -> tuple[KVMerge, dict[str, float]]:
     """Merge the KV heads of `model`, and plan to write what it then has.
 
-    `model` is the unmerged one; it ends up merged. Returns the plan with its tensors, and the loss on the held-out rows:
-    `held_out_loss_unmerged` and `held_out_loss`. Memory: two states and one input of the projections per token, and some
-    square matrices of one layer. PruneKitError for activations that aren't finite, or fewer tokens than dimensions.
+    `model` is the unmerged one. In memory, it ends up merged; layers that accelerate keeps on disk are loaded one after
+    the other, and are gone when they are done. `refine_steps`: of Adam, a layer. `store` says where states and what is
+    to be written are kept. Returns the plan with its tensors, and the loss on the held-out rows:
+    `held_out_loss_unmerged` and `held_out_loss`. Memory: one layer and some square matrices of its size, and five
+    states per token if they aren't stored on disk. PruneKitError for activations that aren't finite, fewer tokens than
+    dimensions, or refining a family that has norms behind its projections.
     """
     family, row = plan.source.family, plan.source.family.text
     _, count, head_dim = heads(plan.source)
+    if refine_steps and not row.plain_residual:
+        raise PruneKitError(
+            f"--refine: {family.model_type} has norms behind attention, which it can't fit; leave it out"
+        )
     batches = [*data.fit, *data.held_out]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in data.fit)
     needed = count // plan.kv_heads * head_dim
@@ -402,44 +516,37 @@ def calibrate_merge(
         raise PruneKitError(
             f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise --calib-tokens"
         )
-    unmerged = score_batches(model, data.held_out)["loss"]
     unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
     judged = range(len(data.fit), len(batches))
-    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
+    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches), store)
     tensors = dict(plan.result.tensors)
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
+            on_disk = bring(layer)
             attention = Attention(layer, row, count, head_dim)
-            between, behind = sides.targets_between(number)
-            entered = _inputs_of(attention.q, sides.student, number)
-            fitted = [x[batch["attention_mask"].to(x.device).bool()] for x, batch in zip(entered, data.fit)]
+            wanted = written_by(layer, row, sides.teacher, number)
+            entered = enter(layer, attention, sides.student, number)
+            fitted = [
+                x[batch["attention_mask"].to(x.device).bool()]
+                for x, batch in zip(entered.projections, data.fit)
+            ]
             moments = gather(attention, fitted)
             if not moments.finite():
                 raise PruneKitError(
                     f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
                 )
+            behind = [store(x + y.to(x.device)) for x, y in zip(entered.layer, wanted)]
             before, best = attention.parameters(), (math.inf, [])
-            # Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by it.
-            for fit_gains in (True, False) if attention.norms and row.plain_residual else (True,):
+            for fit_gains in GAINS if attention.norms and row.plain_residual else GAINS[:1]:
                 put_parameters(before)
                 merge_layer(attention, plan.kv_heads, moments, fitted, fit_gains)
-                missing = 0.0
-                if row.plain_residual:
-                    fit = sides.fit(number, (row.o,), between, behind_attention=True)
-                    missing = min(fit.left, fit.before)
-                    if fit.left < fit.before:
-                        fit.apply()
+                missing = fit_output(sides, number, behind) if row.plain_residual else 0.0
                 if missing < best[0]:
                     best = (missing, attention.parameters())
             put_parameters(best[1])
-            if row.plain_residual:
-                loss = held_out_loss(sides, number, data.held_out)
-                refit = sides.refit(number, behind)
-                if held_out_loss(sides, number, data.held_out) < loss:
-                    for change in refit.changes:
-                        tensors |= changed_tensors(plan.result, row, number, change)
-                else:
-                    refit.take_back()
+            if refine_steps:
+                refine(attention, sides, entered, wanted, refine_steps)
+            sides.student.step(number + 1)
             for name, module in (
                 (row.q, attention.q),
                 (row.k, attention.k),
@@ -447,27 +554,33 @@ def calibrate_merge(
                 (row.o, attention.o),
                 *zip((row.q_norm, row.k_norm), attention.norms),
             ):
-                tensors |= _written(tensors, rf"{row.prefix}{number}\.{re.escape(name)}", module)
+                tensors |= _written(tensors, rf"{row.prefix}{number}\.{re.escape(name)}", module, store)
+            if on_disk:
+                layer.to("meta")
             progress.update()
     for part in (model.config, model.config.get_text_config()):
         if hasattr(part, family.kv_heads):
             setattr(part, family.kv_heads, plan.kv_heads)
-    after = score_batches(model, data.held_out)["loss"]
-    plan = replace(plan, result=replace(plan.result, tensors=tensors))
-    return plan, {"held_out_loss_unmerged": unmerged, "held_out_loss": after}
+    held_out = dict(zip(judged, data.held_out))
+    losses = {
+        "held_out_loss_unmerged": loss_behind(sides.teacher, model, held_out),
+        "held_out_loss": loss_behind(sides.student, model, held_out),
+    }
+    return replace(plan, result=replace(plan.result, tensors=tensors)), losses
 
 
-def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module) -> dict[str, Tensor]:
+def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module, store: Store) -> dict[str, Tensor]:
     """The checkpoint's tensors of a module, with the values it has in memory."""
 
-    def compute(parameter: str, dtype: str, name: str) -> memoryview:
-        return float_bytes(getattr(module, parameter).detach().float().cpu().numpy(), dtype, name)
+    def compute(value: torch.Tensor, dtype: str, name: str) -> memoryview:
+        return float_bytes(value.float().numpy(), dtype, name)
 
+    values = {name: store(value.detach().cpu()) for name, value in module.named_parameters(recurse=False)}
     return {
         name: replace(
             tensor,
-            shape=tuple(getattr(module, match[1]).shape),
-            compute=partial(compute, match[1], tensor.dtype, name),
+            shape=tuple(values[match[1]].shape),
+            compute=partial(compute, values[match[1]], tensor.dtype, name),
         )
         for name, tensor in tensors.items()
         if (match := re.fullmatch(rf"{prefix}\.(weight|bias)", name))

@@ -78,6 +78,13 @@ def cut(model: nn.Module, plan: Removal) -> None:
         setattr(*change)
 
 
+Store = Callable[[torch.Tensor], torch.Tensor]
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 class _Stop(Exception):
     pass
 
@@ -139,11 +146,15 @@ class Replay:
 
     `states[i]` is the raw output of layer `done - 1` for call i, (batch, length, hidden) or (patches, hidden);
     `added[i]` the sum of what the owner added between the layers before (DeepStack's features), 0.0 if nothing.
+    `store` says where states are kept: it gets one and returns the same, in memory or on disk.
     """
 
-    def __init__(self, model: nn.Module, row: Stack, calls: list[tuple[tuple, dict]]):
+    def __init__(
+        self, model: nn.Module, row: Stack, calls: list[tuple[tuple, dict]], store: Store = in_memory
+    ):
         self.owner, self.attribute = find_stack(model, row)
-        self.calls, self.done = calls, 0
+        self.calls, self.done, self.store = calls, 0, store
+        self.device = model.device
         self.states: list[torch.Tensor | None] = [None] * len(calls)
         self.added: list[torch.Tensor | float] = [0.0] * len(calls)
 
@@ -162,7 +173,8 @@ class Replay:
         for index in range(len(self.calls)):
             output, added, entered = self._run(index, end)
             if keep:
-                self.states[index], self.added[index] = output, added
+                self.states[index] = output if output is None else self.store(output)
+                self.added[index] = added
             if output is not None and entered is not output:
                 added = added + (entered - output)
             seen(index, entered if isinstance(added, float) else entered - added)
@@ -173,6 +185,8 @@ class Replay:
         """(output of layer end - 1, sum of what was added before that layer, what enters layer end)."""
         args, kwargs = self.calls[index]
         output, added = self.states[index], self.added[index]
+        if output is not None:
+            output = output.to(self.device)
         layers, stop = getattr(self.owner, self.attribute), _End()
 
         def enter(_, inputs):

@@ -10,6 +10,7 @@ import transformers as hf
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_heal import write_texts
 from test_tiny_ocr import MODEL, tiny_ocr
 from tiny_models import TEXT
 
@@ -74,6 +75,8 @@ def cut_folders(tmp_path_factory):
         )
         drop = ["manual_select.py", "--model", root / family, "--out", fewer, "--text", *layers]
         merge = ["kv_cut.py", "--model", fewer, "--out", mqa, "--kv-heads", 1]
+        if family == "qwen3_vl":  # the one that has a tokenizer
+            merge += ["--calib", write_texts(root / "texts.jsonl"), "--refine", 4]
         for command in (drop, merge):
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
     return folders

@@ -1,6 +1,8 @@
 """Calibrated merging of KV heads: exact where heads are one and the same but for what folds away."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -9,25 +11,31 @@ from test_heal import data, self_labelled, text_batches, write_texts
 from test_kv_cut import SHARED, head_dim_of, text_config
 from tiny_models import KV4, TEXT, build, load, logits
 
-from prunekit.calibration import Calibration
-from prunekit.checkpoint import heads, history, open_checkpoint
+from prunekit.calibration import Calibration, load_model
+from prunekit.checkpoint import heads, history, open_checkpoint, scratch_folder
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
+from prunekit.heal import Sides
 from prunekit.kv_heads import apply_kv_merge, plan_kv_merge
 from prunekit.kv_merge import (
     Attention,
     as_pairs,
     calibrate_merge,
     choose_groups,
+    enter,
     gather,
     merge_layer,
     partitions,
     plan_layer,
+    refine,
     rotation,
     shared_keys,
     shared_values,
+    written_by,
 )
-from prunekit.stacks import find_stack
+from prunekit.layers import Removal
+from prunekit.offload import on_disk
+from prunekit.stacks import find_stack, in_memory, record_calls
 
 EXAMPLE = "examples/tiny_ocr/model"
 NORMED = [name for name in SHARED if name.startswith(("qwen3", "gemma3"))]
@@ -287,6 +295,92 @@ def test_activations_that_are_not_finite_are_refused(tiny):
         merge(tiny("llama"), 1, model=model)
 
 
+# --- refining, and layers on disk ---
+
+
+@torch.no_grad()
+def refined(folder, family, kv_heads, steps, rate):
+    """(share of what layer 0's attention writes that is missing, before and after; its parameters, before and after)"""
+    model, calibration, row = load(folder), data(fit=12), ROWS[family].text
+    layer = getattr(*find_stack(model, row))[0]
+    present = text_config(model).num_key_value_heads
+    attention = Attention(layer, row, present, head_dim_of(model))
+    batches = [*calibration.fit, *calibration.held_out]
+    judged = range(len(calibration.fit), len(batches))
+    checkpoint = open_checkpoint(folder)
+    unchanged = Removal(checkpoint, checkpoint, {"text": []}, [], [])
+    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
+    wanted = written_by(layer, row, sides.teacher, 0)
+    entered = enter(layer, attention, sides.student, 0)
+    if kv_heads < present:
+        inputs = [x.flatten(0, 1) for x in entered.projections]
+        merge_layer(attention, kv_heads, gather(attention, inputs), inputs)
+    before = [parameter.clone() for _, _, parameter in attention.parameters()]
+    left = refine(attention, sides, entered, wanted, steps, rate)
+    return left, before, [parameter for _, _, parameter in attention.parameters()]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl", "qwen3_vl"])
+def test_refined_attention_writes_more_of_what_the_original_writes(family, tiny):
+    left, _, _ = refined(tiny(family), family, 1, 60, 0.02)
+    assert left[1] < 0.95 * left[0]
+
+
+def test_a_step_too_far_is_taken_back(tiny):
+    left, before, after = refined(tiny("llama"), "llama", 4, 3, 1.0)  # it is the original: nothing to gain
+    assert left[0] == left[1] == pytest.approx(0, abs=1e-9)
+    assert all(map(torch.equal, before, after))
+
+
+def test_what_can_not_be_refined_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="--refine: gemma3_text has norms behind attention"):
+        plan = plan_kv_merge(open_checkpoint(tiny("gemma3_text")), 1, "calibrated")
+        calibrate_merge(plan, load(tiny("gemma3_text")), data(), 3, quiet=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_vl", "gemma3_text"])
+def test_layers_on_disk_give_the_same_checkpoint(family, tiny, tmp_path):
+    calibration, steps = data(), 0 if family == "gemma3_text" else 3
+    for way in ("memory", "disk"):
+        checkpoint = open_checkpoint(tiny(family))
+        plan = plan_kv_merge(checkpoint, 1, "calibrated")
+        with scratch_folder(tmp_path / way) as scratch:
+            offload, store = (scratch, on_disk(scratch)) if way == "disk" else (None, in_memory)
+            model = load_model(checkpoint, "cpu", "float32", offload)
+            plan, losses = calibrate_merge(plan, model, calibration, steps, store, quiet=True)
+        if way == "disk":  # nothing of a layer stays when it is done
+            layers = getattr(*find_stack(model, ROWS[family].text))
+            assert {parameter.device.type for parameter in layers.parameters()} == {"meta"}
+        apply_kv_merge(plan, tmp_path / way, calibration={"settings": {}, "metrics": losses})
+    torch.testing.assert_close(
+        logits(load(tmp_path / "disk")), logits(load(tmp_path / "memory")), atol=1e-6, rtol=0
+    )
+    one, other = (history(tmp_path / way)[-1]["metrics"] for way in ("memory", "disk"))
+    assert one == pytest.approx(other, rel=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_tensor_on_disk_is_the_same_and_its_file_has_no_name(dtype, tmp_path):
+    tensor = torch.arange(60).view(3, 4, 5).to(dtype)
+    stored = on_disk(tmp_path)(tensor)
+    assert torch.equal(stored, tensor) and stored.dtype == dtype
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        pytest.raises(PruneKitError, match="out: the disk is full"),
+        scratch_folder(tmp_path / "out") as folder,
+    ):
+        on_disk(folder)(torch.ones(3))
+    assert not list(tmp_path.iterdir())
+
+
 # --- the script --------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +404,8 @@ def test_the_script_merges_and_says_so(tmp_path, script):
         (["--method", "calibrated"], "--method calibrated and --calib need each other"),
         (["--method", "mean", "--calib", "x.jsonl"], "--method calibrated and --calib need each other"),
         (["--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["--refine", "3"], "--refine takes a positive number of steps, and --calib"),
+        (["--refine", "-1", "--calib", "x.jsonl"], "--refine takes a positive number of steps, and --calib"),
     ],
 )
 def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):

@@ -1,0 +1,352 @@
+"""Merging KV heads: what is lost untrained, how fast recovery is, what each part is worth, time and memory.
+
+    bash bench/setup.sh
+    .venv/bin/python bench/kv_merge.py --json docs/kv_merging.json cut ablation recovery embedded steps
+
+Parts, each a key of the JSON: `cut` takes SmolLM2-135M from 3 KV heads to 1 by `kv_cut.py`, averaged, calibrated and
+refined; `ablation` switches each part of the method off in turn; `recovery` counts the steps of SFT until the loss is
+within 0.3 of the base's; `embedded` cuts the embedded Qwen3-VL (QK-norm) from 4 to 2 and to 1, untrained and after 50
+steps; `steps` compares 4 to 2 to 1 with 4 to 1 for the same number of steps. What earlier calls wrote to RUNS/kv isn't
+made again. All of it takes an hour on two quiet CPU cores.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from knockout import SMOLLM2, TINY, chat_rows, log
+from materials import smollm2, write_texts
+
+from prunekit import kv_merge
+from prunekit.calibration import calibrate, load_model
+from prunekit.checkpoint import open_checkpoint, read_json, write_json
+from prunekit.evaluate import score_batches
+from prunekit.kv_heads import plan_kv_merge
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBEDDED = ROOT / "examples/tiny_ocr/model"
+TESTS = ("wikipedia-test", "docstrings")
+
+
+def command(*words: object, **environment: str) -> tuple[float, float]:
+    """Run one of our commands; (seconds, peak of the memory that is not a map of a file, MB)."""
+    begun = time.perf_counter()
+    process = psutil.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL
+    )
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            memory = process.memory_info()
+            peak = max(peak, memory.rss - memory.shared)
+        time.sleep(0.1)
+    if process.returncode:
+        sys.exit(f"error: {words} ended with {process.returncode}")
+    return time.perf_counter() - begun, peak / 1e6
+
+
+def losses(folder: Path, texts: dict[str, Path], tokens: int) -> dict[str, dict[str, float]]:
+    """token_acc and loss on texts that nothing was fitted to."""
+    checkpoint = open_checkpoint(folder)
+    model = load_model(checkpoint)
+    data = {name: calibrate(model, checkpoint, texts[name], tokens, 512) for name in TESTS}
+    return {name: score_batches(model, [*each.fit, *each.held_out]) for name, each in data.items()}
+
+
+def cut_flags(args: argparse.Namespace, texts: dict[str, Path]) -> dict[str, list[object]]:
+    calib = ["--calib", texts["wikipedia-train"], "--calib-tokens", args.tokens, "--max-length", 512]
+    return {"mean": [], "calibrated": calib, "refined": [*calib, "--refine", args.refine]}
+
+
+def cut(args: argparse.Namespace) -> dict[str, Any]:
+    folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
+    result = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
+    result["base"] = base = losses(folder, texts, args.test_tokens)
+    load = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prunekit.calibration import load_model; "
+    load += f"from prunekit.checkpoint import open_checkpoint; load_model(open_checkpoint({str(folder)!r}))"
+    result["loading_the_model_mb"] = command("-c", load)[1]
+    for way, flags in cut_flags(args, texts).items():
+        out = args.runs / "kv" / way
+        seconds, peak = command(
+            "kv_cut.py", "--model", folder, "--out", out, "--kv-heads", 1, "--overwrite", *flags
+        )
+        result[way] = losses(out, texts, args.test_tokens) | {"seconds": seconds, "peak_mb": peak}
+        for name in TESTS:
+            result[way][name]["excess"] = result[way][name]["loss"] - base[name]["loss"]
+            result[way][name]["of_mean"] = result[way][name]["excess"] / result["mean"][name]["excess"]
+        log(way, result[way])
+    return result
+
+
+def neighbours(cost: torch.Tensor, groups: int) -> list[tuple[int, ...]]:
+    size = len(cost) // groups
+    return [tuple(range(start, start + size)) for start in range(0, len(cost), size)]
+
+
+def mean_keys(moments: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    ones = torch.ones_like(energy, dtype=moments.dtype)
+    return ones / len(ones), ones, energy.sum()
+
+
+def mean_values(covariance: torch.Tensor, readers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    eye = torch.eye(readers.shape[1]).to(readers)
+    return eye.repeat(1, len(readers)) / len(readers), eye.expand_as(readers), covariance.trace()
+
+
+# What takes the place of each part where it is switched off
+OFF = {
+    "grouping": ("choose_groups", neighbours),
+    "alignment of K": ("shared_keys", mean_keys),
+    "basis of V": ("shared_values", mean_values),
+    "gains": ("GAINS", (False,)),
+    "refit of o": ("fit_output", lambda *_: 0.0),
+}
+
+
+def ablation(args: argparse.Namespace) -> dict[str, Any]:
+    texts, ocr = write_texts(args.runs), args.runs / "ocr"
+    cases = {
+        "smollm2 3 to 1": (
+            smollm2(args.runs / "smollm2-bf16", "bfloat16"),
+            1,
+            texts["wikipedia-train"],
+            TESTS,
+        ),
+        "embedded 4 to 2": (EMBEDDED, 2, ocr / "train.jsonl", ("val",)),
+        "embedded 4 to 1": (EMBEDDED, 1, ocr / "train.jsonl", ("val",)),
+    }
+    files, result = texts | {"val": ocr / "val.jsonl"}, {}
+    for case, (folder, kv_heads, calib, tests) in cases.items():
+        checkpoint = open_checkpoint(folder)
+        without = [None, *OFF, "all of it"]
+        if kv_heads == 1:
+            without.remove("grouping")
+        if "embedded" not in case:
+            without.remove("gains")
+        result[case] = {}
+        for refine, part in [(0, part) for part in without] + [(args.refine, None)]:
+            parts = {"all of it": list(OFF), None: []}.get(part, [part])
+            model = load_model(checkpoint)
+            data = calibrate(model, checkpoint, calib, args.ablation_tokens, 512)
+            judged = {
+                name: calibrate(model, checkpoint, files[name], args.test_tokens, 512) for name in tests
+            }
+            with contextlib.ExitStack() as patches:
+                for name in parts:
+                    patches.enter_context(mock.patch.object(kv_merge, *OFF[name]))
+                kv_merge.calibrate_merge(
+                    plan_kv_merge(checkpoint, kv_heads, "calibrated"), model, data, refine
+                )
+            name = f"refined, {refine} steps" if refine else f"without {part}" if part else "all"
+            result[case][name] = {
+                test: score_batches(model, [*each.fit, *each.held_out]) for test, each in judged.items()
+            }
+            log(case, name, result[case][name])
+    return result
+
+
+def train(
+    model: Path, out: Path, steps: int, flags: list[str], stop_at: float | None = None
+) -> list[dict[str, float]]:
+    """ms-swift's evaluations during an SFT into `out`, which is ended once eval_loss is at most `stop_at`."""
+    words = [
+        Path(sys.executable).parent / "swift",
+        "sft",
+        "--model",
+        model,
+        "--output_dir",
+        out,
+        "--max_steps",
+        steps,
+    ]
+    words += ["--model_type", open_checkpoint(model).config["model_type"], *flags]
+    words += ["--external_plugins", ROOT / "plugins" / "qwen_vl_token_ids.py"]
+
+    def evaluations() -> list[dict[str, float]]:
+        if not (out / "logging.jsonl").exists():
+            return []
+        rows = [json.loads(line) for line in (out / "logging.jsonl").open() if line.endswith("}\n")]
+        found = [row for row in rows if "eval_loss" in row]
+        return [
+            {"step": int(re.match(r"\d+", row["global_step/max_steps"])[0]), "loss": row["eval_loss"], "token_acc": row["eval_token_acc"]}
+            for row in found
+        ]  # fmt: skip
+
+    if len(done := evaluations()) and (
+        done[-1]["step"] == steps or (stop_at and done[-1]["loss"] <= stop_at)
+    ):
+        return done
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "logging.jsonl").unlink(missing_ok=True)
+    with (out / "log").open("w") as text:
+        process = psutil.Popen(list(map(str, words)), cwd=ROOT, stdout=text, stderr=text)
+        while process.poll() is None:
+            time.sleep(1)
+            if (done := evaluations()) and stop_at and done[-1]["loss"] <= stop_at:
+                for each in [*process.children(recursive=True), process]:
+                    each.kill()
+    done = evaluations()
+    if not done or (done[-1]["step"] < steps and not (stop_at and done[-1]["loss"] <= stop_at)):
+        sys.exit(f"error: the training failed; see {out / 'log'}")
+    return done
+
+
+def recovery(args: argparse.Namespace) -> dict[str, Any]:
+    folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
+    data = chat_rows(texts["wikipedia-train"], args.runs, 2000)
+    few = args.runs / "wikipedia-test-24.jsonl"
+    few.write_text("".join(chat_rows(texts["wikipedia-test"], args.runs, 2000).open().readlines()[::25][:24]))
+    flags = [
+        *SMOLLM2, "--dataset", str(data), "--val_dataset", str(few), "--learning_rate", args.recovery_rate,
+        "--eval_strategy", "steps", "--eval_steps", "10", "--per_device_train_batch_size", "2", "--save_strategy", "no",
+        "--optim", "adamw_torch", "--warmup_steps", "5",
+    ]  # fmt: skip
+    base = train(
+        folder, args.runs / "kv/recovery-base", 1, [*flags, "--learning_rate", "0", "--eval_steps", "1"]
+    )[-1]
+    wanted = base["loss"] + 0.3
+    result: dict[str, Any] = {"base": base, "wanted_loss": wanted, "flags": " ".join(map(str, flags))}
+    limit = args.recovery_steps
+    for way in ("refined", "calibrated", "mean"):
+        curve = train(args.runs / "kv" / way, args.runs / f"kv/recovery-{way}", limit, flags, wanted)
+        reached = [row["step"] for row in curve if row["loss"] <= wanted]
+        result[way] = {"steps": reached[0] if reached else None, "curve": curve}
+        log(way, result[way]["steps"], curve[-1])
+        if way == "calibrated" and reached:
+            limit = max(limit, 4 * reached[0])
+    return result
+
+
+def judge(model: Path, args: argparse.Namespace) -> dict[str, float]:
+    """token_acc, and exact match of real greedy generation, on held-out words."""
+    found = args.runs / "kv/scores" / f"{model.parent.name}-{model.name}.json"
+    if not found.exists():
+        found.parent.mkdir(parents=True, exist_ok=True)
+        words = [
+            "-m",
+            "prunekit.evaluate",
+            "--model",
+            model,
+            "--dataset",
+            args.runs / "ocr/test.jsonl",
+            "--limit",
+            300,
+        ]
+        command(*words, "--batch-size", 128, "--max-new-tokens", 24, "--json", found)
+    (scores,) = read_json(found)[0]["datasets"].values()
+    return {key: scores[key] for key in ("token_acc", "loss", "exact_match", "cer")}
+
+
+def recovered(model: Path, steps: int, args: argparse.Namespace) -> Path:
+    """A checkpoint trained for some steps on the words that the embedded model knows."""
+    out = args.runs / "kv" / f"{model.name}-{steps}"
+    if not out.exists():
+        flags = [
+            *TINY,
+            "--learning_rate",
+            "1e-3",
+            "--per_device_train_batch_size",
+            "16",
+            "--per_device_eval_batch_size",
+            "150",
+        ]
+        environment = {
+            "MODEL": str(model),
+            "OUTPUT": str(out),
+            "GPUS": "",
+            "DATASET": str(args.runs / "ocr/train.jsonl"),
+        }
+        environment["VAL_DATASET"] = str(args.runs / "ocr/val.jsonl")
+        flags += ["--max_steps", str(steps), "--save_steps", str(steps), "--eval_steps", str(steps)]
+        done = subprocess.run(
+            ["bash", "full_run.sh", *flags],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(f"error: full_run.sh ended with {done.returncode}: {done.stderr[-2000:]}")
+    return out
+
+
+def merged(model: Path, kv_heads: int, way: str, args: argparse.Namespace) -> Path:
+    out = args.runs / "kv" / f"{model.name}-{kv_heads}-{way}"
+    if not out.exists():
+        calib = ["--calib", args.runs / "ocr/train.jsonl", "--calib-tokens", args.tokens]
+        flags = {"mean": [], "calibrated": calib, "refined": [*calib, "--refine", args.refine]}[way]
+        command("kv_cut.py", "--model", model, "--out", out, "--kv-heads", kv_heads, *flags)
+    return out
+
+
+def embedded(args: argparse.Namespace) -> dict[str, Any]:
+    result = {"base": judge(EMBEDDED, args)}
+    for kv_heads in (2, 1):
+        for way in ("mean", "calibrated", "refined"):
+            folder = merged(EMBEDDED, kv_heads, way, args)
+            result[f"{kv_heads} {way}"] = {
+                "untrained": judge(folder, args),
+                "after_50": judge(recovered(folder, 50, args), args),
+            }
+            log(kv_heads, way, result[f"{kv_heads} {way}"])
+    return result
+
+
+def steps(args: argparse.Namespace) -> dict[str, Any]:
+    """The same number of steps: all behind one cut, or half of them between two."""
+    result = {}
+    for count in (50, 200):
+        one = recovered(merged(EMBEDDED, 1, "refined", args), count, args)
+        half = recovered(merged(EMBEDDED, 2, "refined", args), count // 2, args)
+        two = recovered(merged(half, 1, "refined", args), count // 2, args)
+        result[count] = {"in one go": judge(one, args), "4 to 2 to 1": judge(two, args)}
+        log(count, result[count])
+    return result
+
+
+PARTS = {"cut": cut, "ablation": ablation, "recovery": recovery, "embedded": embedded, "steps": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=list(PARTS), metavar="PART")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of calibration (default: 65536)")
+    parser.add_argument(
+        "--ablation-tokens", type=int, default=16_384, help="the same, for the ablation (default: 16384)"
+    )
+    parser.add_argument(
+        "--test-tokens", type=int, default=16_384, help="to judge on, of each kind (default: 16384)"
+    )
+    parser.add_argument("--refine", type=int, default=200, help="steps a layer (default: 200)")
+    parser.add_argument("--recovery-steps", type=int, default=200, help="at most (default: 200)")
+    parser.add_argument("--recovery-rate", default="3e-4", help="learning rate (default: 3e-4)")
+    parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
+    args = parser.parse_args()
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    args.runs = args.runs.absolute()
+    result = read_json(args.json) if args.json and args.json.exists() else {}
+    result |= {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
+    for part in args.parts:
+        result[part] = PARTS[part](args)
+        if args.json:
+            write_json(args.json, result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
