@@ -106,12 +106,14 @@ class HealedScanner:
         kept = self.scanner.kept(stack, gone)
         for candidate in candidates:
             plan = self.scanner.plan([*gone, candidate])
-            check_healable(plan) if find_seams(plan) else None
+            seams = find_seams(plan)
+            if seams:
+                check_healable(plan)
             if sides is None:
                 with self.uncut_weights():
                     calls = record_calls(self.model, row, batches)
                 sides = Sides(plan, self.model, stack, batches, judged, calls)
-            seam = next((s for s in find_seams(plan) if s.stack == stack and candidate.layer in s.gone), None)
+            seam = next((s for s in seams if s.stack == stack and candidate.layer in s.gone), None)
             if seam is None:  # nothing is left before it
                 yield candidate, kept.index(candidate.layer)
                 continue

@@ -29,10 +29,9 @@ from .checkpoint import layer_numbers, open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
 from .evaluate import generate, read_rows, score_answers
 from .healed_scan import HealedScanner
-from .layers import plan_removal
 from .ranking import finalists
 from .scanner import Job, Scanner, check_causal, finite, load_scanner, template_of
-from .trained_knockouts import BASELINE, Knockout, plan_knockouts
+from .trained_knockouts import BASELINE, Knockout, plan_knockouts, plan_without
 from .work_folder import claim_folder, fingerprint
 
 METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
@@ -140,11 +139,10 @@ class Scan:
 
     def parameters_without(self, gone: Sequence[Knockout]) -> int | None:
         """Parameters that are left; None where these layers can't be removed together."""
-        by_stack = {stack: [k.layer for k in gone if k.stack == stack] for stack in ("text", "vision")}
         if not gone:
             return self.parameters
         try:
-            return statistics(plan_removal(self.checkpoint, **by_stack).result)["parameters"]
+            return statistics(plan_without(self.checkpoint, gone).result)["parameters"]
         except PruneKitError:
             return None
 

@@ -20,9 +20,9 @@ from .checkpoint import Checkpoint, layer_numbers, open_checkpoint
 from .errors import PruneKitError
 from .evaluate import counted_states, final_states, logits_in_parts
 from .families import configs
-from .layers import Removal, plan_removal
+from .layers import Removal
 from .stacks import Replay, find_stack, given, removed
-from .trained_knockouts import BASELINE, Knockout
+from .trained_knockouts import BASELINE, Knockout, plan_without
 
 LIKELIEST = 64  # tokens of the unpruned output whose probabilities the KL compares one by one
 STATE_BYTES = 128 << 20  # for kept states, or a tenth of the weights if that is more
@@ -89,8 +89,7 @@ class Scanner:
         self.state_bytes = max(STATE_BYTES, weights // 10) // len(checkpoint.family.stacks)
 
     def plan(self, gone: Sequence[Knockout]) -> Removal:
-        by_stack = {stack: [k.layer for k in gone if k.stack == stack] for stack in ("text", "vision")}
-        return plan_removal(self.checkpoint, **by_stack)
+        return plan_without(self.checkpoint, gone)
 
     def without(self, gone: Sequence[Knockout]) -> contextlib.AbstractContextManager[None]:
         """Within the block the model lacks these layers."""

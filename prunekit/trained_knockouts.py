@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,7 +34,7 @@ import psutil
 from . import cluster
 from .checkpoint import Checkpoint, layer_numbers, open_checkpoint, statistics, write_json
 from .errors import PruneKitError
-from .layers import parse_numbers, plan_removal
+from .layers import Removal, parse_numbers, plan_removal
 from .publish import read_log
 
 BASELINE = "baseline"
@@ -51,6 +51,12 @@ class Knockout:
     @property
     def name(self) -> str:
         return BASELINE if self.stack is None else f"{self.stack}-{self.layer:02d}"
+
+
+def plan_without(checkpoint: Checkpoint, gone: Sequence[Knockout]) -> Removal:
+    """The removal of all these layers together. Raises as `plan_removal`."""
+    by_stack = {stack: [k.layer for k in gone if k.stack == stack] for stack in ("text", "vision")}
+    return plan_removal(checkpoint, **by_stack)
 
 
 def plan_knockouts(checkpoint: Checkpoint, text: str, vision: str) -> list[Knockout]:

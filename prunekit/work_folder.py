@@ -10,14 +10,13 @@ from .checkpoint import Checkpoint, write_json
 from .errors import PruneKitError
 
 
-def claim_folder(out: Path, settings: dict[str, Any], what: str, more: tuple[str, ...] = ()) -> TextIO:
+def claim_folder(out: Path, settings: dict[str, Any], what: str) -> TextIO:
     """Make or take over OUT for work of these settings; it is ours while the returned file is open.
 
-    `more` names files that may be there before its settings.json is. Raises PruneKitError if it holds anything else,
-    work of other settings, or if another process is at it.
+    Raises PruneKitError if it holds anything else, work of other settings, or if another process is at it.
     """
     settings_file = out / "settings.json"
-    own = {"lock", ".settings.json.new", *more}  # all that a process killed at its very start leaves
+    own = {"lock", ".settings.json.new"}  # all that a process killed at its very start leaves
     known = not out.exists() or settings_file.exists()
     if not known and (not out.is_dir() or {path.name for path in out.iterdir()} - own):
         raise PruneKitError(f"{out}: is in use, and no {what}; choose another OUT")
