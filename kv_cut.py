@@ -23,7 +23,8 @@ from prunekit.kv_heads import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
 def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerge, dict[str, Any]]:
     """The plan with its tensors, and what its history shall say of them."""
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "kv_cut")) as scratch:
-        model, data = model_and_calibration(plan.source, arguments, scratch)
+        batch_tokens = 1024 if arguments.refine else 4096  # more steps on the same tokens, for the same time
+        model, data = model_and_calibration(plan.source, arguments, scratch, batch_tokens)
         from prunekit.kv_merge import (
             calibrate_merge,
         )  # torch: seconds, after all that can be checked without it

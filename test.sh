@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 shellcheck -x ./*.sh lib/*.sh .ci/run
 export WANDB_MODE=offline
-pytest "$@"
+pytest --numprocesses 2 --dist loadfile "$@"

@@ -109,6 +109,7 @@ OFF = {
     "alignment of K": ("shared_keys", mean_keys),
     "basis of V": ("shared_values", mean_values),
     "gains": ("GAINS", (False,)),
+    "correction of errors": ("CORRECTED", 0.0),
     "refit of o": ("fit_output", lambda *_: 0.0),
 }
 
@@ -137,7 +138,7 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
         for refine, part in [(0, part) for part in without] + [(args.refine, None)]:
             parts = {"all of it": list(OFF), None: []}.get(part, [part])
             model = load_model(checkpoint)
-            data = calibrate(model, checkpoint, calib, args.ablation_tokens, 512)
+            data = calibrate(model, checkpoint, calib, args.ablation_tokens, 512, 1024)
             judged = {
                 name: calibrate(model, checkpoint, files[name], args.test_tokens, 512) for name in tests
             }

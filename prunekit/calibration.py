@@ -213,7 +213,10 @@ def add_calibration_arguments(group) -> None:
 
 
 def model_and_calibration(
-    checkpoint: Checkpoint, arguments: argparse.Namespace, offload: str | Path | None = None
+    checkpoint: Checkpoint,
+    arguments: argparse.Namespace,
+    offload: str | Path | None = None,
+    batch_tokens: int = 4096,
 ) -> tuple[Any, Calibration]:
     """The model and its calibration data, as `add_calibration_arguments` lets a user choose them."""
     read_calibration(arguments.calib)  # bad rows are named before the model is loaded
@@ -224,7 +227,8 @@ def model_and_calibration(
         arguments.calib,
         arguments.calib_tokens,
         arguments.max_length,
-        model_type=arguments.model_type,
-        template=arguments.template,
+        batch_tokens,
+        arguments.model_type,
+        arguments.template,
     )
     return model, data

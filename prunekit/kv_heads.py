@@ -66,6 +66,11 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
             f"--kv-heads {kv_heads}: the model has {present} KV heads; "
             + (f"choose one of {', '.join(map(str, divisors))}" if divisors else "there is nothing to merge")
         )
+    rope = [part | (part.get("rope_parameters") or {}) for part in configs(checkpoint.config, row)]
+    if method == "calibrated" and any((part.get("partial_rotary_factor") or 1) != 1 for part in rope):
+        raise PruneKitError(
+            f"{checkpoint.path}: partial_rotary_factor: calibrated merging takes whole heads to be rotated; use --method mean"
+        )
     if method not in METHODS:
         raise PruneKitError(f"--method {method}: choose one of {', '.join(METHODS)}")
 

@@ -34,6 +34,7 @@ from .stacks import Replay, Store, given, in_memory, record_calls
 RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
 # Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by fitted ones.
 GAINS = (True, False)  # with norms: both are tried, layer by layer
+CORRECTED = 0.5  # share of the error that comes into a layer for which its attention shall make up
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
 
 
@@ -398,15 +399,21 @@ def enter(layer: nn.Module, attention: Attention, student: Replay, number: int) 
     return entered
 
 
-def written_by(layer: nn.Module, row: Stack, teacher: Replay, number: int) -> list[torch.Tensor]:
-    """What the original's attention writes into the residual stream in layer `number`, per batch."""
+def original_attention(
+    layer: nn.Module, row: Stack, teacher: Replay, number: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The original's states in front of layer `number`, and what its attention writes, per batch."""
+    came: list[torch.Tensor] = []
     written: list[torch.Tensor] = []
     teacher.step(number)
-    with layer.get_submodule(row.o).register_forward_hook(
-        lambda _, inputs, output: written.append(teacher.store(output))
+    with (
+        layer.register_forward_pre_hook(lambda _, inputs: came.append(teacher.store(inputs[0]))),
+        layer.get_submodule(row.o).register_forward_hook(
+            lambda _, inputs, output: written.append(teacher.store(output))
+        ),
     ):
         teacher.step(number + 1)
-    return written
+    return came, written
 
 
 def fit_output(sides: Sides, number: int, behind: list[torch.Tensor]) -> float:
@@ -499,7 +506,7 @@ def calibrate_merge(
     `model` is the unmerged one. In memory, it ends up merged; layers that accelerate keeps on disk are loaded one after
     the other, and are gone when they are done. `refine_steps`: of Adam, a layer. `store` says where states and what is
     to be written are kept. Returns the plan with its tensors, and the loss on the held-out rows:
-    `held_out_loss_unmerged` and `held_out_loss`. Memory: one layer and some square matrices of its size, and five
+    `held_out_loss_unmerged` and `held_out_loss`. Memory: one layer and some square matrices of its size, and six
     states per token if they aren't stored on disk. PruneKitError for activations that aren't finite, fewer tokens than
     dimensions, or refining a family that has norms behind its projections.
     """
@@ -524,8 +531,12 @@ def calibrate_merge(
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
             attention = Attention(layer, row, count, head_dim)
-            wanted = written_by(layer, row, sides.teacher, number)
+            came, wanted = original_attention(layer, row, sides.teacher, number)
             entered = enter(layer, attention, sides.student, number)
+            wanted = [
+                store(y.to(e.device) + CORRECTED * (x.to(e.device) - e))
+                for x, y, e in zip(came, wanted, entered.layer)
+            ]
             fitted = [
                 x[batch["attention_mask"].to(x.device).bool()]
                 for x, batch in zip(entered.projections, data.fit)

@@ -25,13 +25,13 @@ from prunekit.kv_merge import (
     enter,
     gather,
     merge_layer,
+    original_attention,
     partitions,
     plan_layer,
     refine,
     rotation,
     shared_keys,
     shared_values,
-    written_by,
 )
 from prunekit.layers import Removal
 from prunekit.offload import on_disk
@@ -310,7 +310,7 @@ def refined(folder, family, kv_heads, steps, rate):
     checkpoint = open_checkpoint(folder)
     unchanged = Removal(checkpoint, checkpoint, {"text": []}, [], [])
     sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
-    wanted = written_by(layer, row, sides.teacher, 0)
+    _, wanted = original_attention(layer, row, sides.teacher, 0)
     entered = enter(layer, attention, sides.student, 0)
     if kv_heads < present:
         inputs = [x.flatten(0, 1) for x in entered.projections]
@@ -424,6 +424,16 @@ def test_families_without_shared_heads_are_refused(family, tiny, tmp_path, scrip
     )
     assert done.returncode == 2
     assert f"{family}: has no form with fewer KV heads" in done.stderr
+
+
+def test_heads_that_are_rotated_in_part_are_refused(own):
+    folder = own("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["partial_rotary_factor"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PruneKitError, match="partial_rotary_factor"):
+        plan_kv_merge(open_checkpoint(folder), 1, "calibrated")
+    plan_kv_merge(open_checkpoint(folder), 1, "mean")
 
 
 def test_the_card_says_method_tokens_and_losses(tmp_path, tiny):
