@@ -114,21 +114,23 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     runs = plan_knockouts(scanner.checkpoint, "all", "none")[1:]
     evaluate = lambda: score_batches(scanner.model, scanner.batches)  # noqa: E731
 
-    def forward() -> None:
+    def forward(**labels: bool) -> None:
         for batch in scanner.batches:
+            names = ("input_ids", "attention_mask", *labels)
             with torch.inference_mode():
-                scanner.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                scanner.model(**{name: batch[name] for name in names}, use_cache=False)
 
     evaluate()
-    plain, forwards, scans = [], [], []
+    plain, forwards, with_loss, scans = [], [], [], []
     for _ in range(args.repeat):
         plain.append(timed(evaluate)[0])
         forwards.append(timed(forward)[0])
+        with_loss.append(timed(lambda: forward(labels=True))[0])
         scanner.references.clear()
         scans.append(timed(lambda: [scanner.measure([], runs, i) for i in range(len(scanner.batches))])[0])
         plain.append(timed(evaluate)[0])
         log(f"scan {scans[-1]:.1f} s, an evaluation {plain[-1]:.1f} s, a forward pass {forwards[-1]:.1f} s")
-    scan, one, forward_pass = map(statistics.median, (scans, plain, forwards))
+    scan, one, forward_pass, loss_pass = map(statistics.median, (scans, plain, forwards, with_loss))
 
     def save_load_evaluate(layer: int) -> None:
         with tempfile.TemporaryDirectory(dir=args.runs) as work:
@@ -175,8 +177,10 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "scan_seconds": scan,
         "evaluation_seconds": one,
         "forward_pass_seconds": forward_pass,
+        "forward_pass_with_loss_seconds": loss_pass,
         "scan_over_evaluations": scan / (len(runs) * one),
         "scan_over_forward_passes": scan / (len(runs) * forward_pass),
+        "scan_over_forward_passes_with_loss": scan / (len(runs) * loss_pass),
         "naive_seconds_a_layer": naive,
         "naive_over_scan": {name: seconds * len(runs) / scan for name, seconds in naive.items()},
     }
