@@ -24,7 +24,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .errors import PruneKitError
-from .families import Stack, configs
+from .families import Family, Stack, configs
 
 SCORES = ("magnitude", "wanda", "gradient")
 SCOPES = ("global", "layer", "row")
@@ -96,31 +96,43 @@ def _projection(row: Stack) -> re.Pattern[str]:
     )
 
 
-def choose_weights(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Weight]:
-    """The weight matrices to sparsify, by name: the layers' projections in whose names `modules` is found (None: all).
+def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | None, int | None] | None]:
+    """What says of a matrix's name if it is chosen, and of which stack and layer it is (None, None: of none).
 
-    Embeddings, output heads, routers and whatever else is no layer's projection must match `modules` from end to end.
-    Raises PruneKitError for a bad regex, or one that matches nothing.
+    Chosen are the layers' projections in whose names the regex `modules` is found (None: all). Embeddings, output heads,
+    routers and whatever else is no layer's projection must match it from end to end. PruneKitError for a bad regex.
     """
     try:
         wanted = re.compile(modules or "")
     except re.error as error:
         raise PruneKitError(f"--modules {modules!r}: not a regular expression ({error})") from None
-    family, chosen = checkpoint.family, {}
     projections = {stack: _projection(row) for stack, row in family.stacks.items()}
+
+    def choose(name: str) -> tuple[str | None, int | None] | None:
+        for stack, pattern in projections.items():
+            if match := pattern.fullmatch(name):
+                return (stack, int(match[1])) if wanted.search(name) else None
+        return (None, None) if modules and wanted.fullmatch(name) else None
+
+    return choose
+
+
+def choose_weights(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Weight]:
+    """The weight matrices to sparsify, by name: what `chooser` chooses. PruneKitError if that is nothing."""
+    family, chosen = checkpoint.family, {}
+    choose = chooser(family, modules)
     for stack in family.stacks:
         layer_numbers(checkpoint, stack)  # raises if the folder is damaged
     for name, tensor in checkpoint.tensors.items():
-        for stack, pattern in projections.items():
-            if (match := pattern.fullmatch(name)) and wanted.search(name):
-                row = family.stacks[stack]
-                chosen[name] = Weight(stack, int(match[1]), _input_axis(checkpoint, row, name, tensor.shape))
-        if name not in chosen and modules and len(tensor.shape) > 1 and wanted.fullmatch(name):
-            chosen[name] = Weight()
-        if name in chosen and tensor.dtype not in TORCH_DTYPES:
+        if len(tensor.shape) < 2 or not (found := choose(name)):
+            continue
+        stack, layer = found
+        axis = _input_axis(checkpoint, family.stacks[stack], name, tensor.shape) if stack else -1
+        chosen[name] = Weight(stack, layer, axis)
+        if tensor.dtype not in TORCH_DTYPES:
             raise PruneKitError(f"{name}: has dtype {tensor.dtype}; leave it out with --modules")
     if not chosen:
-        some = next(name for name in checkpoint.tensors if projections["text"].fullmatch(name))
+        some = next(filter(chooser(family, None), checkpoint.tensors))
         raise PruneKitError(f"--modules {modules!r}: matches no weight; they are named like {some}")
     return chosen
 
