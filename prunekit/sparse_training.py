@@ -137,7 +137,7 @@ class Gradual:
     sparsity: float  # in the end, of the matrices chosen
     start: float | None = None  # at the first event; half of it by default
     events: int = 4
-    schedule: str = "cubic"
+    schedule: str = "exponential"
     scope: str = "global"
     modules: str | None = None  # as sparsify.py's
     worse: float | None = (
