@@ -25,7 +25,8 @@ from prunekit import weight_scores
 from prunekit.calibration import calibrate, draw_rows, encoder_of, load_model, read_calibration
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.evaluate import score_batches
-from prunekit.sparse_training import Dynamic, DynamicSparsity, Gradual, GradualPruning, KeepZeros
+from prunekit.sparse_settings import Dynamic, Gradual
+from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
 from prunekit.sparsity import (
     Wish,
     apply_sparsify,

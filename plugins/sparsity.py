@@ -13,14 +13,8 @@ import os
 
 from swift.callbacks import callbacks_map
 
-from prunekit.sparse_training import (
-    Dynamic,
-    DynamicSparsity,
-    Gradual,
-    GradualPruning,
-    KeepZeros,
-    parse_settings,
-)
+from prunekit.sparse_settings import Dynamic, Gradual, parse_settings
+from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
 
 
 def settings(kind: type, variable: str):

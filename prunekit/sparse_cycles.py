@@ -15,6 +15,7 @@ from typing import Any
 
 from .checkpoint import history_entry, open_checkpoint, read_json, statistics, write_checkpoint, write_json
 from .errors import PruneKitError, run_script
+from .sparse_settings import Gradual
 from .sparsity import choose_weights, measure
 
 
@@ -59,8 +60,6 @@ def best_cycle(cycles: list[dict[str, Any]], worse: float) -> dict[str, Any]:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    from .sparse_training import Gradual  # torch: seconds
-
     settings = Gradual(
         arguments.sparsity,
         arguments.start,
