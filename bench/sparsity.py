@@ -21,7 +21,7 @@ import torch
 import transformers
 from materials import smollm2, write_texts
 
-from prunekit import weight_scores
+from prunekit import report, weight_scores
 from prunekit.calibration import calibrate, draw_rows, encoder_of, load_model, read_calibration
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.evaluate import score_batches
@@ -175,6 +175,39 @@ class Bench:
         }
 
 
+def draw(result: dict, path: Path) -> None:
+    """Left: excess loss untrained. Right: perplexity above the dense model's over the steps to 70%, and of the others."""
+    figure, axes = report._figure(2, 11.2, 4.0)
+    names = [name for name in UNTRAINED if name in result["untrained"]]
+    for shift, colour, test in ((-0.2, report.LINES[0], "wikipedia-test"), (0.2, report.PALE, "docstrings")):
+        costs = [result["untrained"][name][test] - result["base"][test] for name in names]
+        places = [place + shift for place in range(len(names))]
+        axes[0][0].barh(places, costs, height=0.38, color=colour, label=test)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].invert_yaxis()
+    axes[0][0].set_title("loss above dense, half of all weights zero, untrained")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    names = [name for name in RETRAINED if name in result["retrained"]]
+    for place, name in enumerate(names):
+        found = result["retrained"][name]
+        before = found["before"]["wikipedia-test"] - result["base"]["wikipedia-test"]
+        after = found["wikipedia-test"] - result["base"]["wikipedia-test"]
+        if name.startswith("one shot"):
+            axes[0][1].plot([place, place], [before, after], color=report.PALE, zorder=1)
+            axes[0][1].scatter(
+                place, before, color=report.KEY, label="pruned" if name == "one shot" else None
+            )
+        axes[0][1].scatter(place, after, color=report.FREE, label="trained" if place == 0 else None)
+        axes[0][1].annotate(f"{math.expm1(after):+.0%} ppl", (place, after), (6, -3), fontsize=8,
+                            textcoords="offset points")  # fmt: skip
+    share = result["retraining"]["sparsity"]
+    axes[0][1].set_title(f"loss above dense, {share:.0%} of MLP and o_proj zero, same tokens")
+    axes[0][1].set_xticks(range(len(names)), names)
+    axes[0][1].set_xlim(-0.5, len(names) - 0.2)
+    axes[0][1].legend(frameon=False, fontsize=8)
+    report._save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -216,6 +249,8 @@ def main() -> None:
             print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
             if args.json:
                 write_json(args.json, result)
+    if args.json and result["untrained"] and result["retrained"]:
+        draw(result, args.json.with_suffix(".png"))
     print(json.dumps(result, indent=2))
 
 

@@ -33,9 +33,11 @@ def weight_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in embeddings:
-            if hasattr(parameter, "ds_id") and parameter.numel() < parameter.ds_numel:
+            if getattr(parameter, "ds_numel", parameter.numel()) > parameter.numel() or hasattr(
+                parameter, "placements"
+            ):
                 raise PruneKitError(
-                    "DeepSpeed ZeRO-3 splits weights up: sparse training needs DEEPSPEED=zero2"
+                    "ZeRO-3 and FSDP split weights up: train sparse models with DEEPSPEED=zero2 or DDP"
                 )
             if parameter.dim() > 1:
                 yield name, parameter
