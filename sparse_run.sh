@@ -35,21 +35,15 @@ ARGS=(
 
 [ "${NNODES:-1}" -eq 1 ] || die "NNODES=$NNODES: cycles run on one node; its GPUs all take part"
 preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor $((11 + CYCLES)) "$@"
-planned=$(python -m prunekit.sparse_cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"} \
-  --cycles "$CYCLES" --schedule "$SCHEDULE" ${MODULES:+--modules "$MODULES"} --worse "$WORSE")
-claim_work
 folder=$OUTPUT.cycles
+PLAN=(
+  python -m prunekit.sparse_cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
+  --cycles "$CYCLES" --schedule "$SCHEDULE" ${MODULES:+--modules "$MODULES"} --worse "$WORSE"
+)
+"${PLAN[@]}" >/dev/null
+claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
-settings=$(python -c 'import json, sys; print(json.dumps(dict(zip(("model", "levels", "modules", "sparsify", "flags"),
-  (sys.argv[1], sys.argv[2], sys.argv[3] or None, sys.argv[4], sys.argv[5])))))' \
-  "$MODEL" "$planned" "$MODULES" "$(quoted "${SPARSIFY_ARGS[@]}")" "$(quoted "${ARGS[@]}" "$@")")
-if [ -e "$folder/settings.json" ]; then
-  [ "$settings" = "$(< "$folder/settings.json")" ] ||
-    die "$folder holds cycles with other settings: repeat those (its settings.json), or set RESTART=1 to forget them"
-fi
-mkdir -p "$folder"
-echo "$settings" > "$folder/settings.json.new"
-mv "$folder/settings.json.new" "$folder/settings.json"
+levels=$("${PLAN[@]}" --into "$folder" --flags "$(quoted "${SPARSIFY_ARGS[@]}" "${ARGS[@]}" "$@")")
 
 evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
   local json=$1
@@ -61,7 +55,7 @@ evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
 
 [ -e "$folder/dense.json" ] || evaluate "$folder/dense.json" "$MODEL"
 previous=$MODEL cycle=0
-for level in $planned; do
+for level in $levels; do
   cycle=$((cycle + 1))
   here=$folder/$cycle
   if [ ! -e "$here.json" ]; then

@@ -1,6 +1,6 @@
 """The decisions of sparse_run.sh: how sparse each cycle is, whether it is good, and which one is published.
 
-    python -m prunekit.sparse_cycles plan --model checkpoints/base --sparsity 0.7 --cycles 4
+    python -m prunekit.sparse_cycles plan --model checkpoints/base --sparsity 0.7 --cycles 4 --into runs/sparse.cycles
     python -m prunekit.sparse_cycles judge --cycles runs/sparse.cycles
     python -m prunekit.sparse_cycles publish --cycles runs/sparse.cycles --base checkpoints/base --out checkpoints/sparse
 
@@ -13,7 +13,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import history_entry, open_checkpoint, read_json, statistics, write_checkpoint, write_json
+from .checkpoint import (
+    history,
+    history_entry,
+    open_checkpoint,
+    read_json,
+    statistics,
+    write_checkpoint,
+    write_json,
+)
 from .errors import PruneKitError, run_script
 from .sparse_settings import Gradual
 from .sparsity import choose_weights, measure
@@ -32,12 +40,11 @@ def read_cycles(folder: Path) -> dict[str, Any]:
     cycles = []
     while (file := folder / f"{len(cycles) + 1}.json").exists():
         pruned, retrained = _scores(read_json(file))
-        checkpoint = folder / file.stem
-        sparsity = measure(open_checkpoint(checkpoint), read_json(folder / "settings.json")["modules"])
+        [*_, pruning] = (entry for entry in history(folder / file.stem) if entry.get("sparsity"))
         cycles.append(
             {
                 "cycle": len(cycles) + 1,
-                "sparsity": sparsity["sparsity"],
+                "sparsity": pruning["sparsity"]["sparsity"],
                 "before": cycles[-1]["retrained"] if cycles else dense,
                 "after": pruned,
                 "retrained": retrained,
@@ -69,6 +76,16 @@ def plan(arguments: argparse.Namespace) -> None:
         worse=arguments.worse,
     )
     choose_weights(open_checkpoint(arguments.model), arguments.modules)
+    if arguments.into:
+        names = ("model", "sparsity", "start", "cycles", "schedule", "modules", "flags")
+        wished, file = {name: getattr(arguments, name) for name in names}, arguments.into / "settings.json"
+        if file.exists() and read_json(file) != wished:
+            raise PruneKitError(
+                f"{arguments.into} holds cycles with other settings: repeat those (settings.json), or set RESTART=1 to "
+                "forget them"
+            )
+        arguments.into.mkdir(parents=True, exist_ok=True)
+        write_json(file, wished)
     print(*(f"{level:.6f}" for level in settings.levels()))
 
 
@@ -90,11 +107,10 @@ def publish(arguments: argparse.Namespace) -> None:
     found = read_json(arguments.cycles / "cycles.json")
     best = best_cycle(found["cycles"], arguments.worse)
     checkpoint = open_checkpoint(arguments.cycles / str(best["cycle"]))
-    settings = read_json(arguments.cycles / "settings.json")
+    settings = read_json(arguments.cycles / "settings.json") | {"cycle": best["cycle"]}
     numbers = statistics(checkpoint)
     metrics = {f"{key}_dense": value for key, value in found["dense"].items()} | best["retrained"]
     entry = history_entry("sparse_run", arguments.base, numbers, numbers, None, metrics, settings)
-    entry["settings"] |= {"cycle": best["cycle"]}
     entry["sparsity"] = measure(checkpoint, settings["modules"])
     write_checkpoint(checkpoint, arguments.out, entry, arguments.overwrite)
     print(
@@ -108,13 +124,15 @@ def main() -> int | None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    planning = parts.add_parser("plan", help="print the sparsity after each cycle")
+    planning = parts.add_parser("plan", help="print how sparse each cycle is")
     planning.add_argument("--model", required=True, help="the dense checkpoint")
     planning.add_argument("--sparsity", type=float, required=True, help="after the last cycle")
     planning.add_argument("--start", type=float, help="after the first one (default: half of it)")
     planning.add_argument("--cycles", type=int, default=4)
     planning.add_argument("--schedule", default="exponential", help="exponential or cubic")
     planning.add_argument("--modules", help="regex, as sparsify.py's")
+    planning.add_argument("--into", type=Path, metavar="DIR", help="begin cycles there, or go on with these")
+    planning.add_argument("--flags", help="all else that cycles in one folder must have in common")
     for name, text in (("judge", "0: the last cycle is good, 3: it isn't"), ("publish", "the best one")):
         part = parts.add_parser(name, help=text)
         part.add_argument("--cycles", type=Path, required=True, help="folder of the cycles")

@@ -388,8 +388,8 @@ def apply_sparsify(
     settings = {key: value for key, value in vars(wish).items() if value is not None}
     if wish.pattern:
         settings["pattern"] = f"{wish.pattern[1] - wish.pattern[0]}:{wish.pattern[1]}"
-    if plan.importance is None:
-        settings = {key: value for key, value in settings.items() if key not in ("power", "maximum")}
+    unused = ([] if plan.importance else ["power", "maximum"]) + ([] if wish.sparsity else ["scope"])
+    settings = {key: value for key, value in settings.items() if key not in unused}
     entry = history_entry(
         "sparsify",
         plan.source.path,

@@ -67,6 +67,8 @@ def input_norms(
     """
     squares: dict[str, torch.Tensor] = {}
     mask = torch.empty(0)
+    watched = {_plain(name).removesuffix(".weight") for name in weights}
+    watched |= {expert[1] for name in watched if (expert := EXPERT.match(name))}
 
     def add(name: str, values: torch.Tensor, number: int | None = None, count: int = 0) -> None:
         total = values.float().square().sum(0)
@@ -91,13 +93,12 @@ def input_norms(
 
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for name, module in model.named_modules():
-            name = _plain(name)
-            if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
-                hook = module.register_forward_pre_hook(partial(routed, name), with_kwargs=True)
-            elif getattr(module, "weight", None) is not None and module.weight.dim() == 2:
-                hook = module.register_forward_pre_hook(partial(linear, name))
-            else:
+            if (name := _plain(name)) not in watched:
                 continue
+            if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+                hook = module.register_forward_pre_hook(partial(routed, name), with_kwargs=True)
+            else:
+                hook = module.register_forward_pre_hook(partial(linear, name))
             hooks.callback(hook.remove)
         for batch in _batches(data, "activations"):
             mask = batch["attention_mask"]
@@ -115,7 +116,9 @@ def input_norms(
         else:
             found = None
         if found is None:
-            raise PruneKitError(f"{name}: what it reads can't be watched; leave it out with --modules")
+            raise PruneKitError(
+                f"{name}: reads nothing of this data, or can't be watched; leave it out with --modules"
+            )
         norms[name] = found.sqrt().cpu()
     return norms
 
@@ -172,6 +175,8 @@ def gradient_norms(
     model.requires_grad_(False)
     norms = {}
     for name, (parameter, part) in places.items():
+        if not squares[id(parameter)].any():
+            raise PruneKitError(f"{name}: no gradient of this data reaches it; leave it out with --modules")
         norm = (squares[id(parameter)][part] / count).sqrt().cpu()
         # Releases differ in the order of stacked experts' axes
         norms[name] = norm if norm.shape == checkpoint.tensors[name].shape else norm.transpose(-1, -2)

@@ -44,14 +44,14 @@ def tensors_of(folder):
     return load_file(folder / "model.safetensors")
 
 
-def batch(padded: int = 0):
-    ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(2))
+def batch(length: int = 12, padded: int = 0):
+    ids = torch.randint(5, 100, (2, length), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
-    mask[0, 12 - padded :] = 0
+    mask[0, length - padded :] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-DATA = Calibration([batch()], [batch(4)], 44)
+DATA = Calibration([batch()], [batch(9, 4)], 38)
 
 
 # --- selection ------------------------------------------------------------------------------------------------
@@ -280,6 +280,13 @@ def test_gradient_norms_are_those_of_the_next_tokens_loss(family, tiny):
             number = int(name.split(".experts.")[1][0])
             expected = found["model.layers.3.mlp.experts.gate_up_proj"].grad[number, :16].abs()
             assert torch.allclose(norms[name], expected, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("score", ["wanda", "gradient"])
+def test_weights_that_the_data_do_not_reach_are_refused(score, tiny):
+    checkpoint, model = open_checkpoint(tiny("qwen3_vl")), load(tiny("qwen3_vl"))
+    with pytest.raises(PruneKitError, match="model.visual.blocks.*leave it out with --modules"):
+        weight_scores.SCORES_OF[score](checkpoint, model, DATA, choose_weights(checkpoint))
 
 
 def test_gradients_of_an_encoder_are_refused(tiny):
