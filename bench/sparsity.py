@@ -24,6 +24,7 @@ from materials import smollm2, write_texts
 from prunekit import report, weight_scores
 from prunekit.calibration import calibrate, draw_rows, encoder_of, load_model, read_calibration
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
+from prunekit.errors import PruneKitError, run_script
 from prunekit.evaluate import score_batches
 from prunekit.sparse_settings import Dynamic, Gradual
 from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
@@ -200,7 +201,7 @@ def draw(result: dict, path: Path) -> None:
         axes[0][1].scatter(place, after, color=report.FREE, label="trained" if place == 0 else None)
         axes[0][1].annotate(f"{math.expm1(after):+.0%} ppl", (place, after), (6, -3), fontsize=8,
                             textcoords="offset points")  # fmt: skip
-    share = result["retraining"]["sparsity"]
+    share = result["settings"]["retraining"]["sparsity"]
     axes[0][1].set_title(f"loss above dense, {share:.0%} of MLP and o_proj zero, same tokens")
     axes[0][1].set_xticks(range(len(names)), names)
     axes[0][1].set_xlim(-0.5, len(names) - 0.2)
@@ -213,8 +214,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--calib-tokens", type=int, default=16_384)
-    parser.add_argument("--test-tokens", type=int, default=8192, help="of each kind of text")
+    parser.add_argument("--calib-tokens", type=int, default=8192)
+    parser.add_argument("--test-tokens", type=int, default=6144, help="of each kind of text")
     parser.add_argument("--sparsity", type=float, default=0.7, help="of MLP and o_proj, retrained")
     parser.add_argument("--steps", type=int, default=40, help="of retraining")
     parser.add_argument("--rows", type=int, default=2, help="of 512 tokens, in a step")
@@ -226,13 +227,20 @@ def main() -> None:
     args = parser.parse_args()
 
     bench = Bench(args)
-    result = {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
-    result |= {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens}
-    result |= {
-        "retraining": {"modules": MODULES, "sparsity": args.sparsity, "learning_rate": args.learning_rate}
+    retraining = {"modules": MODULES} | {
+        name: getattr(args, name)
+        for name in ("sparsity", "steps", "rows", "eval_rows", "events", "learning_rate")
     }
+    settings = {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens} | {
+        "retraining": retraining
+    }
+    result = {"model": "SmolLM2-135M-Instruct, bf16", "settings": settings}
     if args.json and args.json.exists():
-        result |= read_json(args.json)
+        result = read_json(args.json)
+        if result["settings"] != settings:
+            raise PruneKitError(
+                f"{args.json}: has other settings, {result['settings']}; move it, or repeat them"
+            )
     for part, names, measure in (
         ("untrained", UNTRAINED, bench.untrained),
         ("retrained", RETRAINED, bench.retrained),
@@ -255,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
