@@ -26,7 +26,9 @@ SPARSIFY_ARGS=(
   --score "$SCORE"
   ${MODULES:+--modules "$MODULES"}
 )
-[ "$SCORE" = magnitude ] || SPARSIFY_ARGS+=(--calib "$DATASET" ${TEMPLATE:+--template "$TEMPLATE"})
+[ "$SCORE" = magnitude ] || SPARSIFY_ARGS+=(
+  --calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"}
+)
 ARGS=(
   --external_plugins "${PLUGINS[@]}" "$ROOT/plugins/sparsity.py"
   --callbacks keep_zeros
@@ -63,7 +65,7 @@ for level in $levels; do
       python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
     fi
     if [ ! -e "$here" ] || [ -d "$here.run" ]; then
-      run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= \
+      run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
         WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
         GPUS="$GPUS" bash "$ROOT/full_run.sh" "${ARGS[@]}" "$@"
       wait "$GROUP_PID" || fail "cycle $cycle failed: its messages are above; the same command goes on with it"

@@ -110,8 +110,8 @@ class KeepZeros(TrainerCallback):
         self._apply()
 
     def on_train_end(self, args, state, control, **kwargs):
-        for hook in self.hooks:
-            hook.remove()
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:

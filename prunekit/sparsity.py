@@ -28,9 +28,7 @@ from .families import Family, Stack, configs
 
 SCORES = ("magnitude", "wanda", "gradient")
 SCOPES = ("global", "layer", "row")
-LEAST_WEIGHT = (
-    1e-9  # of a layer in the sharing out: what all others can't take goes even to the most important
-)
+LEAST_WEIGHT = 1e-9  # of a layer in sharing out: what the others can't take goes even to the most important
 NO_GAIN = (
     "zeros in dense weight files save neither space nor time: every one is stored and multiplied. They pay where files "
     "are compressed, or with a runtime that skips them"
@@ -62,7 +60,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Sparsification:
-    """What will become zero: `cuts` says it of each tensor, and `scores` what the cuts are through."""
+    """What will become zero: `result` computes its tensors, with their zeros, when they are written (after `select`)."""
 
     source: Checkpoint
     wish: Wish
@@ -290,9 +288,8 @@ def _budgets(plan: Sparsification, total: int, zeros: dict[str, int]) -> dict[st
     return budgets
 
 
-Scores = Callable[
-    [str, Any], Any
-]  # of a tensor's name and values: its scores, both in the checkpoint's layout
+# Of a tensor's name and values: its scores, both in the checkpoint's layout
+Scores = Callable[[str, Any], Any]
 
 
 def magnitude(name: str, values):
@@ -302,7 +299,7 @@ def magnitude(name: str, values):
 def select(plan: Sparsification, scores: Scores = magnitude) -> Sparsification:
     """The plan with its cuts made: `result` computes its zeros when it is written, and `zeros` counts them.
 
-    Reads the chosen weights once to four times, a tensor at a time. Raises PruneKitError if the sparsity can't be met.
+    Reads the chosen weights two to four times, a tensor at a time. Raises PruneKitError if the sparsity can't be met.
     """
     import torch
 
@@ -326,12 +323,10 @@ def select(plan: Sparsification, scores: Scores = magnitude) -> Sparsification:
         for name in tqdm(plan.weights, desc="count zeros", leave=False, disable=None)
     }
     if wish.sparsity is not None:
-        total = math.floor(Fraction(str(wish.sparsity)) * sum(sizes.values()) + Fraction(1, 2))
-        allocate(
-            [sum(sizes.values())], [0.0], total, least=[sum(zeros.values())]
-        )  # raises if it can't be met
+        count = sum(sizes.values())
+        total = math.floor(Fraction(str(wish.sparsity)) * count + Fraction(1, 2))
+        allocate([count], [0.0], total, least=[sum(zeros.values())])  # raises if it can't be met
     if wish.threshold is not None:
-        # one score of that size says where its key is, and whether one below it is chosen
         key = int(sort_keys(torch.tensor(wish.threshold), torch.tensor(1.0)))
         cuts = dict.fromkeys(plan.weights, Cut(key))
     elif wish.pattern:
