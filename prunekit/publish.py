@@ -38,7 +38,7 @@ from .checkpoint import (
 from .errors import PruneKitError, run_script
 from .families import NAME_PREFIX
 
-RECORDS = ("logging.jsonl", "command.sh")
+RECORDS = ("logging.jsonl", "command.sh", "sparsity.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

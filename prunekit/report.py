@@ -2,15 +2,19 @@
 
     python -m prunekit.report checkpoints/recovered
 
-For a folder with logging.jsonl this draws curves.png beside it. Everything is drawn from ranking.json,
+For a folder with logging.jsonl this draws curves.png beside it, where its history tells of zeros sparsity.png, and where
+they became more in training quality.png. Everything is drawn from ranking.json,
 logging.jsonl and pruning_info.json, never from printed logs.
 """
 
 import argparse
+import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import history, read_json
 from .errors import PruneKitError, run_script
 from .publish import read_log
 
@@ -340,15 +344,85 @@ def draw_stages(stages: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_sparsity(tensors: dict[str, float], path: Path) -> None:
+    """Share of zeros by layer, a line for each kind of projection, a panel for each stack; tensors as in the history.
+
+    Experts of one layer count together.
+    """
+    panels: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for name, share in tensors.items():
+        if match := re.match(r"(.*?)\.(\d+)\.(.*?)(?:\.weight)?$", name):
+            kind = re.sub(r"\.\d+\.", ".", match[3])
+            panels.setdefault(match[1], {}).setdefault(kind, {}).setdefault(int(match[2]), []).append(share)
+    if not panels:
+        raise PruneKitError("no layer has a record of sparsity to draw")
+    figure, axes = _figure(len(panels), 1.6 + 4.2 * len(panels), 3.4)
+    for axis, (stack, kinds) in zip(axes[0], panels.items()):
+        for colour, (kind, layers) in zip(itertools.cycle(COOL + WARM), kinds.items()):
+            means = [sum(layers[layer]) / len(layers[layer]) for layer in sorted(layers)]
+            axis.plot(
+                sorted(layers), means, marker="o", markersize=3, linewidth=1.3, color=colour, label=kind
+            )
+        axis.set_ylim(0, 1.02)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.set_title(f"zeros, {stack}")
+        axis.set_xlabel("layer")
+        axis.legend(frameon=False, fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def draw_quality(events: list[dict[str, Any]], metric: str, path: Path) -> None:
+    """Quality against sparsity: what each pruning cost, and what retraining gave back.
+
+    Events have sparsity, and before, after and retrained: the metric, or scores with it. PruneKitError if none was measured.
+    """
+
+    def value(event: dict[str, Any], when: str) -> float | None:
+        return event[when][metric] if isinstance(event[when], dict) else event[when]
+
+    events = [e for e in events if None not in (value(e, "before"), value(e, "after"))]
+    if not events:
+        raise PruneKitError("no pruning was measured: there is no quality to draw")
+    figure, axes = _figure(1, 5.4, 3.6)
+    axis = axes[0][0]
+    axis.axhline(value(events[0], "before"), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="dense")
+    for event in events:
+        if (retrained := value(event, "retrained")) is not None:
+            heights = [value(event, "after"), retrained]
+            axis.plot([event["sparsity"]] * 2, heights, color=PALE, linewidth=1.2, zorder=1)
+    for colour, when, label in ((KEY, "after", "pruned"), (FREE, "retrained", "retrained")):
+        known = [(e["sparsity"], value(e, when)) for e in events if value(e, when) is not None]
+        axis.plot(*zip(*known), color=colour, marker="o", markersize=4, linewidth=1.5, label=label)
+    axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.set_xlabel("zeros")
+    axis.set_title(metric)
+    axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a checkpoint or run folder with logging.jsonl")
+    parser.add_argument("folder", type=Path, help="a checkpoint or run folder")
     folder = parser.parse_args().folder
-    if not (folder / "logging.jsonl").is_file():
-        raise PruneKitError(f"{folder} has no logging.jsonl: give the folder of a training stage")
-    draw_curves(folder, folder / "curves.png")
+    records = [entry["sparsity"]["tensors"] for entry in history(folder) if entry.get("sparsity")]
+    drawn = 0
+    if (folder / "logging.jsonl").is_file():
+        draw_curves(folder, folder / "curves.png")
+        drawn += 1
+    if records:
+        draw_sparsity(records[-1], folder / "sparsity.png")
+        drawn += 1
+    if (folder / "sparsity.json").is_file():
+        found = read_json(folder / "sparsity.json")
+        if any(event.get("after") is not None for event in found["events"]):
+            draw_quality(found["events"], found["metric"], folder / "quality.png")
+            drawn += 1
+    if not drawn:
+        raise PruneKitError(
+            f"{folder} has neither logging.jsonl nor a record of sparsity: give the folder of a stage"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""What zeros cost: loss of SmolLM2-135M with half of its weights zero, and with 70% of its MLP and o_proj after retraining.
+
+    bash bench/setup.sh && .venv/bin/python bench/sparsity.py --json docs/sparsity.json
+
+Untrained: magnitude, Wanda and gradient, by one threshold, per tensor, per output, with budgets by layers' importance,
+and 2:4. Retrained with the same tokens each: all at once, gradually in one run, and with zeros that move (RigL). Calibrated
+and trained on one half of the Wikipedia articles, measured on the other half, and on text of another kind (docstrings).
+Prints JSON; what the file has already isn't measured again. Takes an hour on two CPU cores.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+from materials import smollm2, write_texts
+
+from prunekit import report, weight_scores
+from prunekit.calibration import calibrate, draw_rows, encoder_of, load_model, read_calibration
+from prunekit.checkpoint import open_checkpoint, read_json, write_json
+from prunekit.errors import PruneKitError, run_script
+from prunekit.evaluate import score_batches
+from prunekit.sparse_settings import Dynamic, Gradual
+from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
+from prunekit.sparsity import (
+    Wish,
+    apply_sparsify,
+    magnitude,
+    plan_sparsify,
+    select,
+    with_importance,
+)
+
+UNTRAINED = {  # name: (score, scope, importance, power), all at 50%
+    "magnitude, global": ("magnitude", "global", None, 1),
+    "magnitude, layer": ("magnitude", "layer", None, 1),
+    "magnitude, layer by activation": ("magnitude", "layer", "activation", 0.5),
+    "magnitude, layer by gradient": ("magnitude", "layer", "gradient", 1),
+    "wanda, global": ("wanda", "global", None, 1),
+    "wanda, layer": ("wanda", "layer", None, 1),
+    "wanda, row": ("wanda", "row", None, 1),
+    "wanda, row by activation": ("wanda", "row", "activation", 0.5),
+    "wanda, row by gradient": ("wanda", "row", "gradient", 1),
+    "gradient, layer": ("gradient", "layer", None, 1),
+    "magnitude, 2:4": ("magnitude", "2:4", None, 1),
+    "wanda, 2:4": ("wanda", "2:4", None, 1),
+}
+RETRAINED = ("one shot", "gradual", "dynamic", "one shot by wanda", "dense")
+MODULES = "mlp|o_proj"
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.checkpoint = open_checkpoint(smollm2(args.runs / "smollm2-bf16", "bfloat16"))
+        self.texts = write_texts(args.runs)
+        self.work = args.runs / "sparsity"
+
+    @cache  # noqa: B019
+    def model(self):
+        return load_model(self.checkpoint)
+
+    @cache  # noqa: B019
+    def data(self):
+        tokens = self.args.calib_tokens
+        return calibrate(self.model(), self.checkpoint, self.texts["wikipedia-train"], max_tokens=tokens)
+
+    @cache  # noqa: B019
+    def tests(self) -> dict[str, list]:
+        tokens, found = self.args.test_tokens, {}
+        for name in ("wikipedia-test", "docstrings"):
+            data = calibrate(self.model(), self.checkpoint, self.texts[name], max_tokens=tokens)
+            found[name] = [*data.fit, *data.held_out]
+        return found
+
+    @cache  # noqa: B019
+    def scores(self, score: str, modules: str | None):
+        if score == "magnitude":
+            return magnitude
+        weights = plan_sparsify(self.checkpoint, Wish(sparsity=0.5, modules=modules)).weights
+        return weight_scores.SCORES_OF[score](self.checkpoint, self.model(), self.data(), weights)
+
+    @cache  # noqa: B019
+    def importance(self, kind: str):
+        weights = plan_sparsify(self.checkpoint, Wish(sparsity=0.5)).weights
+        return weight_scores.IMPORTANCE[kind](self.checkpoint, self.model(), self.data(), weights)
+
+    def losses(self, model) -> dict[str, float]:
+        return {name: score_batches(model, batches)["loss"] for name, batches in self.tests().items()}
+
+    def sparsify(self, name: str, wish: Wish, importance: str | None = None) -> Path:
+        plan = plan_sparsify(self.checkpoint, wish)
+        if importance:
+            plan = with_importance(plan, self.importance(importance))
+        plan = select(plan, self.scores(wish.score, wish.modules))
+        out = self.work / name
+        apply_sparsify(plan, out, overwrite=True)
+        return out
+
+    def untrained(self, name: str) -> dict:
+        score, scope, importance, power = UNTRAINED[name]
+        if ":" in scope:
+            wish = Wish(pattern=(2, 4), score=score)
+        else:
+            wish = Wish(sparsity=0.5, scope=scope, score=score, power=power)
+        start = time.perf_counter()
+        folder = self.sparsify("untrained", wish, importance)
+        seconds = time.perf_counter() - start
+        found = read_json(folder / "pruning_info.json")["history"][-1]["sparsity"]
+        shares = found["tensors"].values()
+        return {
+            **self.losses(load_model(open_checkpoint(folder))),
+            "sparsity": found["sparsity"],
+            "tensors": [min(shares), max(shares)],
+            "seconds": seconds,
+        }
+
+    def retrained(self, name: str) -> dict:
+        args, zeros = self.args, {"sparsity": self.args.sparsity, "modules": MODULES}
+        if name == "dense":
+            folder, callback = self.checkpoint.path, None
+        elif name.startswith("one shot"):
+            wanda = {"score": "wanda", "scope": "row"} if "wanda" in name else {}
+            folder, callback = self.sparsify("one-shot", Wish(**zeros, **wanda)), KeepZeros()
+        elif name == "gradual":
+            folder = self.checkpoint.path
+            callback = GradualPruning(Gradual(**zeros, events=args.events, schedule="exponential"))
+        else:
+            folder = self.checkpoint.path
+            callback = DynamicSparsity(Dynamic(**zeros, interval=max(1, args.steps // 12)))
+        before = self.losses(load_model(open_checkpoint(folder)))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        rows = read_calibration(self.texts["wikipedia-train"])
+        encode, collate = encoder_of(model, self.checkpoint, rows, 512)
+        needed = args.steps * args.rows
+        rows = draw_rows(rows, encode, (needed + args.eval_rows) * 511)
+        settings = transformers.TrainingArguments(
+            self.work / "training",
+            max_steps=args.steps,
+            per_device_train_batch_size=args.rows,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant_with_warmup",  # alike for all: later events need a rate, too
+            warmup_steps=max(1, args.steps // 20),
+            use_cpu=True,
+            bf16=True,
+            save_strategy="no",
+            logging_steps=10,
+            report_to=[],
+        )
+        trainer = transformers.Trainer(
+            model, settings, train_dataset=rows[args.eval_rows :], eval_dataset=rows[: args.eval_rows],
+            data_collator=collate, callbacks=[callback] if callback else [],
+        )  # fmt: skip
+        if callback:
+            callback.trainer = trainer
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        zero = {} if callback is None else {"sparsity": callback.sparsity}
+        model = model.to(torch.bfloat16).eval()
+        shutil.rmtree(self.work / "training", ignore_errors=True)
+        history = getattr(callback, "history", {}).get("events", [])
+        return {
+            "before": before,
+            **self.losses(model),
+            **zero,
+            "tokens": args.steps * args.rows * 512,
+            "seconds": seconds,
+            "events": history,
+        }
+
+
+def draw(result: dict, path: Path) -> None:
+    """Left: excess loss untrained. Right: perplexity above the dense model's over the steps to 70%, and of the others."""
+    figure, axes = report._figure(2, 11.2, 4.0)
+    names = [name for name in UNTRAINED if name in result["untrained"]]
+    for shift, colour, test in ((-0.2, report.LINES[0], "wikipedia-test"), (0.2, report.PALE, "docstrings")):
+        costs = [result["untrained"][name][test] - result["base"][test] for name in names]
+        places = [place + shift for place in range(len(names))]
+        axes[0][0].barh(places, costs, height=0.38, color=colour, label=test)
+    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].invert_yaxis()
+    axes[0][0].set_title("loss above dense, half of all weights zero, untrained")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    names = [name for name in RETRAINED if name in result["retrained"]]
+    for place, name in enumerate(names):
+        found = result["retrained"][name]
+        before = found["before"]["wikipedia-test"] - result["base"]["wikipedia-test"]
+        after = found["wikipedia-test"] - result["base"]["wikipedia-test"]
+        if name.startswith("one shot"):
+            axes[0][1].plot([place, place], [before, after], color=report.PALE, zorder=1)
+            axes[0][1].scatter(
+                place, before, color=report.KEY, label="pruned" if name == "one shot" else None
+            )
+        axes[0][1].scatter(place, after, color=report.FREE, label="trained" if place == 0 else None)
+        axes[0][1].annotate(f"{math.expm1(after):+.0%} ppl", (place, after), (6, -3), fontsize=8,
+                            textcoords="offset points")  # fmt: skip
+    share = result["settings"]["retraining"]["sparsity"]
+    axes[0][1].set_title(f"loss above dense, {share:.0%} of MLP and o_proj zero, same tokens")
+    axes[0][1].set_xticks(range(len(names)), names)
+    axes[0][1].set_xlim(-0.5, len(names) - 0.2)
+    axes[0][1].legend(frameon=False, fontsize=8)
+    report._save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
+    parser.add_argument("--calib-tokens", type=int, default=8192)
+    parser.add_argument("--test-tokens", type=int, default=6144, help="of each kind of text")
+    parser.add_argument("--sparsity", type=float, default=0.7, help="of MLP and o_proj, retrained")
+    parser.add_argument("--steps", type=int, default=40, help="of retraining")
+    parser.add_argument("--rows", type=int, default=2, help="of 512 tokens, in a step")
+    parser.add_argument("--eval-rows", type=int, default=4, help="for the history of gradual pruning")
+    parser.add_argument("--events", type=int, default=4, help="of gradual pruning")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--only", nargs="+", choices=[*UNTRAINED, *RETRAINED], help="measure these alone")
+    parser.add_argument("--json", type=Path, help="also write the result here, and go on from it")
+    args = parser.parse_args()
+
+    bench = Bench(args)
+    retraining = {"modules": MODULES} | {
+        name: getattr(args, name)
+        for name in ("sparsity", "steps", "rows", "eval_rows", "events", "learning_rate")
+    }
+    settings = {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens} | {
+        "retraining": retraining
+    }
+    result = {"model": "SmolLM2-135M-Instruct, bf16", "settings": settings}
+    if args.json and args.json.exists():
+        result = read_json(args.json)
+        if result["settings"] != settings:
+            raise PruneKitError(
+                f"{args.json}: has other settings, {result['settings']}; move it, or repeat them"
+            )
+    for part, names, measure in (
+        ("untrained", UNTRAINED, bench.untrained),
+        ("retrained", RETRAINED, bench.retrained),
+    ):
+        found = result.setdefault(part, {})
+        result.setdefault("base", None)
+        for name in names:
+            if name in found or (args.only and name not in args.only):
+                continue
+            result["base"] = result["base"] or bench.losses(bench.model())
+            found[name] = measure(name)
+            costs = {test: found[name][test] - loss for test, loss in result["base"].items()}
+            found[name]["perplexity"] = {test: math.expm1(cost) for test, cost in costs.items()}
+            print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+            if args.json:
+                write_json(args.json, result)
+    if args.json and result["untrained"] and result["retrained"]:
+        draw(result, args.json.with_suffix(".png"))
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,30 @@
+"""Train sparse models by ms-swift: keep their zeros, make more of them on the way, or move them.
+
+    swift sft --external_plugins plugins/sparsity.py --callbacks keep_zeros ...
+    PRUNEKIT_GRADUAL='sparsity=0.7 events=5 schedule=exponential worse=0.15' swift sft ... --callbacks gradual_pruning
+    PRUNEKIT_DYNAMIC='interval=100 share=0.3' swift sft ... --callbacks dynamic_sparsity
+
+For full training (--tuner_type full) of any kind: sft, rlhf --rlhf_type gkd or grpo, in one process or several by DDP or
+DeepSpeed ZeRO-2 (dynamic_sparsity: DDP only), resumed or not. The settings are the fields of `Gradual` and `Dynamic` in
+prunekit/sparse_training.py. What happened at each step is in sparsity.json in the output folder, and in W&B.
+"""
+
+import os
+
+from swift.callbacks import callbacks_map
+
+from prunekit.sparse_settings import Dynamic, Gradual, parse_settings
+from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
+
+
+def settings(kind: type, variable: str):
+    return parse_settings(kind, os.environ.get(variable, ""), variable)
+
+
+callbacks_map["keep_zeros"] = lambda args, trainer: KeepZeros()
+callbacks_map["gradual_pruning"] = lambda args, trainer: GradualPruning(
+    settings(Gradual, "PRUNEKIT_GRADUAL"), trainer
+)
+callbacks_map["dynamic_sparsity"] = lambda args, trainer: DynamicSparsity(
+    settings(Dynamic, "PRUNEKIT_DYNAMIC"), trainer
+)

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Prune single weights in cycles: set some more to zero, retrain with all zeros kept, measure; then choose.
+#   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (ms-swift messages JSONL)
+#   Out:  $OUTPUT: of the cycles' checkpoints the sparsest whose perplexity is at most WORSE above the dense model's.
+#         $OUTPUT.cycles: every cycle's checkpoint (1, 2, ...), cycles.json and quality.png
+#   Cost: CYCLES times full_run.sh's; zeros in dense files make nothing smaller or faster by themselves
+#   MODEL=checkpoints/base OUTPUT=checkpoints/sparse SPARSITY=0.7 MODULES='mlp|o_proj' bash sparse_run.sh --max_steps 500
+# What is there of an interrupted run isn't made again: neither a cycle that is done nor the steps of the one that isn't.
+CHECKPOINT=${CHECKPOINT:-best}      # of each cycle's training: best, or last
+source "$(dirname "$0")/lib/common.sh"
+
+MODEL=${MODEL:-checkpoints/base}
+DATASET=${DATASET:-data/train.jsonl}
+VAL_DATASET=${VAL_DATASET:-data/val.jsonl}
+OUTPUT=${OUTPUT:-checkpoints/sparse}
+
+SPARSITY=${SPARSITY:-0.7}           # after the last cycle, of the weights that MODULES names
+START=${START:-}                    # after the first one; default: half of SPARSITY
+CYCLES=${CYCLES:-4}
+SCHEDULE=${SCHEDULE:-exponential}   # of what lies between: exponential, or cubic (more of it early)
+MODULES=${MODULES:-}                # regex, as sparsify.py's; default: the projections of all layers
+SCORE=${SCORE:-magnitude}           # or wanda, gradient: calibrated on DATASET before each cycle
+WORSE=${WORSE:-0.15}                # perplexity lost that is good enough; after a cycle that lost more there is no other
+
+SPARSIFY_ARGS=(
+  --score "$SCORE"
+  ${MODULES:+--modules "$MODULES"}
+)
+[ "$SCORE" = magnitude ] || SPARSIFY_ARGS+=(
+  --calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"}
+)
+ARGS=(
+  --external_plugins "${PLUGINS[@]}" "$ROOT/plugins/sparsity.py"
+  --callbacks keep_zeros
+  --max_steps 1000
+)
+
+[ "${NNODES:-1}" -eq 1 ] || die "NNODES=$NNODES: cycles run on one node; its GPUs all take part"
+preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor $((11 + CYCLES)) "$@"
+folder=$OUTPUT.cycles
+PLAN=(
+  python -m prunekit.sparse_cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
+  --cycles "$CYCLES" --schedule "$SCHEDULE" ${MODULES:+--modules "$MODULES"} --worse "$WORSE"
+)
+"${PLAN[@]}" >/dev/null
+claim_work
+[ -z "$RESTART" ] || rm -rf "$folder"
+levels=$("${PLAN[@]}" --into "$folder" --flags "$(quoted "${SPARSIFY_ARGS[@]}" "${ARGS[@]}" "$@")")
+
+evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
+  local json=$1
+  shift
+  CUDA_VISIBLE_DEVICES=${GPUS%%,*} python -m prunekit.evaluate --model "$@" --dataset "$VAL_DATASET" --no-generate \
+    --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} --json "$json.new"
+  mv "$json.new" "$json"
+}
+
+[ -e "$folder/dense.json" ] || evaluate "$folder/dense.json" "$MODEL"
+previous=$MODEL cycle=0
+for level in $levels; do
+  cycle=$((cycle + 1))
+  here=$folder/$cycle
+  if [ ! -e "$here.json" ]; then
+    if [ ! -e "$here.sparse" ] && [ ! -e "$here" ]; then
+      python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
+    fi
+    if [ ! -e "$here" ] || [ -d "$here.run" ]; then
+      run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
+        WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
+        GPUS="$GPUS" bash "$ROOT/full_run.sh" "${ARGS[@]}" "$@"
+      wait "$GROUP_PID" || fail "cycle $cycle failed: its messages are above; the same command goes on with it"
+      unset 'groups[-1]'
+    fi
+    evaluate "$here.json" "$here.sparse" "$here"
+  fi
+  rm -rf "$here.sparse"
+  good=0
+  python -m prunekit.sparse_cycles judge --cycles "$folder" --worse "$WORSE" || good=$?
+  if [ "$good" -eq 3 ]; then
+    echo "no more cycles: that is over WORSE=$WORSE"
+    break
+  fi
+  [ "$good" -eq 0 ] || exit "$good"
+  previous=$here
+done
+python -m prunekit.sparse_cycles publish --cycles "$folder" --base "$MODEL" --out "$OUTPUT" --worse "$WORSE" \
+  ${OVERWRITE:+--overwrite}
+python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
+rm -rf "$WORK"
