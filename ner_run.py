@@ -8,7 +8,7 @@
 Data: JSONL with "tokens" and "ner_tags", or CoNLL text. Any flag of transformers' TrainingArguments may follow
 (--learning_rate 3e-5, --per_device_train_batch_size 32, --bf16 true, ...). With --val-dataset the epoch of the best F1
 is kept, and per-type scores are printed. The same command continues an interrupted run from its last whole checkpoint
-in OUT.run. Runs on one process, or under torchrun.
+in OUT.run. One process, on one GPU if there is one.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from prunekit.ner import (
     train,
     training_arguments,
 )
-from prunekit.publish import publish
+from prunekit.publish import publish, whole_checkpoints
 from prunekit.report import draw_curves
 from prunekit.work_folder import claim_folder, fingerprint
 
@@ -59,7 +59,9 @@ def train_model(
     distillation = None
     if teacher:
         if load_tokenizer(teacher.path).get_vocab() != tokenizer.get_vocab():
-            raise PruneKitError(f"{teacher.path}: its tokenizer is not the student's; they must read the same tokens")
+            raise PruneKitError(
+                f"{teacher.path}: its tokenizer is not the student's; they must read the same tokens"
+            )
         layers = (statistics(each)["num_hidden_layers"] for each in (teacher, checkpoint))
         distillation = Distillation(
             load_classifier(teacher, labels),
@@ -90,7 +92,10 @@ def main() -> None:
     parser.add_argument("--val-dataset", help="to choose the best epoch by, and to report on")
     parser.add_argument("--teacher", help="checkpoint folder of a token classifier with the same labels")
     parser.add_argument(
-        "--temperature", type=float, default=TEMPERATURE, help=f"of the distillation (default: {TEMPERATURE:g})"
+        "--temperature",
+        type=float,
+        default=TEMPERATURE,
+        help=f"of the distillation (default: {TEMPERATURE:g})",
     )
     parser.add_argument(
         "--hard-share",
@@ -107,7 +112,9 @@ def main() -> None:
     parser.add_argument(
         "--new-head", action="store_true", help="a fresh classifier for the data's labels, on any encoder"
     )
-    parser.add_argument("--max-length", type=int, help="sub-words of a row's piece (default: 512 or all positions)")
+    parser.add_argument(
+        "--max-length", type=int, help="sub-words of a row's piece (default: 512 or all positions)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     arguments, flags = parser.parse_known_args()
 
@@ -127,7 +134,11 @@ def main() -> None:
             raise PruneKitError(f"--{name.replace('_', '-')} {value:g}: choose {low:g} to {high:g}")
     datasets = [arguments.dataset, *filter(None, [arguments.val_dataset])]
     rows = [read_rows(dataset) for dataset in datasets]
-    labels = labels_of(row for each in rows for row in each) if arguments.new_head else model_labels(checkpoint.config)
+    labels = (
+        labels_of(row for each in rows for row in each)
+        if arguments.new_head
+        else model_labels(checkpoint.config)
+    )
     for each, dataset in zip(rows, datasets):
         check_labels(each, labels, dataset)
     if teacher:
@@ -137,14 +148,23 @@ def main() -> None:
     training = training_arguments(flags, run, out.name, validate=bool(arguments.val_dataset))
     files = [Path(dataset).stat() for dataset in datasets]
     settings = {
-        **{key: value for key, value in vars(arguments).items() if key not in ("out", "overwrite", "model", "teacher")},
+        **{
+            key: value
+            for key, value in vars(arguments).items()
+            if key not in ("out", "overwrite", "model", "teacher")
+        },
         "flags": flags,
         "models": [fingerprint(each) for each in (checkpoint, teacher) if each],
         "files": [[file.st_size, file.st_mtime_ns] for file in files],
     }
     setup_wandb(out)
     with claim_folder(run, settings, "training run"):
-        folder, metrics = train_model(checkpoint, teacher, rows, labels, max_length, training, arguments)
+        try:
+            folder, metrics = train_model(checkpoint, teacher, rows, labels, max_length, training, arguments)
+        except PruneKitError:
+            if not whole_checkpoints(run):
+                shutil.rmtree(run)  # a mistake found late: nothing to go on with
+            raise
         names = {name: number for number, name in labels.items()}
         entry = publish(
             folder,

@@ -67,7 +67,9 @@ class Family:
     head_dim: str | None = "head_dim"  # None: always hidden / heads
     head_dim_default: int | None = None  # None: hidden / heads
     causal: bool = True  # False: encoders, which have no KV cache
-    first_position: int = 0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
+    first_position: int = (
+        0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
+    )
     stacks: dict[str, Stack] = field(init=False)
 
     def __post_init__(self):

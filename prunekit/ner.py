@@ -77,7 +77,9 @@ def _conll_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
         columns = line.split()
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) < 2:
-                raise PruneKitError(f"dataset {path} line {number}: one column; a word and its tag are needed")
+                raise PruneKitError(
+                    f"dataset {path} line {number}: one column; a word and its tag are needed"
+                )
             words.append(columns[0])
             tags.append(columns[-1])
         elif words:
@@ -136,7 +138,9 @@ def load_tokenizer(folder: Path):
 
 def positions(config: dict[str, Any]) -> int:
     """How many sub-words a row may have, special ones included."""
-    return config["max_position_embeddings"] - family_of(config).first_position
+    text = config.get("text_config") or config
+    count = text.get("max_position_embeddings") or text.get("n_positions") or 512
+    return count - family_of(config).first_position
 
 
 def encode(
@@ -246,7 +250,10 @@ class Distillation:
         given = {key: value for key, value in inputs.items() if key != "labels"}
         with torch.no_grad():
             teacher = self.teacher(**given, output_hidden_states=bool(self.hidden))
-        scaled = (functional.log_softmax(out.logits[mask].float() / self.temperature, -1) for out in (student, teacher))
+        scaled = (
+            functional.log_softmax(out.logits[mask].float() / self.temperature, -1)
+            for out in (student, teacher)
+        )
         soft = functional.kl_div(*scaled, reduction="batchmean", log_target=True) * self.temperature**2
         loss = self.hard * student.loss + (1 - self.hard) * soft
         if self.hidden:
@@ -370,7 +377,9 @@ def training_arguments(flags: list[str], run: Path, name: str, validate: bool):
     except ValueError as error:
         raise PruneKitError(f"training flags: {error}") from None
     if arguments.save_strategy == "no":
-        raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+        raise PruneKitError(
+            "--save_strategy no: what is trained is published from a checkpoint; leave it out"
+        )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if unknown:
         raise PruneKitError(f"{unknown[0]}: neither ner_run.py nor transformers' TrainingArguments knows it")
@@ -408,14 +417,19 @@ def train(
 
     from .publish import whole_checkpoints
 
-    run = Path(arguments.output_dir)
+    run, scores = Path(arguments.output_dir), {}
+
+    def compute_metrics(prediction):
+        scores.update(validation.scores(prediction.predictions[prediction.label_ids != -100]))
+        return {key: scores[key] for key in ("f1", "precision", "recall")}
+
     trainer = _trainer_class()(
         model=model,
         args=arguments,
         data_collator=DataCollatorForTokenClassification(tokenizer),
         train_dataset=data.features,
         eval_dataset=validation and validation.features,
-        compute_metrics=validation and (lambda p: validation.scores(p.predictions[p.label_ids != -100])),
+        compute_metrics=validation and compute_metrics,
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
         callbacks=[_log_callback(run / "logging.jsonl"), *callbacks],
     )
@@ -430,13 +444,11 @@ def train(
     if not validation or not best:
         whole = whole_checkpoints(run)
         return whole[max(whole)], {"train_loss": result.training_loss}
-    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    return Path(best), {key: metrics[key] for key in ("f1", "precision", "recall", "loss", "entities")}
+    loss = trainer.evaluate()["eval_loss"]
+    return Path(best), {"loss": loss, **scores}
 
 
-def check_teacher(
-    teacher: Checkpoint, student: Checkpoint, labels: dict[int, str], hidden: bool
-) -> None:
+def check_teacher(teacher: Checkpoint, student: Checkpoint, labels: dict[int, str], hidden: bool) -> None:
     """PruneKitError if a student of these labels can't learn from this teacher."""
     if (theirs := model_labels(teacher.config)) != labels:
         differ = sorted(set(theirs.items()) ^ set(labels.items()))[0]
@@ -454,3 +466,47 @@ def check_teacher(
                 f"{teacher.path}: {theirs} {teacher.config.get(theirs)}, the student's is "
                 f"{student.config.get(ours)}; {mend}"
             )
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(folder: Path, rows: list[Row]) -> dict[str, Any]:
+    """`entity_scores` of a served folder (checkpoint, torchao's INT8 or ONNX) on rows whose labels it has."""
+    from .serving import load_served, predict_labels
+
+    config = read_json(folder / "config.json")
+    labels, tokenizer = model_labels(config), load_tokenizer(folder)
+    data = Data(*encode(rows, tokenizer, labels, min(512, positions(config))), labels)
+    return data.scores(predict_labels(load_served(folder), data.features, tokenizer.pad_token_id or 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", required=True, type=Path)
+    parser.add_argument("--dataset", required=True, type=Path, help=".jsonl, or CoNLL text")
+    parser.add_argument("--limit", type=int, help="rows to use (default: all)")
+    parser.add_argument("--json", type=Path, help="also write the scores here")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="also draw the table of F1 here")
+    args = parser.parse_args()
+
+    rows = read_rows(args.dataset)[: args.limit]
+    for folder in args.model:
+        check_no_remote_code(folder)
+        check_labels(rows, model_labels(read_json(folder / "config.json")), args.dataset)
+    results = []
+    for folder in args.model:
+        results.append({"model": str(folder), **evaluate(folder, rows)})
+        print(f"{folder}  ({len(rows)} rows of {args.dataset})\n{scores_table(results[-1])}", flush=True)
+        if args.json:
+            write_json(args.json, results)
+    if args.figure:
+        from .report import draw_f1
+
+        draw_f1([(Path(result["model"]).name, result) for result in results], args.figure)
+
+
+if __name__ == "__main__":
+    run_script(main)
