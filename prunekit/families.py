@@ -37,6 +37,7 @@ class Stack:
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    inputs_first: bool = False  # projections are stored as (inputs, outputs)
     plain_residual: bool = True  # attention and MLP write into the residual stream with no norm between
 
 
@@ -203,6 +204,7 @@ FAMILIES: dict[str, Family] = {
                 o="attn.c_proj",
                 mlp=("mlp.c_fc", "mlp.c_proj"),
                 norms=("ln_1", "ln_2"),
+                inputs_first=True,
             ),
             embedding=r"(?:transformer\.)?w[tp]e\.|lm_head\.",
             tied_by_default=True,
