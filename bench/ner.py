@@ -61,7 +61,9 @@ def main() -> None:
 
     packaged, data = rampart(args.runs / "rampart"), ner_data(args.runs)
     work, train = args.work, ["--dataset", data["ner-train"], "--report_to", "none", "--learning_rate"]
-    dense = run(work / "dense", "ner_run.py", "--model", packaged, *train, 5e-5, "--num_train_epochs", args.epochs)
+    dense = run(
+        work / "dense", "ner_run.py", "--model", packaged, *train, 5e-5, "--num_train_epochs", args.epochs
+    )
     layer, scan = cheapest_layer(dense, work, data["ner-train"], args.scan_rows)
     dropped = work / f"without-{layer}"
     student = run(

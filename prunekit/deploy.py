@@ -40,6 +40,7 @@ from .ner import (
 )
 from .preflight import check_no_remote_code
 from .serving import INPUTS, ONNX, load_served, pad
+from .sparsity import measure
 
 FORMATS = ("onnx", "onnx-int8", "torchao-int8", "torchao-int8-dynamic")
 ONNX_LIMIT = 2**31  # bytes of a protobuf file
@@ -91,9 +92,11 @@ def _need(package: str) -> None:
 def export_onnx(model, file: Path) -> None:
     """Write a model's forward, input_ids and attention_mask (batch, length) to logits, as one ONNX file.
 
-    Both axes are free. Decoders have no KV cache in it: it scores texts, prompts are read as a whole.
+    Both axes are free. Decoders have no KV cache in it: it scores texts, prompts are read as a whole. Raises
+    PruneKitError for what torch.onnx can't export (mixtures of experts).
     """
     import torch
+    from torch.onnx import OnnxExporterError
 
     class Logits(torch.nn.Module):
         def __init__(self):
@@ -108,10 +111,15 @@ def export_onnx(model, file: Path) -> None:
     example = {name: torch.ones(3, 7, dtype=torch.long) for name in INPUTS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own code
-        torch.onnx.export(
-            Logits().eval(), (), file, kwargs=example, input_names=list(INPUTS), output_names=["logits"],
-            dynamic_shapes=dict.fromkeys(INPUTS, axes), external_data=False, dynamo=True, verbose=False,
-        )  # fmt: skip
+        try:
+            torch.onnx.export(
+                Logits().eval(), (), file, kwargs=example, input_names=list(INPUTS), output_names=["logits"],
+                dynamic_shapes=dict.fromkeys(INPUTS, axes), external_data=False, dynamo=True, verbose=False,
+            )  # fmt: skip
+        except OnnxExporterError as error:
+            raise PruneKitError(
+                f"{type(model).__name__}: torch.onnx can't export it ({type(error).__name__}); choose --format torchao-int8"
+            ) from error
 
 
 def quantise_onnx(file: Path, out: Path) -> None:
@@ -242,17 +250,10 @@ def format_of(folder: Path) -> str:
 
 
 def zero_share(folder: Path) -> float | None:
-    """The share of zeros among the floating weights of a checkpoint with safetensors; None for quantised ones."""
-    import numpy as np
-
+    """The share of zeros among the weights of a checkpoint's layers; None for quantised ones."""
     if (folder / ONNX).is_file() or read_json(folder / "config.json").get("quantization_config"):
         return None
-    checkpoint, zeros, count = open_checkpoint(folder), 0, 0
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype in TORCH_DTYPES:
-            values = checkpoint.read_array(name)
-            zeros, count = zeros + values.size - int(np.count_nonzero(values)), count + values.size
-    return zeros / count
+    return measure(open_checkpoint(folder))["sparsity"]
 
 
 def check_measurable(folders: list[Path], how: Measuring) -> None:
@@ -393,7 +394,7 @@ def where_zeros_save_nothing(rows: list[dict[str, Any]]) -> list[str]:
         size = max(row["batches"], key=int)
         speed = first["batches"][size]["latency"] / row["batches"][size]["latency"]
         lines.append(
-            f"{row['model']}: {row['zeros']:.1%} of its weights are zero, and that saves nothing here: its file is "
+            f"{row['model']}: {row['zeros']:.1%} of its layers' weights are zero, and that saves nothing here: its file is "
             f"{row['bytes'] / first['bytes']:.2f} and its speed {speed:.2f} times that of {first['model']}, since files "
             "and kernels treat zeros as any number; INT8 and removed layers, heads or neurons do save"
         )

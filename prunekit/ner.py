@@ -357,6 +357,7 @@ def training_arguments(flags: list[str], run: Path, name: str, validate: bool):
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
         "logging_steps": 10,
+        "logging_first_step": True,
         "save_strategy": "epoch",
         "eval_strategy": "epoch" if validate else "no",
         "save_total_limit": 2,

@@ -21,21 +21,22 @@ INPUTS = ("input_ids", "attention_mask")
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the inputs (batch, length) to logits (batch, length, n)
 
 
-def _onnx(folder: Path, threads: int) -> Run:
+def _onnx(folder: Path, threads: int | None) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0))
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(folder / ONNX, options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(["logits"], inputs)[0]
 
 
-def _torch(folder: Path, threads: int, device: str) -> Run:
+def _torch(folder: Path, threads: int | None, device: str) -> Run:
     import torch
     import transformers
 
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     name = json.loads((folder / "config.json").read_bytes())["architectures"][0]
     model = getattr(transformers, name).from_pretrained(folder, dtype="auto").to(device).eval()
@@ -50,8 +51,11 @@ def _torch(folder: Path, threads: int, device: str) -> Run:
 
 
 def load_served(folder: str | Path, threads: int | None = None, device: str = "cpu") -> Run:
-    """A folder as one function from input_ids and attention_mask (int64) to float32 logits. ONNX runs on the CPU."""
-    folder, threads = Path(folder), threads or len(os.sched_getaffinity(0))
+    """A folder as one function from input_ids and attention_mask (int64) to float32 logits. ONNX runs on the CPU.
+
+    `threads`: default is what torch and onnxruntime take by themselves.
+    """
+    folder = Path(folder)
     return _onnx(folder, threads) if (folder / ONNX).is_file() else _torch(folder, threads, device)
 
 

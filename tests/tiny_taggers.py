@@ -12,7 +12,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 FAMILIES = ["bert", "roberta", "camembert", "distilbert"]
 LABELS = {0: "O", 1: "B-LOC", 2: "I-LOC", 3: "B-PER", 4: "I-PER"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-KINDS = {"PER": ["ana", "bo", "cem", "dia"], "LOC": ["oslo", "rome", "york", "nice"], "": ["is", "in", "at", "and"]}
+KINDS = {
+    "PER": ["ana", "bo", "cem", "dia"],
+    "LOC": ["oslo", "rome", "york", "nice"],
+    "": ["is", "in", "at", "and"],
+}
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -36,7 +40,8 @@ def save_tagger(family: str, folder: Path, layers: int = 3, seed: int = 0) -> Pa
         sizes = {"vocab_size": 128, "dim": 32, "hidden_dim": 48, "n_layers": layers, "n_heads": 4, "dropout": 0.0,
                  "max_position_embeddings": 64}  # fmt: skip
     ids = {name: number for number, name in LABELS.items()}
-    config = hf.AutoConfig.for_model(family, **sizes, pad_token_id=0, id2label=LABELS, label2id=ids)
+    config = hf.AutoConfig.for_model(family, **sizes, pad_token_id=0, id2label=LABELS, label2id=ids,
+                                     initializer_range=0.3)  # fmt: skip
     hf.AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
