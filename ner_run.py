@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
-from prunekit.errors import PruneKitError, run_script
+from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.ner import (
     HARD_SHARE,
     TEMPERATURE,
@@ -132,6 +132,8 @@ def main() -> None:
     for name, low, high in (("temperature", 0.01, 100), ("hard_share", 0, 1), ("hidden_weight", 0, 1e6)):
         if not low <= (value := getattr(arguments, name)) <= high:
             raise PruneKitError(f"--{name.replace('_', '-')} {value:g}: choose {low:g} to {high:g}")
+    if arguments.val_dataset:
+        need_packages("seqeval", extra="encoders")
     datasets = [arguments.dataset, *filter(None, [arguments.val_dataset])]
     rows = [read_rows(dataset) for dataset in datasets]
     labels = (
@@ -157,7 +159,8 @@ def main() -> None:
         "models": [fingerprint(each) for each in (checkpoint, teacher) if each],
         "files": [[file.st_size, file.st_mtime_ns] for file in files],
     }
-    setup_wandb(out)
+    if "wandb" in training.report_to:
+        setup_wandb(out)
     with claim_folder(run, settings, "training run"):
         try:
             folder, metrics = train_model(checkpoint, teacher, rows, labels, max_length, training, arguments)

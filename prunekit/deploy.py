@@ -25,7 +25,8 @@ from .checkpoint import (
     statistics,
     write_json,
 )
-from .errors import PruneKitError
+from .errors import PruneKitError, need_packages
+from .families import family_of
 from .model_card import model_card
 from .ner import (
     TOKEN_CLASSIFIER,
@@ -80,13 +81,6 @@ def choose_format(checkpoint: Checkpoint, wanted: str | None) -> str:
             "choose torchao-int8"
         )
     return form
-
-
-def _need(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise PruneKitError(f"{package} is not installed: pip install 'prunekit[deploy]'")
 
 
 def export_onnx(model, file: Path) -> None:
@@ -181,8 +175,10 @@ def deploy(checkpoint: Checkpoint, out: str | Path, form: str, overwrite: bool =
     """
     from .calibration import load_model
 
-    for package in ("onnx", "onnxruntime", "onnxscript") if form.startswith("onnx") else ("torchao",):
-        _need(package)
+    if form.startswith("onnx"):
+        need_packages("onnx", "onnxruntime", "onnxscript", extra="encoders")
+    else:
+        need_packages("torchao", extra="deploy")
     check_no_remote_code(checkpoint.path)
     check_out(out, checkpoint.path, overwrite=overwrite)
     numbers, inputs = statistics(checkpoint), _check_inputs(checkpoint)
@@ -269,7 +265,7 @@ def check_measurable(folders: list[Path], how: Measuring) -> None:
     for folder in folders:
         form = format_of(folder)
         if form.startswith("onnx"):
-            _need("onnxruntime")
+            need_packages("onnxruntime", extra="encoders")
         if how.length > (limit := positions(read_json(folder / "config.json"))):
             raise PruneKitError(
                 f"--length {how.length}: {folder} has {limit} positions; choose at most so many"
@@ -280,8 +276,13 @@ def check_measurable(folders: list[Path], how: Measuring) -> None:
 def _read(folder: Path, how: Measuring) -> list[Any]:
     """The rows that a folder is measured on, of the kind that its model is for."""
     config = read_json(folder / "config.json")
-    if not str(config["architectures"][0]).endswith(TOKEN_CLASSIFIER):
+    if not str((config.get("architectures") or [""])[0]).endswith(TOKEN_CLASSIFIER):
+        if not family_of(config).causal:
+            raise PruneKitError(
+                f"{folder}: neither a token classifier nor a decoder; only these are measured"
+            )
         return _texts(how.dataset, how.limit)
+    need_packages("seqeval", extra="encoders")
     rows = read_rows(how.dataset)[: how.limit]
     check_labels(rows, model_labels(config), how.dataset)
     return rows

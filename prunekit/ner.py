@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, read_json, write_json
-from .errors import PruneKitError, run_script
+from .errors import PruneKitError, need_packages, run_script
 from .families import family_of
 from .preflight import check_no_remote_code
 
@@ -493,6 +493,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="PNG", help="also draw the table of F1 here")
     args = parser.parse_args()
 
+    need_packages("seqeval", extra="encoders")
     rows = read_rows(args.dataset)[: args.limit]
     for folder in args.model:
         check_no_remote_code(folder)

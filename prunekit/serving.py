@@ -113,8 +113,12 @@ def time_batch(run: Run, inputs: dict[str, np.ndarray], seconds: float) -> dict[
     return {"latency": median, "throughput": len(inputs["input_ids"]) / median, "repeats": len(times)}
 
 
-def peak_memory() -> int:
-    """Bytes of RAM that this process has held at most."""
+def peak_memory(device: str = "cpu") -> int:
+    """Bytes that this process has held at most: of RAM, or what torch has taken of a GPU's memory."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
@@ -132,7 +136,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         str(size): time_batch(run, pad(job["timed"][:size], job["token"]), job["seconds"])
         for size in job["sizes"]
     }
-    return result | {"peak_memory": peak_memory()}
+    on_cpu = (Path(job["folder"]) / ONNX).is_file()
+    return result | {"peak_memory": peak_memory("cpu" if on_cpu else job["device"])}
 
 
 if __name__ == "__main__":

@@ -199,9 +199,18 @@ def test_a_folder_without_weights_and_a_decoder_on_tagged_rows_are_refused(tiny,
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(PruneKitError, match="no config.json with model"):
         format_of(tmp_path)
-    data = write_rows(tmp_path / "rows.jsonl")
+    how = Measuring(write_rows(tmp_path / "rows.jsonl"), length=16)
     with pytest.raises(PruneKitError, match="messages"):
-        check_measurable([tiny("llama")], Measuring(data, length=16))
+        check_measurable([tiny("llama")], how)
+    with pytest.raises(PruneKitError, match="neither a token classifier nor a decoder"):
+        check_measurable([tiny("bert")], how)
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(served, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunekit.errors.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PruneKitError, match=r"torchao is not installed: pip install 'prunekit\[deploy\]'"):
+        deploy(open_checkpoint(served("bert", "onnx")[1]), tmp_path / "out", "torchao-int8")
+    assert not list(tmp_path.iterdir())
 
 
 def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
