@@ -33,14 +33,16 @@ def run(out: Path, script: str, *arguments: object) -> Path:
     return out
 
 
-def cheapest_layer(folder: Path, work: Path, data: Path, rows: int) -> tuple[int, list[dict]]:
-    """The layer without which the model keeps most F1, untrained, on rows of its training half."""
-    scores, texts = [], read_rows(data)[:rows]
-    for layer in range(statistics(open_checkpoint(folder))["num_hidden_layers"]):
+def scan_layers(folder: Path, work: Path, data: Path, rows: int) -> list[dict]:
+    """F1 of the model without each of its layers, untrained, on rows of its training half; kept in WORK/scan.json."""
+    kept, texts = work / "scan.json", read_rows(data)[:rows]
+    scores = json.loads(kept.read_text()) if kept.exists() else []
+    for layer in range(len(scores), statistics(open_checkpoint(folder))["num_hidden_layers"]):
         cut = run(work / f"without-{layer}", "manual_select.py", "--model", folder, "--text", layer)
         scores.append({"layer": layer, "f1": evaluate(cut, texts)["f1"]})
         print(scores[-1], file=sys.stderr, flush=True)
-    return max(scores, key=lambda score: score["f1"])["layer"], scores
+        write_json(kept, scores)
+    return scores
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/ner"), help="folder of the stages")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning the dense model (default: 3)")
-    parser.add_argument("--distil-epochs", type=int, default=2, help="of the student (default: 2)")
+    parser.add_argument("--distil-steps", type=int, default=125, help="of the student (default: 125)")
     parser.add_argument("--scan-rows", type=int, default=300, help="to choose the layer on (default: 300)")
     parser.add_argument("--sparsity", type=float, default=0.15)
     parser.add_argument("--seconds", type=float, default=3.0, help="to time each batch for (default: 3)")
@@ -64,11 +66,12 @@ def main() -> None:
     dense = run(
         work / "dense", "ner_run.py", "--model", packaged, *train, 5e-5, "--num_train_epochs", args.epochs
     )
-    layer, scan = cheapest_layer(dense, work, data["ner-train"], args.scan_rows)
+    scan = scan_layers(dense, work, data["ner-train"], args.scan_rows)
+    layer = max(scan, key=lambda score: score["f1"])["layer"]
     dropped = work / f"without-{layer}"
     student = run(
         work / "student", "ner_run.py", "--model", dropped, "--teacher", dense, "--hidden-weight", 1, *train, 1e-4,
-        "--num_train_epochs", args.distil_epochs,
+        "--max_steps", args.distil_steps,
     )  # fmt: skip
 
     def zeros(folder: Path, out: str) -> Path:
