@@ -107,7 +107,7 @@ def model_labels(config: dict[str, Any]) -> dict[int, str]:
         raise PruneKitError(
             f"{config.get('architectures')}: no token classifier; train it with ner_run.py --new-head first"
         )
-    if not isinstance(names, dict) or sorted(map(int, names)) != list(range(len(names))):
+    if not isinstance(names, dict) or names.keys() != {str(number) for number in range(len(names))}:
         raise PruneKitError('config.json: "id2label" does not number the labels from 0; mend it')
     return {number: names[str(number)] for number in range(len(names))}
 

@@ -374,7 +374,9 @@ def draw_f1(models: list[tuple[str, dict[str, Any]]], path: Path) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_xlabel("F1 by entity type (how many); green: over 95% of the first model's, amber: over 90%")
+    figure.supxlabel(
+        "F1 by entity type (how many)\ngreen: over 95% of the first model's, amber: over 90%", fontsize=8
+    )
     _save(figure, path)
 
 

@@ -31,6 +31,7 @@ from prunekit.ner import (
     join,
     labels_of,
     load_tokenizer,
+    main,
     matching_layers,
     read_rows,
 )
@@ -256,6 +257,19 @@ def test_a_killed_run_leaves_no_out_and_the_same_command_goes_on(tagger, rows, t
     assert "resuming from" in capsys.readouterr().out
     load(tmp_path / "out")
     assert not (tmp_path / "out.run").exists()
+
+
+def test_models_are_compared_in_a_table_a_json_and_a_picture(tagger, rows, tmp_path, monkeypatch, capsys):
+    folders = [str(tagger("bert")), str(tagger("distilbert"))]
+    monkeypatch.setattr(
+        sys, "argv",
+        ["ner", "--model", *folders, "--dataset", str(rows), "--json", f"{tmp_path}/a.json", "--figure", f"{tmp_path}/a.png"],
+    )  # fmt: skip
+    main()
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert [result["model"] for result in results] == folders
+    assert capsys.readouterr().out.count("precision") == 2
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, script):
