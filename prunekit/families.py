@@ -68,6 +68,9 @@ class Family:
     head_dim: str | None = "head_dim"  # None: always hidden / heads
     head_dim_default: int | None = None  # None: hidden / heads
     causal: bool = True  # False: encoders, which have no KV cache
+    first_position: int = (
+        0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
+    )
     stacks: dict[str, Stack] = field(init=False)
 
     def __post_init__(self):
@@ -211,8 +214,8 @@ FAMILIES: dict[str, Family] = {
             head_dim=None,
         ),
         Family("bert", _BERT, **_ENCODER),
-        Family("roberta", _BERT, **_ENCODER),
-        Family("camembert", _BERT, **_ENCODER),
+        Family("roberta", _BERT, first_position=2, **_ENCODER),
+        Family("camembert", _BERT, first_position=2, **_ENCODER),
         Family(
             "distilbert",
             Stack(

@@ -25,10 +25,18 @@ TASKS = {  # by the end of an architecture's name: the hub's name for the task, 
     "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
 }
+USE = """from transformers import {loader}
+
+model = {loader}.from_pretrained("this/folder", dtype="auto")"""
 
 
-def model_card(config: dict[str, Any], numbers: dict[str, Any], entries: list[dict[str, Any]]) -> str:
-    """The card's text, from config.json, `statistics` and the history, oldest entry first."""
+def model_card(
+    config: dict[str, Any], numbers: dict[str, Any], entries: list[dict[str, Any]], use: str | None = None
+) -> str:
+    """The card's text, from config.json, `statistics` and the history, oldest entry first.
+
+    `use` is how to load what isn't loaded by transformers alone; `{loader}` in it is the class that would.
+    """
     architecture = (re.findall(r"\w+", str(config.get("architectures") or "")) or ["AutoModel"])[0]
     ending = next((ending for ending in TASKS if architecture.endswith(ending)), None)
     task, loader = TASKS[ending] if ending else (None, architecture)
@@ -62,9 +70,7 @@ def model_card(config: dict[str, Any], numbers: dict[str, Any], entries: list[di
             "## Use",
             "",
             "```python",
-            f"from transformers import {loader}",
-            "",
-            f'model = {loader}.from_pretrained("this/folder", dtype="auto")',
+            (use or USE).replace("{loader}", loader),
             "```",
             "",
         ]

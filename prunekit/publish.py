@@ -47,8 +47,12 @@ def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
     return {re.sub(NAME_PREFIX, "", name): name for name in checkpoint.tensors if not BUFFERS.match(name)}
 
 
-def _check_same_tensors(source: Checkpoint, base: Checkpoint) -> None:
-    ours, theirs = _by_plain_name(source), _by_plain_name(base)
+def _check_same_tensors(source: Checkpoint, base: Checkpoint, layers_only: bool) -> None:
+    names = re.compile(base.family.text.prefix if layers_only else "")
+    ours, theirs = (
+        {plain: name for plain, name in _by_plain_name(each).items() if names.match(name)}
+        for each in (source, base)
+    )
     optional = re.compile(base.family.tied if is_tied(base) else r"(?!)")
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
@@ -104,20 +108,23 @@ def publish(
     dtype: str | None = None,
     extra_files: Iterable[str | Path] = (),
     overwrite: bool = False,
+    new_head: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Turn a training output folder into a clean checkpoint OUT, atomically; returns the new history entry.
 
     Weights come from `source_folder`, in the dtypes that `base` has (or all floating ones in `dtype`, a torch name).
     config.json comes from `base`: a trainer's own has its traces (use_cache off, another dtype). Side files come from
     `source_folder`, and from `base` where they are missing there; `extra_files` are copied too. History is that of
-    `base` plus an entry for `stage`. Raises PruneKitError unless the source has exactly the tensors of the base
-    (copies of tied weights may be there or not), and as `write_checkpoint` does.
+    `base` plus an entry for `stage`. `new_head` is what config.json shall say of a head that the base hasn't. Raises
+    PruneKitError unless the source has exactly the tensors of the base (copies of tied weights may be there or not;
+    with a new head: exactly its layers), and as `write_checkpoint` does.
     """
     base, source = open_checkpoint(base), open_checkpoint(source_folder)
     check_out(out, source.path, base.path, overwrite=overwrite)
-    _check_same_tensors(source, base)
+    _check_same_tensors(source, base, layers_only=new_head is not None)
     tensors, common = _with_dtypes(source, base, dtype)
     config = copy.deepcopy(base.config) | {"architectures": source.config.get("architectures")}
+    config |= new_head or {}
     _set_dtype(config, common)
     result = replace(source, config=config, tensors=tensors)
     entry = history_entry(stage, base.path, statistics(base), statistics(result), None, metrics, settings)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_heal import write_texts
 from test_tiny_ocr import MODEL, tiny_ocr
 from tiny_models import TEXT
+from tiny_taggers import save_tagger
 
 from prunekit.checkpoint import open_checkpoint, statistics
 
@@ -156,3 +157,25 @@ def test_mergekit_cuts_layers_into_the_same_checkpoint(clients, tiny, tmp_path):
     ours, theirs = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "theirs")
     assert ours.tensors.keys() == theirs.tensors.keys() and statistics(ours) == statistics(theirs)
     assert all(ours.read_bytes(name) == theirs.read_bytes(name) for name in ours.tensors)
+
+
+def test_int8_of_torchao_is_near_and_loads_in_plain_transformers(clients, tmp_path, script, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(clients.parent / "torchao"))
+    source = save_tagger("camembert", tmp_path / "source")
+    done = script("deploy.py", "--model", source, "--out", tmp_path / "out", "--format", "torchao-int8")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    code = """
+import sys, torch
+from transformers import AutoModelForTokenClassification as Auto
+models = [Auto.from_pretrained(folder).eval() for folder in sys.argv[1:]]
+ids = torch.arange(5, 45).view(2, 20)
+with torch.inference_mode():
+    ours, theirs = (model(input_ids=ids).logits for model in models)
+types = {type(module.weight).__name__ for module in models[0].modules() if isinstance(module, torch.nn.Linear)}
+print(float((ours - theirs).abs().max() / theirs.abs().max()), *sorted(types))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    difference, *types = done.stdout.split()
+    assert 0 < float(difference) < 0.05 and "Int8Tensor" in types

@@ -1,0 +1,88 @@
+"""Make a checkpoint ready to serve (ONNX, INT8), and measure what that gains on this machine.
+
+    python deploy.py --model checkpoints/pruned --out serve/int8 --dataset data/test.jsonl
+    python deploy.py --model checkpoints/dense checkpoints/pruned --out serve/int8 --dataset data/test.jsonl
+    python deploy.py --model checkpoints/dense checkpoints/pruned serve/int8 --dataset data/test.jsonl --json table.json
+
+With --out, the last model is written there: onnx or onnx-int8 (onnxruntime's dynamic quantisation) for encoders and
+small decoders, torchao-int8 or torchao-int8-dynamic for any text model, which plain transformers loads where torchao is
+installed. With --dataset, all models and OUT are measured side by side: size of the weight files, peak memory, latency
+and throughput of batches, F1 (token classifiers: rows as for ner_run.py) or loss (decoders: rows {"text": ...}). To
+publish a folder: hf upload NAME/MODEL serve/int8
+"""
+
+import argparse
+from pathlib import Path
+
+from prunekit.checkpoint import check_out, open_checkpoint, write_json
+from prunekit.deploy import (
+    FORMATS,
+    Measuring,
+    check_measurable,
+    choose_format,
+    deploy,
+    measure_served,
+    served_table,
+    where_zeros_save_nothing,
+)
+from prunekit.errors import run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", required=True, type=Path, help="folders; the last becomes OUT")
+    parser.add_argument("--out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of OUT (default: onnx-int8, torchao-int8 over 0.5 billion parameters)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder at OUT")
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--dataset", type=Path, help="measure all models on these held-out rows")
+    measuring.add_argument("--limit", type=int, help="rows to use (default: all)")
+    measuring.add_argument("--length", type=int, default=128, help="tokens of a timed row (default: 128)")
+    measuring.add_argument(
+        "--batches", nargs="+", type=int, default=[1, 32], metavar="N", help="(default: 1 32)"
+    )
+    measuring.add_argument("--seconds", type=float, default=2.0, help="to time each batch for (default: 2)")
+    measuring.add_argument("--rounds", type=int, default=2, help="turns of each model (default: 2)")
+    measuring.add_argument("--threads", type=int, help="(default: all cores)")
+    measuring.add_argument("--device", default="cpu", help="of what torch runs (default: cpu)")
+    measuring.add_argument("--json", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.dataset:
+        parser.error("--out or --dataset is needed")
+
+    how = None
+    if arguments.dataset:
+        how = Measuring(
+            arguments.dataset, arguments.limit, arguments.length, tuple(arguments.batches), arguments.seconds,
+            arguments.rounds, arguments.threads, arguments.device,
+        )  # fmt: skip
+        check_measurable(arguments.model, how)
+    folders = list(arguments.model)
+    if arguments.out:
+        checkpoint = open_checkpoint(arguments.model[-1])
+        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+        form = choose_format(checkpoint, arguments.format)
+        entry = deploy(checkpoint, arguments.out, form, arguments.overwrite)
+        same = entry["metrics"]
+        print(
+            f"wrote {arguments.out}: {form}, {entry['bytes'] / 1e6:,.1f} MB of {entry['bytes_before'] / 1e6:,.1f}"
+        )
+        print(f"logits of random tokens: cosine {same['cosine']:.4f}, same best {same['same_best']:.1%}")
+        folders.append(arguments.out)
+    if how:
+        rows = measure_served(folders, how)
+        print(served_table(rows))
+        for line in where_zeros_save_nothing(rows):
+            print(line)
+        if arguments.json:
+            write_json(arguments.json, {"length": how.length, "rounds": how.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    run_script(main)
