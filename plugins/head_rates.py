@@ -33,8 +33,6 @@ class HeadRatesOptimizer(OptimizerCallback):
         rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint))
         if not settings.others:
             freeze_others(module, rates)
-            if self.args.gradient_checkpointing:
-                module.enable_input_require_grads()  # which recomputation starts from
         optimizer = super().create_optimizer(model)
         rates.attach(optimizer)
         return optimizer
