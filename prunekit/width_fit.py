@@ -1,8 +1,8 @@
 """Narrow layers on calibration data: score heads and neurons, and refit what reads those that stay.
 
 Layer by layer, each on what the cut ones before it give: heads are scored and cut, o_proj is refitted to the uncut
-model's state behind attention; then neurons are scored and cut, and o_proj and down_proj are refitted to its state
-behind the layer where that lowers the model's loss. In memory nothing is removed: what goes is zeroed where the output
+model's state behind attention; then neurons are scored and cut, and down_proj is refitted to its state behind the
+layer. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is zeroed where the output
 projection reads it, and `width.choose` writes the smaller tensors.
 """
 
@@ -25,7 +25,6 @@ from .errors import PruneKitError
 from .evaluate import counted_states, final_states, logits_in_parts, score_batches
 from .families import Stack
 from .heal import Fit, Sides
-from .kv_merge import held_out_loss
 from .layers import Removal
 from .stacks import find_stack, record_calls
 from .width import Change, Scores, WidthCut, choose, keep, magnitudes
@@ -219,7 +218,7 @@ def gate(layer: Layer, plan: WidthCut, scores: Scores, neurons: bool) -> Any:
     return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
 
 
-def refit_of(fit: Fit) -> Change:
+def as_change(fit: Fit) -> Change:
     """A fit as a change of the tensors that hold its projection."""
     solution = fit.solution.cpu()
     return lambda name, array: fit.projection.changed(name, torch.from_numpy(array), solution).numpy()
@@ -264,41 +263,34 @@ def calibrate_width(
     scores: dict[int, Scores] = {}
     changes: dict[str, list[Change]] = {}
 
-    def add(number: int, fit: Fit) -> None:
-        pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
-        for name in plan.source.tensors:
-            if re.fullmatch(pattern, name):
-                changes.setdefault(name, []).append(refit_of(fit))
+    def refit(number: int, name: str, targets: list[torch.Tensor], behind_attention: bool) -> None:
+        fit = sides.fit(number, (name,), targets, behind_attention)
+        if fit.left < fit.before:
+            fit.apply()
+            pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
+            for tensor in filter(re.compile(pattern).fullmatch, plan.source.tensors):
+                changes.setdefault(tensor, []).append(as_change(fit))
 
     with contextlib.ExitStack() as gates, tqdm(total=len(layers), desc="narrow", disable=quiet) as progress:
         for number, layer in enumerate(layers):
             if refits:
                 between, behind = sides.targets_between(number)
             each = known.get(number)
-            of_heads = head_scores(layer, student, number, score) if each is None else each.heads
+            of_heads, of_neurons = (each.heads, each.neurons) if each else (np.zeros(count), np.zeros((1, 0)))
             if plan.heads:
+                of_heads = of_heads if each else head_scores(layer, student, number, score)
                 _check_finite(plan, number, of_heads)
                 gates.enter_context(gate(layer, plan, Scores(of_heads, np.zeros((1, 0))), neurons=False))
                 if refits:
-                    fit = sides.fit(number, (row.o,), between, behind_attention=True)
-                    if fit.left < fit.before:
-                        fit.apply()
-                        add(number, fit)
-            of_neurons = neuron_scores(layer, student, number) if each is None else each.neurons
-            scores[number] = Scores(of_heads, of_neurons)
+                    refit(number, row.o, between, behind_attention=True)
             if plan.neurons:
+                of_neurons = of_neurons if each else neuron_scores(layer, student, number)
                 _check_finite(plan, number, of_neurons)
-                hook = gate(layer, plan, scores[number], neurons=True)
-                if hook:
+                if hook := gate(layer, plan, Scores(of_heads, of_neurons), neurons=True):
                     gates.enter_context(hook)
+            scores[number] = Scores(of_heads, of_neurons)
             if refits:
-                loss = held_out_loss(sides, number, data.held_out)
-                refit = sides.refit(number, behind)
-                if held_out_loss(sides, number, data.held_out) < loss:
-                    for fit in refit.changes:
-                        add(number, fit)
-                else:
-                    refit.take_back()
+                refit(number, row.mlp[-1], behind, behind_attention=False)
             progress.update()
         if family.causal:
             losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
