@@ -12,12 +12,14 @@ OUTPUT=${OUTPUT:-checkpoints/recovered}
 STEPS1=${STEPS1:-1500}
 STEPS2=${STEPS2:-8000}
 STEPS3=${STEPS3:-1000}
+ACCUMULATE=${ACCUMULATE:-16} # gradient accumulation; the third phase has four times that
 
 # shellcheck disable=SC2034  # used by name: phase
 # The layers beside removed ones, or the attention (MLPs) whose heads (neurons) were cut: pruning_info.json says which.
 PHASE1=(
   --max_steps "$STEPS1"
   --learning_rate 2e-4
+  --gradient_accumulation_steps "$ACCUMULATE"
   --freeze_parameters_ratio 1
   --trainable_parameters_regex "$(python -m prunekit.critical "$MODEL")"
 )
@@ -25,12 +27,13 @@ PHASE1=(
 PHASE2=(
   --max_steps "$STEPS2"
   --learning_rate 8e-5
+  --gradient_accumulation_steps "$ACCUMULATE"
 )
 # shellcheck disable=SC2034
 PHASE3=(
   --max_steps "$STEPS3"
   --learning_rate 1e-5
-  --gradient_accumulation_steps 64 # four times that of the other phases
+  --gradient_accumulation_steps $((4 * ACCUMULATE))
 )
 
 OUTPUT=${OUTPUT%/}

@@ -37,6 +37,11 @@ CUTS = {  # by name: what width_cut.py is told
     "neurons 75%": ("--neuron-share", 0.75),
 }
 SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
+KEEP_MASKS = {  # what training does to masked heads; "plain" brings them to life again
+    "head rates": Rates(),
+    "active heads": Rates(others=0.0, weak_share=0.0),
+    "progressive": Rates(weak_share=0.0),
+}
 
 
 class Bench:
@@ -47,6 +52,7 @@ class Bench:
         self.texts = write_texts(args.runs)
         self.work = args.runs / "width"
         self._test = None
+        self._before: dict[Path, float] = {}
 
     def known(self, *path: str) -> bool:
         part = self.result
@@ -142,8 +148,10 @@ class Bench:
         """fp32 weights under bf16 autocast, AdamW, warm-up and linear decay. Progressive: three phases in one run."""
         torch.manual_seed(0)
         args, checkpoint = self.args, open_checkpoint(folder)
+        masked = history(folder)[-1]["settings"]["masked"]
         model = load_model(checkpoint, dtype="float32")
-        before = self.loss(model)
+        if folder not in self._before:
+            self._before[folder] = self.loss(model)
         batches = self.rows(checkpoint, model)
         phases = [(args.steps, args.rate, None, 1)]
         if way == "progressive":
@@ -158,8 +166,8 @@ class Bench:
             for parameter_name, parameter in model.named_parameters():
                 parameter.requires_grad_(pattern is None or bool(re.search(pattern, parameter_name)))
             rates = None
-            if way in ("head rates", "active heads"):
-                settings = Rates() if way == "head rates" else Rates(others=0, weak_share=0)
+            if way in KEEP_MASKS and "heads" in masked:
+                settings = KEEP_MASKS[way]
                 rates = HeadRates(model, checkpoint, settings, known_scores(checkpoint))
                 if way == "active heads":
                     freeze_others(model, rates)
@@ -183,7 +191,7 @@ class Bench:
                     schedule.step()
                     optimizer.zero_grad()
         seconds = time.perf_counter() - start
-        return {"before": before, "after": self.loss(model), "steps": done, "tokens": done * args.length,
+        return {"before": self._before[folder], "after": self.loss(model), "steps": done, "tokens": done * args.length,
                 "trainable": sum(p.numel() for p in trained), "seconds": round(seconds)}  # fmt: skip
 
     # --- speed ---------------------------------------------------------------------------------------------------
@@ -192,9 +200,11 @@ class Bench:
         """Median seconds of prefill and decoding, and their ratio to the uncut model's: all models take turns."""
         if self.known("speed"):
             return
-        names = ("removed", "heads 6", "groups 2", "neurons 75%", "masked")
+        folders = {
+            name: self.cut(name, "magnitude", calibrated=False) for name in CUTS
+        }  # shapes are what counts
         models = {"uncut": load_model(self.base)}
-        models |= {name: load_model(open_checkpoint(self.cut(name))) for name in names}
+        models |= {name: load_model(open_checkpoint(folder)) for name, folder in folders.items()}
         prompt = torch.randint(10, 10_000, (1, 512), generator=torch.Generator().manual_seed(0))
         times = {name: {"prefill": [], "decode": []} for name in models}
         with torch.inference_mode():
@@ -260,12 +270,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--parts", nargs="+", default=["scores", "recover", "speed"])
-    parser.add_argument("--tokens", type=int, default=8192, help="of calibration (default: 8192)")
-    parser.add_argument("--test-tokens", type=int, default=8192)
+    parser.add_argument("--parts", nargs="+", default=["recover", "speed", "scores"])
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration (default: 4096)")
+    parser.add_argument("--test-tokens", type=int, default=6144)
     parser.add_argument("--score", default="activation", help="of the cuts that are recovered")
-    parser.add_argument("--steps", type=int, default=60, help="of recovery, a row each (default: 60)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default: 512)")
+    parser.add_argument("--steps", type=int, default=40, help="of recovery, a row each (default: 40)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4)")
     parser.add_argument("--turns", type=int, default=9, help="of timing (default: 9)")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode (default: 32)")
