@@ -1,16 +1,23 @@
 """Rates of heads, measured on parameters: what an optimizer really did to each head, against what it does unscaled."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from safetensors.torch import load_file
 from test_width import cut
 from tiny_models import FAMILIES, load
 
-from prunekit.checkpoint import heads, open_checkpoint
+from prunekit.checkpoint import heads, history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.head_rates import HeadRates, Rates, freeze_others, known_scores, rate_heads
 
+EXAMPLE = ROOT / "examples" / "tiny_ocr" / "model"
 SOME = ["llama", "qwen2", "qwen3_vl", "gpt2", "bert"]
 
 
@@ -210,3 +217,64 @@ def test_bad_settings_are_named(text):
 
 def test_settings_are_read_over_the_presets():
     assert Rates.parse("weak=0.2 refresh=50", weak_share=0.0) == Rates(0.2, 0.0, 1.0, 50)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A masked copy of the embedded model, trained by ms-swift: SFT (also resumed, and frozen), GKD and GRPO."""
+    folder = tmp_path_factory.mktemp("swift")
+    cut(EXAMPLE, folder / "masked", head_share=0.5, mask=True)
+    row = {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}],
+        "solution": "ab",
+    }
+    (folder / "data.jsonl").write_text((json.dumps(row) + "\n") * 12)
+    command = [
+        sys.executable,
+        ROOT / "tests" / "swift_head_rates.py",
+        folder / "masked",
+        folder / "data.jsonl",
+        folder,
+    ]
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", ["sft/checkpoint-4", "frozen/checkpoint-2", "gkd/checkpoint-2", "grpo/checkpoint-2"]
+)
+def test_ms_swift_trains_the_other_heads_and_leaves_pruned_ones_as_they_were(run, trained):
+    before, after = (load_file(trained / name / "model.safetensors") for name in ("masked", run))
+    for layer, gone in enumerate(history(trained / "masked")[-1]["heads_removed"]):
+        name = f"model.language_model.layers.{layer}.self_attn.q_proj.weight"
+        old, new = (tensors[name].float().view(8, -1) for tensors in (before, after))
+        still = (old == new).all(1).nonzero()[:, 0].tolist()
+        assert still == gone or run.startswith(
+            "grpo"
+        )  # whose rewards may all be the same: then nothing is trained
+        o = after[name.replace("q_proj", "o_proj")].unflatten(1, (8, -1))
+        assert not o[:, gone].any()
+    changed = {
+        name.split(".")[-2] for name in before if not torch.equal(before[name].float(), after[name].float())
+    }
+    of_heads = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert changed == of_heads if run.startswith("frozen") else changed > of_heads
+
+
+@pytest.mark.slow
+def test_a_resumed_training_ends_as_the_uninterrupted_one(trained):
+    one, two = (load_file(trained / run / "checkpoint-4/model.safetensors") for run in ("sft", "resumed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    states = [torch.load(trained / run / "checkpoint-4/optimizer.pt") for run in ("sft", "resumed")]
+    first, second = (state["param_groups"][0]["head_rates"] for state in states)
+    assert first == second and first["steps"] == 4
+    rates = sorted({rate for row in first["rates"] for rate in row})
+    assert rates == pytest.approx([0, 0.1, 1])
