@@ -221,7 +221,6 @@ def plan_width(
     cut_neurons = neurons is not None or neuron_share is not None
     if not cut_heads and not cut_neurons:
         raise PruneKitError("nothing to cut; name what stays with --heads, --kv-groups or --neurons")
-    layer_numbers(checkpoint, "text")
     count, kv_count, head_dim = heads(checkpoint)
     parts, notes = find_parts(checkpoint), []
     _check_shapes(checkpoint, parts, count, kv_count, head_dim)
@@ -262,6 +261,12 @@ def _check_shapes(
     checkpoint: Checkpoint, parts: dict[str, Part], count: int, kv_count: int, width: int
 ) -> None:
     wanted = {"q": count, "o": count, "k": kv_count, "v": kv_count}
+    for layer in layer_numbers(checkpoint, "text"):
+        roles = {part.role for part in parts.values() if part.layer == layer}
+        if not {"o", "in", "out"} <= roles or ("q" in roles) != ({"k", "v"} <= roles):
+            raise PruneKitError(
+                f"{checkpoint.path}: layer {layer} lacks projections of attention or MLP; the folder is damaged"
+            )
     for name, part in parts.items():
         tensor = checkpoint.tensors[name]
         if tensor.dtype not in TORCH_DTYPES:
