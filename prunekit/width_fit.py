@@ -2,8 +2,8 @@
 
 Layer by layer, each on what the cut ones before it give: heads are scored and cut, o_proj is refitted to the uncut
 model's state behind attention; then neurons are scored and cut, and down_proj is refitted to its state behind the
-layer. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is zeroed where the output
-projection reads it, and `width.choose` writes the smaller tensors.
+layer. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
+zeroed where the output projection reads it, and `width.choose` writes the smaller tensors.
 """
 
 import contextlib

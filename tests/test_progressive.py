@@ -75,6 +75,13 @@ def test_a_model_that_wasnt_cut_is_refused_in_one_line(lab):  # noqa: F811
     assert re.fullmatch(r"error: .*: nothing was cut from it since it was trained; .*\n", result.stderr)
 
 
+@pytest.mark.parametrize("optimizer", ["head_rates", "active_heads"])
+def test_bad_rates_of_heads_are_refused_before_anything_runs(optimizer, lab):  # noqa: F811
+    result = lab.run("full_run.sh", "--optimizer", optimizer, GPUS="", HEAD_RATES="weak=7")
+    assert (result.returncode, lab.calls()) == (2, [])
+    assert result.stderr == "error: HEAD_RATES: weak=7.0: give 0 to 1\n"
+
+
 def trained_by(folder):
     """Names of the parameters that phase 1 trains, as ms-swift finds them."""
     pattern = re.compile(critical_parameters(open_checkpoint(folder)))
