@@ -130,7 +130,7 @@ class Bench:
             "removed": ("plain", "progressive"),
         }
         for name, some in ways.items():
-            folder = self.cut(name, self.args.score)
+            folder = self.cut(name, self.args.score, not self.args.uncalibrated)
             for way in some:
                 if not self.known("recovered", name, way):
                     self.keep(self.train(folder, way), "recovered", name, way)
@@ -274,6 +274,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration (default: 2048)")
     parser.add_argument("--test-tokens", type=int, default=4096)
     parser.add_argument("--score", default="activation", help="of the cuts that are recovered")
+    parser.add_argument(
+        "--uncalibrated", action="store_true", help="recover what was cut by the weights alone: quicker"
+    )
     parser.add_argument("--steps", type=int, default=30, help="of recovery, a row each (default: 30)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4)")

@@ -346,9 +346,8 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
 
     for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):
         o = weight(layer, row.o).reshape(-1, count, width)
-        v = weight(layer, row.v)[-kv_count * width :].reshape(
-            kv_count, width, -1
-        )  # of fused ones, v is the last
+        v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
+        v = v.reshape(kv_count, width, -1)
         inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
         outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
         norms: dict[int, Any] = {}
@@ -370,13 +369,10 @@ Change = Callable[[str, Any], Any]  # (name, array) -> array: a refit of a tenso
 
 
 def choose(
-    plan: WidthCut,
-    scores: dict[int, Scores],
-    kept: dict[int, Kept] | None = None,
-    changes: dict[str, list[Change]] | None = None,
+    plan: WidthCut, scores: dict[int, Scores], changes: dict[str, list[Change]] | None = None
 ) -> WidthCut:
-    """The plan with its tensors, and what each layer keeps (by default, what scores highest)."""
-    kept = kept or {layer: keep(plan, each) for layer, each in scores.items()}
+    """The plan with its tensors: each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
+    kept = {layer: keep(plan, each) for layer, each in scores.items()}
     parts, changes = find_parts(plan.source), changes or {}
     tensors = dict(plan.result.tensors)
     for name in {**parts, **changes}:
