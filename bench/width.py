@@ -74,7 +74,7 @@ class Bench:
     def loss(self, model) -> float:
         if self._test is None:
             self._test = calibrate(
-                model, self.base, self.texts["wikipedia-test"], max_tokens=self.args.test_tokens
+                model, self.base, self.texts["wikipedia-test"], self.args.test_tokens, self.args.length
             )
         with torch.autocast("cpu", torch.bfloat16):
             return round(score_batches(model, [*self._test.fit, *self._test.held_out])["loss"], 4)

@@ -27,7 +27,7 @@ class Rates:
 
     weak: float = 0.1  # rate of weak heads
     weak_share: float = (
-        0.25  # how many of each layer's heads that aren't pruned are weak, at most: the lowest scores
+        0.25  # of a layer's heads that aren't pruned, rounded down: those with the lowest scores
     )
     others: float = 1.0  # rate of everything but attention; 0 freezes it
     refresh: int = 0  # optimizer steps between looks at the gradients, which score the heads anew; 0: never

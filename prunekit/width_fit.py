@@ -46,11 +46,12 @@ class Layer:
         """A projection's weight as (outputs, inputs)."""
         return linear.weight.T.float() if self.row.inputs_first else linear.weight.float()
 
-    def expert_features(self, _, arguments) -> Iterator[tuple[int, torch.Tensor]]:
+    def expert_features(self, mask: torch.Tensor, arguments) -> Iterator[tuple[int, torch.Tensor]]:
         """(expert, its neurons' activations (tokens routed to it, neurons)) of a call of the experts."""
         states, chosen = arguments[0].flatten(0, -2), arguments[1]
+        counted = mask.to(states.device).flatten()
         for expert in range(len(self.experts.gate_up_proj)):
-            rows = states[(chosen == expert).any(-1)]
+            rows = states[(chosen == expert).any(-1) & counted]
             gate, up = nn.functional.linear(rows, self.experts.gate_up_proj[expert]).chunk(2, -1)
             yield expert, (self.experts.act_fn(gate) * up).float()
 
