@@ -52,7 +52,11 @@ CPU_PROCESSES=${CPU_PROCESSES:-1}   # training processes on a machine without GP
 # Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each, with OUTPUT on a
 # file system that they share.
 
-PLUGINS=("$ROOT/plugins/qwen_vl_token_ids.py")
+PLUGINS=(
+  "$ROOT/plugins/qwen_vl_token_ids.py"
+  "$ROOT/plugins/gpt2_model.py"
+  "$ROOT/plugins/head_rates.py" # --optimizer head_rates, active_heads
+)
 
 # --- argument arrays ------------------------------------------------------------------------------------------
 

@@ -726,8 +726,8 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
 
     Returns parameters (tied weights counted once), parameters_by_component (text: the layers; vision: the whole tower;
     embedding: token embeddings and output head; other), bytes (of weights), num_hidden_layers, vision_depth (None
-    without a vision tower), num_attention_heads, num_key_value_heads, head_dim, and kv_bytes_per_token: 2 (K and V) *
-    layers * KV heads * head_dim * 2 bytes. The last counts bf16/fp16 whatever the weights' dtype, so that stages
+    without a vision tower), num_attention_heads, num_key_value_heads, head_dim, neurons (of an MLP, or of each expert),
+    and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes. The last counts bf16/fp16 whatever the weights' dtype, so that stages
     compare; for encoders it is 0.
     """
     checkpoint = (
@@ -752,6 +752,7 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
         parts[part] += math.prod(tensor.shape)
     layers = len(layer_numbers(checkpoint, "text"))
     count, kv_heads, head_dim = heads(checkpoint)
+    config = configs(checkpoint.config, family.text)[0]
     return {
         "parameters": sum(parts.values()),
         "parameters_by_component": parts,
@@ -761,5 +762,6 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
         "num_attention_heads": count,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
+        "neurons": config.get(family.text.experts or family.text.width) or 4 * config[family.hidden],
         "kv_bytes_per_token": 2 * layers * kv_heads * head_dim * 2 if family.causal else 0,
     }

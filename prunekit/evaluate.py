@@ -19,7 +19,7 @@ from .errors import PruneKitError, run_script
 from .preflight import check_dataset, check_no_remote_code, check_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_PLUGINS = (ROOT / "plugins" / "qwen_vl_token_ids.py",)
+DEFAULT_PLUGINS = tuple(ROOT / "plugins" / name for name in ("qwen_vl_token_ids.py", "gpt2_model.py"))
 
 
 def read_rows(dataset: str | Path, limit: int | None = None) -> list[dict[str, Any]]:

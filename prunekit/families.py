@@ -36,6 +36,9 @@ class Stack:
     k_norm: str = "self_attn.k_norm"
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
+    experts: str | None = None  # config key: width of each expert, where layers can be mixtures
+    width: str = "intermediate_size"  # config key: neurons of an MLP
+    inputs_first: bool = False  # weights are (inputs, outputs), as in transformers' Conv1D
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     inputs_first: bool = False  # projections are stored as (inputs, outputs)
     plain_residual: bool = True  # attention and MLP write into the residual stream with no norm between
@@ -67,6 +70,9 @@ class Family:
     kv_heads: str | None = "num_key_value_heads"  # None: no form with shared KV heads
     head_dim: str | None = "head_dim"  # None: always hidden / heads
     head_dim_default: int | None = None  # None: hidden / heads
+    removable_heads: str = (
+        "any"  # counts that transformers and vLLM load: any, divisors of hidden, or none: head_dim isn't read
+    )
     causal: bool = True  # False: encoders, which have no KV cache
     first_position: int = (
         0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
@@ -103,7 +109,9 @@ _VISUAL = r"(?:model\.)?visual\."
 _DECODER = Stack(_TEXT)
 _QWEN = Stack(_TEXT, threshold="max_window_layers", defaults={"max_window_layers": 28})
 _QWEN_VL = replace(_QWEN, defaults={"max_window_layers": 80}, config="text_config")
-_QWEN_MOE = Stack(_TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step")
+_QWEN_MOE = Stack(
+    _TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step", experts="moe_intermediate_size"
+)
 _VIT = {
     "prefix": _VISUAL + r"blocks\.",
     "count": "depth",
@@ -128,6 +136,7 @@ _BERT = Stack(
 _ENCODER = {
     "kv_heads": None,
     "head_dim": None,
+    "removable_heads": "none",
     "causal": False,
     "tied_by_default": True,
     "embedding": r"(?:.*\.)?embeddings\.|(?:cls\.predictions|lm_head)\.(?:decoder|bias)|vocab_projector\.",
@@ -163,6 +172,7 @@ FAMILIES: dict[str, Family] = {
             ),
             vision_prefix=_VISUAL,
             head_dim=None,
+            removable_heads="none",
         ),
         Family(
             "qwen2_vl",
@@ -170,11 +180,12 @@ FAMILIES: dict[str, Family] = {
             Stack(**_VIT, mlp=("mlp.fc1", "mlp.fc2")),
             vision_prefix=_VISUAL,
             head_dim=None,
+            removable_heads="none",
         ),
         Family("qwen3", _QWEN, head_dim_default=128),
         Family("qwen3_moe", _QWEN_MOE),
-        Family("qwen2", _QWEN),
-        Family("llama", _DECODER),
+        Family("qwen2", _QWEN, removable_heads="none"),  # vLLM takes hidden / heads
+        Family("llama", _DECODER, removable_heads="divisors"),
         Family("mistral", _DECODER),
         Family(
             "gemma3_text",
@@ -191,6 +202,7 @@ FAMILIES: dict[str, Family] = {
                 ),
             ),
             head_dim_default=256,
+            removable_heads="divisors",
             tied_by_default=True,
         ),
         Family(
@@ -203,6 +215,8 @@ FAMILIES: dict[str, Family] = {
                 **dict.fromkeys(("q", "k", "v", "qkv"), "attn.c_attn"),
                 o="attn.c_proj",
                 mlp=("mlp.c_fc", "mlp.c_proj"),
+                width="n_inner",
+                inputs_first=True,
                 norms=("ln_1", "ln_2"),
                 inputs_first=True,
             ),
@@ -212,6 +226,7 @@ FAMILIES: dict[str, Family] = {
             heads="n_head",
             kv_heads=None,
             head_dim=None,
+            removable_heads="none",
         ),
         Family("bert", _BERT, **_ENCODER),
         Family("roberta", _BERT, first_position=2, **_ENCODER),
@@ -227,6 +242,7 @@ FAMILIES: dict[str, Family] = {
                 v="attention.v_lin",
                 o="attention.out_lin",
                 mlp=("ffn.lin1", "ffn.lin2"),
+                width="hidden_dim",
                 plain_residual=False,
                 norms=("sa_layer_norm", "output_layer_norm"),
             ),

@@ -13,6 +13,7 @@ ROWS = {
     "attention heads": "num_attention_heads",
     "KV heads": "num_key_value_heads",
     "head dim": "head_dim",
+    "MLP neurons": "neurons",
     "parameters": "parameters",
     "KV bytes/token": "kv_bytes_per_token",
     "bytes on disk": "bytes",

@@ -212,6 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--reward-funcs", nargs="+", default=[])
     parser.add_argument("--external-plugins", nargs="+", type=Path, default=[])
+    parser.add_argument("--optimizer", help="ms-swift's, or one of plugins/head_rates.py")
     parser.add_argument("--port", action="append", default=[])
     parser.add_argument(
         "--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model"
@@ -234,6 +235,10 @@ def main() -> None:
         for dataset in args.chord_sft_dataset:
             check_dataset(dataset)
     check_rewards(args.reward_funcs, args.external_plugins)
+    if args.optimizer in ("head_rates", "active_heads"):
+        from .head_rates import Rates  # torch: seconds
+
+        Rates.parse(os.environ.get("HEAD_RATES", ""))
     for port in args.port:
         check_port(port)
     if not args.reuse_out:

@@ -440,6 +440,30 @@ def draw_f1(models: list[tuple[str, dict[str, Any]]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_heads(entry: dict[str, Any], path: Path) -> None:
+    """How much each head of each layer matters, as a share of its layer's best, and which of them went.
+
+    `entry` is width_cut's in a history, with its `head_scores` and `heads_removed`.
+    """
+    scores = [[value / (max(row) or 1.0) for value in row] for row in entry["head_scores"]]
+    layers, count = len(scores), len(scores[0])
+    figure, axes = _figure(1, 2.4 + 0.22 * count, 1.4 + 0.16 * layers)
+    axis = axes[0][0]
+    image = axis.imshow(scores, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    gone = [(head, layer) for layer, removed in enumerate(entry["heads_removed"]) for head in removed]
+    axis.scatter(
+        [head for head, _ in gone], [layer for _, layer in gone], marker="x", s=18, color=KEY, linewidth=1.2
+    )  # fmt: skip
+    axis.grid(visible=False)
+    axis.set_xticks(range(0, count, math.ceil(count / 16)))
+    axis.set_yticks(range(0, layers, math.ceil(layers / 20)))
+    axis.set_xlabel("head, × removed")
+    axis.set_ylabel("layer")
+    axis.set_title(f"heads by {entry['settings']['score']}")
+    figure.colorbar(image, label="share of the layer's best", format=lambda value, _: f"{value:.0%}")
+    _save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -62,7 +62,7 @@ def save_tiny_ocr_with_wide_heads(folder):
 
 @pytest.fixture(scope="session")
 def cut_folders(tmp_path_factory):
-    """{(family, cut): folder} for models with fewer layers, and these with one KV head."""
+    """{(family, cut): folder} for models with fewer layers, these with one KV head, and some with narrower layers."""
     root = tmp_path_factory.mktemp("cut")
     torch.manual_seed(0)
     hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE)).save_pretrained(root / "llama")
@@ -78,7 +78,12 @@ def cut_folders(tmp_path_factory):
         merge = ["kv_cut.py", "--model", fewer, "--out", mqa, "--kv-heads", 1]
         if family == "qwen3_vl":  # the one that has a tokenizer
             merge += ["--calib", write_texts(root / "texts.jsonl"), "--refine", 4]
-        for command in (drop, merge):
+        commands = [drop, merge]
+        if family != "qwen3":  # qwen3_vl has its attention
+            narrow = folders[family, "narrow"] = root / f"{family}-3"
+            shares = ["--head-share", 0.5, "--neuron-share", 0.5]
+            commands += [["width_cut.py", "--model", root / family, "--out", narrow, *shares]]
+        for command in commands:
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
     return folders
 
@@ -133,8 +138,11 @@ def by_transformers(folder, prompts):
     return answers
 
 
-@pytest.mark.parametrize("cut", ["layers", "mqa"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family, cut",
+    [(family, cut) for family in ("llama", "qwen3", "qwen3_vl") for cut in ("layers", "mqa")]
+    + [("llama", "narrow"), ("qwen3_vl", "narrow")],
+)
 def test_vllm_generates_what_transformers_does(family, cut, cut_folders, prompts, from_vllm):
     assert from_vllm[family, cut] == by_transformers(cut_folders[family, cut], prompts[family])
 

@@ -66,6 +66,7 @@ class Lab:
         self.env = {
             "PATH": f"{folder}/env/bin:{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),
+            "PYTHONPATH": str(ROOT),  # this checkout's prunekit, wherever the installed one is
             "VIRTUAL_ENV": f"{folder}/env",
             "OMP_NUM_THREADS": "1",
             "STUB_CALLS": str(self.calls_file),

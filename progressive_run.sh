@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Recover a pruned model in three phases: what the cuts hurt most, fast; then all of it; then slowly, in large batches.
+#   In:   $MODEL (what a surgery script wrote), $DATASET, $VAL_DATASET
+#   Out:  $OUTPUT (a checkpoint), and $OUTPUT-phase1, $OUTPUT-phase2 on the way, which the same command doesn't repeat
+#   Cost: as full_run.sh, which runs three times; in phase 1 most weights need neither gradient nor optimizer state
+#   MODEL=checkpoints/narrow OUTPUT=checkpoints/recovered bash progressive_run.sh
+#   MODEL=checkpoints/narrow STEPS1=100 STEPS2=500 STEPS3=200 bash progressive_run.sh --per_device_train_batch_size 4
+source "$(dirname "$0")/lib/common.sh"
+
+MODEL=${MODEL:-checkpoints/pruned}
+OUTPUT=${OUTPUT:-checkpoints/recovered}
+STEPS1=${STEPS1:-1500}
+STEPS2=${STEPS2:-8000}
+STEPS3=${STEPS3:-1000}
+ACCUMULATE=${ACCUMULATE:-16} # gradient accumulation; the third phase has four times that
+
+# shellcheck disable=SC2034  # used by name: phase
+# The layers beside removed ones, or the attention (MLPs) whose heads (neurons) were cut: pruning_info.json says which.
+PHASE1=(
+  --max_steps "$STEPS1"
+  --learning_rate 2e-4
+  --gradient_accumulation_steps "$ACCUMULATE"
+  --freeze_parameters_ratio 1
+  --trainable_parameters_regex "$(python -m prunekit.critical "$MODEL")"
+)
+# shellcheck disable=SC2034
+PHASE2=(
+  --max_steps "$STEPS2"
+  --learning_rate 8e-5
+  --gradient_accumulation_steps "$ACCUMULATE"
+)
+# shellcheck disable=SC2034
+PHASE3=(
+  --max_steps "$STEPS3"
+  --learning_rate 1e-5
+  --gradient_accumulation_steps $((4 * ACCUMULATE))
+)
+
+OUTPUT=${OUTPUT%/}
+if [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT.run" ] && [ -z "$OVERWRITE" ]; then
+  die "$OUTPUT: exists; choose another OUTPUT or pass --overwrite"
+fi
+# An interrupted phase has ended before this ends.
+running=''
+trap 'trap "" INT TERM HUP; if [ -n "$running" ]; then kill -TERM "$running" 2>/dev/null && wait "$running" || true; fi' EXIT
+
+input=$MODEL
+for number in 1 2 3; do
+  output=$OUTPUT
+  [ "$number" = 3 ] || output=$OUTPUT-phase$number
+  declare -n phase=PHASE$number
+  if [ "$number" != 3 ] && [ -e "$output" ] && [ ! -e "$output.run" ] && [ -z "$OVERWRITE" ]; then
+    echo "phase $number: $output is there already"
+  else
+    echo "phase $number: $input -> $output"
+    MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$OVERWRITE bash "$ROOT/full_run.sh" "${phase[@]}" "$@" &
+    running=$!
+    wait "$running"
+    running=''
+  fi
+  input=$output
+done

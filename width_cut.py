@@ -1,0 +1,121 @@
+"""Remove attention heads and MLP neurons from every text layer of a checkpoint: narrower layers, as many as before.
+
+    python width_cut.py --model checkpoints/base --out checkpoints/narrow --head-share 0.5 --neuron-share 0.75 \\
+        --calib data/train.jsonl
+    python width_cut.py --model checkpoints/base --out checkpoints/narrow --heads 16 --score magnitude
+    python width_cut.py --model checkpoints/gpt2 --out checkpoints/masked --heads 6 --calib data/train.jsonl
+
+Numbers and shares are of what stays, in each layer. Every KV head keeps the same number of query heads; --kv-groups
+drops KV heads with all their query heads. What is left loads in transformers and vLLM as any other checkpoint. Where
+the config can't say it (GPT-2, BERT: head size is hidden / heads), or with --mask, heads are zeroed where o_proj reads
+them: that saves no time, but training only what is left works on it (plugins/head_rates.py). With --calib, heads and
+neurons are scored on your data, each layer behind the cut ones before it, and o_proj and down_proj are refitted there;
+it needs the model in memory. Without it, the weights alone decide.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from prunekit.calibration import add_calibration_arguments, model_and_calibration
+from prunekit.checkpoint import check_out, open_checkpoint, statistics
+from prunekit.errors import run_script
+from prunekit.inspect import comparison
+from prunekit.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
+
+
+def calibrate_plan(
+    plan: WidthCut, score: str, arguments: argparse.Namespace
+) -> tuple[WidthCut, dict[str, Any]]:
+    """The plan with its tensors, and what its history shall say of them."""
+    model, data = model_and_calibration(plan.source, arguments)
+    from prunekit.width_fit import calibrate_width  # torch: seconds, after all that can be checked without it
+
+    plan, losses = calibrate_width(plan, model, data, score)
+    if losses:
+        print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**losses))
+    settings = {"calib": str(arguments.calib), "calibration_tokens": data.tokens}
+    return plan, {"settings": settings, "metrics": losses or None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder to read")
+    parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
+    heads = parser.add_mutually_exclusive_group()
+    heads.add_argument("--heads", type=int, metavar="N", help="query heads that each layer keeps")
+    heads.add_argument("--head-share", type=float, metavar="S", help="share of them that it keeps, like 0.5")
+    parser.add_argument(
+        "--kv-groups", type=int, metavar="N", help="KV heads that each layer keeps, with their query heads"
+    )
+    neurons = parser.add_mutually_exclusive_group()
+    neurons.add_argument("--neurons", type=int, metavar="N", help="neurons that each MLP (or expert) keeps")
+    neurons.add_argument(
+        "--neuron-share",
+        type=float,
+        metavar="S",
+        help="share of them that it keeps, rounded to a multiple of 8",
+    )
+    parser.add_argument(
+        "--score",
+        choices=SCORES,
+        help="what decides: weights (default without --calib); what is written (default with it); entropy or variance "
+        "of attention (neurons then by activation); gradient x value, on the uncut model",
+    )
+    parser.add_argument("--mask", action="store_true", help="zero what would go, and keep all shapes")
+    parser.add_argument(
+        "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
+    add_calibration_arguments(parser.add_argument_group("calibration"))
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.dry_run:
+        parser.error("--out is needed (or --dry-run)")
+    score = arguments.score or ("activation" if arguments.calib else "magnitude")
+    if score != "magnitude" and not arguments.calib:
+        parser.error(f"--score {score} needs --calib")
+
+    checkpoint = open_checkpoint(arguments.model)
+    if arguments.out:
+        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    plan = plan_width(
+        checkpoint,
+        arguments.heads,
+        arguments.head_share,
+        arguments.neurons,
+        arguments.neuron_share,
+        arguments.kv_groups,
+        arguments.mask,
+    )
+    for note in plan.notes:
+        print(note)
+    print(comparison(statistics(checkpoint), statistics(plan.result)))
+    calibration = None
+    if arguments.calib:
+        plan, calibration = calibrate_plan(plan, score, arguments)
+    elif not arguments.dry_run:
+        plan = choose(plan, magnitudes(checkpoint))
+    if arguments.dry_run:
+        print("dry run: nothing written")
+        return
+    limit = arguments.max_shard_gb
+    entry = apply_width(
+        plan,
+        arguments.out,
+        score,
+        arguments.overwrite,
+        None if limit is None else int(limit * 1e9),
+        calibration,
+    )
+    print(f"wrote {arguments.out}")
+    if plan.heads:
+        from prunekit.report import draw_heads  # matplotlib
+
+        draw_heads(entry, Path(arguments.out) / "heads.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
