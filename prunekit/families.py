@@ -40,7 +40,6 @@ class Stack:
     width: str = "intermediate_size"  # config key: neurons of an MLP
     inputs_first: bool = False  # weights are (inputs, outputs), as in transformers' Conv1D
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    inputs_first: bool = False  # projections are stored as (inputs, outputs)
     plain_residual: bool = True  # attention and MLP write into the residual stream with no norm between
 
 
@@ -216,7 +215,6 @@ FAMILIES: dict[str, Family] = {
                 o="attn.c_proj",
                 mlp=("mlp.c_fc", "mlp.c_proj"),
                 width="n_inner",
-                inputs_first=True,
                 norms=("ln_1", "ln_2"),
                 inputs_first=True,
             ),
