@@ -50,6 +50,16 @@ def own(tiny, tmp_path):
 
 
 @pytest.fixture
+def plain_trainer(monkeypatch):
+    """transformers' own Trainer: ms-swift, once imported, gives every Trainer of the process callbacks of its own."""
+    from transformers import trainer, trainer_callback
+
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [trainer_callback.DefaultFlowCallback])
+    monkeypatch.setattr(trainer, "DEFAULT_PROGRESS_CALLBACK", trainer_callback.ProgressCallback)
+    monkeypatch.setattr(trainer, "PrinterCallback", trainer_callback.PrinterCallback)
+
+
+@pytest.fixture
 def script():
     """script(name, *args): run a script of the repository as a user does; the finished process."""
 

@@ -38,6 +38,8 @@ from prunekit.ner import (
 from prunekit.publish import publish
 from prunekit.serving import load_served, pad
 
+pytestmark = pytest.mark.usefixtures("plain_trainer")
+
 QUICK = ("--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", 8)
 
 

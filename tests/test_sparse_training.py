@@ -28,6 +28,8 @@ from prunekit.sparse_training import (
 )
 from prunekit.sparsity import choose_weights
 
+pytestmark = pytest.mark.usefixtures("plain_trainer")
+
 STEPS = 8
 
 
