@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
-from prunekit.checkpoint import check_out, open_checkpoint, scratch_folder, statistics
+from prunekit.checkpoint import scratch_folder, statistics
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
 from prunekit.kv_heads import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
+from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 
 
 def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerge, dict[str, Any]]:
@@ -25,9 +26,8 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "kv_cut")) as scratch:
         batch_tokens = 1024 if arguments.refine else 4096  # more steps on the same tokens, for the same time
         model, data = model_and_calibration(plan.source, arguments, scratch, batch_tokens)
-        from prunekit.kv_merge import (
-            calibrate_merge,
-        )  # torch: seconds, after all that can be checked without it
+        # torch: seconds, after all that can be checked without it
+        from prunekit.kv_merge import calibrate_merge
         from prunekit.offload import on_disk
 
         plan, losses = calibrate_merge(plan, model, data, arguments.refine, on_disk(scratch))
@@ -41,22 +41,13 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder to read")
-    parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
+    parser = surgery_parser(__doc__)
     parser.add_argument("--kv-heads", type=int, required=True, metavar="N", help="KV heads to keep")
     parser.add_argument(
         "--method",
         choices=METHODS,
         help="calibrated (default with --calib), the mean of neighbours (default without), or their first head",
     )
-    parser.add_argument(
-        "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     group = parser.add_argument_group("calibration")
     add_calibration_arguments(group)
     group.add_argument(
@@ -66,18 +57,14 @@ def main() -> None:
         metavar="STEPS",
         help="of Adam on each layer's attention, to what the uncut one writes (default: 0; 100 is much)",
     )
-    arguments = parser.parse_args()
-    if not arguments.out and not arguments.dry_run:
-        parser.error("--out is needed (or --dry-run)")
+    arguments = parse_surgery(parser)
     method = arguments.method or ("calibrated" if arguments.calib else "mean")
     if (method == "calibrated") != bool(arguments.calib):
         parser.error("--method calibrated and --calib need each other")
     if arguments.refine < 0 or (arguments.refine and not arguments.calib):
         parser.error("--refine takes a positive number of steps, and --calib")
 
-    checkpoint = open_checkpoint(arguments.model)
-    if arguments.out:
-        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    checkpoint = open_input(arguments)
     plan = plan_kv_merge(checkpoint, arguments.kv_heads, method)
     print(comparison(statistics(checkpoint), statistics(plan.result)))
     calibration = None
@@ -86,10 +73,7 @@ def main() -> None:
     if arguments.dry_run:
         print("dry run: nothing written")
         return
-    limit = arguments.max_shard_gb
-    apply_kv_merge(
-        plan, arguments.out, arguments.overwrite, None if limit is None else int(limit * 1e9), calibration
-    )
+    apply_kv_merge(plan, arguments.out, arguments.overwrite, arguments.max_shard_bytes, calibration)
     print(f"wrote {arguments.out}")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
-from prunekit.checkpoint import check_out, open_checkpoint, read_json, statistics
+from prunekit.checkpoint import read_json, statistics
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
 from prunekit.layers import (
@@ -27,6 +27,7 @@ from prunekit.layers import (
     parse_numbers,
     plan_removal,
 )
+from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 
 
 def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, dict[str, Any]]:
@@ -47,11 +48,7 @@ def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder to read")
-    parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
+    parser = surgery_parser(__doc__)
     parser.add_argument(
         "--text", nargs="+", default=[], metavar="N", help="text layers to drop, like 4 10 or 4-7,10"
     )
@@ -73,25 +70,16 @@ def main() -> None:
     )
     parser.add_argument("--max-layers", type=int, default=10, help="drop at most so many (default: 10)")
     parser.add_argument("--max-fraction", type=float, default=0.25, help="of all parameters (default: 0.25)")
-    parser.add_argument(
-        "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     healing = parser.add_argument_group("healing")
     healing.add_argument(
         "--heal", action="store_true", help="refit the layers around each seam (needs --calib)"
     )
     add_calibration_arguments(healing)
-    arguments = parser.parse_args()
-    if not arguments.out and not arguments.dry_run:
-        parser.error("--out is needed (or --dry-run)")
+    arguments = parse_surgery(parser)
     if arguments.heal != bool(arguments.calib):
         parser.error("--heal and --calib need each other")
 
-    checkpoint = open_checkpoint(arguments.model)
-    if arguments.out:
-        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    checkpoint = open_input(arguments)
     text, vision = parse_numbers(arguments.text), parse_numbers(arguments.vision)
     if arguments.from_ranking:
         if text or vision:
@@ -127,10 +115,7 @@ def main() -> None:
     if arguments.dry_run:
         print("dry run: nothing written")
         return
-    limit = arguments.max_shard_gb
-    apply_removal(
-        plan, arguments.out, arguments.overwrite, None if limit is None else int(limit * 1e9), healing
-    )
+    apply_removal(plan, arguments.out, arguments.overwrite, arguments.max_shard_bytes, healing)
     print(f"wrote {arguments.out}")
 
 

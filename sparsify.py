@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
-from prunekit.checkpoint import check_out, open_checkpoint, read_json, statistics
+from prunekit.checkpoint import read_json, statistics
 from prunekit.errors import PruneKitError, run_script
 from prunekit.sparsity import (
     NO_GAIN,
@@ -36,6 +36,7 @@ from prunekit.sparsity import (
     sparsity_record,
     with_importance,
 )
+from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 
 
 def wish_of(arguments: argparse.Namespace) -> Wish:
@@ -96,11 +97,7 @@ def print_result(plan: Sparsification) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder to read")
-    parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
+    parser = surgery_parser(__doc__)
     parser.add_argument(
         "--sparsity", type=float, metavar="S", help="share of the weights to be zero, like 0.5"
     )
@@ -117,19 +114,10 @@ def main() -> None:
     parser.add_argument(
         "--max-sparsity", type=float, default=0.95, metavar="S", help="of a layer (default: 0.95)"
     )
-    parser.add_argument(
-        "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     add_calibration_arguments(parser.add_argument_group("calibration"))
-    arguments = parser.parse_args()
-    if not arguments.out and not arguments.dry_run:
-        parser.error("--out is needed (or --dry-run)")
+    arguments = parse_surgery(parser)
 
-    checkpoint = open_checkpoint(arguments.model)
-    if arguments.out:
-        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    checkpoint = open_input(arguments)
     plan = plan_sparsify(checkpoint, wish_of(arguments))
     if arguments.layer_importance:
         check_shared_out(plan.wish)
@@ -138,10 +126,7 @@ def main() -> None:
     if arguments.dry_run:
         print("dry run: nothing written")
         return
-    limit = arguments.max_shard_gb
-    apply_sparsify(
-        plan, arguments.out, arguments.overwrite, None if limit is None else int(limit * 1e9), calibration
-    )
+    apply_sparsify(plan, arguments.out, arguments.overwrite, arguments.max_shard_bytes, calibration)
     print(f"wrote {arguments.out}")
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
-from prunekit.checkpoint import check_out, open_checkpoint, statistics
+from prunekit.checkpoint import statistics
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
+from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 from prunekit.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
 
 
@@ -39,11 +40,7 @@ def calibrate_plan(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder to read")
-    parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
+    parser = surgery_parser(__doc__)
     heads = parser.add_mutually_exclusive_group()
     heads.add_argument("--heads", type=int, metavar="N", help="query heads that each layer keeps")
     heads.add_argument("--head-share", type=float, metavar="S", help="share of them that it keeps, like 0.5")
@@ -65,22 +62,13 @@ def main() -> None:
         "of attention (neurons then by activation); gradient x value, on the uncut model",
     )
     parser.add_argument("--mask", action="store_true", help="zero what would go, and keep all shapes")
-    parser.add_argument(
-        "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     add_calibration_arguments(parser.add_argument_group("calibration"))
-    arguments = parser.parse_args()
-    if not arguments.out and not arguments.dry_run:
-        parser.error("--out is needed (or --dry-run)")
+    arguments = parse_surgery(parser)
     score = arguments.score or ("activation" if arguments.calib else "magnitude")
     if score != "magnitude" and not arguments.calib:
         parser.error(f"--score {score} needs --calib")
 
-    checkpoint = open_checkpoint(arguments.model)
-    if arguments.out:
-        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    checkpoint = open_input(arguments)
     plan = plan_width(
         checkpoint,
         arguments.heads,
@@ -101,13 +89,12 @@ def main() -> None:
     if arguments.dry_run:
         print("dry run: nothing written")
         return
-    limit = arguments.max_shard_gb
     entry = apply_width(
         plan,
         arguments.out,
         score,
         arguments.overwrite,
-        None if limit is None else int(limit * 1e9),
+        arguments.max_shard_bytes,
         calibration,
     )
     print(f"wrote {arguments.out}")

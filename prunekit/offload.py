@@ -20,9 +20,8 @@ def on_disk(folder: str | Path) -> Store:
 
     def store(tensor: torch.Tensor) -> torch.Tensor:
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(
-                file.fileno(), 0, max(tensor.nbytes, 1)
-            )  # a full disk kills who writes to a map
+            # Before the map is: writing to it kills the process if the disk is full
+            os.posix_fallocate(file.fileno(), 0, max(tensor.nbytes, 1))
             raw = np.memmap(file, np.uint8, "r+", shape=(tensor.nbytes,))
         mapped = torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
         return mapped.copy_(tensor)
