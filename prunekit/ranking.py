@@ -95,7 +95,7 @@ def find_bend(points: Sequence[tuple[float, float]]) -> int | None:
     if len(points) < 4:
         return None
     (size, best), (smallest, worst) = points[0], points[-1]
-    if size <= smallest or best - worst < LEAST_FALL * best:
+    if size <= smallest or best - worst <= LEAST_FALL * best:
         return None
     heights = [(y - worst) / (best - worst) - (x - smallest) / (size - smallest) for x, y in points]
     bend = max(range(len(points)), key=lambda index: heights[index])
