@@ -95,22 +95,34 @@ def neighbours(cost: torch.Tensor, groups: int) -> list[tuple[int, ...]]:
 
 def mean_keys(moments: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, ...]:
     ones = torch.ones_like(energy, dtype=moments.dtype)
-    return ones / len(ones), ones, energy.sum()
+    return ones / len(ones), ones, energy.sum(0)
 
 
-def mean_values(covariance: torch.Tensor, readers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    eye = torch.eye(readers.shape[1]).to(readers)
-    return eye.repeat(1, len(readers)) / len(readers), eye.expand_as(readers), covariance.trace()
+plan_layer = kv_merge.plan_layer
+
+
+def mean_values(moments: kv_merge.Moments, kv_heads: int, query_heads: int) -> kv_merge.Maps:
+    maps = plan_layer(moments, kv_heads, query_heads)
+    count, width, _ = moments.readers.shape
+    eye = torch.eye(width, dtype=maps.v.dtype)
+    values = torch.zeros(kv_heads, width, count, width, dtype=maps.v.dtype)
+    for number, group in enumerate(maps.groups):
+        values[number][:, list(group)] = eye[:, None] / len(group)
+    order = [head for group in maps.groups for head in group]
+    queries = torch.arange(query_heads).view(count, -1)[order].flatten()
+    maps.v, maps.o = values.flatten(2).flatten(0, 1), torch.kron(torch.eye(query_heads)[:, queries], eye)
+    return maps
 
 
 # What takes the place of each part where it is switched off
-OFF = {
-    "grouping": ("choose_groups", neighbours),
-    "alignment of K": ("shared_keys", mean_keys),
-    "basis of V": ("shared_values", mean_values),
-    "gains": ("GAINS", (False,)),
-    "correction of errors": ("CORRECTED", 0.0),
-    "refit of o": ("fit_output", lambda *_: 0.0),
+OFF: dict[str, dict[str, object]] = {
+    "grouping": {"choose_groups": neighbours},
+    "basis of slow pairs": {"SLOW": -1.0},
+    "alignment of K": {"SLOW": -1.0, "shared_keys": mean_keys},
+    "basis of V": {"plan_layer": mean_values},
+    "gains": {"GAINS": (False,)},
+    "correction of errors": {"CORRECTED": 0.0},
+    "refit of o": {"fit_output": lambda *_: 0.0},
 }
 
 
@@ -144,7 +156,7 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
             }
             with contextlib.ExitStack() as patches:
                 for name in parts:
-                    patches.enter_context(mock.patch.object(kv_merge, *OFF[name]))
+                    patches.enter_context(mock.patch.multiple(kv_merge, **OFF[name]))
                 kv_merge.calibrate_merge(
                     plan_kv_merge(checkpoint, kv_heads, "calibrated"), model, data, refine
                 )

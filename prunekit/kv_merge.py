@@ -2,7 +2,8 @@
 
 V has neither RoPE nor a norm: a group shares the basis that keeps most of what o_proj reads of its values, and the way
 back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group shares
-one combination of its keys per frequency, and the way back is folded into q_proj. Where q and k have a norm behind
+one combination of its keys per frequency, and the way back is folded into q_proj. Pairs that hardly turn over the rows
+share a basis as values do, whatever pair and head their content comes from. Where q and k have a norm behind
 their projections (Qwen3), the fold has the right direction, and the norm's gains can be fitted to give it its length.
 Then o_proj is refitted to what the original's attention writes, and on request q, k, v, o and norms together, by a few
 gradient steps within the layer; what a layer gets comes from the merged ones before it.
@@ -35,6 +36,10 @@ RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix
 # Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by fitted ones.
 GAINS = (True, False)  # with norms: both are tried, layer by layer
 CORRECTED = 0.5  # share of the error that comes into a layer for which its attention shall make up
+SLOW = 1.0  # radians: pairs that RoPE turns by no more between a row's ends are treated as not turned at all
+LEAST_GAIN = (
+    1e-3  # of what is read of the slow pairs, for them to share a basis: per frequency RoPE is kept exactly
+)
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
 
 
@@ -48,8 +53,8 @@ def shared_keys(
 
     moments: E[k k^H], (frequencies, heads, heads), of the pairs (i, i + head_dim / 2) as complex numbers. energy: what
     the heads' queries have of each frequency, (heads, frequencies). Least sum of energy_h |k_h - b_h k'|^2, by the top
-    eigenvector. Returns a and b, (heads, frequencies), and what is lost, which counts about as squared logits. E|k'|^2 is
-    the heads' mean; the phase, which is free, is the heads' mean one.
+    eigenvector. Returns a and b, (heads, frequencies), and what is lost per frequency. E|k'|^2 is the heads' mean; the
+    phase, which is free, is the heads' mean one.
     """
     energy = energy.T
     root = energy.clamp_min(1e-12 * energy.max().clamp_min(1e-30)).sqrt()
@@ -60,18 +65,18 @@ def shared_keys(
     mean = b.sum(1, keepdim=True)
     phase = torch.where(mean.abs() > 1e-9 * b.abs().sum(1, keepdim=True), mean / mean.abs(), 1)
     scale = (wanted / power.clamp_min(1e-30)).clamp_min(1e-30).sqrt()[:, None] * phase
-    return (a * scale).T, (b / scale).T, values[:, :-1].sum()
+    return (a * scale).T, (b / scale).T, values[:, :-1].sum(1)
 
 
-def shared_values(
+def shared_basis(
     covariance: torch.Tensor, readers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One value for a group's heads: v' = P v of all of them, and v_h is then about R_h v'.
+    """One vector for those of a group's heads: v' = P v of all of them, and v_h is then about R_h v'.
 
-    covariance: E[v v^T] of the group's concatenated values, (heads * head_dim, heads * head_dim). readers: sum of
-    O^T O over the columns of o_proj that read each head, (heads, head_dim, head_dim). Least error in what o_proj writes,
-    by PCA in the readers' metric. Returns P (head_dim, heads * head_dim), R (heads, head_dim, head_dim) and what is lost,
-    as squared output. E|v'|^2 is the heads' mean.
+    covariance: E[v v^T] of the group's concatenated vectors, (heads * width, heads * width). readers: the sum of r r^T
+    over all r by which a head is read, (heads, width, width): rows of o_proj for values, queries for keys. Least error in
+    what is read, by PCA in the readers' metric. Returns P (width, heads * width), R (heads, width, width) and what is
+    lost, as squares of what is read. E|v'|^2 is the heads' mean.
     """
     count, width, _ = readers.shape
     eye = torch.eye(width, dtype=readers.dtype, device=readers.device)
@@ -84,6 +89,14 @@ def shared_values(
     power = energy[-width:].sum().clamp_min(1e-30)
     scale = (covariance.diagonal().sum() / count / power).clamp_min(1e-30).sqrt()
     return encode * scale, (decode / scale).view(count, width, width), energy[:-width].sum() * mean
+
+
+def turned(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Radians by which RoPE turns each pair between the ends of the longest row, (pairs,). cos, sin: (rows, length, head_dim)."""
+    angle = torch.atan2(sin.double(), cos.double())[..., : cos.shape[-1] // 2]
+    step = torch.remainder(angle.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
+    way = nn.functional.pad(step.cumsum(1), (0, 0, 1, 0))
+    return (way.amax(1) - way.amin(1)).amax(0)
 
 
 def rotation(c: torch.Tensor) -> torch.Tensor:
@@ -201,6 +214,9 @@ class Moments:
 
     keys: torch.Tensor  # E[k k^H], (frequencies, KV heads, KV heads), complex
     queries: torch.Tensor  # E|q|^2 summed over the query heads of a KV head, (KV heads, frequencies)
+    slow: torch.Tensor  # which of a head's dimensions RoPE hardly turns, (slow,)
+    slow_keys: torch.Tensor  # covariance of those within rows, (KV heads, slow, KV heads, slow)
+    slow_queries: torch.Tensor  # E[q q^T] of those, summed like `queries`, (KV heads, slow, slow)
     values: torch.Tensor  # E[v v^T], (KV heads * head_dim, KV heads * head_dim)
     readers: torch.Tensor  # O^T O summed over a KV head's query heads, (KV heads, head_dim, head_dim)
     before_norm: list[torch.Tensor]  # root mean square of each head of q and of k in front of its norm
@@ -211,17 +227,32 @@ class Moments:
         )
 
 
-def gather(attention: Attention, inputs: Sequence[torch.Tensor]) -> Moments:
-    """inputs: what the projections get, (tokens, hidden) each."""
-    keys = queries = values = tokens = 0
+def gather(
+    attention: Attention, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], slow: torch.Tensor
+) -> Moments:
+    """inputs: what the projections get, (rows, length, hidden) each; masks: (rows, length), false for padding.
+
+    slow: the pairs that RoPE hardly turns, (frequencies,), bool.
+    """
+    slow = slow.repeat(2).nonzero().flatten()
+    keys = queries = values = slow_keys = slow_queries = tokens = 0
     before: list[torch.Tensor | float] = [0.0, 0.0]
-    for x in inputs:
+    for rows, mask in zip(inputs, masks):
+        x = rows[mask]
         q, k = attention.queries_and_keys(x)
         v = attention.v(x).double()
         pairs = as_pairs(k)
         keys = keys + torch.einsum("tnf,tmf->fnm", pairs, pairs.conj())
         queries = queries + as_pairs(q).abs().square().sum(0)
         values = values + v.T @ v
+        # What all keys of a row have in common adds the same to all logits of a query, which softmax doesn't see
+        row = mask.nonzero()[:, 0]
+        some = k[..., slow].flatten(1)
+        mean = some.new_zeros(len(rows), some.shape[1]).index_add(0, row, some)
+        some = some - (mean / mask.sum(1, keepdim=True).clamp_min(1))[row]
+        slow_keys = slow_keys + some.T @ some
+        read = q[..., slow].unflatten(1, (attention.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        slow_queries = slow_queries + read.mT @ read
         if attention.norms:
             both = (attention.q, attention.k)
             before = [
@@ -233,7 +264,12 @@ def gather(attention: Attention, inputs: Sequence[torch.Tensor]) -> Moments:
     readers = torch.einsum("ohgd,ohge->hde", columns, columns)
     queries = queries.view(attention.kv_heads, -1, queries.shape[-1]).sum(1) / tokens
     norms = [(total / tokens).sqrt() for total in before] if attention.norms else []
-    return Moments(keys / tokens, queries, values / tokens, readers, norms)
+    slow_keys = (
+        (slow_keys / tokens).unflatten(0, (attention.kv_heads, -1)).unflatten(2, (attention.kv_heads, -1))
+    )
+    return Moments(
+        keys / tokens, queries, slow, slow_keys, slow_queries / tokens, values / tokens, readers, norms
+    )
 
 
 @dataclass
@@ -251,12 +287,31 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
     """Choose the groups and what they share."""
     count, width = moments.readers.shape[:2]
 
+    fast = torch.ones(width, dtype=torch.bool, device=moments.values.device)
+    fast[moments.slow] = False
+    fast = fast[: width // 2]
+
     def share(group: tuple[int, ...]):
-        index = torch.tensor(group, device=moments.values.device)
-        a, b, lost_keys = shared_keys(moments.keys[:, index][:, :, index], moments.queries[index])
+        """(k, q, v, o, what keys and values lose): q and k per head, (head_dim, head_dim)."""
+        index, size = torch.tensor(group, device=moments.values.device), len(group)
+        a, b, lost_pairs = shared_keys(moments.keys[:, index][:, :, index], moments.queries[index])
+        k, q = torch.stack([rotation(c) for c in a]), torch.stack([rotation(c) for c in b.conj()])
+        lost_keys = lost_pairs[fast].sum() / 2  # a query meets half of a pair's error, whatever their phases
+        if len(moments.slow):
+            block = (slice(None), moments.slow[:, None], moments.slow)
+            keys = moments.slow_keys[index][:, :, index]
+            p, r, lost = shared_basis(keys.flatten(2).flatten(0, 1), moments.slow_queries[index])
+            apart = lost_pairs[~fast].sum() / 2
+            read = torch.einsum("ndne,nde->", keys, moments.slow_queries[index])
+            if apart - lost > LEAST_GAIN * read:
+                # The more is read of a dimension, the slower shall be the pair that it goes to
+                slowest_last = torch.arange(len(moments.slow)).view(-1, 2).T.flatten()
+                p, r, apart = p[slowest_last], r[..., slowest_last], lost
+                k[block], q[block] = p.unflatten(1, (size, -1)).transpose(0, 1), r.mT
+            lost_keys = lost_keys + apart
         blocks = moments.values.view(count, width, count, width)[index][:, :, index]
-        p, r, lost_values = shared_values(blocks.reshape(len(group) * width, -1), moments.readers[index])
-        return a, b, p, r, (lost_keys, lost_values)
+        p, r, lost_values = shared_basis(blocks.reshape(size * width, -1), moments.readers[index])
+        return k, q, p, r, (lost_keys, lost_values)
 
     if kv_heads == 1:
         groups = [tuple(range(count))]
@@ -277,12 +332,12 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
     )
     place = 0
     for number, group in enumerate(groups):
-        a, b, p, r, _ = share(group)
+        k, q, p, r, _ = share(group)
         maps.v[number][:, list(group)] = p.view(width, len(group), width)
         for i, head in enumerate(group):
-            maps.k[number][:, head] = rotation(a[i])
+            maps.k[number][:, head] = k[i]
             for query in range(head * per_head, (head + 1) * per_head):
-                maps.q[place][:, query] = rotation(b[i].conj())
+                maps.q[place][:, query] = q[i]
                 maps.o[query][:, place] = r[i]
                 place += 1
     for name in ("q", "k", "v", "o"):
@@ -537,11 +592,11 @@ def calibrate_merge(
                 store(y.to(e.device) + CORRECTED * (x.to(e.device) - e))
                 for x, y, e in zip(came, wanted, entered.layer)
             ]
-            fitted = [
-                x[batch["attention_mask"].to(x.device).bool()]
-                for x, batch in zip(entered.projections, data.fit)
-            ]
-            moments = gather(attention, fitted)
+            masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
+            turns = [turned(*named["position_embeddings"]) for _, named in entered.attention]
+            slow = torch.stack(turns).amax(0) <= SLOW
+            moments = gather(attention, entered.projections, masks, slow)
+            fitted = [x[mask] for x, mask in zip(entered.projections, masks)]
             if not moments.finite():
                 raise PruneKitError(
                     f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
