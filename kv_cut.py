@@ -5,7 +5,7 @@
 
 With --calib, heads that go together are chosen, aligned and folded into the projections around them, so that attention
 stays nearly what it was; --refine fits each layer's attention further. It takes the memory of one layer and some disk
-beside OUT. Without --calib, neighbours are averaged, and recovery (full_run.sh) has to learn attention again.
+beside OUT. Give rows as long as those that you serve (see --max-length). Without --calib, neighbours are averaged, and recovery (full_run.sh) has to learn attention again.
 """
 
 import argparse
@@ -31,10 +31,15 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
         from prunekit.offload import on_disk
 
         plan, losses = calibrate_merge(plan, model, data, arguments.refine, on_disk(scratch))
+    longest = max(int(batch["attention_mask"].sum(1).max()) for batch in data.fit)
+    print(
+        f"calibrated on {data.tokens:,} tokens, in rows of up to {longest:,}: farther than that it is worse"
+    )
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**losses))
     settings = {
         "calib": str(arguments.calib),
         "calibration_tokens": data.tokens,
+        "longest_row": longest,
         "refine_steps": arguments.refine,
     }
     return plan, {"settings": settings, "metrics": losses}
@@ -55,7 +60,7 @@ def main() -> None:
         type=int,
         default=0,
         metavar="STEPS",
-        help="of Adam on each layer's attention, to what the uncut one writes (default: 0; 100 is much)",
+        help="of Adam on each layer's attention, to what the uncut one writes (default: 0; 200 is much)",
     )
     arguments = parse_surgery(parser)
     method = arguments.method or ("calibrated" if arguments.calib else "mean")

@@ -1,13 +1,14 @@
 """Merging KV heads: what is lost untrained, how fast recovery is, what each part is worth, time and memory.
 
     bash bench/setup.sh
-    .venv/bin/python bench/kv_merge.py --json docs/kv_merging.json cut ablation recovery embedded steps
+    .venv/bin/python bench/kv_merge.py --json docs/kv_merging.json cut ablation context recovery embedded steps
 
 Parts, each a key of the JSON: `cut` takes SmolLM2-135M from 3 KV heads to 1 by `kv_cut.py`, averaged, calibrated and
-refined; `ablation` switches each part of the method off in turn; `recovery` counts the steps of SFT until the loss is
-within 0.3 of the base's; `embedded` cuts the embedded Qwen3-VL (QK-norm) from 4 to 2 and to 1, untrained and after 50
-steps; `steps` compares 4 to 2 to 1 with 4 to 1 for the same number of steps. What earlier calls wrote to RUNS/kv isn't
-made again. All of it takes an hour on two quiet CPU cores.
+refined; `ablation` switches each part of the method off in turn; `context` is what the length of the calibration's
+rows does at longer distances; `recovery` counts the steps of SFT until the loss is within 0.3 of the base's; `embedded`
+cuts the embedded Qwen3-VL (QK-norm) from 4 to 2 and to 1, untrained and after 50 steps; `steps` compares 4 to 2 to 1
+with 4 to 1 for the same number of steps. What earlier calls wrote to RUNS/kv isn't made again. All of it takes an hour
+and a half on two quiet CPU cores.
 """
 
 import argparse
@@ -168,6 +169,45 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def joined(source: Path, runs: Path, characters: int = 16_000) -> Path:
+    """The texts of a file, joined to rows of at least so many characters."""
+    rows, row = [], ""
+    for line in source.open():
+        row += json.loads(line)["text"] + "\n\n"
+        if len(row) >= characters:
+            rows.append({"text": row})
+            row = ""
+    found = runs / f"{source.stem}-joined.jsonl"
+    found.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return found
+
+
+def context(args: argparse.Namespace) -> dict[str, Any]:
+    """Loss on rows of 512 and of 4096 tokens, by the length of the rows that the merge was calibrated on."""
+    texts, lengths, result = write_texts(args.runs), (512, 4096), {}
+    checkpoint = open_checkpoint(smollm2(args.runs / "smollm2-bf16", "bfloat16"))
+    train, test = (joined(texts[name], args.runs) for name in ("wikipedia-train", "wikipedia-test"))
+    cases = [("unmerged", 0, 0.0)]
+    cases += [
+        (f"{slow} {length}", length, value)
+        for length in lengths
+        for slow, value in (("slow pairs,", kv_merge.SLOW), ("without,", -1.0))
+    ]
+    for name, length, slow in cases:
+        model = load_model(checkpoint)
+        judged = {seen: calibrate(model, checkpoint, test, args.test_tokens, seen) for seen in lengths}
+        if length:
+            data = calibrate(model, checkpoint, train, args.ablation_tokens, length)
+            with mock.patch.object(kv_merge, "SLOW", slow):
+                kv_merge.calibrate_merge(plan_kv_merge(checkpoint, 1, "calibrated"), model, data)
+        result[name] = {
+            str(seen): score_batches(model, [*each.fit, *each.held_out])["loss"]
+            for seen, each in judged.items()
+        }
+        log(name, result[name])
+    return result
+
+
 def train(
     model: Path, out: Path, steps: int, flags: list[str], stop_at: float | None = None
 ) -> list[dict[str, float]]:
@@ -260,14 +300,14 @@ def judge(model: Path, args: argparse.Namespace) -> dict[str, float]:
     return {key: scores[key] for key in ("token_acc", "loss", "exact_match", "cer")}
 
 
-def recovered(model: Path, steps: int, args: argparse.Namespace) -> Path:
+def recovered(model: Path, steps: int, args: argparse.Namespace, rate: str = "1e-3") -> Path:
     """A checkpoint trained for some steps on the words that the embedded model knows."""
-    out = args.runs / "kv" / f"{model.name}-{steps}"
+    out = args.runs / "kv" / f"{model.name}-{steps}-{rate}"
     if not out.exists():
         flags = [
             *TINY,
             "--learning_rate",
-            "1e-3",
+            rate,
             "--per_device_train_batch_size",
             "16",
             "--per_device_eval_batch_size",
@@ -316,18 +356,25 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def steps(args: argparse.Namespace) -> dict[str, Any]:
-    """The same number of steps: all behind one cut, or half of them between two."""
-    result = {}
+    """The same number of steps: all behind one cut, or half of them between two. A refined model needs a low rate."""
+    result: dict[str, Any] = {"learning_rate": (rate := "2e-4")}
     for count in (50, 200):
-        one = recovered(merged(EMBEDDED, 1, "refined", args), count, args)
-        half = recovered(merged(EMBEDDED, 2, "refined", args), count // 2, args)
-        two = recovered(merged(half, 1, "refined", args), count // 2, args)
-        result[count] = {"in one go": judge(one, args), "4 to 2 to 1": judge(two, args)}
+        one = recovered(merged(EMBEDDED, 1, "refined", args), count, args, rate)
+        half = recovered(merged(EMBEDDED, 2, "refined", args), count // 2, args, rate)
+        two = recovered(merged(half, 1, "refined", args), count // 2, args, rate)
+        result[str(count)] = {"in one go": judge(one, args), "4 to 2 to 1": judge(two, args)}
         log(count, result[count])
     return result
 
 
-PARTS = {"cut": cut, "ablation": ablation, "recovery": recovery, "embedded": embedded, "steps": steps}
+PARTS = {
+    "cut": cut,
+    "ablation": ablation,
+    "context": context,
+    "recovery": recovery,
+    "embedded": embedded,
+    "steps": steps,
+}
 
 
 def main() -> None:
