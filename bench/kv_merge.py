@@ -363,7 +363,7 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         half = recovered(merged(EMBEDDED, 2, "refined", args), count // 2, args, rate)
         two = recovered(merged(half, 1, "refined", args), count // 2, args, rate)
         result[str(count)] = {"in one go": judge(one, args), "4 to 2 to 1": judge(two, args)}
-        log(count, result[count])
+        log(count, result[str(count)])
     return result
 
 
