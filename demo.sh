@@ -86,7 +86,7 @@ MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/d
 # In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better.
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \
   --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 300)"
-recover mqa-recovered mqa 600 5e-4
+recover mqa-recovered mqa 850 1e-3
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
   stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 130) --learning_rate 7e-4 --lora_dropout 0
