@@ -268,7 +268,11 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
         folder, args.runs / "kv/recovery-base", 1, [*flags, "--learning_rate", "0", "--eval_steps", "1"]
     )[-1]
     wanted = base["loss"] + 0.3
-    result: dict[str, Any] = {"base": base, "wanted_loss": wanted, "flags": " ".join(map(str, flags))}
+    result: dict[str, Any] = {
+        "base": base,
+        "wanted_loss": wanted,
+        "flags": " ".join(map(str, flags)).replace(f"{args.runs}/", ""),
+    }
     limit = args.recovery_steps
     for way in ("refined", "calibrated", "mean"):
         curve = train(args.runs / "kv" / way, args.runs / f"kv/recovery-{way}", limit, flags, wanted)
