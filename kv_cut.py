@@ -5,7 +5,8 @@
 
 With --calib, heads that go together are chosen, aligned and folded into the projections around them, so that attention
 stays nearly what it was; --refine fits each layer's attention further. It takes the memory of one layer and some disk
-beside OUT. Give rows as long as those that you serve (see --max-length). Without --calib, neighbours are averaged, and recovery (full_run.sh) has to learn attention again.
+beside OUT. Give rows as long as those that you serve (see --max-length). Without --calib, neighbours are averaged, and
+recovery (full_run.sh) has to learn attention again.
 """
 
 import argparse

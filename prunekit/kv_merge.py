@@ -214,7 +214,9 @@ class Moments:
 
     keys: torch.Tensor  # E[k k^H], (frequencies, KV heads, KV heads), complex
     queries: torch.Tensor  # E|q|^2 summed over the query heads of a KV head, (KV heads, frequencies)
-    slow: torch.Tensor  # which of a head's dimensions RoPE hardly turns, (slow,)
+    slow_pairs: (
+        torch.Tensor
+    )  # which pairs RoPE hardly turns, (frequencies,), bool; below, `slow` counts dimensions
     slow_keys: torch.Tensor  # covariance of those within rows, (KV heads, slow, KV heads, slow)
     slow_queries: torch.Tensor  # E[q q^T] of those, summed like `queries`, (KV heads, slow, slow)
     values: torch.Tensor  # E[v v^T], (KV heads * head_dim, KV heads * head_dim)
@@ -228,13 +230,16 @@ class Moments:
 
 
 def gather(
-    attention: Attention, inputs: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], slow: torch.Tensor
+    attention: Attention,
+    inputs: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+    slow_pairs: torch.Tensor,
 ) -> Moments:
     """inputs: what the projections get, (rows, length, hidden) each; masks: (rows, length), false for padding.
 
-    slow: the pairs that RoPE hardly turns, (frequencies,), bool.
+    slow_pairs: those that RoPE hardly turns, (frequencies,), bool.
     """
-    slow = slow.repeat(2).nonzero().flatten()
+    slow = slow_pairs.repeat(2).nonzero().flatten()
     keys = queries = values = slow_keys = slow_queries = tokens = 0
     before: list[torch.Tensor | float] = [0.0, 0.0]
     for rows, mask in zip(inputs, masks):
@@ -268,7 +273,7 @@ def gather(
         (slow_keys / tokens).unflatten(0, (attention.kv_heads, -1)).unflatten(2, (attention.kv_heads, -1))
     )
     return Moments(
-        keys / tokens, queries, slow, slow_keys, slow_queries / tokens, values / tokens, readers, norms
+        keys / tokens, queries, slow_pairs, slow_keys, slow_queries / tokens, values / tokens, readers, norms
     )
 
 
@@ -287,25 +292,25 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
     """Choose the groups and what they share."""
     count, width = moments.readers.shape[:2]
 
-    fast = torch.ones(width, dtype=torch.bool, device=moments.values.device)
-    fast[moments.slow] = False
-    fast = fast[: width // 2]
+    slow = moments.slow_pairs.repeat(2).nonzero().flatten()
 
     def share(group: tuple[int, ...]):
         """(k, q, v, o, what keys and values lose): q and k per head, (head_dim, head_dim)."""
         index, size = torch.tensor(group, device=moments.values.device), len(group)
         a, b, lost_pairs = shared_keys(moments.keys[:, index][:, :, index], moments.queries[index])
         k, q = torch.stack([rotation(c) for c in a]), torch.stack([rotation(c) for c in b.conj()])
-        lost_keys = lost_pairs[fast].sum() / 2  # a query meets half of a pair's error, whatever their phases
-        if len(moments.slow):
-            block = (slice(None), moments.slow[:, None], moments.slow)
+        lost_keys = (
+            lost_pairs[~moments.slow_pairs].sum() / 2
+        )  # a query meets half of a pair's error, whatever their phases
+        if len(slow):
+            block = (slice(None), slow[:, None], slow)
             keys = moments.slow_keys[index][:, :, index]
             p, r, lost = shared_basis(keys.flatten(2).flatten(0, 1), moments.slow_queries[index])
-            apart = lost_pairs[~fast].sum() / 2
+            apart = lost_pairs[moments.slow_pairs].sum() / 2
             read = torch.einsum("ndne,nde->", keys, moments.slow_queries[index])
             if apart - lost > LEAST_GAIN * read:
                 # The more is read of a dimension, the slower shall be the pair that it goes to
-                slowest_last = torch.arange(len(moments.slow)).view(-1, 2).T.flatten()
+                slowest_last = torch.arange(len(slow)).view(-1, 2).T.flatten()
                 p, r, apart = p[slowest_last], r[..., slowest_last], lost
                 k[block], q[block] = p.unflatten(1, (size, -1)).transpose(0, 1), r.mT
             lost_keys = lost_keys + apart
@@ -581,6 +586,7 @@ def calibrate_merge(
     unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
     judged = range(len(data.fit), len(batches))
     sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches), store)
+    masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
     tensors = dict(plan.result.tensors)
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
@@ -592,7 +598,6 @@ def calibrate_merge(
                 store(y.to(e.device) + CORRECTED * (x.to(e.device) - e))
                 for x, y, e in zip(came, wanted, entered.layer)
             ]
-            masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
             turns = [turned(*named["position_embeddings"]) for _, named in entered.attention]
             slow = torch.stack(turns).amax(0) <= SLOW
             moments = gather(attention, entered.projections, masks, slow)
