@@ -1,20 +1,21 @@
 """Merging KV heads: what is lost untrained, how fast recovery is, what each part is worth, time and memory.
 
     bash bench/setup.sh
-    .venv/bin/python bench/kv_merge.py --json docs/kv_merging.json cut ablation context recovery embedded steps
+    .venv/bin/python bench/kv_merge.py --json docs/kv_merging.json cut ablation context mixed recovery embedded steps
 
 Parts, each a key of the JSON: `cut` takes SmolLM2-135M from 3 KV heads to 1 by `kv_cut.py`, averaged, calibrated and
 refined; `ablation` switches each part of the method off in turn; `context` is what the length of the calibration's
-rows does at longer distances; `recovery` counts the steps of SFT until the loss is within 0.3 of the base's; `embedded`
-cuts the embedded Qwen3-VL (QK-norm) from 4 to 2 and to 1, untrained and after 50 steps; `steps` compares 4 to 2 to 1
-with 4 to 1 for the same number of steps. What earlier calls wrote to RUNS/kv isn't made again. All of it takes an hour
-and a half on two quiet CPU cores.
+rows does at longer distances; `mixed` adds text of the other kind to the calibration set of `cut`; `recovery` counts
+the steps of SFT until the loss is within 0.3 of the base's; `embedded` cuts the embedded Qwen3-VL (QK-norm) from 4 to
+2 and to 1, untrained and after 50 steps; `steps` compares 4 to 2 to 1 with 4 to 1 for the same number of steps. What
+earlier calls wrote to RUNS/kv isn't made again. All of it takes an hour and a half on two quiet CPU cores.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -208,6 +209,39 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def mixed(args: argparse.Namespace) -> dict[str, Any]:
+    """`refined` with and without an eighth of the calibration's rows from docstrings of other modules than the judged ones."""
+    texts, folder = write_texts(args.runs), smollm2(args.runs / "smollm2-bf16", "bfloat16")
+    rows = args.tokens // 512
+    some, others = texts["wikipedia-train"].open().readlines(), texts["docstrings"].open().readlines()
+    half, share = len(others) // 2, rows // 8
+    calib, judged = args.runs / "kv-mixed.jsonl", args.runs / "kv-mixed-test.jsonl"
+    random.Random(0).shuffle(some)
+    calib.write_text("".join(some[: rows - share] + random.Random(0).sample(others[:half], share)))
+    judged.write_text("".join(others[half:]))
+    flags = ["--calib-tokens", args.tokens, "--max-length", 512, "--refine", args.refine]
+    both = args.runs / "kv" / "mixed"
+    if not both.exists():
+        command("kv_cut.py", "--model", folder, "--out", both, "--kv-heads", 1, "--calib", calib, *flags)
+    tests = texts | {"docstrings": judged}
+    found = {
+        "base": folder,
+        "mean": args.runs / "kv/mean",
+        "wikipedia": args.runs / "kv/refined",
+        "an eighth docstrings": both,
+    }
+    result: dict[str, Any] = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
+    for way, path in found.items():
+        result[way] = losses(path, tests, args.test_tokens)
+        for name in TESTS:
+            excess = result[way][name]["loss"] - result["base"][name]["loss"]
+            result[way][name]["excess"] = excess
+            if way not in ("base", "mean"):
+                result[way][name]["of_mean"] = excess / result["mean"][name]["excess"]
+        log(way, result[way])
+    return result
+
+
 def train(
     model: Path, out: Path, steps: int, flags: list[str], stop_at: float | None = None
 ) -> list[dict[str, float]]:
@@ -375,6 +409,7 @@ PARTS = {
     "cut": cut,
     "ablation": ablation,
     "context": context,
+    "mixed": mixed,
     "recovery": recovery,
     "embedded": embedded,
     "steps": steps,

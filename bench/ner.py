@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/ner"), help="folder of the stages")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning the dense model (default: 3)")
-    parser.add_argument("--distil-steps", type=int, default=125, help="of the student (default: 125)")
+    parser.add_argument("--distil-steps", type=int, default=250, help="of the student (default: 250)")
     parser.add_argument("--scan-rows", type=int, default=300, help="to choose the layer on (default: 300)")
     parser.add_argument("--sparsity", type=float, default=0.15)
     parser.add_argument("--seconds", type=float, default=3.0, help="to time each batch for (default: 3)")

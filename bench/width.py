@@ -225,7 +225,7 @@ class Bench:
         speed = {}
         for name, phases in times.items():
             speed[name] = (
-                {"kv_bytes_per_token": history(self.cut(name))[-1]["kv_bytes_per_token"]}
+                {"kv_bytes_per_token": history(folders[name])[-1]["kv_bytes_per_token"]}
                 if name != "uncut"
                 else {}
             )

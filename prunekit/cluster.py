@@ -1,6 +1,6 @@
 """Work spread over a Ray cluster: used where RAY_ADDRESS is set, and nowhere else.
 
-    pip install 'prunekit[distributed]'
+    pip install -e '.[distributed]'
     ray start --head --node-ip-address HEAD --port 6379 --include-dashboard false      # on the first node
     ray start --address HEAD:6379 --node-ip-address THIS                               # on each other one
     RAY_ADDRESS=HEAD:6379 bash knockout_check.sh                                       # on any of them
@@ -50,7 +50,7 @@ def connected() -> Iterator[Any]:
         import ray
     except ImportError:
         raise PruneKitError(
-            "RAY_ADDRESS is set, but ray is not installed: pip install 'prunekit[distributed]', or unset it"
+            "RAY_ADDRESS is set, but ray is not installed: pip install -e '.[distributed]', or unset it"
         ) from None
     if ray.is_initialized():
         yield ray

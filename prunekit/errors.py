@@ -13,7 +13,7 @@ def need_packages(*names: str, extra: str) -> None:
     """PruneKitError if one of these packages is not installed; `extra` is ours that brings it."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise PruneKitError(f"{name} is not installed: pip install 'prunekit[{extra}]'")
+            raise PruneKitError(f"{name} is not installed: pip install -e '.[{extra}]'")
 
 
 def run_script(main: Callable[[], int | None]) -> None:
