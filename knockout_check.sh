@@ -69,11 +69,12 @@ fi
 if [ -n "$GPUS" ] && [ "$JOBS" -gt 1 ]; then
   use_gpus "$(cut -d, -f"1-$((processes / JOBS))" <<< "$GPUS")"
 fi
+within_positions "${ARGS[@]}" "$@"
 run_group python -m prunekit.knockout --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
   --finalists "$([ "$MODE" = scan ] && echo 0 || echo "$FINALISTS")" --gpus "$GPUS" --jobs "$JOBS" \
   --gpus-per-task "$GPUS_PER_TASK" --group "${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" -- \
   --external_plugins "${PLUGINS[@]}" ${TEMPLATE:+--template "$TEMPLATE"} \
   "${DEVICE_ARGS[@]}" "${RUN_ARGS[@]}" --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" \
-  "${ARGS[@]}" "$@"
+  "${ARGS[@]}" "$@" "${WITHIN[@]}"
 wait "$GROUP_PID"
 rm -rf "$WORK"

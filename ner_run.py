@@ -18,6 +18,7 @@ from typing import Any
 
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError, need_packages, run_script
+from prunekit.families import positions
 from prunekit.ner import (
     HARD_SHARE,
     TEMPERATURE,
@@ -32,7 +33,6 @@ from prunekit.ner import (
     load_tokenizer,
     matching_layers,
     model_labels,
-    positions,
     read_rows,
     scores_table,
     setup_wandb,

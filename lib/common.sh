@@ -10,6 +10,7 @@ active=${VIRTUAL_ENV:-${CONDA_PREFIX:-$ROOT/.venv}}
 PATH=$active/bin:$PATH
 STAGE=${STAGE:-$(basename "$0" .sh)}
 WORK='' # set by claim_work, never from outside: it is deleted in the end
+POSITIONS='' # set by preflight
 
 die() { echo "error: $*" >&2; exit 2; }  # bad input
 fail() { echo "error: $*" >&2; exit 1; } # something broke
@@ -39,7 +40,7 @@ find_gpus() { nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | g
 GPUS=${GPUS-${CUDA_VISIBLE_DEVICES-$(find_gpus)}}
 DTYPE=${DTYPE:-$([ -n "$GPUS" ] && echo bfloat16 || echo float32)}
 MODEL_TYPE=${MODEL_TYPE:-}          # ms-swift's name; default: the model's own model_type
-TEMPLATE=${TEMPLATE:-}              # ms-swift's chat template; default: the one of MODEL_TYPE
+TEMPLATE=${TEMPLATE:-}              # ms-swift's chat template; default: the one most like the checkpoint's own
 DEEPSPEED=${DEEPSPEED-zero2}        # used with several GPUs; zero3 for models that don't fit; empty: plain DDP
 OVERWRITE=${OVERWRITE:-}            # 1 (or the flag --overwrite): replace a finished OUTPUT
 RESTART=${RESTART:-}                # 1: forget an interrupted run instead of resuming it
@@ -107,18 +108,23 @@ RUN_ARGS=(
 is_main_node() { [ "${NODE_RANK:-0}" -eq 0 ]; }
 
 # preflight ARGS...: refuse bad input before anything is written (see prunekit/preflight.py; the user's own flags, put
-# last, count there as they do for ms-swift). Sets MODEL_TYPE and TEACHER_TYPE. What an interrupted run of this
+# last, count there as they do for ms-swift). Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE and POSITIONS. What an interrupted run of this
 # OUTPUT left running is ended here: it may hold the port or the GPUs.
 preflight() {
   OUTPUT=${OUTPUT%/}
   local found overwrite=$OVERWRITE
+  local -a lines
   if [ -d "$OUTPUT.run" ]; then
     claim_work
     is_published && overwrite=1
   fi
-  found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} "$@")
-  MODEL_TYPE=${MODEL_TYPE:-${found%%$'\n'*}}
-  TEACHER_TYPE=${TEACHER_TYPE:-${found##*$'\n'}}
+  found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} \
+    ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@")
+  mapfile -t lines <<< "$found"
+  MODEL_TYPE=${MODEL_TYPE:-${lines[0]}}
+  TEACHER_TYPE=${TEACHER_TYPE:-${lines[1]}}
+  export TEMPLATE=${TEMPLATE:-${lines[2]:-}} # to the launchers that this one calls, too
+  POSITIONS=${lines[3]:-}
 }
 
 setup_wandb() {
@@ -130,6 +136,23 @@ setup_wandb() {
   if [ -z "${WANDB_MODE:-}" ] && [ -z "${WANDB_API_KEY:-}" ] && ! grep -qsF "${host%%[:/]*}" "${NETRC:-$HOME/.netrc}"; then
     export WANDB_MODE=offline
     echo "W&B: no key found, so runs are kept offline in $WANDB_DIR/wandb ('wandb login', then 'wandb sync' sends them)"
+  fi
+}
+
+# within_positions ARGS...: sets WITHIN, which takes back a --max_length of more tokens than the model has positions.
+within_positions() {
+  local flag previous='' length=0
+  for flag in "$@"; do
+    case "${previous//-/_} ${flag//-/_}" in
+      __max_length\ *) length=$flag ;;
+      *\ __max_length=*) length=${flag#*=} ;;
+    esac
+    previous=$flag
+  done
+  WITHIN=()
+  if [ -n "$POSITIONS" ] && [[ $length =~ ^[0-9]+$ ]] && [ "$length" -gt "$POSITIONS" ]; then
+    WITHIN=(--max_length "$POSITIONS")
+    echo "--max_length $POSITIONS: the model has no more positions; longer rows are left out" >&2
   fi
 }
 
@@ -237,9 +260,10 @@ SERVER=()
 run_swift() {
   local kind=$1
   shift
+  within_positions "$@"
   local -a command=(
     swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
-    --external_plugins "${PLUGINS[@]}" "$@"
+    --external_plugins "${PLUGINS[@]}" "$@" "${WITHIN[@]}"
   )
   local line resume='' same=''
   line=$(quoted "${command[@]}")

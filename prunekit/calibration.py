@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, statistics
 from .errors import PruneKitError
+from .families import positions
 from .preflight import check_dataset, check_no_remote_code
 
 HELD_OUT = 5  # every fifth row only judges
@@ -105,6 +106,7 @@ def _text_encoder(folder: Path, max_length: int):
 def _message_encoder(
     model, checkpoint: Checkpoint, max_length: int, model_type: str | None, template: str | None
 ):
+    from .chat_templates import find_template
     from .evaluate import DEFAULT_PLUGINS, load_plugins
 
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
@@ -113,6 +115,7 @@ def _message_encoder(
 
     load_plugins(DEFAULT_PLUGINS)
     processor = get_processor(str(checkpoint.path), model_type=model_type or checkpoint.config["model_type"])
+    template = template or find_template(checkpoint, model_type)
     encoder = get_template(processor, max_length=max_length, template_type=template)
     encoder.set_mode("train")
     encoder.model = model  # which makes the position ids of M-RoPE
@@ -136,9 +139,10 @@ def encoder_of(
 ) -> tuple[Callable[[dict], dict | None], Callable[[list[dict]], dict]]:
     """(encode, collate): a row as a model's input with labels, None if it is too long; several as one padded batch.
 
-    Texts are cut to `max_length` tokens; messages, encoded by ms-swift's template (`model_type` and `template` are
+    Texts are cut to `max_length` tokens, at most to the model's positions; messages, encoded by ms-swift's template (`model_type` and `template` are
     ms-swift's), are refused if longer.
     """
+    max_length = min(max_length, positions(checkpoint.config, max_length))
     if "text" in rows[0]:
         return _text_encoder(checkpoint.path, max_length)
     return _message_encoder(model, checkpoint, max_length, model_type, template)
@@ -183,7 +187,7 @@ def calibrate(
 
     Rows are drawn in a seeded random order and encoded by `encoder_of`. Raises PruneKitError for bad rows.
     """
-    rows = read_calibration(dataset)
+    rows, max_length = read_calibration(dataset), min(max_length, positions(checkpoint.config, max_length))
     encode, collate = encoder_of(model, checkpoint, rows, max_length, model_type, template)
     encoded = draw_rows(rows, encode, max_tokens)
     if len(encoded) < HELD_OUT:
@@ -209,7 +213,7 @@ def add_calibration_arguments(group) -> None:
     group.add_argument("--device", help="default: cuda if there is one")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
     group.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
-    group.add_argument("--template", help="ms-swift's, default: that of the model type")
+    group.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
 
 
 def model_and_calibration(

@@ -26,7 +26,7 @@ from .checkpoint import (
     write_json,
 )
 from .errors import PruneKitError, need_packages
-from .families import family_of
+from .families import family_of, positions
 from .model_card import model_card
 from .ner import (
     TOKEN_CLASSIFIER,
@@ -36,7 +36,6 @@ from .ner import (
     encode,
     load_tokenizer,
     model_labels,
-    positions,
     read_rows,
 )
 from .preflight import check_no_remote_code

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .chat_templates import find_template
 from .checkpoint import open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
 from .preflight import check_dataset, check_no_remote_code, check_rewards
@@ -62,7 +63,7 @@ def load_engine(model: str | Path, device: str | None = None, dtype: str | None 
         torch_dtype=getattr(torch, dtype),
         device_map=device,
         model_type=model_type or checkpoint.config["model_type"],
-        template_type=template,
+        template_type=template or find_template(checkpoint, model_type),
     )
     engine.model.eval()
     engine.template.model = engine.model  # which makes the position ids of M-RoPE
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
-    parser.add_argument("--template", help="ms-swift's, default: that of the model type")
+    parser.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
     parser.add_argument("--plugins", nargs="*", type=Path, default=DEFAULT_PLUGINS)
     parser.add_argument(
         "--rewards", nargs="*", default=[], metavar="NAME[=WEIGHT]", help="also the mean of these rewards"

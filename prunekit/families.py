@@ -250,3 +250,10 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+
+
+def positions(config: dict[str, Any], unsaid: int = 512) -> int:
+    """How many tokens a row may have, special ones included; `unsaid` where the config doesn't say it."""
+    text = config.get("text_config") or config
+    count = text.get("max_position_embeddings") or text.get("n_positions")
+    return count - family_of(config).first_position if count else unsaid

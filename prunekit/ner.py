@@ -19,7 +19,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, read_json, write_json
 from .errors import PruneKitError, need_packages, run_script
-from .families import family_of
+from .families import positions
 from .preflight import check_no_remote_code
 
 TAG = re.compile(r"O|[BI]-\S+")
@@ -134,13 +134,6 @@ def load_tokenizer(folder: Path):
     if not tokenizer.is_fast:
         raise PruneKitError(f"{folder}: has no tokenizer.json, which says what sub-words belong to what word")
     return tokenizer
-
-
-def positions(config: dict[str, Any]) -> int:
-    """How many sub-words a row may have, special ones included."""
-    text = config.get("text_config") or config
-    count = text.get("max_position_embeddings") or text.get("n_positions") or 512
-    return count - family_of(config).first_position
 
 
 def encode(

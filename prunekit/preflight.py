@@ -4,12 +4,14 @@
 
 Every launcher calls this first, with the user's own flags last: those that this knows count as they do for ms-swift
 (`--dataset`, `--val_dataset`, `--reward_funcs`, ...: the last one wins), the others are left to ms-swift. It prints
-the architectures of the model and of the teacher, a line each (ms-swift's `--model_type` unless the user names
-another), and exits 0, or prints one line that names the mistake and the mend and exits 2.
+four lines and exits 0: the architectures of the model and of the teacher (ms-swift's `--model_type` unless the user
+names another), the model's chat template (empty where ms-swift finds it by itself), and how many learned positions it has
+(empty if they are rotary). Or it prints one line that names the mistake and the mend, and exits 2.
 """
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from .chat_templates import find_template
 from .checkpoint import check_out, open_checkpoint
 from .errors import PruneKitError, run_script
 
@@ -213,6 +216,10 @@ def main() -> None:
     parser.add_argument("--reward-funcs", nargs="+", default=[])
     parser.add_argument("--external-plugins", nargs="+", type=Path, default=[])
     parser.add_argument("--optimizer", help="ms-swift's, or one of plugins/head_rates.py")
+    parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
+    parser.add_argument(
+        "--template", help="ms-swift's; default: the one that is most like the checkpoint's own"
+    )
     parser.add_argument("--port", action="append", default=[])
     parser.add_argument(
         "--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model"
@@ -244,8 +251,12 @@ def main() -> None:
     if not args.reuse_out:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
     check_disk(args.out, checkpoint.nbytes * args.disk_factor)
+    with contextlib.redirect_stdout(sys.stderr):
+        template = args.template or find_template(checkpoint, args.model_type, args.adapter)
     print(checkpoint.config["model_type"])
     print(teacher.config["model_type"])
+    print(template or "")
+    print(checkpoint.config.get("n_positions", ""))
 
 
 if __name__ == "__main__":

@@ -415,7 +415,7 @@ def main() -> None:
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
     parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
-    parser.add_argument("--template", help="ms-swift's, default: that of the model type")
+    parser.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
     parser.add_argument("--gpus-per-task", type=int, default=0, help="on a Ray cluster (default: 0)")
     args = parser.parse_args()
     if args.heal != bool(args.calib) or (args.heal and not (args.greedy or args.target_params)):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .calibration import draw_rows, encoder_of, into_batches, load_model, read_calibration
+from .chat_templates import find_template
 from .checkpoint import Checkpoint, layer_numbers, open_checkpoint
 from .errors import PruneKitError
 from .evaluate import counted_states, final_states, logits_in_parts
@@ -276,7 +277,8 @@ def template_of(job: Job, checkpoint: Checkpoint):
 
     model_type = job.model_type or checkpoint.config["model_type"]
     processor = get_processor(str(checkpoint.path), model_type=model_type)
-    return get_template(processor, max_length=job.max_length, template_type=job.template)
+    template = job.template or find_template(checkpoint, model_type)
+    return get_template(processor, max_length=job.max_length, template_type=template)
 
 
 def check_causal(checkpoint: Checkpoint) -> None:

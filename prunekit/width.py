@@ -170,7 +170,8 @@ def _plan_heads(
     if keep is not None:
         wanted, said = keep, f"--heads {keep}"
     elif share is not None:
-        wanted, said = round(count * share, 6), f"--head-share {share}"
+        said = f"--head-share {share}"
+        wanted = next((n for n in allowed if abs(n / count - share) < 0.005), None)  # 0.67 is two thirds
     if wanted not in allowed:
         why = f"{kv_heads} KV heads, each shared by {size}" if size > 1 else "a KV head for each"
         if family.kv_heads is None:

@@ -285,11 +285,24 @@ def preflight(tmp_path):
     return run
 
 
-def test_the_architectures_of_model_and_teacher_are_printed(preflight, tiny):
+def test_the_architectures_of_model_and_teacher_and_the_chat_template_are_printed(preflight, tiny):
     result = preflight(
-        "--model", tiny("qwen3"), "--teacher", tiny("llama"), "--max_steps", 5, "--bf16", "true"
+        "--model",
+        tiny("qwen3"),
+        "--teacher",
+        tiny("llama"),
+        "--template",
+        "qwen3",
+        "--max_steps",
+        5,
+        "--bf16",
+        "true",
     )
-    assert (result.returncode, result.stdout) == (0, "qwen3\nllama\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "qwen3\nllama\nqwen3\n\n"), result.stderr
+
+
+def test_learned_positions_are_printed(preflight, tiny):
+    assert preflight("--model", tiny("gpt2")).stdout == "gpt2\ngpt2\n\n64\n"
 
 
 @pytest.mark.parametrize("flag", ["--val-dataset", "--val_dataset", "--val_dataset=absent.jsonl"])
@@ -308,7 +321,7 @@ def test_the_users_flag_is_checked_in_place_of_the_launchers(preflight, tiny, da
 
 
 def test_columns_renamed_by_swift_leave_rows_to_it(preflight, tiny, data):
-    columns = ["--columns", '{"conversation": "messages"}']
+    columns = ["--columns", '{"conversation": "messages"}', "--template", "qwen3"]
     result = preflight("--model", tiny("qwen3"), "--dataset", data({"conversation": []}), *columns)
     assert result.returncode == 0, result.stderr
 
