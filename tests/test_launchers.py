@@ -292,6 +292,21 @@ def test_settings_of_the_environment_reach_the_command(lab):
     assert call["env"]["WANDB_RUN_GROUP"] == "g"
 
 
+@pytest.mark.parametrize(
+    "family, flags, length",
+    [
+        ("gpt2", [], "64"),
+        ("gpt2", ["--max_length", "32"], "32"),
+        ("gpt2", ["--max_length=9000"], "64"),
+        ("qwen3_vl", ["--max_length", "9000"], "9000"),
+    ],
+)
+def test_rows_are_kept_within_learned_positions(family, flags, length, lab, tiny):
+    lab.run("full_run.sh", *flags, GPUS="", MODEL=str(tiny(family)), STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert values(call["argv"], "--max_length") == [length]
+
+
 def test_the_teacher_keeps_its_own_architecture(lab, tiny):
     lab.run("distil.sh", GPUS="", TEACHER=str(tiny("qwen3_vl_moe")), STUB_FAIL_AT=1)
     [call] = lab.calls()
