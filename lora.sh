@@ -31,4 +31,5 @@ ARGS=(
 )
 
 preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" "$@"
+[ "$MODEL_TYPE" != gpt2 ] || ARGS+=(--target_modules c_attn c_fc c_proj) # its layers are Conv1D, which all-linear passes over
 train sft --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${ARGS[@]}" "$@"

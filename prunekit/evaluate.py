@@ -137,12 +137,28 @@ def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     return {"token_acc": right / total, "loss": loss / total}
 
 
-def teacher_forced(engine, rows: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
-    """token_acc and mean loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval."""
+def encode_rows(engine, rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """Rows with their answers as the model's input; None for those that are longer than it takes."""
+    from swift.template import MaxLengthError
     from tqdm import tqdm
 
     engine.template.set_mode("train")
-    encoded = [engine.template.encode(row) for row in tqdm(rows, desc="encode", leave=False, disable=None)]
+    encoded: list[dict[str, Any] | None] = []
+    for row in tqdm(rows, desc="encode", leave=False, disable=None):
+        try:
+            encoded.append(engine.template.encode(row))
+        except MaxLengthError:
+            encoded.append(None)
+    return encoded
+
+
+def teacher_forced(engine, encoded: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
+    """token_acc and mean loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval.
+
+    `encoded` is what `encode_rows` makes.
+    """
+    from tqdm import tqdm
+
     batches = (
         engine.template.data_collator([encoded[index] for index in batch])
         for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None)
@@ -222,8 +238,15 @@ def main() -> None:
     for model in args.model:
         engine = load_engine(model, args.device, args.dtype, args.model_type, args.template)
         result = {"model": str(model), "parameters": counts[model]["parameters"], "datasets": {}}
-        for name, rows in datasets.items():
-            scores = teacher_forced(engine, rows, args.batch_size)
+        for name, rows in list(datasets.items()):
+            encoded = encode_rows(engine, rows)
+            rows = [row for row, item in zip(rows, encoded, strict=True) if item]
+            if not rows:
+                raise PruneKitError(f"{name}: all rows are longer than {model} takes; give shorter ones")
+            if too_long := len(encoded) - len(rows):
+                print(f"{name}: {too_long} rows are longer than {model} takes, and left out", file=sys.stderr)
+                datasets[name] = rows  # the next models are compared on the same rows
+            scores = teacher_forced(engine, list(filter(None, encoded)), args.batch_size)
             if not args.no_generate:
                 answers = generate(engine, rows, args.batch_size, args.max_new_tokens)
                 scores |= score_answers(answers, rows, rewards)
