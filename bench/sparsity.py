@@ -11,6 +11,7 @@ Prints JSON; what the file has already isn't measured again. Takes an hour on tw
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -162,7 +163,13 @@ class Bench:
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-        zero = {} if callback is None else {"sparsity": callback.sparsity}
+        chosen = [
+            p
+            for name, p in model.named_parameters()
+            if p.ndim == 2 and re.search(f"layers.*({MODULES})", name)
+        ]
+        zeros = sum(int((weight == 0).sum()) for weight in chosen)
+        zero = {} if callback is None else {"sparsity": zeros / sum(weight.numel() for weight in chosen)}
         model = model.to(torch.bfloat16).eval()
         shutil.rmtree(self.work / "training", ignore_errors=True)
         history = getattr(callback, "history", {}).get("events", [])
