@@ -2,7 +2,7 @@
 
 Layer by layer, each on what the cut ones before it give: heads are scored and cut, o_proj is refitted to the uncut
 model's state behind attention; then neurons are scored and cut, and down_proj is refitted to its state behind the
-layer. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
+layer; less most of the error that comes in (`MADE_UP`). A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
 zeroed where the output projection reads it, and `width.choose` writes the smaller tensors.
 """
 
@@ -24,10 +24,14 @@ from .checkpoint import heads
 from .errors import PruneKitError
 from .evaluate import counted_states, final_states, logits_in_parts, score_batches
 from .families import Stack
-from .heal import Fit, Sides
+from .heal import Fit, Sides, states_between
 from .layers import Removal
 from .stacks import find_stack, record_calls
 from .width import Change, Scores, WidthCut, choose, keep, magnitudes
+
+MADE_UP = (
+    0.25  # of the error that comes in: all of it asks too much of what is left, and none lets errors add up
+)
 
 
 class Layer:
@@ -219,6 +223,14 @@ def gate(layer: Layer, plan: WidthCut, scores: Scores, neurons: bool) -> Any:
     return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
 
 
+def _reachable(targets: list[torch.Tensor], uncut: list, cut: list) -> list[torch.Tensor]:
+    """Targets less what isn't made up for of the difference of states that come in (None where nothing came before)."""
+    return [
+        target if state is None else target.float() - (1 - MADE_UP) * (state.float() - own.float())
+        for target, state, own in zip(targets, uncut, cut, strict=True)
+    ]
+
+
 def as_change(fit: Fit) -> Change:
     """A fit as a change of the tensors that hold its projection."""
     solution = fit.solution.cpu()
@@ -275,6 +287,9 @@ def calibrate_width(
     with contextlib.ExitStack() as gates, tqdm(total=len(layers), desc="narrow", disable=quiet) as progress:
         for number, layer in enumerate(layers):
             if refits:
+                for side in (sides.teacher, sides.student):
+                    side.step(number)
+                entered = list(sides.teacher.states), list(sides.student.states)
                 between, behind = sides.targets_between(number)
             each = known.get(number)
             of_heads, of_neurons = (each.heads, each.neurons) if each else (np.zeros(count), np.zeros((1, 0)))
@@ -283,7 +298,7 @@ def calibrate_width(
                 _check_finite(plan, number, of_heads)
                 gates.enter_context(gate(layer, plan, Scores(of_heads, np.zeros((1, 0))), neurons=False))
                 if refits:
-                    refit(number, row.o, between, behind_attention=True)
+                    refit(number, row.o, _reachable(between, *entered), behind_attention=True)
             if plan.neurons:
                 of_neurons = of_neurons if each else neuron_scores(layer, student, number)
                 _check_finite(plan, number, of_neurons)
@@ -291,7 +306,9 @@ def calibrate_width(
                     gates.enter_context(hook)
             scores[number] = Scores(of_heads, of_neurons)
             if refits:
-                refit(number, row.mlp[-1], behind, behind_attention=False)
+                with states_between(sides.layers[number], row) as own:
+                    sides.student.step(number + 1, keep=False)
+                refit(number, row.mlp[-1], _reachable(behind, between, own), behind_attention=False)
             progress.update()
         if family.causal:
             losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
