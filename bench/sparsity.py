@@ -209,8 +209,8 @@ def draw(result: dict, path: Path) -> None:
         axes[0][1].annotate(f"{math.expm1(after):+.0%} ppl", (place, after), (6, -3), fontsize=8,
                             textcoords="offset points")  # fmt: skip
     share = result["settings"]["retraining"]["sparsity"]
-    axes[0][1].set_title(f"loss above dense, {share:.0%} of MLP and o_proj zero, same tokens")
-    axes[0][1].set_xticks(range(len(names)), names)
+    axes[0][1].set_title(f"{share:.0%} of MLP and o_proj zero, retrained")
+    axes[0][1].set_xticks(range(len(names)), [name.replace(" by ", "\nby ") for name in names])
     axes[0][1].set_xlim(-0.5, len(names) - 0.2)
     axes[0][1].legend(frameon=False, fontsize=8)
     report._save(figure, path)
