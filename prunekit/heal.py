@@ -71,6 +71,7 @@ class Projection:
         self.experts = None if hasattr(parent, linear) else parent.experts
         self.module = parent if self.experts is not None else getattr(parent, linear)
         self.bias = self.experts is None and self.module.bias is not None
+        self.inputs_first = isinstance(self.module, Conv1D)
         self.parameters = (
             dict(self.module.named_parameters())
             if self.experts is None
@@ -93,7 +94,13 @@ class Projection:
         if name.endswith("bias"):
             return value + solution[:, -1]
         change = solution[:, :-1] if self.bias else solution
-        return value + (change.T if isinstance(self.module, Conv1D) else change)
+        return value + (change.T if self.inputs_first else change)
+
+    def alone(self) -> "Projection":
+        """What `changed` needs, without holding the model."""
+        other = copy(self)
+        other.module, other.parameters, other.experts = None, {}, None if self.experts is None else True
+        return other
 
     def pattern(self) -> str:
         """Regex of the checkpoint's names for its parameters, relative to the layer."""

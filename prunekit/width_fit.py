@@ -2,7 +2,7 @@
 
 Layer by layer, each on what the cut ones before it give: heads are scored and cut, o_proj is refitted to the uncut
 model's state behind attention; then neurons are scored and cut, and down_proj is refitted to its state behind the
-layer; less most of the error that comes in (`MADE_UP`). A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
+layer, or to make up for a part of the error that comes in. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
 zeroed where the output projection reads it, and `width.choose` writes the smaller tensors.
 """
 
@@ -223,29 +223,35 @@ def gate(layer: Layer, plan: WidthCut, scores: Scores, neurons: bool) -> Any:
     return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
 
 
-def _reachable(targets: list[torch.Tensor], uncut: list, cut: list) -> list[torch.Tensor]:
+def _reachable(targets: list[torch.Tensor], uncut: list, cut: list, made_up: float) -> list[torch.Tensor]:
     """Targets less what isn't made up for of the difference of states that come in (None where nothing came before)."""
     return [
-        target if state is None else target.float() - (1 - MADE_UP) * (state.float() - own.float())
+        target if state is None else target.float() - (1 - made_up) * (state.float() - own.float())
         for target, state, own in zip(targets, uncut, cut, strict=True)
     ]
 
 
 def as_change(fit: Fit) -> Change:
     """A fit as a change of the tensors that hold its projection."""
-    solution = fit.solution.cpu()
-    return lambda name, array: fit.projection.changed(name, torch.from_numpy(array), solution).numpy()
+    solution, projection = fit.solution.cpu(), fit.projection.alone()
+    return lambda name, array: projection.changed(name, torch.from_numpy(array), solution).numpy()
 
 
 @torch.no_grad()
 def calibrate_width(
-    plan: WidthCut, model: nn.Module, data: Calibration, score: str, quiet: bool | None = None
+    plan: WidthCut,
+    model: nn.Module,
+    data: Calibration,
+    score: str,
+    quiet: bool | None = None,
+    made_up: float = 1.0,
 ) -> tuple[WidthCut, dict[str, float]]:
     """Choose what stays by `score` on calibration data, and refit the projections that read it.
 
     Neurons have no attention distributions: by entropy or variance of heads, they are scored by activation. `model` is
-    the uncut one; it isn't fit for use afterwards. Returns the plan with its tensors, and the loss on the held-out rows,
-    `held_out_loss_uncut` and `held_out_loss`; none for encoders, which predict no next token. Families with norms
+    the uncut one; it isn't fit for use afterwards. `made_up` is the share of the error that comes into a layer that its
+    refits make up for: all of it asks much of what is left, less of it lets errors add up. Returns the plan with its
+    tensors, and the loss on the held-out rows, `held_out_loss_uncut` and `held_out_loss`; none for encoders, which predict no next token. Families with norms
     behind their projections are cut and not refitted. Raises PruneKitError for scores that aren't finite, or that an
     encoder can't have.
     """
@@ -298,7 +304,7 @@ def calibrate_width(
                 _check_finite(plan, number, of_heads)
                 gates.enter_context(gate(layer, plan, Scores(of_heads, np.zeros((1, 0))), neurons=False))
                 if refits:
-                    refit(number, row.o, _reachable(between, *entered), behind_attention=True)
+                    refit(number, row.o, _reachable(between, *entered, made_up), behind_attention=True)
             if plan.neurons:
                 of_neurons = of_neurons if each else neuron_scores(layer, student, number)
                 _check_finite(plan, number, of_neurons)
@@ -308,7 +314,7 @@ def calibrate_width(
             if refits:
                 with states_between(sides.layers[number], row) as own:
                     sides.student.step(number + 1, keep=False)
-                refit(number, row.mlp[-1], _reachable(behind, between, own), behind_attention=False)
+                refit(number, row.mlp[-1], _reachable(behind, between, own, made_up), behind_attention=False)
             progress.update()
         if family.causal:
             losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
