@@ -14,6 +14,7 @@ from test_heal import data, self_labelled, text_batches, write_texts
 from test_kv_cut import head_dim_of, text_config
 from tiny_models import FAMILIES, TEXT, load, logits
 
+from prunekit.calibration import calibrate, load_model
 from prunekit.checkpoint import heads, history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.evaluate import score_batches
@@ -325,6 +326,25 @@ def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script
     assert (entry["neurons_before"], entry["neurons"]) == (256, 192)
     assert "| attention heads | 8 | 4 | -50.0% |" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "heads.png").stat().st_size > 5_000
+
+
+def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
+    file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EXAMPLE)
+    done = script(
+        "width_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--heads", 4, "--calib", file, "--calib-tokens", 600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = {}
+    for made_up in (1.0, 0.25):
+        model = load_model(checkpoint)
+        calibration = calibrate(model, checkpoint, file, 600)
+        plan = plan_width(checkpoint, heads_kept=4)
+        found = calibrate_width(plan, model, calibration, "activation", made_up=made_up)[1]
+        losses[made_up] = found["held_out_loss"]
+    assert losses[1.0] != losses[0.25]
+    (entry,) = history(tmp_path / "out")
+    assert entry["settings"]["made_up"] == min(losses, key=losses.get)
+    assert entry["metrics"]["held_out_loss"] == pytest.approx(min(losses.values()), abs=1e-3)
 
 
 def test_the_script_says_that_masks_save_no_time(tiny, tmp_path, script):
