@@ -192,7 +192,7 @@ def calibrate(
     encoded = draw_rows(rows, encode, max_tokens)
     if len(encoded) < HELD_OUT:
         raise PruneKitError(
-            f"calibration set {dataset}: {len(encoded)} of its rows fit into {max_length} tokens; raise --max-length"
+            f"calibration set {dataset}: {len(encoded)} of its rows fit into {max_length} tokens and {max_tokens} in all; raise --max-length or --calib-tokens"
         )
 
     def batches(items: list[dict]) -> list[dict[str, Any]]:
