@@ -287,9 +287,6 @@ run_swift() {
   if is_main_node; then
     printf '%s\n' "# $STAGE, run in $PWD" "$line" > "$WORK/command.sh.new"
     mv "$WORK/command.sh.new" "$WORK/command.sh"
-    # What is resumed goes on in its W&B run.
-    if [ -z "$resume" ] || [ ! -s "$WORK/wandb-id" ]; then od -An -tx8 -N8 /dev/urandom | tr -d ' ' > "$WORK/wandb-id"; fi
-    export WANDB_RUN_ID=${WANDB_RUN_ID:-$(< "$WORK/wandb-id")} WANDB_RESUME=${WANDB_RESUME:-allow}
   fi
   if [ ${#SERVER[@]} -gt 0 ]; then start_server "${SERVER[@]}"; fi
   echo "+ $line"

@@ -44,7 +44,7 @@ def test_an_address_where_no_cluster_is_fails_within_seconds(monkeypatch, addres
 def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PruneKitError, match=r"prunekit\[distributed\]"):
+    with pytest.raises(PruneKitError, match=r"-e '\.\[distributed\]'"):
         list(run_tasks(root_of, [1]))
 
 

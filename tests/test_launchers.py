@@ -468,15 +468,6 @@ def test_a_failing_trainer_leaves_no_output_and_the_same_command_resumes(lab):
     assert not lab.work.exists()
 
 
-def test_a_resumed_training_goes_on_in_its_wandb_run_and_another_has_its_own(lab):
-    lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
-    lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=4)
-    lab.run("full_run.sh", GPUS="", RESTART=1)
-    first, resumed, restarted = (call["env"]["WANDB_RUN_ID"] for call in lab.calls())
-    assert first == resumed != restarted
-    assert {call["env"]["WANDB_RESUME"] for call in lab.calls()} == {"allow"}
-
-
 def test_a_half_written_checkpoint_is_not_resumed_from(lab):
     lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=4)
     (lab.work / "checkpoint-4/trainer_state.json").write_text('{"global_step": 4, "log_his')
