@@ -260,6 +260,7 @@ def draw_knockout_curves(ranking: dict[str, Any], path: Path) -> None:
         axis.set_xlim(left=0)
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
     _save(figure, path)
 
@@ -307,6 +308,7 @@ def draw_curves(folder: Path, path: Path) -> None:
             )
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
@@ -368,6 +370,7 @@ def draw_sparsity(tensors: dict[str, float], path: Path) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.set_title(f"zeros, {stack}")
         axis.set_xlabel("layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False, fontsize=7, ncols=2)
     _save(figure, path)
 
