@@ -106,17 +106,14 @@ def _text_encoder(folder: Path, max_length: int):
 def _message_encoder(
     model, checkpoint: Checkpoint, max_length: int, model_type: str | None, template: str | None
 ):
-    from .chat_templates import find_template
+    from .chat_templates import load_template
     from .evaluate import DEFAULT_PLUGINS, load_plugins
 
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
-    from swift import get_processor, get_template
     from swift.template import MaxLengthError
 
     load_plugins(DEFAULT_PLUGINS)
-    processor = get_processor(str(checkpoint.path), model_type=model_type or checkpoint.config["model_type"])
-    template = template or find_template(checkpoint, model_type)
-    encoder = get_template(processor, max_length=max_length, template_type=template)
+    encoder = load_template(checkpoint, max_length, model_type, template)
     encoder.set_mode("train")
     encoder.model = model  # which makes the position ids of M-RoPE
 

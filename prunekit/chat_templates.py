@@ -98,3 +98,14 @@ def find_template(
         file=sys.stderr,
     )
     return name
+
+
+def load_template(
+    checkpoint: Checkpoint, max_length: int, model_type: str | None = None, template: str | None = None
+):
+    """ms-swift's template of a checkpoint; `model_type` and `template` are ms-swift's names. Raises as `find_template`."""
+    from swift import get_processor, get_template
+
+    processor = get_processor(str(checkpoint.path), model_type=model_type or checkpoint.config["model_type"])
+    name = template or find_template(checkpoint, model_type)
+    return get_template(processor, max_length=max_length, template_type=name)

@@ -214,9 +214,7 @@ class Moments:
 
     keys: torch.Tensor  # E[k k^H], (frequencies, KV heads, KV heads), complex
     queries: torch.Tensor  # E|q|^2 summed over the query heads of a KV head, (KV heads, frequencies)
-    slow_pairs: (
-        torch.Tensor
-    )  # which pairs RoPE hardly turns, (frequencies,), bool; below, `slow` counts dimensions
+    slow_pairs: torch.Tensor  # which ones RoPE hardly turns, (frequencies,), bool; `slow`: their dimensions
     slow_keys: torch.Tensor  # covariance of those within rows, (KV heads, slow, KV heads, slow)
     slow_queries: torch.Tensor  # E[q q^T] of those, summed like `queries`, (KV heads, slow, slow)
     values: torch.Tensor  # E[v v^T], (KV heads * head_dim, KV heads * head_dim)
@@ -299,9 +297,8 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
         index, size = torch.tensor(group, device=moments.values.device), len(group)
         a, b, lost_pairs = shared_keys(moments.keys[:, index][:, :, index], moments.queries[index])
         k, q = torch.stack([rotation(c) for c in a]), torch.stack([rotation(c) for c in b.conj()])
-        lost_keys = (
-            lost_pairs[~moments.slow_pairs].sum() / 2
-        )  # a query meets half of a pair's error, whatever their phases
+        # A query meets half of a pair's error, whatever their phases
+        lost_keys = lost_pairs[~moments.slow_pairs].sum() / 2
         if len(slow):
             block = (slice(None), slow[:, None], slow)
             keys = moments.slow_keys[index][:, :, index]

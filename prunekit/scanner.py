@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .calibration import draw_rows, encoder_of, into_batches, load_model, read_calibration
-from .chat_templates import find_template
+from .chat_templates import load_template
 from .checkpoint import Checkpoint, layer_numbers, open_checkpoint
 from .errors import PruneKitError
 from .evaluate import counted_states, final_states, logits_in_parts
@@ -273,12 +273,7 @@ class Scanner:
 
 def template_of(job: Job, checkpoint: Checkpoint):
     """ms-swift's template, as it encodes this job's messages."""
-    from swift import get_processor, get_template
-
-    model_type = job.model_type or checkpoint.config["model_type"]
-    processor = get_processor(str(checkpoint.path), model_type=model_type)
-    template = job.template or find_template(checkpoint, model_type)
-    return get_template(processor, max_length=job.max_length, template_type=template)
+    return load_template(checkpoint, job.max_length, job.model_type, job.template)
 
 
 def check_causal(checkpoint: Checkpoint) -> None:
