@@ -4,13 +4,15 @@
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --score wanda --calib data/train.jsonl
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --calib data/train.jsonl \\
         --layer-importance activation --power 0.5
-    python sparsify.py --model checkpoints/base --out checkpoints/sparse --pattern 2:4 --modules 'mlp|o_proj'
+    python sparsify.py --model checkpoints/base --out checkpoints/sparse --pattern 2:4 --modules 'mlp|o_proj' \\
+        --score wanda --calib data/train.jsonl --refit
 
 The projections of all layers are meant, experts included, or those that --modules names. --sparsity counts over them:
 with --scope global (default) one threshold goes through all, with layer each tensor gets the same share, with row each
 output of each tensor (default for wanda). --layer-importance gives important layers less of it and the others more, the
 sum as asked. --threshold zeroes every weight whose score is below it. Magnitudes are read tensor by tensor; other scores
-and importances need the model in memory and --calib. Train on with the zeros kept: sparse_run.sh.
+and importances need the model in memory and --calib, and so does --refit: the weights that stay then make up for those
+that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
 """
 
 import argparse
@@ -48,10 +50,14 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
         raise PruneKitError("--scope says how a --sparsity is shared out; leave it out")
     if (arguments.layer_importance == "knockout") != bool(arguments.ranking):
         raise PruneKitError("--layer-importance knockout and --ranking need each other")
-    needed = arguments.score != "magnitude" or arguments.layer_importance in ("gradient", "activation")
+    needed = (
+        arguments.refit
+        or arguments.score != "magnitude"
+        or arguments.layer_importance in ("gradient", "activation")
+    )
     if needed != bool(arguments.calib):
         raise PruneKitError(
-            "this score or importance needs data: --calib data/train.jsonl"
+            "this score, importance or refit needs data: --calib data/train.jsonl"
             if needed
             else "--calib: magnitudes and rankings need no data; leave it out"
         )
@@ -66,7 +72,7 @@ def prepare(
     plan: Sparsification, arguments: argparse.Namespace
 ) -> tuple[Sparsification, dict[str, Any] | None]:
     """The selected plan, and what its history shall say of calibration."""
-    scores, settings, kind = magnitude, {}, arguments.layer_importance
+    scores, settings, metrics, kind = magnitude, {}, None, arguments.layer_importance
     if kind == "knockout":
         ranking = read_json(Path(arguments.ranking))
         plan = with_importance(plan, knockout_importance(plan.source, ranking))
@@ -82,7 +88,17 @@ def prepare(
             scores = weight_scores.SCORES_OF[arguments.score](*inputs)
     if kind:
         settings |= {"layer_importance": kind, "ranking": arguments.ranking}
-    return select(plan, scores), {"settings": settings, "metrics": None} if settings else None
+    plan = select(plan, scores)
+    if arguments.refit:
+        from prunekit.sparse_fit import refit
+
+        plan, metrics = refit(plan, model, data)
+        settings["refit"] = True
+        if metrics:
+            print(
+                "refitted: held-out loss {held_out_loss_dense:.4f} -> {held_out_loss:.4f}".format(**metrics)
+            )
+    return plan, {"settings": settings, "metrics": metrics or None} if settings else None
 
 
 def print_result(plan: Sparsification) -> None:
@@ -113,6 +129,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--max-sparsity", type=float, default=0.95, metavar="S", help="of a layer (default: 0.95)"
+    )
+    parser.add_argument(
+        "--refit", action="store_true", help="the weights that stay, so that each layer writes what it did"
     )
     add_calibration_arguments(parser.add_argument_group("calibration"))
     arguments = parse_surgery(parser)

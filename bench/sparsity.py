@@ -3,8 +3,8 @@
     bash bench/setup.sh && .venv/bin/python bench/sparsity.py --json docs/sparsity.json
 
 Untrained: magnitude, Wanda and gradient, by one threshold, per tensor, per output, with budgets by layers' importance,
-and 2:4. Retrained with the same tokens each: all at once, gradually in one run, and with zeros that move (RigL). Calibrated
-and trained on one half of the Wikipedia articles, measured on the other half, and on text of another kind (docstrings).
+and 2:4; some of them refitted. Retrained with the same tokens each: all at once, gradually in one run, in cycles by Wanda,
+with zeros that move (RigL), and taught by the dense model. Calibrated and trained on one half of the Wikipedia articles, measured on the other half, and on text of another kind (docstrings).
 Prints JSON; what the file has already isn't measured again. Takes an hour on two CPU cores.
 """
 
@@ -27,6 +27,7 @@ from prunekit.calibration import calibrate, draw_rows, encoder_of, load_model, r
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.errors import PruneKitError, run_script
 from prunekit.evaluate import score_batches
+from prunekit.sparse_fit import refit
 from prunekit.sparse_settings import Dynamic, Gradual
 from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
 from prunekit.sparsity import (
@@ -51,8 +52,22 @@ UNTRAINED = {  # name: (score, scope, importance, power), all at 50%
     "gradient, layer": ("gradient", "layer", None, 1),
     "magnitude, 2:4": ("magnitude", "2:4", None, 1),
     "wanda, 2:4": ("wanda", "2:4", None, 1),
+    "magnitude, layer, refitted": ("magnitude", "layer", None, 1),
+    "wanda, row, refitted": ("wanda", "row", None, 1),
+    "wanda, row by activation, refitted": ("wanda", "row", "activation", 0.5),
+    "wanda, 2:4, refitted": ("wanda", "2:4", None, 1),
 }
-RETRAINED = ("one shot", "gradual", "dynamic", "one shot by wanda", "dense")
+RETRAINED = (
+    "one shot",
+    "gradual",
+    "dynamic",
+    "one shot by wanda",
+    "cycles by wanda",
+    "one shot by wanda, refitted",
+    "cycles by wanda, refitted",
+    "one shot by wanda, refitted, distilled",
+    "dense",
+)
 MODULES = "mlp|o_proj"
 
 
@@ -95,12 +110,28 @@ class Bench:
     def losses(self, model) -> dict[str, float]:
         return {name: score_batches(model, batches)["loss"] for name, batches in self.tests().items()}
 
-    def sparsify(self, name: str, wish: Wish, importance: str | None = None) -> Path:
+    def sparsify(self, name: str, wish: Wish, importance: str | None = None, refitted: bool = False) -> Path:
         plan = plan_sparsify(self.checkpoint, wish)
         if importance:
             plan = with_importance(plan, self.importance(importance))
         plan = select(plan, self.scores(wish.score, wish.modules))
+        if refitted:
+            plan, _ = refit(plan, load_model(self.checkpoint), self.data())
         out = self.work / name
+        apply_sparsify(plan, out, overwrite=True)
+        return out
+
+    def sparsify_again(self, model, name: str, wish: Wish, refitted: bool) -> Path:
+        """More zeros in a model that was trained, chosen by what it does now."""
+        folder, out = self.work / "cycle", self.work / name
+        model.to(torch.bfloat16).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(self.checkpoint.path / file, folder)
+        checkpoint = open_checkpoint(folder)
+        plan, model = plan_sparsify(checkpoint, wish), load_model(checkpoint)
+        plan = select(plan, weight_scores.SCORES_OF[wish.score](checkpoint, model, self.data(), plan.weights))
+        if refitted:
+            plan, _ = refit(plan, model, self.data())
         apply_sparsify(plan, out, overwrite=True)
         return out
 
@@ -111,7 +142,7 @@ class Bench:
         else:
             wish = Wish(sparsity=0.5, scope=scope, score=score, power=power)
         start = time.perf_counter()
-        folder = self.sparsify("untrained", wish, importance)
+        folder = self.sparsify("untrained", wish, importance, name.endswith("refitted"))
         seconds = time.perf_counter() - start
         found = read_json(folder / "pruning_info.json")["history"][-1]["sparsity"]
         shares = found["tensors"].values()
@@ -122,65 +153,96 @@ class Bench:
             "seconds": seconds,
         }
 
-    def retrained(self, name: str) -> dict:
-        args, zeros = self.args, {"sparsity": self.args.sparsity, "modules": MODULES}
-        if name == "dense":
-            folder, callback = self.checkpoint.path, None
-        elif name.startswith("one shot"):
-            wanda = {"score": "wanda", "scope": "row"} if "wanda" in name else {}
-            folder, callback = self.sparsify("one-shot", Wish(**zeros, **wanda)), KeepZeros()
-        elif name == "gradual":
-            folder = self.checkpoint.path
-            callback = GradualPruning(Gradual(**zeros, events=args.events, schedule="exponential"))
-        else:
-            folder = self.checkpoint.path
-            callback = DynamicSparsity(Dynamic(**zeros, interval=max(1, args.steps // 12)))
-        before = self.losses(load_model(open_checkpoint(folder)))
+    def train(self, folder: Path, callback, steps: int, first: int = 0, teacher=None):
+        """(model, seconds) after so many steps, on rows of the training half from that of step `first` on."""
+        args = self.args
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         rows = read_calibration(self.texts["wikipedia-train"])
         encode, collate = encoder_of(model, self.checkpoint, rows, 512)
-        needed = args.steps * args.rows
-        rows = draw_rows(rows, encode, (needed + args.eval_rows) * 511)
+        rows = draw_rows(rows, encode, (args.steps * args.rows + args.eval_rows) * 511)
+        start = args.eval_rows + first * args.rows
         settings = transformers.TrainingArguments(
             self.work / "training",
-            max_steps=args.steps,
+            max_steps=steps,
             per_device_train_batch_size=args.rows,
             learning_rate=args.learning_rate,
             lr_scheduler_type="constant_with_warmup",  # alike for all: later events need a rate, too
-            warmup_steps=max(1, args.steps // 20),
+            warmup_steps=max(1, steps // 20),
             use_cpu=True,
             bf16=True,
             save_strategy="no",
             logging_steps=10,
             report_to=[],
         )
-        trainer = transformers.Trainer(
-            model, settings, train_dataset=rows[args.eval_rows :], eval_dataset=rows[: args.eval_rows],
+        trainer = (Distillation if teacher else transformers.Trainer)(
+            model, settings, train_dataset=rows[start:], eval_dataset=rows[: args.eval_rows],
             data_collator=collate, callbacks=[callback] if callback else [],
         )  # fmt: skip
+        trainer.teacher = teacher
         if callback:
             callback.trainer = trainer
-        start = time.perf_counter()
+        began = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
+        shutil.rmtree(self.work / "training", ignore_errors=True)
+        return model, seconds
+
+    def retrained(self, name: str) -> dict:
+        args, zeros = self.args, {"sparsity": self.args.sparsity, "modules": MODULES}
+        wanda = {"score": "wanda", "scope": "row"} if "wanda" in name else {}
+        refitted, found = "refitted" in name, {"events": []}
+        callback = None if name == "dense" else KeepZeros()
+        if name.startswith("cycles"):
+            levels, model, seconds = Gradual(**zeros, events=args.events).levels(), self.model(), 0.0
+            for cycle, level in enumerate(levels):
+                folder = self.sparsify_again(
+                    model, "cycles", Wish(**zeros | {"sparsity": level}, **wanda), refitted
+                )
+                after = self.losses(load_model(open_checkpoint(folder)))
+                first, end = (each * args.steps // len(levels) for each in (cycle, cycle + 1))
+                model, more = self.train(folder, KeepZeros(), end - first, first)
+                seconds += more
+                found["events"].append({"sparsity": level, "after": after})
+        else:
+            folder = self.checkpoint.path
+            if name.startswith("one shot"):
+                folder = self.sparsify("one-shot", Wish(**zeros, **wanda), refitted=refitted)
+            elif name == "gradual":
+                callback = GradualPruning(Gradual(**zeros, events=args.events, schedule="exponential"))
+            elif name == "dynamic":
+                callback = DynamicSparsity(Dynamic(**zeros, interval=max(1, args.steps // 12)))
+            found["before"] = self.losses(load_model(open_checkpoint(folder)))
+            model, seconds = self.train(
+                folder, callback, args.steps, teacher=self.model() if "distilled" in name else None
+            )
+            found["events"] = getattr(callback, "history", {}).get("events", [])
         chosen = [
             p
             for name, p in model.named_parameters()
             if p.ndim == 2 and re.search(f"layers.*({MODULES})", name)
         ]
-        zeros = sum(int((weight == 0).sum()) for weight in chosen)
-        zero = {} if callback is None else {"sparsity": zeros / sum(weight.numel() for weight in chosen)}
-        model = model.to(torch.bfloat16).eval()
-        shutil.rmtree(self.work / "training", ignore_errors=True)
-        history = getattr(callback, "history", {}).get("events", [])
-        return {
-            "before": before,
-            **self.losses(model),
-            **zero,
+        if callback:
+            count = sum(int((weight == 0).sum()) for weight in chosen)
+            found["sparsity"] = count / sum(weight.numel() for weight in chosen)
+        return found | {
+            **self.losses(model.to(torch.bfloat16).eval()),
             "tokens": args.steps * args.rows * 512,
             "seconds": seconds,
-            "events": history,
         }
+
+
+class Distillation(transformers.Trainer):
+    """The loss is the Kullback-Leibler divergence of the student from the teacher, per token."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        with torch.no_grad():
+            wanted = self.teacher(**inputs).logits.float().log_softmax(-1)
+        outputs = model(**inputs)
+        found = outputs.logits.float().log_softmax(-1)
+        each = torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        loss = each[inputs["attention_mask"].bool()].mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 def draw(result: dict, path: Path) -> None:
@@ -198,7 +260,7 @@ def draw(result: dict, path: Path) -> None:
     names = [name for name in RETRAINED if name in result["retrained"]]
     for place, name in enumerate(names):
         found = result["retrained"][name]
-        before = found["before"]["wikipedia-test"] - result["base"]["wikipedia-test"]
+        before = found.get("before", {}).get("wikipedia-test", 0) - result["base"]["wikipedia-test"]
         after = found["wikipedia-test"] - result["base"]["wikipedia-test"]
         if name.startswith("one shot"):
             axes[0][1].plot([place, place], [before, after], color=report.PALE, zorder=1)

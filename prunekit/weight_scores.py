@@ -6,7 +6,7 @@ gradient  |W| * norm of its gradient over the batches (GBLM-Pruner, 2311.04902, 
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from .stacks import find_stack
 EXPERT = re.compile(r"(.*\.experts)\.(?:(\d+)\.)?(\w+?)(?:\.weight)?$")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     return re.sub(NAME_PREFIX, "", name)
 
 
@@ -42,20 +42,56 @@ def _run(checkpoint: Checkpoint, model: nn.Module, batch: dict[str, Any]) -> Non
         model(**inputs)
 
 
+def text_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(n,): which of the flattened tokens count: all but padding, or all where the values aren't of text tokens."""
+    count = values.shape[:-1].numel()
+    return (
+        mask.flatten().nonzero()[:, 0].to(values.device)
+        if count == mask.numel()
+        else torch.arange(count, device=values.device)
+    )
+
+
 def _tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(tokens, width) in fp32: padding left out where the values are of text tokens."""
-    flat = values.flatten(0, -2).float()
-    return flat[mask.flatten().bool().to(flat.device)] if len(flat) == mask.numel() else flat
+    """(tokens, width) in fp32, without padding."""
+    return values.flatten(0, -2)[text_tokens(values, mask)].float()
 
 
 def _expert_inputs(
-    experts: nn.Module, values: torch.Tensor, expert: torch.Tensor
+    experts: nn.Module, values: torch.Tensor, expert: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What one expert's two projections read: (tokens, hidden), (tokens, width), for the tokens routed to it."""
     first, _ = (getattr(experts, name)[expert] for name in ("gate_up_proj", "down_proj"))
     out = values @ first if getattr(experts, "is_transposed", False) else values @ first.T
     gate, up = out.chunk(2, dim=-1)
     return values, experts.act_fn(gate) * up
+
+
+def watch_inputs(module: nn.Module, mask: Callable[[], torch.Tensor], seen: Callable[..., None]) -> Any:
+    """Hook a module: at each call `seen(part, number, values, tokens)` gets what its weights read; returns the handle.
+
+    values: (n, inputs) in fp32; tokens: (n,), which of the flattened tokens they are. Left out is padding, which
+    `mask()`, asked once a call, tells. Of a linear module part and number are None. Of stacked experts part is
+    gate_up_proj or down_proj, and the values are of the tokens routed to expert `number`.
+    """
+
+    def linear(_, inputs: tuple) -> None:
+        tokens = text_tokens(inputs[0], mask())
+        seen(None, None, inputs[0].flatten(0, -2)[tokens].float(), tokens)
+
+    def routed(_, inputs: tuple, kwargs: dict) -> None:
+        given = dict(zip(("hidden_states", "top_k_index"), inputs)) | kwargs
+        states, chosen = given["hidden_states"].flatten(0, -2), given["top_k_index"].flatten(0, -2)
+        tokens = text_tokens(states, mask())
+        for number in range(len(module.down_proj)):
+            mine = tokens[(chosen[tokens] == number).any(-1)]
+            read = _expert_inputs(module, states[mine], number)
+            for part, values in zip(("gate_up_proj", "down_proj"), read):
+                seen(part, number, values.float(), mine)
+
+    if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+        return module.register_forward_pre_hook(routed, with_kwargs=True)
+    return module.register_forward_pre_hook(linear)
 
 
 def input_norms(
@@ -67,46 +103,28 @@ def input_norms(
     """
     squares: dict[str, torch.Tensor] = {}
     mask = torch.empty(0)
-    watched = {_plain(name).removesuffix(".weight") for name in weights}
+    watched = {plain_name(name).removesuffix(".weight") for name in weights}
     watched |= {expert[1] for name in watched if (expert := EXPERT.match(name))}
 
-    def add(name: str, values: torch.Tensor, number: int | None = None, count: int = 0) -> None:
-        total = values.float().square().sum(0)
-        if number is None:
+    def add(name: str, module: nn.Module, part: str | None, number: int | None, values, _) -> None:
+        total = values.square().sum(0)
+        if part is None:
             squares[name] = squares.get(name, 0) + total
         else:
-            squares.setdefault(name, total.new_zeros(count, len(total)))[number] += total
-
-    def linear(name: str, module: nn.Module, inputs: tuple) -> None:
-        add(name, _tokens(inputs[0], mask))
-
-    def routed(name: str, module: nn.Module, inputs: tuple, kwargs: dict) -> None:
-        given = dict(zip(("hidden_states", "top_k_index"), inputs)) | kwargs
-        states, chosen = given["hidden_states"].flatten(0, -2), given["top_k_index"].flatten(0, -2)
-        real = mask.flatten().bool().to(states.device)
-        if len(real) == len(states):
-            states, chosen = states[real], chosen[real]
-        for number in range(len(module.down_proj)):
-            read = _expert_inputs(module, states[(chosen == number).any(-1)], number)
-            for part, values in zip(("gate_up_proj", "down_proj"), read):
-                add(f"{name}.{part}", values, number, len(module.down_proj))
+            empty = total.new_zeros(len(module.down_proj), len(total))
+            squares.setdefault(f"{name}.{part}", empty)[number] += total
 
     with contextlib.ExitStack() as hooks, torch.inference_mode():
         for name, module in model.named_modules():
-            if (name := _plain(name)) not in watched:
-                continue
-            if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-                hook = module.register_forward_pre_hook(partial(routed, name), with_kwargs=True)
-            else:
-                hook = module.register_forward_pre_hook(partial(linear, name))
-            hooks.callback(hook.remove)
+            if (name := plain_name(name)) in watched:
+                hooks.callback(watch_inputs(module, lambda: mask, partial(add, name, module)).remove)
         for batch in _batches(data, "activations"):
             mask = batch["attention_mask"]
             _run(checkpoint, model, batch)
 
     norms = {}
     for name in weights:
-        plain, expert = _plain(name), EXPERT.match(_plain(name))
+        plain, expert = plain_name(name), EXPERT.match(plain_name(name))
         if plain.removesuffix(".weight") in squares:
             found = squares[plain.removesuffix(".weight")]
         elif expert:
@@ -150,8 +168,8 @@ def gradient_norms(
             f"gradients are those of a causal language model's loss, which {checkpoint.family.model_type} has not; "
             "take another score"
         )
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
-    places = {name: _place(parameters, _plain(name)) for name in weights}
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    places = {name: place(parameters, plain_name(name)) for name in weights}
     if lost := [name for name, place in places.items() if place is None]:
         raise PruneKitError(f"{lost[0]}: not found in the model; leave it out with --modules")
     trained = {id(parameter): parameter for parameter, _ in places.values()}
@@ -183,7 +201,7 @@ def gradient_norms(
     return norms
 
 
-def _place(parameters: dict[str, nn.Parameter], plain: str) -> tuple[nn.Parameter, Any] | None:
+def place(parameters: dict[str, nn.Parameter], plain: str) -> tuple[nn.Parameter, Any] | None:
     """(parameter, part of it) that a checkpoint's tensor is in memory, where experts are stacked."""
     if plain in parameters:
         return parameters[plain], ...
