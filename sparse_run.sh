@@ -20,13 +20,15 @@ CYCLES=${CYCLES:-4}
 SCHEDULE=${SCHEDULE:-exponential}   # of what lies between: exponential, or cubic (more of it early)
 MODULES=${MODULES:-}                # regex, as sparsify.py's; default: the projections of all layers
 SCORE=${SCORE:-magnitude}           # or wanda, gradient: calibrated on DATASET before each cycle
+REFIT=${REFIT:-}                    # 1: what stays makes up for what went before it is trained; calibrated, too
 WORSE=${WORSE:-0.15}                # perplexity lost that is good enough; after a cycle that lost more there is no other
 
 SPARSIFY_ARGS=(
   --score "$SCORE"
   ${MODULES:+--modules "$MODULES"}
+  ${REFIT:+--refit}
 )
-[ "$SCORE" = magnitude ] || SPARSIFY_ARGS+=(
+[ "$SCORE$REFIT" = magnitude ] || SPARSIFY_ARGS+=(
   --calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"}
 )
 ARGS=(

@@ -73,7 +73,7 @@ def cut_flags(args: argparse.Namespace, texts: dict[str, Path]) -> dict[str, lis
 def cut(args: argparse.Namespace) -> dict[str, Any]:
     folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
     result = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
-    result["base"] = base = losses(folder, texts, args.test_tokens)
+    result["base"] = losses(folder, texts, args.test_tokens)
     load = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prunekit.calibration import load_model; "
     load += f"from prunekit.checkpoint import open_checkpoint; load_model(open_checkpoint({str(folder)!r}))"
     result["loading_the_model_mb"] = command("-c", load)[1]
@@ -83,11 +83,17 @@ def cut(args: argparse.Namespace) -> dict[str, Any]:
             "kv_cut.py", "--model", folder, "--out", out, "--kv-heads", 1, "--overwrite", *flags
         )
         result[way] = losses(out, texts, args.test_tokens) | {"seconds": seconds, "peak_mb": peak}
-        for name in TESTS:
-            result[way][name]["excess"] = result[way][name]["loss"] - base[name]["loss"]
-            result[way][name]["of_mean"] = result[way][name]["excess"] / result["mean"][name]["excess"]
+        add_excess(result, way)
         log(way, result[way])
     return result
+
+
+def add_excess(result: dict[str, Any], way: str) -> None:
+    """To the losses of a way of merging: what they are above the base's, and that as a share of averaging's."""
+    for name in TESTS:
+        found = result[way][name]
+        found["excess"] = found["loss"] - result["base"][name]["loss"]
+        found["of_mean"] = found["excess"] / result["mean"][name]["excess"]
 
 
 def neighbours(cost: torch.Tensor, groups: int) -> list[tuple[int, ...]]:
@@ -233,11 +239,8 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
     for way, path in found.items():
         result[way] = losses(path, tests, args.test_tokens)
-        for name in TESTS:
-            excess = result[way][name]["loss"] - result["base"][name]["loss"]
-            result[way][name]["excess"] = excess
-            if way not in ("base", "mean"):
-                result[way][name]["of_mean"] = excess / result["mean"][name]["excess"]
+        if way != "base":
+            add_excess(result, way)
         log(way, result[way])
     return result
 
