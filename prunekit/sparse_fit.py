@@ -30,9 +30,7 @@ from .stacks import Replay, find_stack, record_calls
 from .weight_scores import EXPERT, place, plain_name, watch_inputs
 
 STEPS = 10  # of conjugate gradients: more of them gain nothing, and cost as much as the forward passes
-MADE_UP = (
-    0.25  # of the error that comes in: all of it asks too much of what is left, and none lets errors add up
-)
+MADE_UP = 0.25  # of the error that comes in: all asks too much of what is left, none lets errors add up
 
 
 class Moments:
@@ -171,6 +169,7 @@ class Layer:
         hook = watch_inputs(self.readers[turn], mask, seen)
         sides.student.step(self.number + 1, keep=False)
         hook.remove()
+        del self.read[turn]
         return fit, judge
 
 
@@ -218,7 +217,7 @@ def _refitted(
             ]
             found = torch.stack(fitted).movedim(-1, plan.weights[name].inputs).reshape(values.shape)
             found = found.to(values.dtype)
-            # In 16 bits a weight could become zero, and its zero count with it
+            # In 16 bits a weight could become zero, too
             found = torch.where(kept & ((found == 0) | ~torch.isfinite(found)), values, found)
             parameter, part = place(parameters, names[name])
             target = parameter[part]

@@ -92,6 +92,17 @@ def test_the_same_weights_are_zero_as_without_and_other_tensors_keep_their_bits(
     assert all(torch.equal(after[name], dense[name]) for name in dense if name not in chosen)
 
 
+def test_weights_that_sixteen_bits_would_round_to_zero_stay(tiny, tmp_path):
+    model = load(tiny("llama"))
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e-5)
+    model.half().save_pretrained(tmp_path / "half")
+    refitted(tmp_path / "half", tmp_path / "out", sparsity=0.5, scope="row")
+    [entry] = history(tmp_path / "out")
+    after = tensors_of(tmp_path / "out")
+    found = {name: float((after[name] == 0).float().mean()) for name in entry["sparsity"]["tensors"]}
+    assert found == pytest.approx(entry["sparsity"]["tensors"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_in_memory_becomes_the_checkpoint_written(family, tiny, tmp_path):
     model, losses = refitted(tiny(family), tmp_path / "out", sparsity=0.5)

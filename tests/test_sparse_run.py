@@ -77,6 +77,13 @@ def test_a_cycle_is_trained_with_its_zeros_kept_and_only_once(lab, cycles):  # n
     assert zeros(cycles / "1") == zeros(cycles / "1.sparse") > 0
 
 
+@pytest.mark.parametrize("refit", ["", "1"])
+def test_cycles_are_refitted_on_the_training_data_if_asked_for(refit, lab, cycles):  # noqa: F811
+    lab.run("sparse_run.sh", REFIT=refit)
+    flags = json.loads((cycles / "settings.json").read_text())["flags"]
+    assert ("--refit" in flags) == ("--calib" in flags) == bool(refit)
+
+
 def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):  # noqa: F811
     (cycles / "settings.json").write_text('{"model": "another"}')
     result = lab.run("sparse_run.sh")
