@@ -136,12 +136,17 @@ def encoder_of(
 ) -> tuple[Callable[[dict], dict | None], Callable[[list[dict]], dict]]:
     """(encode, collate): a row as a model's input with labels, None if it is too long; several as one padded batch.
 
-    Texts are cut to `max_length` tokens, at most to the model's positions; messages, encoded by ms-swift's template (`model_type` and `template` are
-    ms-swift's), are refused if longer.
+    Texts are cut to `max_length` tokens, at most to the model's positions; messages, encoded by ms-swift's template
+    (`model_type` and `template` are ms-swift's), are refused if longer. PruneKitError for messages for an encoder.
     """
     max_length = min(max_length, positions(checkpoint.config, max_length))
     if "text" in rows[0]:
         return _text_encoder(checkpoint.path, max_length)
+    if not checkpoint.family.causal:
+        raise PruneKitError(
+            f"{checkpoint.config['model_type']} is an encoder, for which messages have no form: calibrate it on rows "
+            '{"text": ...}'
+        )
     return _message_encoder(model, checkpoint, max_length, model_type, template)
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from tiny_models import FAMILIES, build, load, logits
 
 from prunekit import heal as healing
-from prunekit.calibration import Calibration, calibrate, load_model, read_calibration
+from prunekit.calibration import Calibration, calibrate, encoder_of, load_model, read_calibration
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.evaluate import score_batches
@@ -268,6 +268,11 @@ def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_messages_for_an_encoder_are_refused(tiny):
+    with pytest.raises(PruneKitError, match="camembert is an encoder, for which messages have no form"):
+        encoder_of(None, open_checkpoint(tiny("camembert")), [{"messages": []}], 64)
 
 
 @pytest.mark.slow
