@@ -202,7 +202,8 @@ class Bench:
                 first, end = (each * args.steps // len(levels) for each in (cycle, cycle + 1))
                 model, more = self.train(folder, KeepZeros(), end - first, first)
                 seconds += more
-                found["events"].append({"sparsity": level, "after": after})
+                retrained = self.losses(model.to(torch.bfloat16).eval())
+                found["events"].append({"sparsity": level, "after": after, "retrained": retrained})
         else:
             folder = self.checkpoint.path
             if name.startswith("one shot"):
@@ -246,8 +247,8 @@ class Distillation(transformers.Trainer):
 
 
 def draw(result: dict, path: Path) -> None:
-    """Left: excess loss untrained. Right: perplexity above the dense model's over the steps to 70%, and of the others."""
-    figure, axes = report._figure(2, 11.2, 4.0)
+    """Excess loss: left untrained, right after retraining (and before it, where all was pruned at once)."""
+    figure, axes = report._figure(2, 14, 4.2)
     names = [name for name in UNTRAINED if name in result["untrained"]]
     for shift, colour, test in ((-0.2, report.LINES[0], "wikipedia-test"), (0.2, report.PALE, "docstrings")):
         costs = [result["untrained"][name][test] - result["base"][test] for name in names]
@@ -257,24 +258,22 @@ def draw(result: dict, path: Path) -> None:
     axes[0][0].invert_yaxis()
     axes[0][0].set_title("loss above dense, half of all weights zero, untrained")
     axes[0][0].legend(frameon=False, fontsize=8)
-    names = [name for name in RETRAINED if name in result["retrained"]]
+    names, right = [name for name in RETRAINED if name in result["retrained"]], axes[0][1]
     for place, name in enumerate(names):
         found = result["retrained"][name]
-        before = found.get("before", {}).get("wikipedia-test", 0) - result["base"]["wikipedia-test"]
         after = found["wikipedia-test"] - result["base"]["wikipedia-test"]
         if name.startswith("one shot"):
-            axes[0][1].plot([place, place], [before, after], color=report.PALE, zorder=1)
-            axes[0][1].scatter(
-                place, before, color=report.KEY, label="pruned" if name == "one shot" else None
-            )
-        axes[0][1].scatter(place, after, color=report.FREE, label="trained" if place == 0 else None)
-        axes[0][1].annotate(f"{math.expm1(after):+.0%} ppl", (place, after), (6, -3), fontsize=8,
-                            textcoords="offset points")  # fmt: skip
+            before = found["before"]["wikipedia-test"] - result["base"]["wikipedia-test"]
+            right.plot([before, after], [place, place], color=report.PALE, zorder=1)
+            right.scatter(before, place, color=report.KEY, label="pruned" if name == "one shot" else None)
+        right.scatter(after, place, color=report.FREE, label="trained" if place == 0 else None)
+        right.annotate(f"{math.expm1(after):+.0%} ppl", (after, place), (6, 5), fontsize=8,
+                       textcoords="offset points")  # fmt: skip
     share = result["settings"]["retraining"]["sparsity"]
-    axes[0][1].set_title(f"{share:.0%} of MLP and o_proj zero, retrained")
-    axes[0][1].set_xticks(range(len(names)), [name.replace(" by ", "\nby ") for name in names])
-    axes[0][1].set_xlim(-0.5, len(names) - 0.2)
-    axes[0][1].legend(frameon=False, fontsize=8)
+    right.set_title(f"loss above dense, {share:.0%} of MLP and o_proj zero, retrained")
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    right.legend(frameon=False, fontsize=8, loc="lower right")
     report._save(figure, path)
 
 
