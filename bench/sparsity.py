@@ -5,7 +5,7 @@
 Untrained: magnitude, Wanda and gradient, by one threshold, per tensor, per output, with budgets by layers' importance,
 and 2:4; some of them refitted. Retrained with the same tokens each: all at once, gradually in one run, in cycles by Wanda,
 with zeros that move (RigL), and taught by the dense model. Calibrated and trained on one half of the Wikipedia articles, measured on the other half, and on text of another kind (docstrings).
-Prints JSON; what the file has already isn't measured again. Takes an hour on two CPU cores.
+Prints JSON; what the file has already isn't measured again. Takes two hours on two CPU cores.
 """
 
 import argparse
