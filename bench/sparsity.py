@@ -4,8 +4,9 @@
 
 Untrained: magnitude, Wanda and gradient, by one threshold, per tensor, per output, with budgets by layers' importance,
 and 2:4; some of them refitted. Retrained with the same tokens each: all at once, gradually in one run, in cycles by Wanda,
-with zeros that move (RigL), and taught by the dense model. Calibrated and trained on one half of the Wikipedia articles, measured on the other half, and on text of another kind (docstrings).
-Prints JSON; what the file has already isn't measured again. Takes two hours on two CPU cores.
+with zeros that move (RigL), and taught by the dense model. Calibrated and trained on one half of the Wikipedia articles,
+measured on the other half, and on text of another kind (docstrings). Prints JSON; what the file has already isn't measured
+again. Takes two hours on two CPU cores.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from prunekit.sparse_fit import refit
 from prunekit.sparse_settings import Dynamic, Gradual
 from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
 from prunekit.sparsity import (
+    Sparsification,
     Wish,
     apply_sparsify,
     magnitude,
@@ -115,25 +117,24 @@ class Bench:
         if importance:
             plan = with_importance(plan, self.importance(importance))
         plan = select(plan, self.scores(wish.score, wish.modules))
+        return self.write(name, plan, refitted)
+
+    def write(self, name: str, plan: Sparsification, refitted: bool) -> Path:
         if refitted:
-            plan, _ = refit(plan, load_model(self.checkpoint), self.data())
-        out = self.work / name
-        apply_sparsify(plan, out, overwrite=True)
-        return out
+            plan, _ = refit(plan, load_model(plan.source), self.data())
+        apply_sparsify(plan, self.work / name, overwrite=True)
+        return self.work / name
 
     def sparsify_again(self, model, name: str, wish: Wish, refitted: bool) -> Path:
         """More zeros in a model that was trained, chosen by what it does now."""
-        folder, out = self.work / "cycle", self.work / name
+        folder = self.work / "cycle"
         model.to(torch.bfloat16).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(self.checkpoint.path / file, folder)
         checkpoint = open_checkpoint(folder)
-        plan, model = plan_sparsify(checkpoint, wish), load_model(checkpoint)
-        plan = select(plan, weight_scores.SCORES_OF[wish.score](checkpoint, model, self.data(), plan.weights))
-        if refitted:
-            plan, _ = refit(plan, model, self.data())
-        apply_sparsify(plan, out, overwrite=True)
-        return out
+        plan, score = plan_sparsify(checkpoint, wish), weight_scores.SCORES_OF[wish.score]
+        plan = select(plan, score(checkpoint, load_model(checkpoint), self.data(), plan.weights))
+        return self.write(name, plan, refitted)
 
     def untrained(self, name: str) -> dict:
         score, scope, importance, power = UNTRAINED[name]

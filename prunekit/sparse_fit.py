@@ -25,8 +25,10 @@ from .checkpoint import TORCH_DTYPES
 from .errors import PruneKitError
 from .evaluate import score_batches
 from .families import Stack
-from .sparsity import Sparsification
-from .stacks import Replay, find_stack, record_calls
+from .heal import Sides
+from .layers import Removal
+from .sparsity import Sparsification, tensor_bytes
+from .stacks import record_calls
 from .weight_scores import EXPERT, place, plain_name, watch_inputs
 
 STEPS = 10  # of conjugate gradients: more of them gain nothing, and cost as much as the forward passes
@@ -109,18 +111,6 @@ def _turn(row: Stack, name: str) -> int:
     return 3 if last else 0 if plain in (row.q, row.k, row.v) else 1 if plain == row.o else 2
 
 
-class Sides:
-    """A stack of the dense model (teacher) and of the sparse one (student), over the calls that reach it."""
-
-    def __init__(self, model: nn.Module, row: Stack, fit: list, held_out: list):
-        """fit, held_out: (batch, the dense model's call of the stack)."""
-        self.row, self.judged = row, len(fit)
-        self.batches, calls = map(list, zip(*fit, *held_out))
-        self.layers = getattr(*find_stack(model, row))
-        self.teacher = Replay(model, row, calls)
-        self.student = Replay(model, row, record_calls(model, row, self.batches))
-
-
 class Layer:
     """A layer's chosen weights, and the moments of what they read."""
 
@@ -164,7 +154,7 @@ class Layer:
             wanted = values
             if part != "down_proj":  # what the dense model's experts hold inside isn't kept
                 wanted = torch.lerp(values, self.read[turn][index][tokens].float(), MADE_UP)
-            (fit if index < sides.judged else judge).add(values, wanted, expert)
+            (judge if index in sides.judged else fit).add(values, wanted, expert)
 
         hook = watch_inputs(self.readers[turn], mask, seen)
         sides.student.step(self.number + 1, keep=False)
@@ -256,18 +246,16 @@ def refit(
     for name, weight in plan.weights.items():
         if weight.stack is None and (found := place(parameters, plain_name(name))):
             found[0][found[1]].copy_(_zeroed(plan, name))
+    unchanged = Removal(plan.source, plan.source, {stack: [] for stack in names}, [], [])
     tensors = dict(plan.result.tensors)
     with tqdm(total=sum(map(len, names.values())), desc="refit", disable=quiet) as progress:
-        for stack, parts in reached.items():
-            sides = Sides(model, family.stacks[stack], *parts)
+        for stack, (fit, held_out) in reached.items():
+            batches, calls = map(list, zip(*fit, *held_out))
+            sides = Sides(unchanged, model, stack, batches, range(len(fit), len(batches)), calls)
             for number, chosen in names[stack].items():
                 for name, values in _refitted(Layer(sides, number, chosen), plan, chosen):
-                    tensors[name] = replace(tensors[name], compute=partial(_as_bytes, values))
+                    tensors[name] = replace(tensors[name], compute=partial(tensor_bytes, values))
                 progress.update()
     if family.causal:
         losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
     return replace(plan, result=replace(plan.result, tensors=tensors)), losses
-
-
-def _as_bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.view(-1).view(torch.uint8).numpy())

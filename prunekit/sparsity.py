@@ -288,6 +288,13 @@ def _budgets(plan: Sparsification, total: int, zeros: dict[str, int]) -> dict[st
     return budgets
 
 
+def tensor_bytes(values) -> memoryview:
+    """A torch tensor's values as they are in a file."""
+    import torch
+
+    return memoryview(values.view(-1).view(torch.uint8).numpy())
+
+
 # Of a tensor's name and values: its scores, both in the checkpoint's layout
 Scores = Callable[[str, Any], Any]
 
@@ -344,7 +351,7 @@ def select(plan: Sparsification, scores: Scores = magnitude) -> Sparsification:
     def compute(name: str) -> memoryview:
         values = plan.source.read(name)
         values.masked_fill_(cuts[name].mask(keys_of(name, values)), 0)
-        return memoryview(values.view(-1).view(torch.uint8).numpy())
+        return tensor_bytes(values)
 
     after = {name: cut.count for name, cut in cuts.items()}
     if wish.sparsity is None:  # then only the masks can say it

@@ -45,11 +45,9 @@ def _run(checkpoint: Checkpoint, model: nn.Module, batch: dict[str, Any]) -> Non
 def text_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(n,): which of the flattened tokens count: all but padding, or all where the values aren't of text tokens."""
     count = values.shape[:-1].numel()
-    return (
-        mask.flatten().nonzero()[:, 0].to(values.device)
-        if count == mask.numel()
-        else torch.arange(count, device=values.device)
-    )
+    if count != mask.numel():
+        return torch.arange(count, device=values.device)
+    return mask.flatten().nonzero()[:, 0].to(values.device)
 
 
 def _tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -170,7 +168,7 @@ def gradient_norms(
         )
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     places = {name: place(parameters, plain_name(name)) for name in weights}
-    if lost := [name for name, place in places.items() if place is None]:
+    if lost := [name for name, found in places.items() if found is None]:
         raise PruneKitError(f"{lost[0]}: not found in the model; leave it out with --modules")
     trained = {id(parameter): parameter for parameter, _ in places.values()}
     model.requires_grad_(False)
