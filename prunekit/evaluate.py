@@ -6,7 +6,6 @@ token_acc looks good on a model whose generation has collapsed, so both are meas
 and greedy generation compared with the answer (exact match, character error rate).
 """
 
-import argparse
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser
 from .chat_templates import find_template
 from .checkpoint import open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
@@ -205,9 +205,7 @@ def score_answers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, type=Path)
     parser.add_argument("--dataset", nargs="+", required=True, type=Path, help="messages JSONL, one or more")
     parser.add_argument("--limit", type=int, help="rows of each data set to use (default: all)")

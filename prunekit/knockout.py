@@ -8,7 +8,6 @@ is a run like the others. Each finished run is a file under OUT/trained/runs at 
 where it was; ranking.json, ranking.csv and the figures are made anew after every run.
 """
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .arguments import Parser
 from .checkpoint import open_checkpoint, read_json
 from .errors import PruneKitError, run_script
 from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
@@ -68,9 +68,7 @@ def main() -> None:
     own, swift = sys.argv[1:], []
     if "--" in own:
         own, swift = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
     parser.add_argument(

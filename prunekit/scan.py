@@ -24,6 +24,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from . import cluster
+from .arguments import Parser
 from .calibration import calibrate, read_calibration
 from .checkpoint import layer_numbers, open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
@@ -371,9 +372,7 @@ def find_path(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument(
         "--dataset", required=True, help='JSONL to score on: ms-swift messages or {"text": ...}'
