@@ -112,19 +112,21 @@ is_main_node() { [ "${NODE_RANK:-0}" -eq 0 ]; }
 # OUTPUT left running is ended here: it may hold the port or the GPUs.
 preflight() {
   OUTPUT=${OUTPUT%/}
-  local found overwrite=$OVERWRITE
-  local -a lines
+  local found name value overwrite=$OVERWRITE
   if [ -d "$OUTPUT.run" ]; then
     claim_work
     is_published && overwrite=1
   fi
   found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} \
     ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@")
-  mapfile -t lines <<< "$found"
-  MODEL_TYPE=${MODEL_TYPE:-${lines[0]}}
-  TEACHER_TYPE=${TEACHER_TYPE:-${lines[1]}}
-  export TEMPLATE=${TEMPLATE:-${lines[2]:-}} # to the launchers that this one calls, too
-  POSITIONS=${lines[3]:-}
+  while IFS='=' read -r name value; do
+    case $name in # libraries may print lines of their own
+      MODEL_TYPE) MODEL_TYPE=${MODEL_TYPE:-$value} ;;
+      TEACHER_TYPE) TEACHER_TYPE=${TEACHER_TYPE:-$value} ;;
+      TEMPLATE) export TEMPLATE=${TEMPLATE:-$value} ;; # to the launchers that this one calls, too
+      POSITIONS) POSITIONS=$value ;;
+    esac
+  done <<< "$found"
 }
 
 setup_wandb() {

@@ -3,10 +3,15 @@
     python -m prunekit.preflight --model checkpoints/base --dataset train.jsonl --out checkpoints/recovered
 
 Every launcher calls this first, with the user's own flags last: those that this knows count as they do for ms-swift
-(`--dataset`, `--val_dataset`, `--reward_funcs`, ...: the last one wins), the others are left to ms-swift. It prints
-four lines and exits 0: the architectures of the model and of the teacher (ms-swift's `--model_type` unless the user
-names another), the model's chat template (empty where ms-swift finds it by itself), and how many learned positions it has
-(empty if they are rotary). Or it prints one line that names the mistake and the mend, and exits 2.
+(`--dataset`, `--val_dataset`, `--reward_funcs`, ...: the last one wins), the others are left to ms-swift. With
+`--swift KIND`, what follows `--` is the whole line that ms-swift will get. Prints one line that names the mistake and
+the mend, and exits 2; or answers and exits 0:
+
+    MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the user names another
+    TEMPLATE=                     the model's chat template; empty where ms-swift finds it by itself
+    POSITIONS=                    how many learned positions the model has; empty if they are rotary
+
+Libraries may print lines of their own in between.
 """
 
 import argparse
@@ -224,7 +229,11 @@ def main() -> None:
     parser.add_argument(
         "--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model"
     )
-    flags = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), flag) for flag in sys.argv[1:]]
+    parser.add_argument("--swift", choices=("sft", "rlhf", "export"), help="which line follows --")
+    flags, line = sys.argv[1:], []
+    if "--" in flags:
+        flags, line = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
+    flags = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), flag) for flag in flags + line]
     args, _ = parser.parse_known_args(flags)
 
     checkpoint = open_checkpoint(args.model)
@@ -253,10 +262,14 @@ def main() -> None:
     check_disk(args.out, checkpoint.nbytes * args.disk_factor)
     with contextlib.redirect_stdout(sys.stderr):
         template = args.template or find_template(checkpoint, args.model_type, args.adapter)
-    print(checkpoint.config["model_type"])
-    print(teacher.config["model_type"])
-    print(template or "")
-    print(checkpoint.config.get("n_positions", ""))
+    answers = {
+        "MODEL_TYPE": checkpoint.config["model_type"],
+        "TEACHER_TYPE": teacher.config["model_type"],
+        "TEMPLATE": template or "",
+        "POSITIONS": checkpoint.config.get("n_positions", ""),
+    }
+    for name, value in answers.items():
+        print(f"{name}={value}")
 
 
 if __name__ == "__main__":

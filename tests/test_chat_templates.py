@@ -66,8 +66,8 @@ def find(folder):
         cwd=ROOT,
         env=os.environ | {"LOG_LEVEL": "ERROR"},
     )
-    lines = result.stdout.splitlines()
-    return result.returncode, lines[2] if len(lines) > 2 else None, result.stderr
+    answers = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+    return result.returncode, answers.get("TEMPLATE"), result.stderr
 
 
 @pytest.mark.parametrize(

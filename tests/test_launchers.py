@@ -307,6 +307,18 @@ def test_rows_are_kept_within_learned_positions(family, flags, length, lab, tiny
     assert values(call["argv"], "--max_length") == [length]
 
 
+def test_what_a_library_prints_in_preflight_is_no_answer(lab):
+    (lab.folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'prunekit.preflight' in sys.orig_argv:\n"
+        "    print('[INFO:library] found a device\\nMODEL_TYPE of the cache: none\\n\\n')\n"
+    )
+    lab.run("full_run.sh", GPUS="", PYTHONPATH=f"{lab.folder}:{ROOT}", TEMPLATE="qwen3_vl", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert values(call["argv"], "--model_type") == ["qwen3_vl"]
+    assert values(call["argv"], "--template") == ["qwen3_vl"]
+
+
 def test_the_teacher_keeps_its_own_architecture(lab, tiny):
     lab.run("distil.sh", GPUS="", TEACHER=str(tiny("qwen3_vl_moe")), STUB_FAIL_AT=1)
     [call] = lab.calls()

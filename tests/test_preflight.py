@@ -285,6 +285,10 @@ def preflight(tmp_path):
     return run
 
 
+def answers(result: subprocess.CompletedProcess) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+
+
 def test_the_architectures_of_model_and_teacher_and_the_chat_template_are_printed(preflight, tiny):
     result = preflight(
         "--model",
@@ -298,11 +302,21 @@ def test_the_architectures_of_model_and_teacher_and_the_chat_template_are_printe
         "--bf16",
         "true",
     )
-    assert (result.returncode, result.stdout) == (0, "qwen3\nllama\nqwen3\n\n"), result.stderr
+    assert result.returncode == 0, result.stderr
+    expected = {"MODEL_TYPE": "qwen3", "TEACHER_TYPE": "llama", "TEMPLATE": "qwen3", "POSITIONS": ""}
+    assert expected.items() <= answers(result).items()
 
 
 def test_learned_positions_are_printed(preflight, tiny):
-    assert preflight("--model", tiny("gpt2")).stdout == "gpt2\ngpt2\n\n64\n"
+    assert answers(preflight("--model", tiny("gpt2")))["POSITIONS"] == "64"
+
+
+def test_data_sets_of_the_whole_swift_line_are_checked(preflight, tiny, data):
+    head = ["--model", tiny("qwen3"), "--template", "qwen3", "--swift", "sft", "--"]
+    assert preflight(*head, "--dataset", data(ROW)).returncode == 0
+    result = preflight(*head, "--dataset", data(ROW), "--dataset", "absent.jsonl")
+    assert result.returncode == 2
+    assert "absent.jsonl is not there" in result.stderr
 
 
 @pytest.mark.parametrize("flag", ["--val-dataset", "--val_dataset", "--val_dataset=absent.jsonl"])
