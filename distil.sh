@@ -6,6 +6,7 @@
 #         $ROLLOUT_GPUS of $GPUS and training the others; one GPU: vLLM shares it; none: transformers generates.
 #   MODEL=checkpoints/recovered TEACHER=checkpoints/base GPUS=0,1,2,3 ROLLOUT_GPUS=3 bash distil.sh --max_steps 500
 source "$(dirname "$0")/lib/common.sh"
+PLUGINS+=("$ROOT/plugins/distillation.py") # our loss for ms-swift's, which is blind outside --gkd_logits_topk
 
 MODEL=${MODEL:-checkpoints/recovered}
 TEACHER=${TEACHER:-checkpoints/base}

@@ -196,7 +196,9 @@ def test_entries_that_are_no_token_belong_to_the_tail():
     tail = torch.logaddexp(known.log_tail, known.log_probs[:, 6:].logsumexp(-1))
     empty = torch.full((len(ROWS), 2), -torch.inf)
     padded = TopK(
-        torch.cat([known.indices[:, :6], known.indices[:, :1].expand(-1, 2)], -1),  # ids of others, as 0 would be
+        torch.cat(
+            [known.indices[:, :6], known.indices[:, :1].expand(-1, 2)], -1
+        ),  # ids of others, as 0 would be
         torch.cat([known.log_probs[:, :6], empty], -1),
         tail,
     )

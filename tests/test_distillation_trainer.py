@@ -64,7 +64,9 @@ def test_a_servers_top_k_counts_with_its_tail_and_without_positions_that_it_left
     output = TeacherOutput(topk_logprobs=log_probs, topk_indices=top.indices, labels=labels)
     found = trainer_module.DistillationTrainer._compute_jsd_loss(trainer(), student, output, labels)
     wanted = sum(
-        reference(bucketed(student[place], top.indices[place]), bucketed(teacher[place], top.indices[place]), 1.0)
+        reference(
+            bucketed(student[place], top.indices[place]), bucketed(teacher[place], top.indices[place]), 1.0
+        )
         for place in ((0, 2), (1, 10))
     )
     assert found.item() == pytest.approx(wanted.item() / 2, rel=1e-4)
@@ -181,9 +183,10 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
         student, teacher = (model(**batch).logits[:, :-1][counted] / 0.9 for model in models)
     top = teacher.topk(8)
     ours = reference(bucketed(student, top.indices), bucketed(teacher, top.indices), 1.0) / counted.sum()
-    blind = reference(
-        student.gather(-1, top.indices).log_softmax(-1), top.values.log_softmax(-1), 1.0
-    ) / counted.sum()
+    blind = (
+        reference(student.gather(-1, top.indices).log_softmax(-1), top.values.log_softmax(-1), 1.0)
+        / counted.sum()
+    )
     assert abs(ours - blind) > 0.5
     assert logged == pytest.approx(ours.item(), rel=1e-3)
     assert f"starts at a loss of {logged:.2f}" in done.stdout + done.stderr
