@@ -1,6 +1,7 @@
-"""Rows that are longer than a model's positions: left out where they are judged, cut where they calibrate."""
+"""What prunekit.evaluate says, against what a model whose every probability is known must get; rows that don't fit."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,10 +9,13 @@ import sys
 
 import pytest
 import torch
+import transformers as hf
 from conftest import ROOT
 from tiny_models import load
 from tiny_taggers import save_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from prunekit import evaluate as evaluation
 from prunekit.calibration import calibrate
 from prunekit.checkpoint import open_checkpoint
 
@@ -75,3 +79,126 @@ def test_texts_calibrate_within_the_models_positions(speaking, tmp_path):
     assert {batch["input_ids"].shape[1] for batch in batches} == {64}
     with torch.inference_mode():
         assert model(**batches[0]).loss.isfinite()
+
+
+# --- a model whose answers are known -----------------------------------------------------------------------------------
+
+CHARACTERS = ["[EOS]", "[PAD]", "\n", *map(chr, range(32, 127))]
+SHARPNESS = 0.6  # of its predictions
+SIZE = 128  # of its vocabulary and its states
+
+
+def following():
+    """The token that the model finds likeliest behind each: after the prompt's last newline it says `cat`, and ends."""
+    chain = [CHARACTERS.index(character) for character in ["\n", "c", "a", "t", "[EOS]"]]
+    return dict(zip(chain, chain[1:]))
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory):
+    """A GPT-2 without attention and MLP: of each token it knows one follower, and finds all others equally unlikely."""
+    folder = tmp_path_factory.mktemp("parrot")
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[EOS]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+    config = hf.GPT2Config(
+        vocab_size=SIZE, n_embd=SIZE, n_layer=1, n_head=1, n_positions=128, tie_word_embeddings=False,
+        eos_token_id=0, bos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    model = hf.GPT2LMHeadModel(config)
+    known = following()
+    free = sorted(set(range(SIZE)) - set(known.values()))
+    followers = [known.get(token) for token in range(SIZE)]
+    followers = [free.pop(0) if follower is None else follower for follower in followers]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name or "wpe" in name:
+                parameter.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(SIZE))
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[followers, range(SIZE)] = SHARPNESS
+    model.save_pretrained(folder)
+    return folder
+
+
+def asked(answer, question="what?", **columns):
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages} | columns
+
+
+def judged(parrot, folder, rows, *arguments):
+    """What the script says of these rows."""
+    data, found = folder / "rows.jsonl", folder / "found.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", "--model", parrot, "--dataset", data, "--json", found, "--device", "cpu"]
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # in this process: a new one imports ms-swift for as long as all of this
+        patch.setattr(sys, "argv", [*map(str, [*command, "--max-new-tokens", 8, *arguments])])
+        evaluation.main()
+    [result] = json.loads(found.read_text())
+    return result["datasets"]["rows"]
+
+
+@pytest.fixture(scope="module")
+def scores(parrot, tmp_path_factory):
+    """Of rows that the model gets right, in part, and not at all; questions of different lengths, padded in batches of 2."""
+    rows = [
+        asked("cat", solution="cat"),
+        asked("car", "and what is that?", solution="car"),
+        asked("cats", "?", solution="cats"),
+        asked(" cat\n", "now what is this one here?", solution=None),
+        asked("dog", "what? " * 4, solution="dog"),
+    ]
+    plugins = [ROOT / "plugins" / name for name in ("gpt2_model.py", "ocr_rewards.py")]
+    return judged(
+        parrot, tmp_path_factory.mktemp("scores"), rows, "--batch-size", 2, "--plugins", *plugins,
+        "--rewards", "ocr_perfect=2", "ocr_cer",
+    )  # fmt: skip
+
+
+def test_exact_match_is_the_share_of_answers_that_are_the_truth(scores):
+    assert scores["exact_match"] == 2 / 5
+
+
+def test_cer_is_edits_per_character_of_all_truths(scores):
+    edits, characters = 0 + 1 + 1 + 0 + 3, 3 + 3 + 4 + 3 + 3
+    assert scores["cer"] == pytest.approx(edits / characters)
+
+
+def test_the_reward_is_the_weighted_sum_of_the_rows_mean(scores):
+    perfect, right = [1, 0, 0], [1, 1 - 1 / 3, 1 - 1 / 4]  # where there is no truth, or nothing is right: 0
+    assert scores["reward"] == pytest.approx((2 * sum(perfect) + sum(right)) / 5)
+
+
+def test_token_acc_and_loss_are_those_of_the_known_probabilities(scores):
+    known = following()
+    right = []
+    for answer in ("cat", "car", "cats", " cat\n", "dog"):
+        tokens = [CHARACTERS.index(c) for c in ["\n", *answer, "[EOS]"]]
+        right += [known.get(before) == token for before, token in zip(tokens, tokens[1:])]
+    # LayerNorm makes of a unit vector one large entry and equal small ones
+    apart = SHARPNESS / math.sqrt((1 - 1 / SIZE) / SIZE + 1e-5)
+    likeliest = math.log1p((SIZE - 1) * math.exp(-apart))
+    assert scores["token_acc"] == pytest.approx(sum(right) / len(right))
+    assert scores["loss"] == pytest.approx(likeliest + apart * right.count(False) / len(right), rel=1e-5)
+
+
+def test_answers_are_given_to_the_questions_alone(parrot, tmp_path):
+    """The last message is the answer to compare with: a model that saw it would go on from there."""
+    assert judged(parrot, tmp_path, [asked("dog")])["exact_match"] == 0
+    assert judged(parrot, tmp_path, [asked("cat")])["exact_match"] == 1
+
+
+def test_no_more_rows_than_the_limit_are_judged(parrot, tmp_path):
+    assert (
+        judged(parrot, tmp_path, [asked("cat"), asked("dog"), asked("dog")], "--limit", 2)["exact_match"]
+        == 0.5
+    )
+
+
+def test_without_generation_only_what_is_teacher_forced_is_said(parrot, tmp_path):
+    assert set(judged(parrot, tmp_path, [asked("cat")], "--no-generate")) == {"token_acc", "loss"}

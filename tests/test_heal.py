@@ -15,9 +15,9 @@ from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.evaluate import score_batches
 from prunekit.families import FAMILIES as ROWS
-from prunekit.heal import LeastSquares, heal
+from prunekit.heal import UNLABELLED, LeastSquares, Projection, Sides, heal, states_between
 from prunekit.layers import apply_removal, check_healable, find_seams, plan_removal
-from prunekit.stacks import removed
+from prunekit.stacks import find_stack, removed
 
 HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
 CAUSAL = [family for family in HEALABLE if ROWS[family].causal]
@@ -67,6 +67,61 @@ def test_the_share_that_is_left_is_that_of_the_residuals():
     fit.add(x, y, weight)
     residual = ((y - x @ solution.T).square().sum(1) * weight).sum() / (y.square().sum(1) * weight).sum()
     assert fit.left(solution) == pytest.approx(float(residual), rel=1e-4)
+
+
+def test_the_ridge_draws_as_much_in_whatever_unit_inputs_are():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 4, generator=generator), torch.randn(50, 3, generator=generator)
+    found = []
+    for unit in (1.0, 100.0):
+        fit = LeastSquares()
+        fit.add(x * unit, y, torch.ones(50))
+        found.append(fit.solve(0.3) * unit)
+    exact = torch.linalg.solve(x.T @ x + 0.3 * (x.square().sum(0).mean()) * torch.eye(4), x.T @ y).T
+    torch.testing.assert_close(found[0], exact, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "mlp.c_proj"), ("llama", "self_attn.o_proj")])
+@torch.no_grad()
+def test_a_projection_writes_what_its_weights_make_of_its_features(family, name):
+    layer = getattr(*find_stack(build(family), ROWS[family].text))[1]
+    projection = Projection(layer, name)
+    x = torch.randn(2, 3, projection.module.weight.shape[0 if projection.inputs_first else 1])
+    weights = projection.module.weight if projection.inputs_first else projection.module.weight.T
+    if projection.bias:
+        weights = torch.cat([weights, projection.module.bias[None]])
+    written = projection.features(x, None) @ weights
+    torch.testing.assert_close(written, projection.module(x).flatten(0, 1))
+
+
+@torch.no_grad()
+def test_the_state_behind_attention_is_what_came_in_and_what_attention_writes(tiny):
+    model = load(tiny("llama"))
+    layer, written, came = model.model.layers[2], [], []
+    layer.self_attn.register_forward_hook(lambda *call: written.append(call[2][0]))
+    layer.register_forward_pre_hook(lambda _, inputs: came.append(inputs[0]))
+    with states_between(layer, ROWS["llama"].text) as states:
+        model(**text_batches(1)[0])
+    torch.testing.assert_close(states, [came[0] + written[0]])
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_tokens_count_by_what_they_predict_and_all_states_alike(stack):
+    """One over the square of its wanted state, and of text, in part where no label is predicted, nothing for padding."""
+    sides, state = object.__new__(Sides), torch.randn(2, 5, 3)
+    sides.stack = stack
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 5, 6, -100, -100]])
+    sides.batches = [
+        {},
+        {"labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])},
+    ]
+    counts = torch.tensor([[UNLABELLED, 1, 1, 1, UNLABELLED], [1, 1, UNLABELLED, 0, 0]])
+    if stack == "vision":
+        counts = torch.ones(2, 5)
+    wanted = [float(c / s.square().sum()) for c, s in zip(counts.flatten(), state.flatten(0, 1))]
+    assert sides.weight(1, state).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert UNLABELLED == 0.1
 
 
 def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
