@@ -45,7 +45,7 @@ BUFFERS = re.compile(
 )  # saved, but no parameters
 NOT_CARRIED = re.compile(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|distcp)$|.*\.index\.json$|\..*|README\.md$"
-    rf"|config\.json$|{re.escape(HISTORY)}$|trainer_state\.json$|args\.json$|latest$|zero_to_fp32\.py$"
+    rf"|config\.json$|{re.escape(HISTORY)}$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
     r"|logging\.jsonl$|command\.sh$|sparsity\.json$|(?:curves|sparsity|quality)\.png$"  # a stage's own records: later stages have theirs
 )
 
