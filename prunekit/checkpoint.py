@@ -26,18 +26,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import errors
 from .errors import PruneKitError
-from .families import Family, configs, family_of
-from .model_card import HISTORY, model_card
+from .families import Family, check_config, configs, family_of, text_value
+from .model_card import model_card
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HISTORY = "pruning_info.json"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
+MAX_AXES = 64  # of a tensor, as numpy and torch have them
 MAX_SIDE_FILE = 256 * 2**20
 WRITE_BYTES = 2**17  # larger writes made Linux 6.18's ext4 several times slower
 BUFFERS = re.compile(
@@ -45,8 +46,8 @@ BUFFERS = re.compile(
 )  # saved, but no parameters
 NOT_CARRIED = re.compile(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|distcp)$|.*\.index\.json$|\..*|README\.md$"
-    rf"|config\.json$|{re.escape(HISTORY)}$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
-    r"|logging\.jsonl$|command\.sh$|sparsity\.json$|(?:curves|sparsity|quality|heads)\.png$"  # a stage's own records: later stages have theirs
+    rf"|config\.json$|{re.escape(HISTORY)}$|trainer_state\.json$|args\.json$|latest$|zero_to_fp32\.py$"
+    r"|logging\.jsonl$|command\.sh$|sparsity\.json$|(?:curves|sparsity|quality)\.png$"  # a stage's own records: later stages have theirs
 )
 
 
@@ -165,7 +166,8 @@ def _parse_tensor(name: str, entry: Any, file: Path) -> tuple[Tensor, int, int]:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"{name} has dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+    numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_AXES else [-1]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"{name} has a bad shape or bad offsets")
     tensor = Tensor(dtype, tuple(shape), file, begin)
     if end - begin != tensor.nbytes:
@@ -260,11 +262,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = _from_hub_cache(path) if not Path(path).exists() else Path(path)
     if (path / "adapter_config.json").exists():
         raise PruneKitError(f"{path}: a LoRA adapter, not a checkpoint; merge it first with export_lora.sh")
-    if not (path / "config.json").is_file():
-        raise PruneKitError(f"{path}: no config.json here; give a Hugging Face checkpoint folder")
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict):
-        raise PruneKitError(f"{path / 'config.json'}: not a JSON object; download it again")
+    config = read_config(path)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and (part.get("quantization_config") or part.get("compression_config")):
             raise PruneKitError(
@@ -290,7 +288,98 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 tensors[name] = tensor
     if absent := [name for name in weight_map or () if name not in tensors]:
         raise PruneKitError(f"{path / INDEX}: names {absent[0]}, which {weight_map[absent[0]]} doesn't hold")
-    return Checkpoint(path, config, tensors)
+    checkpoint = Checkpoint(path, config, tensors)
+    _check_agreement(checkpoint)
+    return checkpoint
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, checked as far as that can be without its tensors (`families.check_config`)."""
+    if not (folder / "config.json").is_file():
+        raise PruneKitError(f"{folder}: no config.json here; give a Hugging Face checkpoint folder")
+    config = read_json(folder / "config.json")
+    try:
+        check_config(config)
+    except PruneKitError as error:
+        raise PruneKitError(f"{folder / 'config.json'}: {error}") from None
+    return config
+
+
+def _check_agreement(checkpoint: Checkpoint) -> None:
+    """PruneKitError if a count in the config isn't that of the tensors, so that nothing later meets such a number."""
+    family, row, file = checkpoint.family, checkpoint.family.text, checkpoint.path / "config.json"
+    for stack in family.stacks:
+        layer_numbers(checkpoint, stack)
+    said, *again = configs(checkpoint.config, row)
+    sizes = (family.hidden, family.heads, family.kv_heads, family.head_dim)
+    for key in filter(None, sizes):
+        if any(key in said and key in part and said[key] != part[key] for part in again):
+            raise PruneKitError(f"{file}: says {key} twice, and not the same; mend it or download it again")
+    shapes = _said_shapes(checkpoint)
+    layers = re.compile(rf"{row.prefix}\d+\.(.+?)(?:\.weight)?")
+    tables = [
+        (re.compile(name), text_value(checkpoint.config, key), key) for name, key in family.tables.items()
+    ]
+    for name, tensor in checkpoint.tensors.items():
+        shape, keys = None, ""
+        if match := layers.fullmatch(name):
+            shape, keys = shapes.get(re.sub(r"\.experts\.\d+\.", ".experts.", match[1]), (None, ""))
+            if (
+                shape and len(tensor.shape) == 3
+            ):  # all experts in one, which releases turn one way or the other
+                shape = (tensor.shape[0], *(shape if shape == tensor.shape[1:] else shape[::-1]))
+        elif table := next((table for table in tables if table[1] and table[0].fullmatch(name)), None):
+            shape, keys = (table[1], said[family.hidden]), f"{table[2]}, {family.hidden}"
+        if shape and tensor.shape != shape:
+            raise PruneKitError(
+                f"{checkpoint.path}: {name} is {list(tensor.shape)}, by config.json ({keys}) it would be {list(shape)}; mend "
+                "config.json or download it again"
+            )
+    if family.taps:
+        blocks, part = len(layer_numbers(checkpoint, "vision")), configs(checkpoint.config, family.vision)[0]
+        taps = part.get(family.taps.key, list(family.taps.default))
+        if not isinstance(taps, list) or taps != [block for block in range(blocks) if block in taps]:
+            raise PruneKitError(
+                f"{file}: {family.taps.key} {taps} isn't a rising list of the blocks 0 to {blocks - 1}"
+            )
+        mergers = {
+            match[1]
+            for name in checkpoint.tensors
+            if (match := re.match(rf"{family.taps.mergers}(\d+)\.", name))
+        }
+        if mergers != {str(number) for number in range(len(taps))}:
+            raise PruneKitError(
+                f"{file}: {family.taps.key} has {len(taps)} taps, the weights hold {len(mergers)} mergers; mend it"
+            )
+
+
+def _said_shapes(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, int], str]]:
+    """Of each projection of a text layer: its shape by the config, and the keys that say so."""
+    family, row = checkpoint.family, checkpoint.family.text
+    count, kv_heads, width = heads(checkpoint)
+    config = configs(checkpoint.config, row)[0]
+    hidden, head_dim = config[family.hidden], family.head_dim or family.hidden
+    said: dict[str, tuple[tuple[int, int], str]] = {
+        row.o: ((hidden, count * width), f"{family.heads}, {head_dim}")
+    }
+    if row.qkv:
+        said[row.qkv] = (((count + 2 * kv_heads) * width, hidden), f"{family.heads}, {family.hidden}")
+    else:
+        said[row.q] = ((count * width, hidden), f"{family.heads}, {head_dim}")
+        keys = f"{family.kv_heads or family.heads}, {head_dim}"
+        said |= dict.fromkeys((row.k, row.v), ((kv_heads * width, hidden), keys))
+    block = row.mlp[-1].rpartition(".")[0]
+    for key, names in {
+        row.width: row.mlp,
+        row.experts: [name.replace(block, f"{block}.experts", 1) for name in row.mlp],
+    }.items():
+        if key:
+            neurons = config.get(key) or 4 * hidden
+            said |= dict.fromkeys(names, ((neurons, hidden), f"{key}, {family.hidden}"))
+            said[names[-1]] = ((hidden, neurons), f"{key}, {family.hidden}")
+    if row.inputs_first:
+        said = {name: (shape[::-1], keys) for name, (shape, keys) in said.items()}
+    return said
 
 
 def _from_hub_cache(name: str | Path) -> Path:
@@ -615,7 +704,7 @@ def write_checkpoint(
     }
     files |= {file.name: file for file in map(Path, extra_files)}
     entries = [*history(fallback or checkpoint.path), entry]
-    numbers = statistics(checkpoint)
+    card = model_card(checkpoint.config, statistics(checkpoint), entries)
     need = checkpoint.nbytes + sum(file.stat().st_size for file in files.values()) + 2**20
     check_out(out, checkpoint.path, *([fallback] if fallback else []), overwrite=overwrite)
     with new_folder(out, overwrite, need) as folder:
@@ -623,25 +712,8 @@ def write_checkpoint(
         write_json(folder / "config.json", checkpoint.config)
         for file in files.values():
             shutil.copyfile(file, folder / file.name)
-        write_records(folder, checkpoint.config, numbers, entries)
-
-
-def write_records(
-    folder: Path,
-    config: dict[str, Any],
-    numbers: dict[str, Any],
-    entries: list[dict[str, Any]],
-    use: str | None = None,
-) -> None:
-    """What a stage tells of itself in the folder that it writes: history, model card, and the script's command line.
-
-    A command.sh that is there already (a training's own) stays. `use` is `model_card`'s.
-    """
-    write_json(folder / HISTORY, {"history": entries})
-    card = model_card(config, numbers, entries, use)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    if errors.command and not (folder / "command.sh").exists():
-        (folder / "command.sh").write_text(errors.command, encoding="utf-8", errors="surrogateescape")
+        write_json(folder / HISTORY, {"history": entries})
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # --- history and statistics ------------------------------------------------------------------------------------------
@@ -695,10 +767,10 @@ def layer_numbers(checkpoint: Checkpoint, stack: str) -> list[int]:
     """The numbers of a stack's layers, [0, …, n-1]; PruneKitError if config and tensors don't agree."""
     row = checkpoint.family.stacks[stack]
     parts = configs(checkpoint.config, row)
-    pattern = re.compile(rf"{row.prefix}(\d+)\.")
+    pattern = re.compile(rf"{row.prefix}(\d{{1,9}})\.")
     found = sorted({int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))})
-    said = parts[0][row.count] if parts else None
-    if not parts or found != list(range(said if type(said) is int else -1)) or not found:
+    said = parts[0][row.count]
+    if len(found) != said or found[-1] != said - 1:
         raise PruneKitError(
             f"{checkpoint.path}: config.json says {row.count} = {said}, the weights hold {stack} layers "
             f"{_ranges(found) or 'none'}; the folder is damaged, copy or download it again"
@@ -720,11 +792,7 @@ def heads(checkpoint: Checkpoint) -> tuple[int, int, int]:
     """(attention heads, KV heads, head_dim) of the text stack. Families without shared KV heads have as many of both."""
     family = checkpoint.family
     config = configs(checkpoint.config, family.text)[0]
-    count = config.get(family.heads)
-    if type(count) is not int or count < 1 or type(config.get(family.hidden)) is not int:
-        raise PruneKitError(
-            f"{checkpoint.path / 'config.json'}: has no whole numbers {family.heads}, {family.hidden}"
-        )
+    count = config[family.heads]
     kv_heads = (family.kv_heads and config.get(family.kv_heads)) or count
     head_dim = (family.head_dim and config.get(family.head_dim)) or family.head_dim_default
     return count, kv_heads, head_dim or config[family.hidden] // count
@@ -732,8 +800,8 @@ def heads(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output head shares the embedding's weights, by config or else by the family's habit."""
-    for part in (checkpoint.config, checkpoint.config.get("text_config") or {}):
-        if isinstance(part.get("tie_word_embeddings"), bool):
+    for part in (checkpoint.config, *configs(checkpoint.config, checkpoint.family.text)):
+        if part.get("tie_word_embeddings") is not None:
             return part["tie_word_embeddings"]
     return checkpoint.family.tied_by_default
 

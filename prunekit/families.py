@@ -3,6 +3,8 @@
 To add a family: add a row to `FAMILIES` and a tiny model to tests/tiny_models.py.
 """
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +64,9 @@ class Family:
     vision_prefix: str | None = None  # regex: every tensor of the vision tower
     taps: Taps | None = None
     embedding: str = r"(?:.*\.)?embed_tokens\.|lm_head\."  # regex: token embeddings and output head
+    tables: dict[str, str] = field(  # regex of an embedding table's name -> config key that counts its rows
+        default_factory=lambda: {r"(?:.*\.)?embed_tokens\.weight": "vocab_size"}
+    )
     tied: str = r"lm_head\.weight"  # regex: tensors that are a second copy when embeddings are tied
     tied_by_default: bool = False
     hidden: str = "hidden_size"
@@ -73,6 +78,7 @@ class Family:
         "any"  # counts that transformers and vLLM load: any, divisors of hidden, or none: head_dim isn't read
     )
     causal: bool = True  # False: encoders, which have no KV cache
+    positions: str = "max_position_embeddings"  # config key: tokens of a row
     first_position: int = (
         0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
     )
@@ -139,6 +145,10 @@ _ENCODER = {
     "causal": False,
     "tied_by_default": True,
     "embedding": r"(?:.*\.)?embeddings\.|(?:cls\.predictions|lm_head)\.(?:decoder|bias)|vocab_projector\.",
+    "tables": {
+        r"(?:.*\.)?embeddings\.word_embeddings\.weight": "vocab_size",
+        r"(?:.*\.)?embeddings\.position_embeddings\.weight": "max_position_embeddings",
+    },
     "tied": r"(?:cls\.predictions|lm_head)\.decoder\.(?:weight|bias)|vocab_projector\.weight",
 }
 
@@ -219,6 +229,11 @@ FAMILIES: dict[str, Family] = {
                 inputs_first=True,
             ),
             embedding=r"(?:transformer\.)?w[tp]e\.|lm_head\.",
+            tables={
+                r"(?:transformer\.)?wte\.weight": "vocab_size",
+                r"(?:transformer\.)?wpe\.weight": "n_positions",
+            },
+            positions="n_positions",
             tied_by_default=True,
             hidden="n_embd",
             heads="n_head",
@@ -252,8 +267,122 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def text_value(config: dict[str, Any], key: str) -> Any:
+    """What a config says under a key of the text stack; None if nothing."""
+    return next((part[key] for part in configs(config, family_of(config).text) if key in part), None)
+
+
 def positions(config: dict[str, Any], unsaid: int = 512) -> int:
     """How many tokens a row may have, special ones included; `unsaid` where the config doesn't say it."""
-    text = config.get("text_config") or config
-    count = text.get("max_position_embeddings") or text.get("n_positions")
-    return count - family_of(config).first_position if count else unsaid
+    family = family_of(config)
+    count = text_value(config, family.positions)
+    return count - family.first_position if count else unsaid
+
+
+# --- what a config may say -------------------------------------------------------------------------------------------
+
+LARGEST = 10**9  # more layers, heads, neurons, words or positions no model has
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a config's value must be, in words and as a test. JSON's null says nothing, and passes unless `needed`."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    needed: bool = False
+
+
+def _whole(value: Any, smallest: int) -> bool:
+    return type(value) is int and smallest <= value < LARGEST
+
+
+def _all(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(holds, value))
+
+
+COUNT = Rule(f"a whole number from 1 to {LARGEST - 1:,}", lambda value: _whole(value, 1))
+NUMBER = Rule(f"a whole number from 0 to {LARGEST - 1:,}", lambda value: _whole(value, 0))
+NUMBERS = Rule("a list of layer numbers", lambda value: _all(value, lambda item: _whole(item, 0)))
+NAMES = Rule("a list of names", lambda value: _all(value, lambda item: isinstance(item, str)))
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+PART = Rule("an object", lambda value: isinstance(value, dict))
+FACTOR = Rule("a positive number", lambda value: type(value) in (int, float) and 0 < value < 1e300)
+LABELS = Rule(
+    "an object of names",
+    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value.values()),
+)
+ROPE = {"rope_theta": FACTOR, "partial_rotary_factor": FACTOR}
+TOP = {"architectures": NAMES, "id2label": LABELS, "tie_word_embeddings": FLAG}
+
+
+def _rules(family: Family, stack: Stack) -> dict[str, Rule]:
+    """The rules of one stack's keys."""
+    rules = {stack.count: replace(COUNT, needed=True)}
+    rules |= dict.fromkeys(stack.per_layer, NAMES) | dict.fromkeys(stack.numbers, NUMBERS)
+    rules |= dict.fromkeys(filter(None, (stack.threshold, stack.sparse_step)), NUMBER)
+    rules |= dict.fromkeys(stack.pattern, COUNT) | dict.fromkeys(filter(None, [stack.fixed_if]), FLAG)
+    if stack is not family.text:
+        return rules | ({family.taps.key: NUMBERS} if family.taps else {})
+    sizes = (
+        family.kv_heads,
+        family.head_dim,
+        stack.width,
+        stack.experts,
+        family.positions,
+        *family.tables.values(),
+    )
+    rules |= dict.fromkeys(filter(None, sizes), COUNT)
+    rules |= dict.fromkeys((family.heads, family.hidden), replace(COUNT, needed=True))
+    return rules | ROPE | {"rope_parameters": PART, "rope_scaling": PART, "tie_word_embeddings": FLAG}
+
+
+def _broken(part: dict[str, Any], rules: dict[str, Rule], where: str = "") -> Iterator[str]:
+    for key, rule in rules.items():
+        if key in part and not (part[key] is None and not rule.needed) and not rule.holds(part[key]):
+            yield f"{where}{key} is {_short(part[key])}, not {rule.words}"
+
+
+def _short(value: Any) -> str:
+    """A value of a config as an error shows it."""
+    if type(value) is int and abs(value) >= 10**30:
+        return f"a number of {int(math.log10(abs(value))) + 1} digits"
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_config(config: Any) -> Family:
+    """The row of a config whose every key that the row names has the type and range that it must have.
+
+    PruneKitError says which key hasn't, or that the model_type is unknown. Whether the tensors agree, `checkpoint` sees.
+    """
+    if not isinstance(config, dict):
+        raise PruneKitError("not a JSON object; download it again")
+    family = family_of(config)
+    problems = list(_broken(config, TOP))
+    for stack in family.stacks.values():
+        if stack.config:
+            problems += _broken(config, {stack.config: PART})
+        parts = configs(config, stack)
+        if not parts:
+            problems.append(f"has no {stack.config}{'.' * bool(stack.config)}{stack.count}")
+        for part in parts:
+            where, rules = "" if part is config else f"{stack.config}.", _rules(family, stack)
+            if part is parts[0]:  # the one that counts
+                problems += [f"has no {where}{key}" for key in rules if rules[key].needed and key not in part]
+            problems += _broken(part, rules, where)
+            for key in stack.per_layer:
+                if isinstance(part.get(key), list) and len(part[key]) != part[stack.count]:
+                    problems.append(
+                        f"{where}{key} has {len(part[key])} items, {stack.count} is {_short(part[stack.count])}"
+                    )
+            for key in ("rope_parameters", "rope_scaling"):
+                rope = part.get(key)
+                for each in (
+                    rope,
+                    *(rope.values() if isinstance(rope, dict) else ()),
+                ):  # some: by kind of layer
+                    problems += _broken(each, ROPE, f"{where}{key}.") if isinstance(each, dict) else ()
+    if problems:
+        raise PruneKitError(f"{problems[0]}; mend config.json or download it again")
+    return family

@@ -81,8 +81,8 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
         old = tensors[name]
         if not old.shape or old.shape[0] != present * head_dim or old.dtype not in TORCH_DTYPES:
             raise PruneKitError(
-                f"{name}: {old.dtype} {list(old.shape)}, where config.json's {present} KV heads of {head_dim} mean "
-                f"{present * head_dim} floating-point rows; mend config.json"
+                f"{name}: {old.dtype} {list(old.shape)}, where {present} KV heads of {head_dim} have {present * head_dim} "
+                "floating-point rows; copy or download it again"
             )
         shape = (kv_heads * head_dim, *old.shape[1:])
         tensors[name] = replace(

@@ -12,8 +12,6 @@ from .checkpoint import Checkpoint, history_entry, layer_numbers, statistics, wr
 from .errors import PruneKitError
 from .families import Stack, configs
 
-MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
-
 
 @dataclass(frozen=True)
 class Removal:
@@ -51,8 +49,8 @@ def choose_from_ranking(
     checkpoint: Checkpoint,
     ranking: dict[str, Any],
     keep_above: float = 0.95,
-    max_layers: int = MOST_LAYERS,
-    max_fraction: float = MOST_SHARE,
+    max_layers: int = 10,
+    max_fraction: float = 0.25,
     independent: bool = False,
 ) -> list[dict[str, Any]]:
     """What to remove by a knockout ranking: stack, layer and `relative`, the share of the baseline that it keeps.
@@ -91,19 +89,6 @@ def _path_steps(path: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if name not in before["removed"]:
                 stack, number = name.rsplit("-", 1)
                 yield {"name": name, "stack": stack, "layer": int(number), "relative": point["relative"]}
-
-
-def cautions(plan: Removal) -> list[str]:
-    """Where a plan takes more at once than recovers surely: over 10 layers, or over a quarter of a stack's."""
-    counts = {stack: len(layer_numbers(plan.source, stack)) for stack in plan.removed}
-    gone = {stack: len(numbers) for stack, numbers in plan.removed.items()}
-    much = [stack for stack in gone if gone[stack] > MOST_SHARE * counts[stack]]
-    if not much and sum(gone.values()) <= MOST_LAYERS:
-        return []
-    parts = " and ".join(f"{gone[stack]} of {counts[stack]} {stack} layers" for stack in much or gone)
-    return [
-        f"{parts} at once: at most {MOST_SHARE:.0%} of them, or {MOST_LAYERS}, recover surely; drop fewer, recover, and look again"
-    ]
 
 
 def _fits(checkpoint: Checkpoint, entries: list[dict[str, Any]], max_fraction: float) -> bool:
@@ -189,11 +174,7 @@ def _shrink(part: dict[str, Any], row: Stack, kept: list[int], count: int) -> No
             types = ("full_attention", "sliding_attention")
             part["layer_types"] = [types[(i + 1) % every > 0] for i in range(count)]
     for key in row.per_layer:
-        if isinstance(values := part.get(key), list):
-            if len(values) != count:
-                raise PruneKitError(
-                    f"config.json: {key} has {len(values)} items for {count} layers; mend config.json"
-                )
+        if values := part.get(key):
             part[key] = [values[i] for i in kept]
     if row.sparse_step and (step := part.get(row.sparse_step) or 1) != 1:
         # Which layers are sparse depends on their numbers: from here on they are listed.
@@ -251,11 +232,6 @@ def plan_removal(
     if family.taps:
         part = configs(config, family.vision)[0]
         old = part.get(family.taps.key, list(family.taps.default))
-        blocks = len(kept["vision"]) + len(removed["vision"])
-        if not isinstance(old, list) or old != [block for block in range(blocks) if block in old]:
-            raise PruneKitError(
-                f"config.json: {family.taps.key} {old} isn't a rising list of the blocks 0 to {blocks - 1}"
-            )
         for tap in drop_taps:
             if tap not in range(len(old)) or list(drop_taps).count(tap) > 1:
                 raise PruneKitError(
@@ -352,7 +328,5 @@ def apply_removal(
     )
     if healing:
         entry["seams"] = healing["seams"]
-    if warnings := cautions(plan):
-        entry["warnings"] = warnings
     write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
     return entry

@@ -274,8 +274,8 @@ def _check_shapes(
             raise PruneKitError(f"{name}: {tensor.dtype}; only floating-point weights can be cut")
         if part.role in wanted and tensor.shape[part.axis] != wanted[part.role] * width:
             raise PruneKitError(
-                f"{name}: {list(tensor.shape)}, where config.json's {wanted[part.role]} heads of {width} mean "
-                f"{wanted[part.role] * width}; mend config.json"
+                f"{name}: {list(tensor.shape)}, where {wanted[part.role]} heads of {width} have "
+                f"{wanted[part.role] * width}; copy or download it again"
             )
 
 

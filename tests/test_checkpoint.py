@@ -29,6 +29,7 @@ from prunekit.checkpoint import (
     INDEX,
     MAX_HEADER,
     TORCH_DTYPES,
+    Checkpoint,
     append_history,
     check_out,
     float_bytes,
@@ -97,10 +98,10 @@ def test_tensors_are_read_as_safetensors_reads_them(family, tiny):
 def test_every_dtype_is_read(dtype, tmp_path):
     tensors = {"a": torch.arange(6).to(getattr(torch, dtype)).view(2, 3), "none": torch.zeros(0, 3)}
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    read = open_checkpoint(tmp_path).read("a")
+    checkpoint = Checkpoint(tmp_path, {}, read_header(tmp_path / "model.safetensors"))
+    read = checkpoint.read("a")
     assert read.dtype == tensors["a"].dtype and torch.equal(read.double(), tensors["a"].double())
-    assert open_checkpoint(tmp_path).read("none").shape == (0, 3)
+    assert checkpoint.read("none").shape == (0, 3)
 
 
 @QUICK
@@ -354,15 +355,12 @@ def test_the_same_tensor_in_two_files_is_refused(own):
     refused(folder, r"model\.norm\.weight is in one\.safetensors and in two\.safetensors")
 
 
-@pytest.mark.parametrize("layers", [4, 6, "5", None])
+@pytest.mark.parametrize("layers", [4, 6, 10**8])
 def test_a_config_that_miscounts_layers_is_refused(layers, own):
     folder = own("llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-    with pytest.raises(
-        PruneKitError, match=f"says num_hidden_layers = {layers}, the weights hold text layers 0-4"
-    ):
-        statistics(folder)
+    refused(folder, f"says num_hidden_layers = {layers}, the weights hold text layers 0-4")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -431,7 +429,7 @@ def test_side_files_travel_and_a_trainers_traces_do_not(own, tmp_path):
         "generation_config.json",
     ]
     left = ["optimizer.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "README.md", ".hidden",
-            "latest", "zero_to_fp32.py", "zero_to_torch.py", "args.json", "logging.jsonl", "command.sh", "curves.png", "heads.png", "pytorch_model.bin.index.json"]  # fmt: skip
+            "latest", "zero_to_fp32.py", "args.json", "logging.jsonl", "pytorch_model.bin.index.json"]  # fmt: skip
     for name in kept + left:
         (folder / name).write_text("{}")
     (folder / "global_step3").mkdir()
@@ -603,7 +601,7 @@ def test_a_disk_on_which_a_file_cannot_be_made_is_left_empty(inodes, tiny, on_di
 
 def test_a_disk_that_proves_too_small_while_it_is_written_to_is_left_empty(tmp_path, on_disk):
     for shard in range(1, 513):  # each takes a page of 4 KB, for the one byte of which the room was counted
-        header = {f"model.layers.{shard - 1}.mlp.up_proj.weight": entry(0, 1)}
+        header = {f"model.layers.{shard - 1}.input_layernorm.weight": entry(0, 1)}
         write_raw(tmp_path / f"model-{shard:05}-of-00512.safetensors", header, b"x")
     config = {"model_type": "llama", "num_hidden_layers": 512, "num_attention_heads": 1, "hidden_size": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -622,7 +620,8 @@ def test_an_out_below_a_file_is_refused(tiny, tmp_path):
 def large(tmp_path_factory):
     """A sharded llama of 24 MB, no two layers alike: quickly made, and with many moments to be killed in."""
     folder, data = tmp_path_factory.mktemp("large"), random.Random(0)
-    config = {"model_type": "llama", "num_hidden_layers": 24, "num_attention_heads": 1, "hidden_size": 1024}
+    config = {"model_type": "llama", "num_hidden_layers": 24, "num_attention_heads": 1, "hidden_size": 1024,
+              "intermediate_size": 1024}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for shard in range(6):
         names = [f"model.layers.{4 * shard + i}.mlp.up_proj.weight" for i in range(4)]
@@ -650,10 +649,11 @@ def cut(source, out, layer, kill_after=None):
 
 
 def contents(folder):
-    """A digest of every file by name, but for the time of day in the history: what was removed."""
+    """A digest of every file by name, but for the time of day in the history and the card: what was removed."""
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     (entry,) = history(folder)
-    return files | {HISTORY: entry["removed"]}
+    assert entry["time"] in (folder / "README.md").read_text()
+    return files | {HISTORY: entry["removed"], "README.md": True}
 
 
 @pytest.mark.slow

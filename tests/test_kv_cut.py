@@ -126,7 +126,10 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
     folder = own("qwen3")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 8}))
-    with pytest.raises(PruneKitError, match="4 KV heads of 8 mean 32 floating-point rows"):
+    with pytest.raises(
+        PruneKitError,
+        match=r"k_proj.weight is \[64, 32\], by config.json \(num_key_value_heads, head_dim\) it would be \[32",
+    ):
         plan_kv_merge(open_checkpoint(folder), 2)
 
 

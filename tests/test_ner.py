@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
@@ -315,16 +316,15 @@ def test_a_used_out_and_a_decoder_are_refused(tagger, tiny, rows, tmp_path, ner_
         ner_run("--model", tiny("bert"), "--out", tmp_path / "out", "--dataset", rows)
 
 
-def test_a_teacher_of_other_labels_or_sizes_is_refused(tagger, tmp_path):
-    student, other = open_checkpoint(tagger("bert")), save_tagger("bert", tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+def test_a_teacher_of_other_labels_or_sizes_is_refused(tagger):
+    student = open_checkpoint(tagger("bert"))
+    wide = replace(student, config=student.config | {"hidden_size": 64})
     with pytest.raises(PruneKitError, match="hidden_size 64, the student's is 32; leave out --hidden-weight"):
-        check_teacher(open_checkpoint(other), student, LABELS, hidden=True)
-    check_teacher(open_checkpoint(other), student, LABELS, hidden=False)
+        check_teacher(wide, student, LABELS, hidden=True)
+    check_teacher(wide, student, LABELS, hidden=False)
     swapped = {**LABELS, 1: LABELS[3], 3: LABELS[1]}
     with pytest.raises(PruneKitError, match="its labels are not the student's"):
-        check_teacher(open_checkpoint(other), student, swapped, hidden=False)
+        check_teacher(wide, student, swapped, hidden=False)
 
 
 def test_a_new_head_does_not_excuse_other_layers(tagger, tmp_path):

@@ -306,7 +306,9 @@ def test_transformers_refuses_llamas_whose_heads_dont_divide_hidden_and_so_do_we
 def test_a_config_that_contradicts_the_weights_is_refused(own):
     path = own("qwen3") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 8}))
-    with pytest.raises(PruneKitError, match="4 heads of 8 mean 32; mend config.json"):
+    with pytest.raises(
+        PruneKitError, match=r"by config.json \(num_key_value_heads, head_dim\) it would be \[32, 32\]; mend"
+    ):
         plan_width(open_checkpoint(path.parent), heads_kept=4)
 
 
