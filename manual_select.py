@@ -12,6 +12,7 @@ layers around each seam on calibration data, so that recovery starts from a bett
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from prunekit.inspect import comparison
 from prunekit.layers import (
     Removal,
     apply_removal,
+    cautions,
     check_healable,
     choose_from_ranking,
     parse_numbers,
@@ -112,6 +114,8 @@ def main() -> None:
     healing = None
     if arguments.heal:
         plan, healing = heal_plan(plan, arguments)
+    for caution in cautions(plan):
+        print(f"warning: {caution}", file=sys.stderr)
     if arguments.dry_run:
         print("dry run: nothing written")
         return

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up, then lint and test. Ends with pytest's own closing line.
-#   bash test.sh                  everything
+#   bash test.sh                  everything that needs no more than .venv
 #   bash test.sh -m 'not slow'    unit tests only; any pytest arguments
+#   bash test.sh -m clients       what we write, read by vLLM and mergekit (4 GB of packages, once); rehearsal: docs/gpu.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash lib/setup.sh

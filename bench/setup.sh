@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash lib/setup.sh
-bash lib/clients.sh
+bash lib/rehearsal.sh
 
 stamp=.venv/.bench-$(cat pyproject.toml bench/setup.sh | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0

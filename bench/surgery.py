@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from prunekit.checkpoint import layer_numbers, open_checkpoint  # noqa: E402
 
 DROPPED = [4, 9, 14, 19, 24]
-MERGEKIT = ROOT / ".venv-clients/bin/mergekit-yaml"
+MERGEKIT = ROOT / ".venv-rehearsal/bin/mergekit-yaml"
 LOAD_SAVE = f"""
 import sys
 from transformers import AutoModelForCausalLM

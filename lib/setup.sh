@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Make .venv with everything Prune-Kit needs: CUDA packages where there is an NVIDIA GPU, CPU torch elsewhere.
-#   bash lib/setup.sh
+#   bash lib/setup.sh             the GPU packages are 9 GB, for CUDA 13: driver 580 or newer, GPUs since Turing
+#   DEVICE=gpu bash lib/setup.sh  tries an older driver, too (CUDA's forward compatibility package makes some do)
 #   PYTHON=/opt/python3.11/bin/python3.11 DEVICE=cpu bash lib/setup.sh
 # Runs again at no cost; an interrupted run is finished by the next. pip's own settings (PIP_INDEX_URL, ...) apply.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
+asked=${DEVICE:-}
 DEVICE=${DEVICE:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
+NEEDED='torch 2.13 for CUDA 13.0 needs an NVIDIA driver of 580 or newer and a GPU of Turing (compute capability 7.5) or newer'
 
 # The stamp names everything that decides what gets installed; it is written last.
-stamp=.venv/.complete-$(cat pyproject.toml lib/setup.sh lib/torchvision_cpu.py <(echo "$DEVICE $PWD") | sha256sum | cut -c1-16)
+stamp=.venv/.complete-$(cat pyproject.toml lib/setup.sh lib/check_cuda.py lib/torchvision_cpu.py <(echo "$DEVICE $PWD") | sha256sum | cut -c1-16)
 [ -e "$stamp" ] && exit 0
 
 for candidate in "$PYTHON" python3.11 python3.12; do
@@ -18,6 +21,12 @@ for candidate in "$PYTHON" python3.11 python3.12; do
 done
 "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null ||
   { echo "error: Python 3.11 or 3.12 is needed, $PYTHON is not: name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+if [ -z "$asked" ] && [ "$DEVICE" = gpu ]; then # before gigabytes are fetched
+  old=$(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader | awk -F', ' '($2 + 0 < 580 || $3 + 0 < 7.5) && !said++')
+  [ -z "$old" ] ||
+    { echo "error: $NEEDED; here is $old: update the driver, or install for the CPU with DEVICE=cpu bash lib/setup.sh" >&2; exit 2; }
+fi
 
 exec 8>.setup.lock
 if ! flock -n 8; then
@@ -32,7 +41,7 @@ rm -f .venv/.complete-*
 [ -d .venv ] || "$PYTHON" -m venv .venv ||
   { echo "error: $PYTHON cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 2; }
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --quiet --progress-bar off "$@"; }
 if [ "$DEVICE" = gpu ]; then
   pip -e '.[gpu,test]'
 else
@@ -50,4 +59,7 @@ import torchvision, transformers, trl, peft  # noqa: F401
 import torch
 print(f"setup: torch {torch.__version__}, transformers {transformers.__version__}, ready")
 EOF
+if [ "$DEVICE" = gpu ]; then
+  .venv/bin/python lib/check_cuda.py || { echo "error: CUDA doesn't work in .venv: $NEEDED" >&2; exit 2; }
+fi
 touch "$stamp"

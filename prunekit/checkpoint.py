@@ -26,16 +26,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from . import errors
 from .errors import PruneKitError
 from .families import Family, check_config, configs, family_of, text_value
-from .model_card import model_card
+from .model_card import HISTORY, model_card
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-HISTORY = "pruning_info.json"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
 MAX_AXES = 64  # of a tensor, as numpy and torch have them
@@ -46,8 +46,8 @@ BUFFERS = re.compile(
 )  # saved, but no parameters
 NOT_CARRIED = re.compile(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|distcp)$|.*\.index\.json$|\..*|README\.md$"
-    rf"|config\.json$|{re.escape(HISTORY)}$|trainer_state\.json$|args\.json$|latest$|zero_to_fp32\.py$"
-    r"|logging\.jsonl$|command\.sh$|sparsity\.json$|(?:curves|sparsity|quality)\.png$"  # a stage's own records: later stages have theirs
+    rf"|config\.json$|{re.escape(HISTORY)}$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
+    r"|logging\.jsonl$|command\.sh$|sparsity\.json$|(?:curves|sparsity|quality|heads)\.png$"  # a stage's own records: later stages have theirs
 )
 
 
@@ -704,7 +704,7 @@ def write_checkpoint(
     }
     files |= {file.name: file for file in map(Path, extra_files)}
     entries = [*history(fallback or checkpoint.path), entry]
-    card = model_card(checkpoint.config, statistics(checkpoint), entries)
+    numbers = statistics(checkpoint)
     need = checkpoint.nbytes + sum(file.stat().st_size for file in files.values()) + 2**20
     check_out(out, checkpoint.path, *([fallback] if fallback else []), overwrite=overwrite)
     with new_folder(out, overwrite, need) as folder:
@@ -712,8 +712,25 @@ def write_checkpoint(
         write_json(folder / "config.json", checkpoint.config)
         for file in files.values():
             shutil.copyfile(file, folder / file.name)
-        write_json(folder / HISTORY, {"history": entries})
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_records(folder, checkpoint.config, numbers, entries)
+
+
+def write_records(
+    folder: Path,
+    config: dict[str, Any],
+    numbers: dict[str, Any],
+    entries: list[dict[str, Any]],
+    use: str | None = None,
+) -> None:
+    """What a stage tells of itself in the folder that it writes: history, model card, and the script's command line.
+
+    A command.sh that is there already (a training's own) stays. `use` is `model_card`'s.
+    """
+    write_json(folder / HISTORY, {"history": entries})
+    card = model_card(config, numbers, entries, use)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if errors.command and not (folder / "command.sh").exists():
+        (folder / "command.sh").write_text(errors.command, encoding="utf-8", errors="surrogateescape")
 
 
 # --- history and statistics ------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import (
-    HISTORY,
     TORCH_DTYPES,
     Checkpoint,
     check_out,
@@ -24,10 +23,10 @@ from .checkpoint import (
     side_files,
     statistics,
     write_json,
+    write_records,
 )
 from .errors import PruneKitError, need_packages
 from .families import family_of, positions
-from .model_card import model_card
 from .ner import (
     TOKEN_CLASSIFIER,
     Data,
@@ -208,9 +207,7 @@ def deploy(checkpoint: Checkpoint, out: str | Path, form: str, overwrite: bool =
             "deploy", checkpoint.path, numbers, after, metrics=compared, settings={"format": form}
         )
         entries = [*history(checkpoint.path), entry]
-        write_json(folder / HISTORY, {"history": entries})
-        card = model_card(checkpoint.config, after, entries, USE[form.split("-")[0]])
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_records(folder, checkpoint.config, after, entries, USE[form.split("-")[0]])
     return entry
 
 

@@ -1,8 +1,14 @@
 """One exception for every mistake that a user can mend, and the one place where it becomes an exit code."""
 
 import importlib.util
+import re
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+SECRET = re.compile(r"--(?:\w+[-_])?(?:token|key|secret|password)(=|$)")
+command: str | None = None  # the line that a user typed, where a script runs
 
 
 class PruneKitError(Exception):
@@ -18,6 +24,8 @@ def need_packages(*names: str, extra: str) -> None:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main function and exit: 0 or its result, 2 on PruneKitError, 130 on Ctrl-C."""
+    global command
+    command = f"# run in {Path.cwd()}\n{quoted(['python', *sys.orig_argv[1:]])}\n"
     try:
         sys.exit(main() or 0)
     except PruneKitError as error:
@@ -26,3 +34,15 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def quoted(words: list[str]) -> str:
+    """A command line as one would type it, secrets left out."""
+    line, hide = [], False
+    for word in words:
+        secret = SECRET.match(word)
+        line.append(
+            "'***'" if hide else word[: secret.end()] + "'***'" if secret and secret[1] else shlex.quote(word)
+        )
+        hide = bool(secret and not secret[1])
+    return " ".join(line)

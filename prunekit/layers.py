@@ -12,6 +12,8 @@ from .checkpoint import Checkpoint, history_entry, layer_numbers, statistics, wr
 from .errors import PruneKitError
 from .families import Stack, configs
 
+MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -49,8 +51,8 @@ def choose_from_ranking(
     checkpoint: Checkpoint,
     ranking: dict[str, Any],
     keep_above: float = 0.95,
-    max_layers: int = 10,
-    max_fraction: float = 0.25,
+    max_layers: int = MOST_LAYERS,
+    max_fraction: float = MOST_SHARE,
     independent: bool = False,
 ) -> list[dict[str, Any]]:
     """What to remove by a knockout ranking: stack, layer and `relative`, the share of the baseline that it keeps.
@@ -89,6 +91,19 @@ def _path_steps(path: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if name not in before["removed"]:
                 stack, number = name.rsplit("-", 1)
                 yield {"name": name, "stack": stack, "layer": int(number), "relative": point["relative"]}
+
+
+def cautions(plan: Removal) -> list[str]:
+    """Where a plan takes more at once than recovers surely: over 10 layers, or over a quarter of a stack's."""
+    counts = {stack: len(layer_numbers(plan.source, stack)) for stack in plan.removed}
+    gone = {stack: len(numbers) for stack, numbers in plan.removed.items()}
+    much = [stack for stack in gone if gone[stack] > MOST_SHARE * counts[stack]]
+    if not much and sum(gone.values()) <= MOST_LAYERS:
+        return []
+    parts = " and ".join(f"{gone[stack]} of {counts[stack]} {stack} layers" for stack in much or gone)
+    return [
+        f"{parts} at once: at most {MOST_SHARE:.0%} of them, or {MOST_LAYERS}, recover surely; drop fewer, recover, and look again"
+    ]
 
 
 def _fits(checkpoint: Checkpoint, entries: list[dict[str, Any]], max_fraction: float) -> bool:
@@ -328,5 +343,7 @@ def apply_removal(
     )
     if healing:
         entry["seams"] = healing["seams"]
+    if warnings := cautions(plan):
+        entry["warnings"] = warnings
     write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
     return entry

@@ -7,6 +7,10 @@ import json
 import re
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
+HISTORY = "pruning_info.json"
+
 ROWS = {
     "text layers": "num_hidden_layers",
     "vision blocks": "vision_depth",
@@ -26,6 +30,11 @@ TASKS = {  # by the end of an architecture's name: the hub's name for the task, 
     "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
 }
+METRICS = (  # of all that a stage measured, what says how good the model is; of an eval_ and a plain one, the first
+    "eval_token_acc", "eval_reward", "eval_f1", "eval_loss", "token_acc", "exact_match", "reward", "f1", "held_out_loss",
+    "loss", "same_best",
+)  # fmt: skip
+MOST_METRICS = 3
 USE = """from transformers import {loader}
 
 model = {loader}.from_pretrained("this/folder", dtype="auto")"""
@@ -47,13 +56,7 @@ def model_card(
     tags = ["prune-kit", *(["pruned"] if any(entry.get("removed") for entry in entries) else [])]
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            f"tags: [{', '.join(tags)}]",
-            *([f"pipeline_tag: {task}"] if task else []),
-            *([f"base_model: {hub[1]}/{hub[2]}"] if hub else []),
-            "---",
-            "",
+            *_front_matter("transformers", tags, task, hub and f"{hub[1]}/{hub[2]}"),
             f"# {config['model_type']}, by Prune-Kit",
             "",
             f"Made from {_code(first.get('input', 'unknown'))}.",
@@ -66,7 +69,7 @@ def model_card(
             "",
             "## Stages",
             "",
-            *(f"{number}. {_line(entry)}" for number, entry in enumerate(entries, 1)),
+            *_stages(entries),
             "",
             "## Use",
             "",
@@ -76,6 +79,11 @@ def model_card(
             "",
         ]
     )
+
+
+def _front_matter(library: str, tags: list[str], task: str | None, base: str | None) -> list[str]:
+    data = ModelCardData(library_name=library, tags=tags, pipeline_tag=task, base_model=base)
+    return ["---", data.to_yaml(), "---", ""]
 
 
 def _rows(first: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
@@ -94,12 +102,46 @@ def _rows(first: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _line(entry: dict[str, Any]) -> str:
-    what = [f"{_code(entry.get('stage', '?'))} of {_code(entry.get('input', '?'))}"]
-    for key in ("removed", "settings", "metrics", "time", "versions"):
-        if value := entry.get(key):
-            what.append(f"{key} {_code(value)}")
-    return "; ".join(what)
+def _stages(entries: list[dict[str, Any]]) -> list[str]:
+    """A table with a row a stage, and what they warned of."""
+    lines = [
+        "|  | stage | of | removed | parameters | KV bytes/token | measured |",
+        "|---:|---|---|---|---:|---:|---|",
+    ]
+    warnings = []
+    for number, entry in enumerate(entries, 1):
+        texts = [entry.get("stage", "?"), entry.get("input", "?"), _removed(entry.get("removed"))]
+        cells = [
+            _code(text).replace("|", "\\|") if text else "" for text in texts
+        ]  # even in code it ends a cell
+        cells += [_count(entry.get(key)) for key in ("parameters", "kv_bytes_per_token")]
+        lines.append(f"| {number} | {' | '.join(cells)} | {_measured(entry.get('metrics'))} |")
+        warnings += [f"Stage {number}: {_code(warning)}" for warning in entry.get("warnings") or ()]
+    lines += ["", f"Settings, all metrics, versions and times: `{HISTORY}`."]
+    return lines + [line for warning in warnings for line in ("", warning)]
+
+
+def _removed(removed: Any) -> str:
+    parts = []
+    for key, value in removed.items() if isinstance(removed, dict) else ():
+        if key == "taps":  # (before, now): what moved, and what went with its merger
+            value = [f"{a} to {b}" if b is not None else f"{a} gone" for a, b in value if a != b]
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        parts.append(f"{key} {value:,}" if type(value) is int else f"{key} {value}")
+    return "; ".join(parts)
+
+
+def _measured(metrics: Any) -> str:
+    if not isinstance(metrics, dict):
+        return ""
+    names = [name for name in METRICS if isinstance(metrics.get(name), int | float)]
+    names = [name for name in names if f"eval_{name}" not in names]
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in names[:MOST_METRICS])
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else "?"
 
 
 def _code(value: Any) -> str:

@@ -10,30 +10,39 @@ the mend, and exits 2; or answers and exits 0:
     MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the user names another
     TEMPLATE=                     the model's chat template; empty where ms-swift finds it by itself
     POSITIONS=                    how many learned positions the model has; empty if they are rotary
+    MAX_LENGTH=, COMPLETION_LENGTH=   what --max_length and --max_completion_length must be; empty: as they are
+    ENGINE_LENGTH=                vLLM's max_model_len; empty without vLLM
+    FREE_PORTS=                   as many as --free-ports asks for: 41001,41002
 
 Libraries may print lines of their own in between.
 """
 
 import argparse
-import ast
 import contextlib
-import importlib.util
 import json
 import os
 import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from .arguments import Parser, natural, positive_float
 from .chat_templates import find_template
-from .checkpoint import check_out, open_checkpoint
+from .checkpoint import Checkpoint, check_out, open_checkpoint, statistics
 from .errors import PruneKitError, run_script
+from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
+from .swift_line import check_line, check_names, check_registered, parse, registered
 
 ROWS_CHECKED = 10_000
 DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet"}
+SWIFT_FLAGS = (
+    "dataset", "val_dataset", "chord_sft_dataset", "columns", "reward_funcs", "external_plugins", "optimizer", "model_type",
+    "template",
+)  # fmt: skip
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
@@ -105,40 +114,6 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
         raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
 
 
-def _rewards_in(path: Path) -> tuple[set[str], set[str]]:
-    """The rewards that a Python file registers in `orms`, to list and to allow; it is read and not run.
-
-    `orms = {...}` and `orms["name"] = ...` are exact. A file that does anything else with `orms` (a loop,
-    `orms.update(...)`) is likely to register its functions, and may register under any string in it.
-    """
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise PruneKitError(
-            f"plugin {path} is not there: name a .py file that registers your rewards"
-        ) from None
-    except (SyntaxError, ValueError) as error:
-        raise PruneKitError(f"plugin {path} is not Python: {error}") from None
-    names, understood = set(), 0
-    for node in ast.walk(tree):
-        match node:
-            case ast.Assign([ast.Name("orms")], ast.Dict(keys)) if all(
-                isinstance(key, ast.Constant) for key in keys
-            ):
-                names |= {key.value for key in keys}
-            case ast.Assign([ast.Subscript(ast.Name("orms"), ast.Constant(key))]):
-                names.add(key)
-            case _:
-                continue
-        understood += 1
-    if sum(isinstance(node, ast.Name) and node.id == "orms" for node in ast.walk(tree)) == understood:
-        return names, names
-    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    return names | functions, names | functions | classes | strings
-
-
 def check_no_remote_code(folder: Path) -> None:
     """Refuse a checkpoint that brings Python code (`auto_map`): ms-swift 4.6 would run it, trusting every folder.
 
@@ -164,47 +139,91 @@ def check_no_remote_code(folder: Path) -> None:
 
 def check_rewards(names: Iterable[str], plugins: Iterable[Path]) -> None:
     """Check that ms-swift or one of the plugins registers every reward; neither is imported."""
-    swift = Path(importlib.util.find_spec("swift").origin).parent
-    found = [_rewards_in(path) for path in (swift / "rewards" / "orm.py", *plugins)]
-    for name in names:
-        if not any(name in allowed for _, allowed in found):
-            listed = ", ".join(sorted(set().union(*(names for names, _ in found))))
-            raise PruneKitError(f"unknown reward {name}: choose from {listed}, or register it in a plugin")
+    plugins = list(plugins)
+    for plugin in plugins:
+        registered(plugin, "orms")  # can be read
+    check_registered("reward", names, "orms", "rewards/orm.py", plugins)
 
 
-def check_port(port: str | int) -> None:
-    """Check that nothing listens on a local TCP port."""
-    if not (str(port).isascii() and str(port).isdigit() and 0 < int(port) < 65536):
-        raise PruneKitError(f"port {port} is none: give a number from 1 to 65535")
+def _can_bind(port: int, reuse: bool) -> bool:
     with socket.socket() as probe:
-        # Old connections in TIME_WAIT don't count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         try:
-            probe.bind(("127.0.0.1", int(port)))
+            probe.bind(("", port))
         except PermissionError:
             raise PruneKitError(f"port {port} is not for users: choose one above 1023") from None
         except OSError:
-            raise PruneKitError(
-                f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)"
-            ) from None
+            return False
+        return True
 
 
-def check_disk(out: Path, need: float) -> None:
-    """Check that `out` can be made, and that its file system has `need` bytes free."""
+def check_port(port: str | int, patience: float = 70) -> None:
+    """Check that ms-swift gets a local TCP port, which it takes on all interfaces and without SO_REUSEADDR.
+
+    Where it can't, it takes the next one without a word, and nobody finds its server. So the connections of a server
+    that has just ended are waited for (a minute, `patience` seconds at most).
+    """
+    if not (str(port).isascii() and str(port).isdigit() and 0 < int(port) < 65536):
+        raise PruneKitError(f"port {port} is none: give a number from 1 to 65535")
+    end = time.monotonic() + patience
+    while not _can_bind(int(port), reuse=False):
+        if not _can_bind(int(port), reuse=True) or time.monotonic() > end:
+            raise PruneKitError(f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)")
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that are free now, all different."""
+    with contextlib.ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def check_disk(out: Path, size: int, factor: float = 1) -> None:
+    """Check that `out` can be made, and that its file system has `factor` times `size` bytes (the model's) free."""
     folder = next(parent for parent in out.resolve().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise PruneKitError(f"{out} cannot be made: {folder} is no folder that you may write to")
     free = shutil.disk_usage(folder).free
-    if free < need:
+    if free < size * factor:
         raise PruneKitError(
-            f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {need / 1e9:.1f} GB: make room"
+            f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {size * factor / 1e9:.1f} GB ({factor:g} times "
+            f"the model's {size / 1e9:.2f} GB: checkpoints with optimizer states, and the result): make room"
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint) -> Lengths:
+    """The lengths for a merged line of ms-swift's (see lengths.py); says what it takes back, and checks the engine."""
+    get = vars(swift).get
+    generates = get("rlhf_type") == "grpo" or (get("rlhf_type") == "gkd" and swift.lmbda > 0)
+    completion = get("response_length") or get("max_new_tokens") or get("max_completion_length")
+    vllm = bool(generates and swift.use_vllm)
+    engine = swift.vllm_max_model_len if vllm else None
+    found = choose_lengths(
+        checkpoint.config, swift.max_length, completion if generates else None, vllm, engine
     )
+    if swift.max_length and found.max_length:
+        print(
+            f"--max_length {found.max_length}: the model has no more positions"
+            f"{' with room for an answer' if generates else ''}; longer rows are left out",
+            file=sys.stderr,
+        )
+    if found.completion:
+        print(f"--max_completion_length {found.completion}: the model has no more positions", file=sys.stderr)
+    memory = gpu_bytes() if vllm and swift.vllm_mode == "colocate" else None
+    if memory and not checkpoint.config.get("sliding_window"):
+        sizes, gpus = statistics(checkpoint), swift.vllm_tensor_parallel_size
+        share = swift.vllm_gpu_memory_utilization
+        weights = 2 * sizes["parameters"]
+        if warning := check_engine(weights, sizes["kv_bytes_per_token"], found.engine, memory, share, gpus):
+            print(f"warning: {warning}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
@@ -227,14 +246,40 @@ def main() -> None:
     )
     parser.add_argument("--port", action="append", default=[])
     parser.add_argument(
-        "--disk-factor", type=float, default=1.1, help="free space needed, in sizes of the model"
+        "--free-ports", type=natural, default=0, help="answer with so many ports that are free"
     )
-    parser.add_argument("--swift", choices=("sft", "rlhf", "export"), help="which line follows --")
+    parser.add_argument(
+        "--disk-factor", type=positive_float, default=1.1, help="free space needed, in sizes of the model"
+    )
+    parser.add_argument(
+        "--swift",
+        nargs="+",
+        metavar=("KIND", "NAME=VALUE"),
+        help="sft, rlhf or export, whose line follows --, and its environment",
+    )
     flags, line = sys.argv[1:], []
     if "--" in flags:
         flags, line = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
-    flags = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), flag) for flag in flags + line]
-    args, _ = parser.parse_known_args(flags)
+    flags = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), flag) for flag in flags]
+    args, rest = parser.parse_known_args(flags)
+    swift = None
+    if args.swift:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        kind, *environment = args.swift
+        if kind not in ("sft", "rlhf", "export"):
+            parser.error(f"--swift {kind}: choose from sft, rlhf, export")
+        os.environ.update(setting.split("=", 1) for setting in environment)
+        swift = parse(kind, line)
+        processes = int(os.environ.get("NPROC_PER_NODE") or 1) * int(os.environ.get("NNODES") or 1)
+        check_line(kind, swift, processes)
+        for name in SWIFT_FLAGS:  # the line has the last word
+            if value := vars(swift).get(name):
+                setattr(args, name, value)
+        if vars(swift).get("teacher_model"):
+            args.teacher = Path(swift.teacher_model)
+        args.external_plugins = [Path(plugin) for plugin in args.external_plugins]
+    check_names(args.model_type, args.template, args.external_plugins)
 
     checkpoint = open_checkpoint(args.model)
     teacher = open_checkpoint(args.teacher) if args.teacher else checkpoint
@@ -259,17 +304,22 @@ def main() -> None:
         check_port(port)
     if not args.reuse_out:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
-    check_disk(args.out, checkpoint.nbytes * args.disk_factor)
+    check_disk(args.out, checkpoint.nbytes, args.disk_factor)
+    lengths = decide_lengths(swift, checkpoint) if swift and args.swift[0] != "export" else Lengths()
     with contextlib.redirect_stdout(sys.stderr):
         template = args.template or find_template(checkpoint, args.model_type, args.adapter)
     answers = {
-        "MODEL_TYPE": checkpoint.config["model_type"],
+        "MODEL_TYPE": args.model_type or checkpoint.config["model_type"],
         "TEACHER_TYPE": teacher.config["model_type"],
-        "TEMPLATE": template or "",
-        "POSITIONS": checkpoint.config.get("n_positions", ""),
+        "TEMPLATE": template,
+        "POSITIONS": checkpoint.config.get("n_positions"),
+        "MAX_LENGTH": lengths.max_length,
+        "COMPLETION_LENGTH": lengths.completion,
+        "ENGINE_LENGTH": lengths.engine,
+        "FREE_PORTS": ",".join(map(str, free_ports(args.free_ports))),
     }
     for name, value in answers.items():
-        print(f"{name}={value}")
+        print(f"{name}={'' if value is None else value}")
 
 
 if __name__ == "__main__":

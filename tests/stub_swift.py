@@ -15,6 +15,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -81,6 +83,10 @@ def train():
 
 
 class Health(http.server.BaseHTTPRequestHandler):
+    def setup(self):  # closed connections leave nothing behind: the next server may have the port at once
+        super().setup()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
     def do_GET(self):
         self.send_response(200 if self.path == "/health/" else 404)
         self.end_headers()

@@ -17,7 +17,7 @@ from tiny_taggers import save_tagger
 
 from prunekit.checkpoint import open_checkpoint, statistics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
 # Two of what vLLM asks on CPUs: heads of 32 or more, and no mixture of sliding and full attention
 WIDE = TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "initializer_range": 0.2}
@@ -26,12 +26,12 @@ WORDS = tiny_ocr._words("test", 0, frozenset())
 
 @pytest.fixture(scope="session")
 def clients():
-    """The programs of the clients' environment, which is made on first use (minutes)."""
-    done = subprocess.run(["bash", "lib/clients.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """The programs of an environment with vLLM and mergekit, which is made on first use (minutes)."""
+    done = subprocess.run(["bash", "lib/rehearsal.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == 2:
         pytest.skip(" ".join(done.stderr.splitlines()[-2:]))
     assert done.returncode == 0, done.stderr
-    return ROOT / ".venv-clients/bin"
+    return ROOT / ".venv-rehearsal/bin"
 
 
 def save_tiny_ocr_with_wide_heads(folder):

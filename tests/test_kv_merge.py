@@ -489,12 +489,11 @@ def test_heads_that_are_rotated_in_part_are_refused(own):
     plan_kv_merge(open_checkpoint(folder), 1, "mean")
 
 
-def test_the_card_says_method_tokens_and_losses(tmp_path, tiny):
+def test_the_history_says_method_and_tokens_and_the_card_the_loss(tmp_path, tiny):
     calibration = data()
     plan, _, losses = merge(tiny("qwen3"), 2, calibration)
     said = {"settings": {"calibration_tokens": calibration.tokens}, "metrics": losses}
     apply_kv_merge(plan, tmp_path / "out", calibration=said)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert 'method "calibrated"' in card
-    assert f"calibration_tokens {calibration.tokens}" in card
-    assert f"held_out_loss {json.dumps(losses['held_out_loss'])}" in card
+    settings = history(tmp_path / "out")[-1]["settings"]
+    assert settings["method"] == "calibrated" and settings["calibration_tokens"] == calibration.tokens
+    assert f"| held_out_loss {losses['held_out_loss']:.4g} |" in (tmp_path / "out" / "README.md").read_text()

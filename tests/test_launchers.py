@@ -61,12 +61,14 @@ class Lab:
         }
         for name in ("train", "val"):
             (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        for package in ("deepspeed", "vllm", "liger_kernel"):  # as on a machine with GPUs: the stub uses none
+            (folder / "packages" / package).mkdir(parents=True)
         (folder / "adapter").mkdir()
         (folder / "adapter/adapter_config.json").write_text("{}")
         self.env = {
             "PATH": f"{folder}/env/bin:{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),
-            "PYTHONPATH": str(ROOT),  # this checkout's prunekit, wherever the installed one is
+            "PYTHONPATH": f"{ROOT}:{folder}/packages",  # this checkout's prunekit, wherever the installed one is
             "VIRTUAL_ENV": f"{folder}/env",
             "OMP_NUM_THREADS": "1",
             "STUB_CALLS": str(self.calls_file),

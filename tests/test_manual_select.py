@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,17 @@ from tiny_models import FAMILIES, VISION, build, load, logits
 from prunekit.checkpoint import history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
-from prunekit.layers import apply_removal, choose_from_ranking, parse_numbers, place_taps, plan_removal
+from prunekit.layers import (
+    apply_removal,
+    cautions,
+    choose_from_ranking,
+    parse_numbers,
+    place_taps,
+    plan_removal,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples/tiny_ocr/model"
 
 
 def module_list(model, stack):
@@ -520,3 +533,44 @@ def test_the_script_drops_what_a_ranking_says(tiny, tmp_path, script):
                   "--from-ranking", tmp_path / "ranking.json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert open_checkpoint(tmp_path / "out").config["text_config"]["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    "text, vision, named",
+    [
+        ([1, 2, 3, 4, 5], [], "5 of 8 text layers"),
+        ([0], [2, 3], "2 of 6 vision layers"),
+        ([1, 2, 3], [2, 3], "3 of 8 text layers and 2 of 6 vision layers"),
+    ],
+)
+def test_more_than_a_quarter_at_once_is_warned_of(text, vision, named):
+    (said,) = cautions(plan_removal(open_checkpoint(EXAMPLE), text, vision))
+    assert said.startswith(f"{named} at once")
+
+
+def test_more_than_ten_layers_are_warned_of_whatever_their_share(monkeypatch):
+    plan = plan_removal(open_checkpoint(EXAMPLE), [2, 7], [4])
+    assert cautions(plan) == []
+    monkeypatch.setattr("prunekit.layers.MOST_LAYERS", 2)
+    assert cautions(plan)[0].startswith("2 of 8 text layers and 1 of 6 vision layers at once")
+
+
+def test_the_script_warns_in_the_terminal_and_in_the_history(script, tmp_path):
+    done = script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", "1-5")
+    assert done.returncode == 0 and done.stderr.startswith("warning: 5 of 8 text layers at once")
+    assert history(tmp_path / "out")[-1]["warnings"] == [done.stderr.removeprefix("warning: ").strip()]
+
+
+def test_its_command_can_be_repeated_from_the_folder(script, tmp_path):
+    script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "one two", "--text", "3")
+    command = tmp_path / "command.sh"
+    (tmp_path / "one two" / "command.sh").rename(command)
+    shutil.move(tmp_path / "one two", tmp_path / "first")
+    subprocess.run(
+        ["bash", command],
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    first, again = (read_config(tmp_path / name) for name in ("first", "one two"))
+    assert first == again and (tmp_path / "one two/command.sh").read_text() == command.read_text()

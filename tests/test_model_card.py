@@ -52,8 +52,14 @@ def card(folder):
 
 def table(text):
     """{label: (before, now)} as written, without thousands separators."""
-    rows = re.findall(r"^\| (.+?) \| ([\d,?]+) \| ([\d,]+) \| .*\|$", text, re.M)
+    rows = re.findall(r"^\| (.+?) \| ([\d,?]+) \| ([\d,]+) \| .*\|$", text.split("## Stages")[0], re.M)
     return {label: (old.replace(",", ""), new.replace(",", "")) for label, old, new in rows}
+
+
+def stage_rows(text):
+    """The cells of the table of stages, a list a stage."""
+    part = text.split("## Stages")[1].split("## Use")[0]
+    return [re.split(r" ?(?<!\\)\| ?", line)[1:-1] for line in part.splitlines() if re.match(r"\| \d", line)]
 
 
 def front_matter(text):
@@ -70,22 +76,44 @@ def test_numbers_are_the_statistics_of_the_first_input_and_of_the_folder(stage, 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_every_entry_has_one_line_with_what_it_says(stage, stages):
-    lines = re.findall(r"^\d+\. (.+)$", card(stages[stage]), re.M)
+def test_every_entry_has_a_row_with_its_sizes_after_it(stage, stages):
+    rows = stage_rows(card(stages[stage]))
     entries = history(stages[stage])
-    assert len(lines) == len(entries) == stage + 1
-    for line, entry in zip(lines, entries):
-        assert line.startswith(f"`{entry['stage']}` of `{entry['input']}`")
-        assert f"`{entry['time']}`" in line and f'torch "{entry["versions"]["torch"]}"' in line
-        for key in ("removed", "settings"):
-            for name in entry[key] or ():
-                assert re.search(rf"{key} `[^`]*{name} ", line)
+    assert len(rows) == len(entries) == stage + 1
+    for number, (row, entry) in enumerate(zip(rows, entries), 1):
+        assert row[:3] == [str(number), f"`{entry['stage']}`", f"`{entry['input']}`"]
+        assert row[4:6] == [f"{entry['parameters']:,}", f"{entry['kv_bytes_per_token']:,}"]
 
 
-def test_metrics_are_written_as_they_were_measured(tiny):
-    entry = {"stage": "sft", "metrics": {"eval_loss": 0.123456789, "eval_token_acc": 1.0}}
+def test_what_was_cut_is_said_in_words(stages):
+    rows = stage_rows(card(stages[2]))
+    assert [row[3] for row in rows] == ["`text 3; vision 2`", "`kv_heads 3`", ""]
+
+
+def test_of_taps_those_that_moved_or_went_are_named(tiny):
+    removed = {"text": [2, 7], "taps": [[1, 1], [3, None], [4, 3]], "weights": 12345}
+    text = model_card({"model_type": "llama"}, statistics(tiny("llama")), [{"removed": removed}])
+    assert stage_rows(text)[0][3] == "`text 2, 7; taps 3 gone, 4 to 3; weights 12,345`"
+
+
+def test_of_a_trainers_numbers_only_those_that_matter_are_shown(tiny):
+    metrics = {
+        "train_runtime": 812.5,
+        "loss": 0.5,
+        "token_acc": 0.5,
+        "eval_loss": 0.123456789,
+        "eval_token_acc": 1.0,
+    }
+    entry = {"stage": "sft", "metrics": metrics | {"grad_norm": 1.0, "epoch": 2.0, "memory(GiB)": 4.0}}
     text = model_card({"model_type": "llama"}, statistics(tiny("llama")), [entry])
-    assert "metrics `eval_loss 0.123456789, eval_token_acc 1.0`" in text
+    assert stage_rows(text)[0][6] == "eval_token_acc 1, eval_loss 0.1235"
+    assert "train_runtime" not in text and "grad_norm" not in text
+
+
+def test_what_a_stage_warned_of_is_on_the_page(tiny):
+    entry = {"stage": "manual_select", "warnings": ["5 of 8 text layers at once"]}
+    text = model_card({"model_type": "llama"}, statistics(tiny("llama")), [{"stage": "copy"}, entry])
+    assert "\nStage 2: `5 of 8 text layers at once`\n" in text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

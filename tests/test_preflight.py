@@ -12,7 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
-from prunekit.preflight import check_dataset, check_disk, check_no_remote_code, check_port, check_rewards
+from prunekit.preflight import (
+    check_dataset,
+    check_disk,
+    check_no_remote_code,
+    check_port,
+    check_rewards,
+    free_ports,
+)
 
 ROW = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -245,26 +252,59 @@ def test_what_is_no_port_is_refused(port):
         check_port(port)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_is_in_use_while_something_listens_and_free_right_after(address):
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
-        server.bind((address, 0))
-        server.listen()
-        port = server.getsockname()[1]
-        with pytest.raises(PruneKitError, match=f"port {port} is in use"):
-            check_port(port)
-        client = socket.create_connection(("127.0.0.1", port))
-        connection, _ = server.accept()
-        connection.close()  # the server's end closes first: this leaves it in TIME_WAIT
-        client.close()
+@pytest.fixture
+def server():
+    """server(address): the port of a listening socket and the socket, as a server makes it."""
+    made = []
+
+    def listen(address: str) -> tuple[int, socket.socket]:
+        made.append(socket.socket())
+        made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made[-1].bind((address, 0))
+        made[-1].listen()
+        return made[-1].getsockname()[1], made[-1]
+
+    yield listen
+    for listening in made:
+        listening.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "0.0.0.0"])
+def test_a_port_is_in_use_while_something_listens_on_any_address(server, address):
+    port, listening = server(address)
+    with pytest.raises(PruneKitError, match=f"port {port} is in use"):
+        check_port(port)
+    listening.close()
     check_port(port)
+
+
+def test_a_port_with_connections_of_a_server_that_just_ended_is_not_swifts_to_take(server):
+    port, listening = server("127.0.0.1")
+    client = socket.create_connection(("127.0.0.1", port))
+    connection, _ = listening.accept()
+    connection.close()  # the server's end closes first: this leaves it in TIME_WAIT
+    client.close()
+    listening.close()
+    with socket.socket() as swift, pytest.raises(OSError, match="in use"):
+        swift.bind(("", port))  # as ms-swift's find_free_port tries
+    with pytest.raises(PruneKitError, match=f"port {port} is in use"):
+        check_port(port, patience=0)
+
+
+def test_free_ports_are_different_and_free():
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    for port in ports:
+        check_port(port, patience=0)
 
 
 def test_a_small_disk_is_refused_with_both_sizes(tmp_path):
     check_disk(tmp_path / "new" / "out", 1)
-    with pytest.raises(PruneKitError, match=r"GB free, out may need 1000000000\.0 GB"):
-        check_disk(tmp_path / "new" / "out", 1e18)
+    with pytest.raises(
+        PruneKitError,
+        match=r"GB free, out may need 25000000000\.0 GB \(25 times the model's 1000000000\.00 GB",
+    ):
+        check_disk(tmp_path / "new" / "out", 10**18, 25)
 
 
 def test_a_file_as_parent_is_refused(tmp_path):
@@ -309,6 +349,56 @@ def test_the_architectures_of_model_and_teacher_and_the_chat_template_are_printe
 
 def test_learned_positions_are_printed(preflight, tiny):
     assert answers(preflight("--model", tiny("gpt2")))["POSITIONS"] == "64"
+
+
+def test_a_bad_swift_line_is_refused_in_one_line_before_the_model_is_read(preflight, tiny):
+    result = preflight("--model", "absent", "--swift", "sft", "--", "--max_lenght", 5)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: --max_lenght: `swift sft` has no such flag: did you mean --max_length?\n"
+
+
+def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
+    line = ["--rlhf_type", "gkd", "--lmbda", "1", "--max_length", "100", "--max_completion_length", "16"]
+    found = answers(preflight("--model", tiny("gpt2"), "--swift", "rlhf", "--", *line))
+    assert (found["MAX_LENGTH"], found["COMPLETION_LENGTH"], found["ENGINE_LENGTH"]) == ("48", "", "")
+    line[line.index("100")] = "40"
+    found = answers(preflight("--model", tiny("gpt2"), "--swift", "rlhf", "--", *line))
+    assert found["MAX_LENGTH"] == ""
+
+
+def test_the_environment_of_the_line_counts(preflight, tiny):
+    line = ["--rlhf_type", "grpo", "--num_generations", "2"]
+    head = ["--model", tiny("gpt2"), "--swift", "rlhf"]
+    assert preflight(*head, "--", *line).returncode == 2
+    assert preflight(*head, "NPROC_PER_NODE=2", "--", *line).returncode == 0
+
+
+def test_the_teacher_of_the_line_is_the_one_that_is_checked(preflight, tiny):
+    head = ["--model", tiny("gpt2"), "--teacher", tiny("gpt2"), "--swift", "rlhf", "--"]
+    result = preflight(*head, "--rlhf_type", "gkd", "--teacher_model", "absent")
+    assert (result.returncode, result.stderr) == (2, "error: absent: no such folder\n")
+
+
+def test_free_ports_are_answered_when_asked_for(preflight, tiny):
+    found = answers(preflight("--model", tiny("gpt2"), "--free-ports", 2))
+    assert len({int(port) for port in found["FREE_PORTS"].split(",")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frobnicate", "--swift", "sft", "--"], "unrecognized arguments: --frobnicate"),
+        (["--swift", "pt", "--"], "--swift pt: choose from"),
+        (["--template", "nonesuch"], "--template nonesuch is unknown"),
+        (["--model-type", "nonesuch"], "--model_type nonesuch is unknown"),
+        (["--disk-factor", "nan"], "'nan' is no number"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(preflight, tiny, arguments, message):
+    result = preflight("--model", tiny("gpt2"), *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_data_sets_of_the_whole_swift_line_are_checked(preflight, tiny, data):

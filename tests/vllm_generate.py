@@ -1,6 +1,6 @@
-"""Run by the clients' python: what vLLM generates greedily from each folder, for each of its prompts.
+"""Run by .venv-rehearsal's Python: what vLLM generates greedily from each folder, for each of its prompts.
 
-    .venv-clients/bin/python tests/vllm_generate.py REQUESTS.json ANSWERS.json
+    .venv-rehearsal/bin/python tests/vllm_generate.py REQUESTS.json ANSWERS.json
 
 Requests: {folder: [{"prompt_token_ids": [...]} or {"prompt": text, "image": file}, ...]}. Answers: {folder: [tokens,
 ...]}, or {folder: error} where vLLM failed.

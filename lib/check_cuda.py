@@ -1,0 +1,59 @@
+"""Does CUDA work in this environment? One line for each GPU, or the reason why not and exit code 1.
+
+    .venv/bin/python lib/check_cuda.py
+
+DeepSpeed's CPU optimizer (zero2_offload, zero3_offload) is compiled here, once: a training that was killed while it
+compiled would leave a lock, on which every later one waits for ever.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+
+def held(lock: Path) -> bool:
+    """Has any process of this machine that file open?"""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if descriptor.samefile(lock):
+                return True
+        except OSError:  # gone, or another user's
+            continue
+    return False
+
+
+def remove_stale_locks(root: Path) -> None:
+    """Remove the locks of compilations that were killed (root/VERSION/EXTENSION/lock)."""
+    for lock in root.glob("*/*/lock"):
+        if not held(lock):
+            lock.unlink(missing_ok=True)
+
+
+def build_offload() -> None:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    DeepSpeedCPUAdam([torch.nn.Parameter(torch.zeros(1))])
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU that it can use")
+    for number in range(torch.cuda.device_count()):
+        ones = torch.ones(256, 256, dtype=torch.bfloat16, device=f"cuda:{number}")
+        if not torch.equal(ones @ ones, 256 * ones):
+            sys.exit(f"GPU {number} multiplies wrongly")
+        properties = torch.cuda.get_device_properties(number)
+        print(f"setup: GPU {number} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, multiplies")
+    remove_stale_locks(Path(get_default_build_root()))
+    try:
+        build_offload()
+    except Exception as error:
+        print(
+            f"setup: no zero2_offload and zero3_offload, which need g++, Python.h and CUDA's toolkit: {error!r:.300}"
+        )
+
+
+if __name__ == "__main__":
+    main()
