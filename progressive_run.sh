@@ -21,6 +21,7 @@ PHASE1=(
   --learning_rate 2e-4
   --gradient_accumulation_steps "$ACCUMULATE"
   --freeze_parameters_ratio 1
+  --freeze_aligner true       # else ms-swift trains all mergers
   --trainable_parameters_regex "$(python -m prunekit.critical "$MODEL")"
 )
 # shellcheck disable=SC2034

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from test_launchers import check_flags, lab, parsers, values, wait_for  # noqa: F401  (fixtures)
@@ -40,6 +41,28 @@ def test_phases_follow_each_other_and_only_the_first_is_of_what_was_cut(narrow, 
         check_flags(parsers["sft"], argv[1:])
     stages = [entry["stage"] for entry in history(narrow.out)]
     assert stages == ["width_cut", *(f"progressive_run-{number}" for number in (1, 2, 3))]
+
+
+def test_in_phase_1_ms_swift_trains_nothing_but_what_was_cut(narrow):
+    from swift.arguments.tuner_args import TunerArguments
+    from swift.model import MODEL_MAPPING
+    from swift.utils import activate_parameters, freeze_parameters
+
+    narrow.run("progressive_run.sh", GPUS="", STUB_FAIL_AT=1)
+    argv = narrow.calls()[0]["argv"]
+    flags = {name: values(argv, f"--freeze_{name}") == ["true"] for name in ("vit", "aligner")}
+    arguments = SimpleNamespace(
+        model_meta=MODEL_MAPPING["qwen3_vl"], tuner_type="full", freeze_parameters=[], trainable_parameters=[],
+        freeze_llm=False,
+        **{f"freeze_{name}": flag for name, flag in flags.items()},
+    )  # fmt: skip
+    TunerArguments._init_multimodal_full(arguments)
+    model = load(narrow.env["MODEL"])
+    freeze_parameters(model, 1.0, arguments.freeze_parameters)
+    (pattern,) = values(argv, "--trainable_parameters_regex")
+    activate_parameters(model, arguments.trainable_parameters, pattern)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == trained_by(narrow.env["MODEL"])
 
 
 def test_a_killed_run_leaves_no_process_and_goes_on_in_its_phase(narrow):
