@@ -6,7 +6,8 @@
 HEAD_RATES='weak=0.1 weak_share=0.25 refresh=100' in the environment sets the rate of weak heads, how many of a layer's
 heads are weak, and after how many steps the gradients say anew which. At first the scores that width_cut.py left in
 pruning_info.json say it, or the weights. For full training, on one device or by DDP: DeepSpeed (DEEPSPEED= turns it
-off) and FSDP keep copies of the weights that would undo it.
+off) and FSDP keep copies of the weights that would undo it. Weights of 16 bits round a weak head's steps away, and are
+refused: float32 under --bf16 true.
 """
 
 import os

@@ -39,6 +39,13 @@ class Rates:
         if self.others not in (0, 1):
             raise PruneKitError(f"HEAD_RATES: others={self.others}: give 1 (trained as ever) or 0 (frozen)")
 
+    def check_dtype(self, dtype: str) -> None:
+        """PruneKitError for weights of 16 bits, which round most of a weak head's small steps away."""
+        if dtype in ("bfloat16", "float16") and 0 < self.weak < 1 and self.weak_share:
+            raise PruneKitError(
+                f"HEAD_RATES: weak heads would stand still in {dtype} weights: train with --torch_dtype float32 --bf16 true"
+            )
+
     @classmethod
     def parse(cls, text: str, **defaults: float) -> "Rates":
         """From words like `weak=0.1 refresh=100`. PruneKitError names what it doesn't know."""
@@ -126,6 +133,8 @@ class HeadRates:
         self.layers = [
             _find(layer, self.row, self.kv_count * self.width) for layer in getattr(owner, attribute)
         ]
+        for parameter in self.parameters():
+            settings.check_dtype(str(parameter.dtype).removeprefix("torch."))
         if scores is not None and [len(row) for row in scores] != [self.count] * len(self.layers):
             scores = None
         self.scores = scores

@@ -299,7 +299,9 @@ def main() -> None:
     if args.optimizer in ("head_rates", "active_heads"):
         from .head_rates import Rates  # torch: seconds
 
-        Rates.parse(os.environ.get("HEAD_RATES", ""))
+        settings = Rates.parse(os.environ.get("HEAD_RATES", ""))
+        if swift and args.optimizer == "head_rates":
+            settings.check_dtype(str(swift.torch_dtype))
     for port in args.port:
         check_port(port)
     if not args.reuse_out:

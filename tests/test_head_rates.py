@@ -92,6 +92,66 @@ def test_over_many_steps_a_weak_head_moves_its_share_and_adam_doesnt_undo_it(tin
     torch.testing.assert_close(ratio, torch.tensor([0.1, 1, 1, 1]), rtol=1e-2, atol=0)
 
 
+def test_a_weak_head_moves_its_share_in_float32_weights_under_bfloat16_autocast(tiny):
+    """As launchers train on GPUs; steps of this size are lost in bfloat16 weights."""
+
+    def moved(rated: bool) -> torch.Tensor:
+        model = load(tiny("llama"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+        if rated:
+            scores = [[0.0, 1.0, 2.0, 3.0]] * 5
+            HeadRates(model, open_checkpoint(tiny("llama")), Rates(0.1, 0.25), scores).attach(optimizer)
+        weight = model.model.layers[2].self_attn.q_proj.weight
+        start = weight.detach().clone()
+        ids = torch.arange(48).view(2, 24)
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        return (weight.detach() - start).view(4, -1).norm(dim=1)
+
+    torch.testing.assert_close(moved(True) / moved(False), torch.tensor([0.1, 1, 1, 1]), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(dtype, tiny):
+    checkpoint = open_checkpoint(tiny("llama"))
+    with pytest.raises(PruneKitError, match=r"weak heads would stand still in b?float16 weights: train with"):
+        HeadRates(load(tiny("llama")).to(dtype), checkpoint, Rates())
+    HeadRates(load(tiny("llama")).to(dtype), checkpoint, Rates(weak_share=0.0))  # no steps that are small
+
+
+def test_weights_of_16_bits_are_refused_before_ms_swift_starts(tiny, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "prunekit.preflight",
+        "--model",
+        tiny("llama"),
+        "--out",
+        tmp_path / "out",
+    ]
+    line = [
+        "--optimizer",
+        "head_rates",
+        "--external_plugins",
+        ROOT / "plugins/head_rates.py",
+        "--torch_dtype",
+        "bfloat16",
+    ]
+    done = subprocess.run(
+        [*map(str, command), "--swift", "sft", "--", *map(str, line)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: HEAD_RATES: weak heads would stand still in bfloat16"
+    )
+
+
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("family", SOME)
 def test_pruned_heads_keep_every_bit_under_adamw_and_weight_decay(family, foreach, tiny, tmp_path):
