@@ -117,7 +117,7 @@ preflight() {
     claim_work
     is_published && overwrite=1
   fi
-  found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} \
+  found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
     ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@")
   while IFS='=' read -r name value; do
     case $name in # libraries may print lines of their own

@@ -32,8 +32,17 @@ from pathlib import Path
 
 from .arguments import Parser, natural, positive_float
 from .chat_templates import find_template
-from .checkpoint import Checkpoint, check_out, open_checkpoint, statistics
+from .checkpoint import (
+    Checkpoint,
+    check_out,
+    layer_numbers,
+    open_checkpoint,
+    read_header,
+    read_json,
+    statistics,
+)
 from .errors import PruneKitError, run_script
+from .families import NAME_PREFIX
 from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
 from .swift_line import check_line, check_names, check_registered, parse, registered
 
@@ -135,6 +144,134 @@ def check_no_remote_code(folder: Path) -> None:
             raise PruneKitError(
                 f"{file} names Python code to run (auto_map): read it, then set TRUST_REMOTE_CODE=1"
             )
+
+
+def open_here(name: Path) -> Checkpoint:
+    """open_checkpoint, but a hub's name is refused and its folder in the cache named: ms-swift asks another hub for it."""
+    checkpoint = open_checkpoint(name)
+    if not name.exists():
+        raise PruneKitError(
+            f"{name}: ms-swift would fetch it from a hub again; give its folder, {checkpoint.path}"
+        )
+    return checkpoint
+
+
+def check_adapter(folder: Path, base: Checkpoint) -> None:
+    """Check that a LoRA adapter is whole, and that its matrices fit those weights of the base that it names."""
+    if not (folder / "adapter_config.json").is_file():
+        raise PruneKitError(
+            f"{folder} holds no adapter (adapter_config.json): give the folder that lora.sh wrote"
+        )
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise PruneKitError(f"{folder / 'adapter_config.json'}: names no peft_type; train the adapter again")
+    tensors = read_header(folder / "adapter_model.safetensors")
+    if not tensors:
+        raise PruneKitError(
+            f"{folder / 'adapter_model.safetensors'}: holds no tensors; train the adapter again"
+        )
+
+    def plain(name: str) -> str:
+        return re.sub(NAME_PREFIX, "", name)
+
+    weights = {plain(name): tensor.shape for name, tensor in base.tensors.items()}
+    layers = {stem: len(layer_numbers(base, stem)) for stem in base.family.stacks}
+    for name, tensor in tensors.items():
+        if not (found := re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])(?:\.\w+)?\.weight", name)):
+            continue
+        module, side = found.groups()
+        for stack, count in layers.items():
+            if (number := re.match(base.family.stacks[stack].prefix + r"(\d+)\.", module)) and int(
+                number[1]
+            ) >= count:
+                raise PruneKitError(
+                    f"{folder}: trained for {stack} layer {number[1]}, of which {base.path} has {count}: give the MODEL that lora.sh had"
+                )
+        shape = weights.get(plain(module) + ".weight")
+        if shape is None or len(shape) != 2:
+            continue
+        outputs, inputs = shape[::-1] if base.family.text.inputs_first else shape
+        width, wanted = (tensor.shape[-1], inputs) if side == "A" else (tensor.shape[0], outputs)
+        if width != wanted:
+            raise PruneKitError(
+                f"{folder}: trained for {module} of {width} {'inputs' if side == 'A' else 'outputs'}, "
+                f"{base.path} has {wanted}: give the MODEL that lora.sh had"
+            )
+
+
+def _tokens(folder: Path) -> dict[int, str] | None:
+    """Tokens by id, of a folder's tokenizer.json; None if there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        found = read_json(folder / "tokenizer.json")
+        vocabulary = found["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
+            tokens = {number: token for number, (token, _) in enumerate(vocabulary)}
+        else:
+            tokens = {number: token for token, number in vocabulary.items()}
+        return tokens | {token["id"]: token["content"] for token in found.get("added_tokens") or ()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PruneKitError(
+            f"{folder / 'tokenizer.json'}: no tokenizer that can be read; copy it again"
+        ) from None
+
+
+def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Check that a teacher says the same by a token's number as the student, and sees images as it does.
+
+    It gets the student's own inputs. Heads of different sizes are no fault, which rounding up the vocabulary makes:
+    ms-swift's loss and ours fill the shorter one up.
+    """
+    files = [each.path / "tokenizer.json" for each in (student, teacher)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        mine, theirs = _tokens(student.path), _tokens(teacher.path)
+        other = (
+            [n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]]
+            if mine and theirs
+            else []
+        )
+        if other:
+            raise PruneKitError(
+                f"{teacher.path}: another vocabulary than {student.path}'s: token {other[0]} is {theirs[other[0]]!r}, not "
+                f"{mine[other[0]]!r}; a teacher needs the student's tokenizer"
+            )
+        sizes = [
+            (each.config.get("text_config") or each.config).get("vocab_size") for each in (student, teacher)
+        ]
+        if not (mine and theirs) and sizes[0] != sizes[1]:
+            raise PruneKitError(
+                f"{teacher.path}: a vocabulary of {sizes[1]} tokens, {student.path} has {sizes[0]}; a teacher needs the student's tokenizer"
+            )
+    sees, shows = student.config.get("vision_config"), teacher.config.get("vision_config")
+    if isinstance(sees, dict):
+        if not isinstance(shows, dict):
+            raise PruneKitError(
+                f"{teacher.path}: sees no images, {student.path} does: give a teacher of its kind"
+            )
+        for key in ("patch_size", "spatial_merge_size", "temporal_patch_size"):
+            if sees.get(key) != shows.get(key):
+                raise PruneKitError(
+                    f"{teacher.path}: cuts images by {key} {shows.get(key)}, {student.path} by {sees.get(key)}: give a teacher of its kind"
+                )
+
+
+def check_best(swift: argparse.Namespace) -> None:
+    """Check that a training by this line can name a best checkpoint: one that was evaluated as it was saved."""
+    evaluated = swift.val_dataset or swift.cached_val_dataset or swift.split_dataset_ratio
+    if not evaluated or swift.eval_strategy == "no":
+        raise PruneKitError(
+            "CHECKPOINT=best: nothing is evaluated; give a VAL_DATASET, or set CHECKPOINT=last"
+        )
+    saves, evals = swift.save_strategy, swift.eval_strategy or swift.save_strategy
+    if saves == "best":
+        return
+    every = swift.eval_steps or swift.save_steps
+    if evals != saves or (saves == "steps" and every % swift.save_steps):
+        raise PruneKitError(
+            f"CHECKPOINT=best: it is evaluated every {every:g} steps and saved every {swift.save_steps:g} ({evals}, {saves}); "
+            "give the same --eval_steps and --save_steps, or set CHECKPOINT=last"
+        )
 
 
 def check_rewards(names: Iterable[str], plugins: Iterable[Path]) -> None:
@@ -244,6 +381,9 @@ def main() -> None:
     parser.add_argument(
         "--template", help="ms-swift's; default: the one that is most like the checkpoint's own"
     )
+    parser.add_argument(
+        "--checkpoint", choices=("last", "best"), help="which one of the training will be published"
+    )
     parser.add_argument("--port", action="append", default=[])
     parser.add_argument(
         "--free-ports", type=natural, default=0, help="answer with so many ports that are free"
@@ -273,6 +413,8 @@ def main() -> None:
         swift = parse(kind, line)
         processes = int(os.environ.get("NPROC_PER_NODE") or 1) * int(os.environ.get("NNODES") or 1)
         check_line(kind, swift, processes)
+        if args.checkpoint == "best" and kind != "export" and not args.reuse_out:
+            check_best(swift)
         for name in SWIFT_FLAGS:  # the line has the last word
             if value := vars(swift).get(name):
                 setattr(args, name, value)
@@ -281,15 +423,15 @@ def main() -> None:
         args.external_plugins = [Path(plugin) for plugin in args.external_plugins]
     check_names(args.model_type, args.template, args.external_plugins)
 
-    checkpoint = open_checkpoint(args.model)
-    teacher = open_checkpoint(args.teacher) if args.teacher else checkpoint
+    checkpoint = open_here(args.model)
+    teacher = open_here(args.teacher) if args.teacher else checkpoint
     for each in (checkpoint, teacher):
         check_no_remote_code(each.path)
     _ = checkpoint.family  # raises PruneKitError: publishing needs to know it
-    if args.adapter and not (args.adapter / "adapter_config.json").is_file():
-        raise PruneKitError(
-            f"{args.adapter} holds no adapter (adapter_config.json): give the folder that lora.sh wrote"
-        )
+    if teacher is not checkpoint:
+        check_teacher(checkpoint, teacher)
+    if args.adapter:
+        check_adapter(args.adapter, checkpoint)
     if not args.columns:
         for dataset in [*args.dataset, *args.val_dataset]:
             check_dataset(dataset, args.needed_columns)

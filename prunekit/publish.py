@@ -169,8 +169,7 @@ def whole_checkpoints(run: Path) -> dict[int, Path]:
 def find_checkpoint(run: Path, which: str = "last") -> Path:
     """The last or best whole checkpoint-N of an ms-swift run folder; a folder with weights of its own is itself.
 
-    `best` is what the last line of logging.jsonl names, if that is there and whole. Raises PruneKitError if there is
-    none.
+    `best` is what the last line of logging.jsonl names. Raises PruneKitError if it isn't there, whole.
     """
     if (run / "config.json").exists():
         return run
@@ -182,7 +181,11 @@ def find_checkpoint(run: Path, which: str = "last") -> Path:
     log = read_log(run)
     named = Path(str(log[-1].get("best_model_checkpoint"))).name if log else ""
     best = next((folder for folder in whole.values() if folder.name == named), None)
-    return best if which == "best" and best else whole[max(whole)]
+    if which == "best" and not best:
+        raise PruneKitError(
+            f"{run}: its logging.jsonl names no best checkpoint that is there; publish the last by CHECKPOINT=last"
+        )
+    return best if which == "best" else whole[max(whole)]
 
 
 def publish_adapter(

@@ -77,7 +77,9 @@ def train():
     with (run / "logging.jsonl").open("a") as log:
         log.write(
             json.dumps(
-                {"last_model_checkpoint": str(run / f"checkpoint-{steps}"), "best_model_checkpoint": None}
+                dict.fromkeys(
+                    ("last_model_checkpoint", "best_model_checkpoint"), str(run / f"checkpoint-{steps}")
+                )
             )
         )
 

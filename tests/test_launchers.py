@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from prunekit.checkpoint import history, open_checkpoint
 
@@ -64,7 +66,8 @@ class Lab:
         for package in ("deepspeed", "vllm", "liger_kernel"):  # as on a machine with GPUs: the stub uses none
             (folder / "packages" / package).mkdir(parents=True)
         (folder / "adapter").mkdir()
-        (folder / "adapter/adapter_config.json").write_text("{}")
+        (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
+        save_file({"x": np.zeros(1, np.float32)}, folder / "adapter/adapter_model.safetensors")
         self.env = {
             "PATH": f"{folder}/env/bin:{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),

@@ -59,9 +59,15 @@ def test_the_best_checkpoint_is_found_where_the_log_names_it(run):
     assert find_checkpoint(run, "best").name == "checkpoint-10"
 
 
-def test_the_best_checkpoint_is_the_last_where_the_named_one_is_gone(run):
-    shutil.rmtree(run / "checkpoint-10")
-    assert find_checkpoint(run, "best").name == "checkpoint-20"
+@pytest.mark.parametrize("last_line", [None, {"best_model_checkpoint": None}, {"loss": 1}])
+def test_no_checkpoint_is_the_best_where_none_is_named_or_the_named_one_is_gone(run, last_line):
+    if last_line is None:
+        shutil.rmtree(run / "checkpoint-10")
+    else:
+        (run / "logging.jsonl").write_text(json.dumps(last_line))
+    with pytest.raises(PruneKitError, match="names no best checkpoint.*CHECKPOINT=last"):
+        find_checkpoint(run, "best")
+    assert find_checkpoint(run, "last").name == "checkpoint-20"
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
