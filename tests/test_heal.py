@@ -17,7 +17,7 @@ from prunekit.evaluate import score_batches
 from prunekit.families import FAMILIES as ROWS
 from prunekit.heal import UNLABELLED, LeastSquares, Projection, Sides, heal, states_between
 from prunekit.layers import apply_removal, check_healable, find_seams, plan_removal
-from prunekit.stacks import find_stack, removed
+from prunekit.stacks import find_stack, record_calls, removed
 
 HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
 CAUSAL = [family for family in HEALABLE if ROWS[family].causal]
@@ -142,6 +142,41 @@ def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
     unhealed = (logits(load(tmp_path / "unhealed")) - before).abs().max()
     assert unhealed > 0.5
     assert (logits(load(tmp_path / "healed")) - before).abs().max() < 0.05 * unhealed
+
+
+def fit_of_layer_before(tiny, calibration):
+    """The fit of o_proj before a seam of llama."""
+    model, plan = load(tiny("llama")), plan_removal(open_checkpoint(tiny("llama")), text=[2])
+    batches = [*calibration.fit, *calibration.held_out]
+    judged = range(len(calibration.fit), len(batches))
+    row = ROWS["llama"].text
+    sides = Sides(plan, model, "text", batches, judged, record_calls(model, row, batches))
+    return sides.fit(1, (row.o,), sides.targets(1))
+
+
+@torch.inference_mode()
+def test_the_ridge_is_the_one_that_leaves_least_on_the_rows_that_judge(tiny, monkeypatch):
+    calibration, alone = data(), {}
+    for ridge in (0.01, 1.0, 100.0):
+        monkeypatch.setattr(healing, "RIDGES", (ridge,))
+        alone[ridge] = fit_of_layer_before(tiny, calibration)
+    monkeypatch.setattr(healing, "RIDGES", tuple(alone))
+    chosen = fit_of_layer_before(tiny, calibration)
+    best = min(alone, key=lambda ridge: alone[ridge].left)
+    assert (chosen.ridge, chosen.left) == (best, alone[best].left)
+    assert torch.equal(chosen.solution, alone[best].solution)
+    assert len({fit.left for fit in alone.values()}) == 3
+
+
+@torch.inference_mode()
+def test_what_is_fitted_knows_nothing_of_the_rows_that_judge(tiny, monkeypatch):
+    monkeypatch.setattr(healing, "RIDGES", (1.0,))
+    one, other = (
+        fit_of_layer_before(tiny, Calibration(text_batches(3), text_batches(2, seed=seed), 1))
+        for seed in (1, 2)
+    )
+    assert torch.equal(one.solution, other.solution)
+    assert one.before != other.before and one.left != other.left
 
 
 @pytest.mark.parametrize("family", CAUSAL)
