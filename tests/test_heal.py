@@ -144,14 +144,19 @@ def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
     assert (logits(load(tmp_path / "healed")) - before).abs().max() < 0.05 * unhealed
 
 
-def fit_of_layer_before(tiny, calibration):
-    """The fit of o_proj before a seam of llama."""
-    model, plan = load(tiny("llama")), plan_removal(open_checkpoint(tiny("llama")), text=[2])
+def sides_of(model, folder, calibration, gone):
+    """The sides of a llama that loses these layers."""
+    plan = plan_removal(open_checkpoint(folder), text=gone)
     batches = [*calibration.fit, *calibration.held_out]
     judged = range(len(calibration.fit), len(batches))
-    row = ROWS["llama"].text
-    sides = Sides(plan, model, "text", batches, judged, record_calls(model, row, batches))
-    return sides.fit(1, (row.o,), sides.targets(1))
+    calls = record_calls(model, ROWS["llama"].text, batches)
+    return Sides(plan, model, "text", batches, judged, calls)
+
+
+def fit_of_layer_before(tiny, calibration):
+    """The fit of o_proj before a seam of llama."""
+    sides = sides_of(load(tiny("llama")), tiny("llama"), calibration, [2])
+    return sides.fit(1, (sides.row.o,), sides.targets(1))
 
 
 @torch.inference_mode()
@@ -179,6 +184,41 @@ def test_what_is_fitted_knows_nothing_of_the_rows_that_judge(tiny, monkeypatch):
     assert one.before != other.before and one.left != other.left
 
 
+@torch.inference_mode()
+def test_a_fit_that_leaves_more_than_there_was_is_not_applied(tiny, monkeypatch):
+    model = load(tiny("llama"))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    sides = sides_of(model, tiny("llama"), data(), [2])
+    monkeypatch.setattr(LeastSquares, "left", lambda self, solution: 1.5)
+    refit = sides.refit(1, sides.targets(1))
+    assert (refit.changes, refit.undo, refit.jump_left) == ([], [], 1.0)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@torch.inference_mode()
+def test_of_a_jump_is_left_what_the_last_fit_leaves_of_what_the_first_found(tiny, monkeypatch):
+    fits, fit = [], Sides.fit
+    monkeypatch.setattr(Sides, "fit", lambda *arguments: fits.append(fit(*arguments)) or fits[-1])
+    sides = sides_of(load(tiny("llama")), tiny("llama"), data(), [2])
+    refit = sides.refit(1, sides.targets(1))
+    assert len(fits) == 2 and fits[1].before < 0.99 * fits[0].before
+    assert refit.jump_left == pytest.approx(min(fits[1].left, fits[1].before) / fits[0].before)
+
+
+def test_a_seam_behind_a_refit_taken_back_is_healed_as_if_that_had_not_been_tried(tiny, monkeypatch):
+    losses = iter([1.0, 2.0, 0.5, 2.0])  # only the layer before the second seam is accepted
+    monkeypatch.setattr(healing, "score_batches", lambda *_: {"loss": next(losses)})
+    model, calibration = load(tiny("llama")), data()
+    _, seams = heal(plan_removal(open_checkpoint(tiny("llama")), text=[1, 3]), model, calibration)
+    assert [seam["refitted"] for seam in seams] == [[], [2]]
+    alone = load(tiny("llama"))
+    with torch.inference_mode():
+        sides = sides_of(alone, tiny("llama"), calibration, [1, 3])
+        sides.refit(2, sides.targets(2))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, tmp_path):
     model = load(tiny(family))
@@ -188,6 +228,38 @@ def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, t
     loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
     assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
     assert any(seam["refitted"] for seam in seams), "nothing was healed, so that nothing was tested"
+
+
+def picture_batches(count, seed):
+    """A picture of 8 by 16 patches among 12 tokens, one row a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(5, 100, (1, 12), generator=generator)
+        ids = torch.cat([ids[:, :2], torch.tensor([[122] + [120] * 32 + [123]]), ids[:, 2:]], 1)
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": torch.where(ids < 100, ids, -100),
+                "pixel_values": torch.randn(128, 96, generator=generator),
+                "image_grid_thw": torch.tensor([[1, 8, 16]]),
+                "mm_token_type_ids": (ids == 120).int(),
+            }
+        )
+    return batches
+
+
+def test_both_stacks_of_one_model_are_healed_each_on_its_own_states(tiny, tmp_path):
+    model = load(tiny("qwen3_vl"))
+    calibration = self_labelled(model, Calibration(picture_batches(12, 0), picture_batches(4, 1), 700))
+    plan = plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[2], vision=[2])
+    plan, seams = heal(plan, model, calibration)
+    assert [(seam["stack"], seam["layer"]) for seam in seams] == [("vision", 1), ("text", 1)]
+    assert all(seam["refitted"] for seam in seams)
+    apply_removal(plan, tmp_path / "out")
+    loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
+    assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", CAUSAL)

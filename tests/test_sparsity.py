@@ -24,6 +24,7 @@ from prunekit.sparsity import (
     choose_weights,
     knockout_importance,
     measure,
+    parse_pattern,
     plan_sparsify,
     select,
     with_importance,
@@ -110,6 +111,17 @@ def test_what_a_full_layer_cannot_take_goes_to_the_others():
     assert allocate([100, 100, 100], [0.0, 1.0, 1.0], 150, maximum=0.8) == [80, 35, 35]
 
 
+def test_what_rounding_leaves_over_goes_where_most_was_cut_off():
+    assert allocate([10, 20, 15], [0.0] * 3, 22) == [5, 10, 7]  # of 4.89, 9.78 and 7.33
+    assert allocate([4, 7], [0.0] * 2, 8, maximum=0.75) == [3, 5]
+    assert allocate([4, 40], [0.0, 0.9], 7, maximum=0.75) == [3, 4]  # a group that is full takes none of it
+
+
+def test_a_group_keeps_the_zeros_that_it_has_even_beyond_its_maximum():
+    assert allocate([10, 10], [0.0, 0.0], 12, maximum=0.5, least=[9, 0]) == [9, 3]
+    assert allocate([10, 10], [0.0, 1.0], 8, least=[0, 5]) == [3, 5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,6 +202,87 @@ def test_two_of_four_neighbouring_inputs_are_kept(family, tiny, tmp_path):
         values = tensors_of(tmp_path / "out")[name]
         groups = (values.T if family == "gpt2" else values).reshape(-1, 4)
         assert ((groups == 0).sum(1) == 2).all(), name
+
+
+@pytest.mark.parametrize(("text", "read"), [("2:4", (2, 4)), ("1:4", (3, 4)), ("6:8", (2, 8))])
+def test_a_pattern_says_how_many_of_a_group_stay(text, read):
+    assert parse_pattern(text) == read
+
+
+@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2:4:8", "2-4", "a:b", ""])
+def test_a_pattern_that_leaves_all_or_nothing_is_refused(text):
+    with pytest.raises(PruneKitError, match=f"--pattern {text}: write it N:M"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"sparsity": 0.0}, {"sparsity": 1.0}, {"threshold": 0.0}, {"threshold": math.inf}, {"sparsity": 0.5, "maximum": 0.0},
+     {"sparsity": 0.5, "power": math.inf}],
+)  # fmt: skip
+def test_wishes_at_the_ends_of_their_ranges_are_refused(wish, tiny):
+    with pytest.raises(PruneKitError, match="^--"):
+        plan_sparsify(open_checkpoint(tiny("llama")), Wish(**wish))
+
+
+def test_groups_of_a_pattern_need_not_divide_by_what_goes(tiny, tmp_path):
+    entry = sparsify(tiny("llama"), tmp_path / "out", pattern=(3, 4), modules="q_proj")
+    assert entry["settings"]["pattern"] == "1:4" and entry["sparsity"]["sparsity"] == 0.75
+
+
+def test_zeros_beyond_a_pattern_are_counted_and_those_of_before_are_not_removed(own, tmp_path):
+    folder = own("llama")
+    tensors, name = tensors_of(folder), "model.layers.2.mlp.up_proj.weight"
+    tensors[name][0, :3] = 0  # of four
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    entry = sparsify(folder, tmp_path / "out", pattern=(2, 4), modules="mlp")
+    after = tensors_of(tmp_path / "out")
+    zeros = sum(int((after[name] == 0).sum()) for name in entry["sparsity"]["tensors"])
+    assert entry["sparsity"]["zeros"] == zeros == entry["sparsity"]["weights"] // 2 + 1
+    assert entry["removed"]["weights"] == zeros - 3
+    assert entry["sparsity"]["of_all_parameters"] == zeros / entry["parameters"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_by_rows_every_output_loses_as_many_inputs(family, tiny, tmp_path):
+    entry = sparsify(tiny(family), tmp_path / "out", sparsity=0.5, scope="row")
+    for name in entry["sparsity"]["tensors"]:
+        values = tensors_of(tmp_path / "out")[name]
+        lost = ((values.T if family == "gpt2" else values) == 0).sum(1)
+        assert int(lost.max() - lost.min()) <= 1, name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_inputs_of_stacked_experts_are_found_in_either_layout(turned, tiny, tmp_path):
+    """Releases of transformers write (experts, outputs, inputs) or the two last the other way round."""
+    single = tensors_of(tiny("qwen3_moe"))
+    prefix = "model.layers.3.mlp.experts."
+    experts = {name: single.pop(name) for name in list(single) if name.startswith(prefix)}
+    # Three linears side by side: two of this model would be a square, which tells nothing
+    parts = {"gate_up_proj": ("gate_proj", "up_proj", "up_proj"), "down_proj": ("down_proj",)}
+    for stacked, linears in parts.items():
+        rows = [torch.cat([experts[f"{prefix}{n}.{linear}.weight"] for linear in linears]) for n in range(4)]
+        both = torch.stack(rows)
+        single[prefix + stacked] = (both.mT if turned else both).contiguous()
+    folder = tmp_path / "stacked"
+    folder.mkdir()
+    (folder / "config.json").write_text((tiny("qwen3_moe") / "config.json").read_text())
+    save_file(single, folder / "model.safetensors", {"format": "pt"})
+    chosen = choose_weights(open_checkpoint(folder), r"layers\.3\.mlp\.experts")
+    assert {name.rpartition(".")[2]: weight.inputs for name, weight in chosen.items()} == dict.fromkeys(
+        ("gate_up_proj", "down_proj"), -2 if turned else -1
+    )
+
+
+def test_scores_that_are_not_finite_are_refused_but_for_magnitudes(own, tiny):
+    plan = plan_sparsify(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, score="wanda"))
+    with pytest.raises(PruneKitError, match="its wanda scores aren't finite; try --dtype float32"):
+        select(plan, lambda name, values: values.abs() * math.nan)
+    folder = own("llama")
+    tensors = tensors_of(folder)
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = math.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert select(plan_sparsify(open_checkpoint(folder), Wish(sparsity=0.5))).zeros
 
 
 def test_bf16_shards_are_read_and_written_tensor_by_tensor(tiny, tmp_path):
@@ -308,6 +401,41 @@ def test_budgets_by_importance_meet_the_sparsity_exactly(kind, scope, tiny, tmp_
         shares.setdefault(int(name.split(".")[2]), []).append(share)
     order = sorted(shares, key=lambda layer: importance["text", layer])
     assert [max(shares[layer]) for layer in order] == sorted(map(max, shares.values()), reverse=True)
+
+
+def test_layers_of_two_stacks_with_one_number_have_budgets_of_their_own(tiny, tmp_path):
+    importance = {
+        (stack, n): float(stack == "text")
+        for stack, count in (("text", 5), ("vision", 6))
+        for n in range(count)
+    }
+    entry = sparsify(tiny("qwen3_vl"), tmp_path / "out", importance, sparsity=0.2, scope="layer")
+    shares = entry["sparsity"]["tensors"]
+    assert not any(share for name, share in shares.items() if "language_model" in name)
+    assert all(share for name, share in shares.items() if "visual" in name)
+
+
+def test_what_is_of_no_layer_is_as_important_as_layers_are_on_average(tiny, tmp_path):
+    importance = {("text", n): 1.0 if n else 0.0 for n in range(5)}
+    modules = r"lm_head\.weight|up_proj"
+    entry = sparsify(
+        tiny("qwen3"), tmp_path / "out", importance, sparsity=0.1, scope="layer", modules=modules
+    )
+    shares = entry["sparsity"]["tensors"]
+    assert shares["lm_head.weight"] == pytest.approx(
+        0.2 * shares["model.layers.0.mlp.up_proj.weight"], rel=0.01
+    )
+
+
+def test_zeros_of_a_tensor_stay_among_those_of_its_layers_budget(tiny, tmp_path):
+    """Whose share for this tensor alone would be less than it has already."""
+    sparsify(tiny("llama"), tmp_path / "one", sparsity=0.9, modules=r"layers\.2\.mlp\.up_proj")
+    importance = dict.fromkeys([("text", n) for n in range(5)], 0.5)
+    entry = sparsify(tmp_path / "one", tmp_path / "two", importance, sparsity=0.4, scope="layer")
+    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    assert all((two[name][one[name] == 0] == 0).all() for name in one)
+    zeros = sum(int((two[name] == 0).sum()) for name in entry["sparsity"]["tensors"])
+    assert zeros == entry["sparsity"]["zeros"] == round(0.4 * entry["sparsity"]["weights"])
 
 
 def test_a_ranking_of_knockouts_says_importance(tiny):
