@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from test_heal import data, self_labelled, text_batches, write_texts
 from test_kv_cut import SHARED, head_dim_of, text_config
 from tiny_models import KV4, TEXT, build, load, logits
 
+from prunekit import kv_merge
 from prunekit.calibration import Calibration, load_model
 from prunekit.checkpoint import heads, history, open_checkpoint, scratch_folder
 from prunekit.errors import PruneKitError
+from prunekit.evaluate import score_batches
 from prunekit.families import FAMILIES as ROWS
 from prunekit.heal import Sides
 from prunekit.kv_heads import apply_kv_merge, plan_kv_merge
@@ -23,6 +27,7 @@ from prunekit.kv_merge import (
     calibrate_merge,
     choose_groups,
     enter,
+    fold_before_norm,
     gather,
     merge_layer,
     original_attention,
@@ -218,6 +223,40 @@ def test_the_shared_key_is_as_large_as_the_heads_are():
     torch.testing.assert_close(size, keys.abs().square().mean((0, 1)))
 
 
+def test_what_is_lost_of_keys_is_the_energy_of_what_is_missing_and_the_least_there_can_be():
+    generator = torch.Generator().manual_seed(0)
+    keys = as_pairs(torch.randn(400, 3, 8, generator=generator).double())
+    keys = keys + 1.5 * keys[:, :1]  # the heads have something in common
+    energy = torch.rand(3, 4, generator=generator).double() + 0.1
+    moments = torch.einsum("tnf,tmf->fnm", keys, keys.conj()) / 400
+
+    def missing(a, b):
+        shared = (keys * a).sum(1, keepdim=True)
+        return ((keys - shared * b).abs().square().mean(0) * energy).sum(0)
+
+    a, b, lost = shared_keys(moments, energy)
+    torch.testing.assert_close(missing(a, b), lost)
+    for _ in range(20):
+        near = [z + 0.05 * torch.randn(3, 4, generator=generator, dtype=torch.cdouble) for z in (a, b)]
+        assert (missing(*near) > lost).all()
+    mean = b.sum(0)
+    assert (mean.imag.abs() < 1e-9 * mean.abs()).all() and (mean.real > 0).all(), "the heads' mean phase"
+
+
+def test_what_is_lost_of_values_is_what_readers_miss_and_the_shared_one_is_as_large_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    values = (
+        torch.randn(500, 6, generator=generator).double() @ torch.randn(6, 12, generator=generator).double()
+    )
+    roots = 3 * torch.randn(3, 5, 4, generator=generator).double()
+    covariance = values.T @ values / 500
+    p, r, lost = shared_basis(covariance, roots.mT @ roots)
+    shared = values @ p.T
+    missing = [(values[:, 4 * h : 4 * h + 4] - shared @ r[h].T) @ roots[h].T for h in range(3)]
+    assert float(lost) == pytest.approx(sum(float(m.square().sum(1).mean()) for m in missing), rel=1e-3)
+    assert float(shared.square().sum(1).mean()) == pytest.approx(float(covariance.diagonal().sum()) / 3)
+
+
 def test_values_in_one_subspace_are_shared_exactly():
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(100, 4, generator=generator).double()
@@ -278,6 +317,95 @@ def test_how_far_rope_turns_is_read_from_what_attention_gets(positions):
     found = turned(angles.cos(), angles.sin())
     assert found[~slow].min() > 3
     torch.testing.assert_close(found[slow], (rates * max(positions))[slow].double(), rtol=1e-3, atol=1e-3)
+
+
+def test_turns_beyond_half_a_circle_are_counted_in_full():
+    rates = 0.8 ** torch.arange(12).double()
+    for positions in ([*range(100)], [*range(70), *range(50, 60)], [5] * 4 + [*range(60)]):
+        angles = torch.tensor(positions)[None, :, None] * rates.repeat(2)
+        steps = (
+            torch.tensor(positions).diff().abs().max() * rates < 3
+        )  # of what turns more in a step nobody knows
+        expected = (max(positions) - min(positions)) * rates
+        torch.testing.assert_close(
+            turned(angles.cos(), angles.sin())[steps], expected[steps], rtol=1e-6, atol=1e-6
+        )
+        assert steps.any()
+
+
+def attention_of(family):
+    row = ROWS[family].text
+    model = build(family)
+    layer = getattr(*find_stack(model, row))[1]
+    return Attention(layer, row, text_config(model).num_key_value_heads, head_dim_of(model))
+
+
+@torch.no_grad()
+def test_moments_are_means_over_all_tokens_of_all_batches():
+    attention, generator = attention_of("qwen2"), torch.Generator().manual_seed(0)
+    one, other = (torch.randn(count, 32, generator=generator) for count in (30, 50))
+    both, x = moments_of(attention, [one, other]), torch.cat([one, other])
+    q, k = attention.queries_and_keys(x)
+    v = attention.v(x).double()
+    heads, width = attention.kv_heads, attention.head_dim
+    torch.testing.assert_close(both.values, v.T @ v / 80)
+    pairs = torch.complex(k[..., : width // 2], k[..., width // 2 :])
+    torch.testing.assert_close(both.keys[3], pairs[..., 3].T @ pairs[..., 3].conj() / 80)
+    energy = torch.complex(q[..., : width // 2], q[..., width // 2 :]).abs().square().mean(0)
+    torch.testing.assert_close(both.queries, energy.view(heads, -1, width // 2).sum(1))
+    o = attention.o.weight.double()
+    groups = o.shape[1] // width // heads
+    for head in range(heads):
+        mine = [o[:, (head * groups + i) * width : (head * groups + i + 1) * width] for i in range(groups)]
+        torch.testing.assert_close(both.readers[head], sum(w.T @ w for w in mine))
+
+
+@torch.no_grad()
+def test_what_is_read_most_goes_to_the_pairs_that_turn_least():
+    attention = attention_of("llama")
+    generator, half = torch.Generator().manual_seed(0), attention.head_dim // 2
+    x = torch.randn(400, 32, generator=generator)
+    moments = moments_of(attention, [x], slow=half)
+    maps = plan_layer(moments, 1, attention.q.out_features // attention.head_dim)
+    covariance = moments.slow_keys.flatten(2).flatten(0, 1)
+    energy = (maps.k @ covariance @ maps.k.T).diagonal()
+    assert all(
+        max(energy[i], energy[i + half]) <= min(energy[i + 1], energy[i + 1 + half]) for i in range(half - 1)
+    )
+    assert energy.max() > 2 * energy.min()
+
+
+@torch.no_grad()
+def test_groups_do_not_depend_on_the_unit_of_values_or_keys():
+    attention, generator = attention_of("qwen2"), torch.Generator().manual_seed(0)
+    moments = moments_of(attention, [torch.randn(300, 32, generator=generator)])
+    groups = [
+        plan_layer(
+            replace(moments, readers=moments.readers * unit),
+            2,
+            attention.q.out_features // attention.head_dim,
+        ).groups
+        for unit in (1e-9, 1.0, 1e9)
+    ]
+    assert groups[0] == groups[1] == groups[2]
+
+
+@torch.no_grad()
+def test_heads_of_different_lengths_in_front_of_a_norm_count_alike_behind_it():
+    torch.manual_seed(0)
+    attention, width = attention_of("qwen3"), 16
+    turns = [torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2)]
+    linear = torch.nn.Linear(width, 2 * width, bias=False)
+    linear.weight.copy_(torch.cat([turns[0], 30 * turns[1]]))
+    norm = attention.norms[1]
+    norm.weight.fill_(2.0)
+    x = torch.nn.functional.normalize(torch.randn(50, width), dim=1)
+    before = attention.heads(linear, x).double().square().mean(2).mean(0).sqrt()
+    change = torch.cat([torch.eye(width), torch.eye(width)], 1).double() / 2
+    fold, gain = fold_before_norm(attention, linear, norm, change, before, [x], False)
+    wanted = norm(attention.heads(linear, x)).double().flatten(1) @ change.T
+    found = x.double() @ fold.T * gain
+    assert torch.nn.functional.cosine_similarity(found, wanted).min() > 0.9999
 
 
 def test_fitted_gains_give_turned_heads_their_length_back():
@@ -383,6 +511,106 @@ def test_a_step_too_far_is_taken_back(tiny):
     left, before, after = refined(tiny("llama"), "llama", 4, 3, 1.0)  # it is the original: nothing to gain
     assert left[0] == left[1] == pytest.approx(0, abs=1e-9)
     assert all(map(torch.equal, before, after))
+
+
+@torch.no_grad()
+def test_an_output_that_is_not_better_refitted_stays(tiny, monkeypatch):
+    monkeypatch.setattr(
+        Sides, "fit", lambda *_, **__: SimpleNamespace(left=2.0, before=1.0, apply=lambda: 1 / 0)
+    )
+    assert kv_merge.fit_output(SimpleNamespace(fit=Sides.fit, row=ROWS["llama"].text), 0, []) == 1.0
+
+
+def test_the_loss_behind_is_a_mean_over_tokens_not_over_batches(tiny):
+    batches = [*text_batches(1, rows=8), *text_batches(1, seed=3, rows=2, length=6)]
+    batches[0]["labels"] = batches[0]["labels"] * 0 + 7
+    model, calibration = load(tiny("llama")), Calibration(text_batches(6), batches, 1)
+    expected = score_batches(model, batches)["loss"]
+    _, _, losses = merge(tiny("llama"), 1, calibration, model)
+    assert losses["held_out_loss_unmerged"] == pytest.approx(expected, rel=1e-5)
+    alone = [score_batches(load(tiny("llama")), [one])["loss"] for one in batches]
+    assert expected != pytest.approx(sum(alone) / 2, rel=1e-3), "batches differ, or nothing was tested"
+
+
+def test_padding_is_not_merged_for(tiny):
+    found = []
+    for filler in (7, 90):
+        calibration = data()
+        for one in calibration.fit:
+            one["input_ids"][one["attention_mask"] == 0] = filler
+        found.append(logits(merge(tiny("llama"), 1, calibration)[1]))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_attention_makes_up_for_half_of_what_comes_in_wrong(tiny, monkeypatch):
+    came, entered, wanted = [], [], []
+    original, came_in, fit = kv_merge.original_attention, kv_merge.enter, kv_merge.fit_output
+
+    def behind(sides, number, states):
+        wanted.append([state.clone() for state in states])
+        return fit(sides, number, states)
+
+    monkeypatch.setattr(kv_merge, "original_attention", lambda *a: came.append(original(*a)) or came[-1])
+    monkeypatch.setattr(kv_merge, "enter", lambda *a: entered.append(came_in(*a)) or entered[-1])
+    monkeypatch.setattr(kv_merge, "fit_output", behind)
+    merge(tiny("llama"), 1)
+    assert len(wanted) == 5
+    for number in (1, 3):
+        for x, y, e, states in zip(*came[number], entered[number].layer, wanted[number]):
+            assert (x - e).abs().max() > 1e-3
+            torch.testing.assert_close(states, e + y + 0.5 * (x - e))
+
+
+@torch.no_grad()
+def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatch):
+    for better in (True, False):
+        tried = []
+
+        def missing(sides, number, states, tried=tried, better=better):
+            tried.append(Attention(sides.layers[number], sides.row, 1, 16).q.weight.clone())
+            return 1.0 if (len(tried) % 2 == 1) == better else 2.0
+
+        monkeypatch.setattr(kv_merge, "fit_output", missing)
+        _, model, _ = merge(tiny("qwen3"), 1)
+        kept = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+        assert all(torch.equal(one, two) for one, two in zip(kept, tried[0 if better else 1 :: 2]))
+
+
+@torch.no_grad()
+def test_slow_are_the_pairs_that_turn_by_a_radian_at_the_most(tiny, monkeypatch):
+    seen, collect = [], kv_merge.gather
+    monkeypatch.setattr(kv_merge, "gather", lambda *a: seen.append(a[-1]) or collect(*a))
+    _, model, _ = merge(tiny("llama"), 1)
+    rates = model.model.rotary_emb.inv_freq
+    assert seen[0].tolist() == (rates * 11 <= 1).tolist() and 0 < seen[0].sum() < len(rates)
+
+
+def test_just_as_many_tokens_as_dimensions_are_enough(tiny):
+    """Two heads of 16 dimensions share one."""
+    batches = text_batches(2, rows=8, length=8)
+    for one in batches:
+        one["attention_mask"][:] = 0
+        one["attention_mask"][0] = 1
+        one["attention_mask"][1:4] = 1
+    merge(tiny("llama"), 1, Calibration(batches[:1], text_batches(1), 1))
+    batches[0]["attention_mask"][3, 4:] = 0
+    with pytest.raises(PruneKitError, match="28 calibration tokens to fit 32 dimensions"):
+        merge(tiny("llama"), 1, Calibration(batches[:1], text_batches(1), 1))
+
+
+def test_what_is_refined_knows_nothing_of_the_rows_that_judge(tiny, monkeypatch):
+    after = []
+    for most in (1.0, 9.0):  # how tokens of the rows that judge count
+        monkeypatch.setattr(
+            Sides, "weight", lambda self, index, target, most=most: torch.linspace(
+                1.0, most if index in self.judged else 1.0, target.shape[:-1].numel()
+            )
+        )  # fmt: skip
+        left, before, found = refined(tiny("llama"), "llama", 1, 60, 0.02)
+        assert left[1] < left[0] and not all(map(torch.equal, before, found))
+        after.append(found)
+    assert all(map(torch.equal, *after))
 
 
 def test_what_can_not_be_refined_is_refused(tiny):

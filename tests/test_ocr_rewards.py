@@ -85,6 +85,7 @@ def test_prefix_is_the_share_before_the_first_mistake(score, completion, referen
     [
         ("Ab 1", "Ab 1", 1),
         ("ab 1", "Ab 1", 0),
+        ("Ab", "Ab 1", 0),
         ("Ёлка", "Елка", 0),
         ("Ａ①", "A1", 0),
         ("漢字", "漢字", 1),

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_heal import picture_batches
 from test_sparsity import DATA, batch, tensors_of
 from tiny_models import load, logits
 
+from prunekit import sparse_fit
 from prunekit.calibration import Calibration, calibrate, load_model
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
@@ -73,6 +75,35 @@ def test_no_row_is_farther_from_what_is_wanted_on_the_judging_rows_than_zeros_al
     assert (missing(found) <= missing(weight * kept) * 1.001 + 1e-4).all()
 
 
+def test_rows_are_fitted_to_what_they_write_of_other_values_than_they_read():
+    torch.manual_seed(0)
+    values, wanted = torch.randn(2, 50, 8, dtype=torch.double)
+    weight, kept = torch.randn(5, 8, dtype=torch.double), torch.rand(5, 8) < 0.6
+    gathered = sparse_fit.Moments()
+    for part in range(0, 50, 10):
+        gathered.add(values[part : part + 10], wanted[part : part + 10], None)
+    found = fit_rows(weight, kept, gathered.of(None), gathered.of(None))
+    for row in range(5):
+        exact = torch.linalg.lstsq(values[:, kept[row]], wanted @ weight[row]).solution
+        assert torch.allclose(found[row, kept[row]], exact, atol=1e-6)
+
+
+def test_of_all_steps_the_one_that_leaves_least_where_it_is_judged_is_taken():
+    torch.manual_seed(0)
+    fit, (own, wanted) = moments(torch.randn(9, 8)), moments(torch.randn(9, 8))
+    weight, kept = torch.randn(20, 8), torch.rand(20, 8) < 0.5
+
+    def missing(rows):
+        return ((rows @ own - 2 * weight @ wanted) * rows).sum(1)
+
+    every = torch.stack([fit_rows(weight, kept, fit, fit, steps) for steps in range(9)])
+    left = torch.stack([missing(rows) for rows in every])
+    assert len(set(left.argmin(0).tolist())) > 2, "rows differ in their best step"
+    assert torch.allclose(
+        missing(fit_rows(weight, kept, fit, (own, wanted), 8)), left.min(0).values, atol=1e-3
+    )
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +143,69 @@ def test_the_model_in_memory_becomes_the_checkpoint_written(family, tiny, tmp_pa
         assert math.isclose(
             score_batches(written, DATA.held_out)["loss"], losses["held_out_loss"], rel_tol=1e-4
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_each_matrix_is_fitted_on_what_it_reads_in_the_model_that_comes_out(
+    family, tiny, tmp_path, monkeypatch
+):
+    """In which all before it is refitted; and to what that and the dense model read, a quarter of the way to the latter."""
+    seen, moments_of = {}, sparse_fit.Layer.moments
+
+    def keep(layer, turn):
+        found = moments_of(layer, turn)
+        name = next(n for n, module in layer.sides.model.named_modules() if module is layer.readers.get(turn))
+        seen[name] = found
+        return found
+
+    monkeypatch.setattr(sparse_fit.Layer, "moments", keep)
+    data = Calibration([batch(20), batch(12, 3)], [batch(17, 2)], 100)
+    sparse, _ = refitted(tiny(family), tmp_path / "out", data, sparsity=0.5)
+    assert len(seen) == 5 * 4
+    for part, batches in enumerate((data.fit, data.held_out)):
+        read = {}
+        for which, model in (("sparse", sparse), ("dense", load(tiny(family)))):
+            for name in seen:
+                kept = read[which, name] = []
+                model.get_submodule(name).register_forward_pre_hook(
+                    lambda _, inputs, kept=kept: kept.append(inputs[0])
+                )
+            for each in batches:
+                model(**{key: each[key] for key in ("input_ids", "attention_mask")})
+        masks = [each["attention_mask"].bool() for each in batches]
+        for name, found in seen.items():
+            ours, dense = (
+                torch.cat([x[mask] for x, mask in zip(read[which, name], masks)])
+                for which in ("sparse", "dense")
+            )
+            own, wanted = found[part].of(None)
+            assert torch.allclose(own, ours.T @ ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())), name
+            expected = (0.75 * ours + 0.25 * dense).T @ ours
+            assert torch.allclose(wanted, expected, rtol=1e-3, atol=1e-3 * float(own.abs().max())), name
+        sparse = load(tmp_path / "out")
+
+
+def test_towers_are_refitted_before_the_layers_that_read_what_they_give(tiny, tmp_path, monkeypatch):
+    order, begin = [], sparse_fit.Layer.__init__
+    monkeypatch.setattr(
+        sparse_fit.Layer,
+        "__init__",
+        lambda self, sides, *rest: order.append(sides.stack) or begin(self, sides, *rest),
+    )
+    data = Calibration(picture_batches(2, 0), picture_batches(1, 1), 100)
+    refitted(tiny("qwen3_vl"), tmp_path / "out", data, sparsity=0.5)
+    assert order == ["vision"] * 6 + ["text"] * 5
+
+
+def test_what_is_of_no_layer_has_its_zeros_while_layers_are_judged(tiny, tmp_path):
+    model, losses = refitted(
+        tiny("qwen3"), tmp_path / "out", sparsity=0.5, modules=r"lm_head\.weight|up_proj"
+    )
+    assert float((model.lm_head.weight == 0).float().mean()) > 0.2
+    assert score_batches(load(tmp_path / "out"), DATA.held_out)["loss"] == pytest.approx(
+        losses["held_out_loss"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import build
 
+from prunekit import sparse_training
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.sparse_settings import Dynamic, Gradual, parse_settings
@@ -143,6 +146,35 @@ def test_after_the_training_nothing_is_held(tmp_path):
     assert any((w.grad[masks[n]] != 0).any() for n, w in model.named_parameters() if n in masks)
 
 
+def test_weights_that_are_not_trained_keep_nothing(tmp_path):
+    model, callback = sparse(), KeepZeros()
+    model.model.layers[1].requires_grad_(False)
+    trainer_of(tmp_path, callback, model=model, max_steps=1).train()
+    assert not any(".layers.1." in name for name in callback.masks) and callback.masks
+
+
+def test_whatever_a_step_made_of_masked_weights_they_are_zero_after_it():
+    callback, weight = KeepZeros(), torch.nn.Parameter(torch.ones(2, 2))
+    callback.weights, callback.masks = {"a": weight}, {"a": torch.eye(2).bool()}
+    callback.on_optimizer_step(None, None, None)
+    assert weight.tolist() == [[0, 1], [1, 0]]
+
+
+def test_masks_are_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    callback, saved = KeepZeros(), SimpleNamespace(should_save=True, output_dir=tmp_path)
+    callback.masks = {"a": torch.eye(2).bool()}
+    (tmp_path / "checkpoint-3").mkdir()
+
+    def torn(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sparse_training, "save_file", torn)
+    with pytest.raises(OSError, match="disk is full"):
+        callback.on_save(saved, SimpleNamespace(global_step=3), None)
+    assert not (tmp_path / "checkpoint-3" / MASKS).exists()
+
+
 # --- resuming -------------------------------------------------------------------------------------------------
 
 KINDS = {
@@ -189,6 +221,21 @@ def test_other_settings_for_a_resumed_run_are_refused(tmp_path):
     other = GradualPruning(Gradual(0.5, events=4))
     with pytest.raises(PruneKitError, match="other settings of sparsity"):
         trainer_of(tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize(("stopped", "events"), [(6, [0, 2, 4, 6]), (4, [0, 2, 4, 6]), (2, [0])])
+def test_a_stop_that_lies_behind_the_checkpoint_is_forgotten(stopped, events, tmp_path):
+    trainer_of(tmp_path, KINDS["gradual"](), evaluated=False).train()
+    file = tmp_path / "sparsity.json"
+    told = json.loads(file.read_text())
+    told["events"] = [event for event in told["events"] if event["step"] < stopped]
+    file.write_text(json.dumps(told | {"stopped_before": stopped}))
+    trainer_of(tmp_path, KINDS["gradual"](), evaluated=False).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
+    told = json.loads(file.read_text())
+    assert [event["step"] for event in told["events"]] == events
+    assert told["stopped_before"] == (2 if stopped == 2 else None)
 
 
 # --- zeros that become more -----------------------------------------------------------------------------------
@@ -252,6 +299,69 @@ def test_pruning_stops_where_quality_falls_too_far(tmp_path):
     assert callback.sparsity == pytest.approx(0.5, abs=1e-4)
 
 
+def test_a_layer_with_more_zeros_than_its_share_keeps_just_these():
+    weights = {"a": torch.tensor([[0.0, 0, 0, 1]]), "b": torch.tensor([[1.0, 2, 3, 4]])}
+    masks = prune_lowest(weights, 0.5, "layer")
+    assert masks["a"].tolist() == [[True, True, True, False]] and masks["b"].tolist() == [
+        [True, True, False, False]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("higher", "quality", "bad"),
+    [
+        (True, 0.73, False),
+        (True, 0.71, True),
+        (False, 0.87, False),
+        (False, 0.89, True),
+        (False, None, False),
+    ],
+)
+def test_quality_is_too_bad_where_it_is_by_more_than_a_share_worse_than_the_dense_models(
+    higher, quality, bad
+):
+    callback = GradualPruning(Gradual(0.9, worse=0.1))
+    callback.higher = higher
+    assert not callback._too_bad(quality), "before the first event there is nothing to compare with"
+    callback.history["events"] = [{"before": 0.8}, {"before": 0.1}]
+    assert callback._too_bad(quality) == bad
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater", "higher"),
+    [("eval_token_acc", True, True), ("cer", False, False), ("loss", None, False), (None, None, False), ("eval_loss", True, False)],
+)  # fmt: skip
+def test_which_way_a_metric_is_better_is_what_the_trainer_says_but_of_losses(metric, greater, higher):
+    callback = GradualPruning(Gradual(0.5, events=1))
+    args = SimpleNamespace(
+        metric_for_best_model=metric, greater_is_better=greater, resume_from_checkpoint=None
+    )
+    state = SimpleNamespace(max_steps=4, global_step=0, is_world_process_zero=False)
+    callback.on_train_begin(args, state, None, model=build("llama"))
+    assert (callback.metric, callback.higher) == ((metric or "loss").removeprefix("eval_"), higher)
+
+
+def test_more_events_than_steps_are_refused(tmp_path):
+    with pytest.raises(PruneKitError, match="events=9: more than the run's 8 steps"):
+        trainer_of(tmp_path, GradualPruning(Gradual(0.5, events=STEPS + 1))).train()
+
+
+@pytest.mark.parametrize("kind", ["gradual", "dynamic"])
+def test_adamw_has_nothing_of_what_was_pruned_on_the_way(kind, tmp_path):
+    callback = KINDS[kind]()
+
+    def moments(model, optimizer):
+        states = [(optimizer.state[callback.weights[name]], mask) for name, mask in callback.masks.items()]
+        return max(float(s[key][m].abs().max()) for s, m in states for key in ("exp_avg", "exp_avg_sq"))
+
+    watch = Watch(moments)
+    trainer = trainer_of(tmp_path, callback, watch, evaluated=False)
+    trainer.train()
+    assert watch.seen == [0.0] * STEPS
+    state = trainer.optimizer.state[next(iter(callback.weights.values()))]
+    assert (state["exp_avg"] != 0).any(), "the others are learnt"
+
+
 def test_a_stop_rule_without_a_validation_set_is_refused(tmp_path):
     with pytest.raises(PruneKitError, match="needs a validation set"):
         trainer_of(tmp_path, GradualPruning(Gradual(0.9, worse=0.1)), evaluated=False).train()
@@ -292,6 +402,40 @@ def test_counts_of_each_matrix_are_constant_while_zeros_move(tmp_path):
     differing = sum(int((mask ^ before["first"][name]).sum()) for name, mask in callback.masks.items())
     assert differing > 0
     assert [event["step"] for event in callback.history["events"]] == [2, 4, 6]
+
+
+def test_what_grows_begins_without_a_past_and_what_moves_is_counted(tmp_path):
+    """AdamW's first moment of a weight that has just grown is a tenth of its gradient: nothing is left from before."""
+    callback = DynamicSparsity(Dynamic(interval=1, share=0.5, sparsity=0.6, until=1.0))
+    masks, gradients, found = [], [], []
+
+    class Gradients(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            masks.append({name: mask.clone() for name, mask in callback.masks.items()})
+            gradients.append({name: callback.weights[name].grad.clone() for name in callback.masks})
+
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            for name, mask in callback.masks.items():
+                grown = masks[-2][name] & ~mask if len(masks) > 1 else torch.zeros_like(mask)
+                moment = optimizer.state[callback.weights[name]]["exp_avg"][grown]
+                found.append(torch.allclose(moment, 0.1 * gradients[-1][name][grown], atol=1e-7))
+
+    trainer = trainer_of(tmp_path, callback, evaluated=False, max_steps=5)
+    trainer.add_callback(Gradients())
+    trainer.train()
+    assert all(found) and len(masks) == 5
+    moves = [
+        sum(int((later[name] & ~earlier[name]).sum()) for name in later)
+        for earlier, later in zip(masks, masks[1:])
+    ]
+    assert [event["moved"] for event in callback.history["events"]] == moves and min(moves) > 0
+
+
+def test_dynamic_sparsity_begins_with_one_threshold_for_all():
+    callback = DynamicSparsity(Dynamic(sparsity=0.6))
+    callback.weights = {"a": torch.tensor([[1.0, 2, 3]]), "b": torch.tensor([[4.0, 5.0]])}
+    masks = callback._first_masks(None)
+    assert masks["a"].all() and not masks["b"].any()
 
 
 def test_the_share_that_moves_falls_along_a_cosine():

@@ -1,0 +1,318 @@
+"""The mistakes of tests/mutants.py: of each file which tests shall notice, and texts of it with what they become."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    old: str  # occurs once in the file
+    new: str
+    tests: str | None = None  # other than the file's; files of tests, then perhaps -k and an expression
+    equivalent: str | None = None  # why nothing could tell it from the code: it isn't run, and doesn't count
+
+
+HEAL = [
+    Mutant("weighted = x * weight[:, None]", "weighted = x"),
+    Mutant("self.xy += weighted.T @ y", "self.xy += x.T @ y"),
+    Mutant("(y.square().sum(1) * weight).sum()", "y.square().sum()"),
+    Mutant("add_(ridge * self.xx.diagonal().mean())", "add_(ridge)"),
+    Mutant("self.yy - 2 * (solution.T", "self.yy - (solution.T"),
+    Mutant("x.new_ones(len(x), 1)", "x.new_zeros(len(x), 1)"),
+    Mutant("value.shape[-2] == len(solution)", "value.shape[-1] == len(solution)"),
+    Mutant("return value + solution[:, -1]", "return value - solution[:, -1]"),
+    Mutant("change.T if self.inputs_first else change", "change"),
+    Mutant("store(entered + output)", "store(output)"),
+    Mutant("if i > layer), default", "if i >= layer), default"),
+    Mutant("weight = 1 / target.flatten", "weight = target.flatten"),
+    Mutant('["labels"][:, 1:], (0, 1)', '["labels"][:, :-1], (1, 0)'),
+    Mutant("torch.where(labels != -100, 1.0, UNLABELLED)", "torch.where(labels == -100, 1.0, UNLABELLED)"),
+    Mutant("torch.where(labels != -100, 1.0, UNLABELLED)", "torch.where(labels != -100, 1.0, 1.0)"),
+    Mutant(' * self.batches[index]["attention_mask"]', ""),
+    Mutant("if fit.left >= fit.before:", "if fit.left > 2 * fit.before:"),
+    Mutant("(judge if index in self.judged else fit)", "(fit if index in self.judged else judge)"),
+    Mutant("add(x, target - state.flatten(0, -2).float(), weight)", "add(x, target, weight)"),
+    Mutant("features[name] / scales[name] for name", "features[name] for name"),
+    Mutant("solution[:, :width] / scales", "solution[:, :width] * scales"),
+    Mutant("ridge, solution = min(", "ridge, solution = max("),
+    Mutant("self.kept.index(layer) + 1, gather, keep=False", "self.kept.index(layer) + 1, gather"),
+    Mutant("jump = jump or fit.before", "jump = fit.before"),
+    Mutant("if new_loss < loss:", 'if new_loss < float("inf"):'),
+    Mutant("if new_loss < loss:", "if new_loss > loss:"),
+    Mutant("computed |= changed\n", "computed = changed\n"),
+    Mutant("refit.take_back()", "pass"),
+    Mutant("                    sides.student = before\n", ""),
+    Mutant('record["refitted"] += layers', 'record["refitted"] += [seam.before]'),
+    Mutant("sides.row, sides.kept.index(layer), fit)", "sides.row, layer, fit)"),
+    Mutant('score_batches(model, data.held_out)["loss"]', 'score_batches(model, data.fit)["loss"]'),
+    Mutant("if sides is None or sides.stack != seam.stack:", "if sides is None:"),
+]
+
+KV_MERGE = [
+    Mutant("1e-12 * energy.max().clamp_min(1e-30)).sqrt()", "1e-12 * energy.max().clamp_min(1e-30))"),
+    Mutant("vectors[..., -1].conj() * root", "vectors[..., -1] * root"),
+    Mutant("vectors[..., -1] / root", "vectors[..., -1] * root"),
+    Mutant("diagonal(dim1=1, dim2=2).real.mean(1)", "diagonal(dim1=1, dim2=2).real.sum(1)"),
+    Mutant("mean / mean.abs(), 1)", "mean.conj() / mean.abs(), 1)"),
+    Mutant("values[:, :-1].sum(1)", "values[:, 1:].sum(1)"),
+    Mutant("basis[:, -width:].T @ half, back", "basis[:, :width].T @ half, back"),
+    Mutant("covariance.diagonal().sum() / count / power", "covariance.diagonal().sum() / power"),
+    Mutant("energy[:-width].sum() * mean", "energy[:-width].sum()"),
+    Mutant("(way.amax(1) - way.amin(1))", "(way[:, -1] - way[:, 0])"),
+    Mutant("torch.remainder(angle.diff(dim=1) + math.pi, 2 * math.pi) - math.pi", "angle.diff(dim=1)"),
+    Mutant("c.real.diag(), -c.imag.diag()", "c.real.diag(), c.imag.diag()"),
+    Mutant("first, second = x.chunk(2, -1)", "first, second = x[..., ::2], x[..., 1::2]"),
+    Mutant("return min(partitions(", "return max(partitions("),
+    Mutant("total(trial) < total(best) * (1 - 1e-9)", "total(trial) > total(best) * (1 + 1e-9)"),
+    Mutant('"tnf,tmf->fnm", pairs, pairs.conj()', '"tnf,tmf->fnm", pairs.conj(), pairs'),
+    Mutant("some = some - (mean / mask.sum(1, keepdim=True).clamp_min(1))[row]", "some = some - 0"),
+    Mutant("tokens += len(x)", "tokens = len(x)"),
+    Mutant(".sum(1) / tokens\n", ".sum(1)\n"),
+    Mutant(
+        'einsum("ohgd,ohge->hde", columns, columns)',
+        'einsum("ohgd,ohge->hde", columns[:, :, :1], columns[:, :, :1])',
+    ),
+    Mutant("for c in b.conj()]", "for c in b]"),
+    Mutant("if apart - lost > LEAST_GAIN * read:", "if apart - lost < LEAST_GAIN * read:"),
+    Mutant("view(-1, 2).T.flatten()", "flatten()"),
+    Mutant("(cost / cost.sum((1, 2), keepdim=True).clamp_min(1e-30)).sum(0)", "cost.sum(0)"),
+    Mutant("scale = mean[:, None] / before.clamp_min(1e-12)", "scale = torch.ones_like(used)"),
+    Mutant("missing = total - normal.sum(1)", "missing = normal.sum(1) - total"),
+    Mutant("size * (total @ metric / rows / metric).sqrt()", "size / metric.sqrt()"),
+    Mutant("norm.weight + gain - old)", "gain)"),
+    Mutant("attention.q.out_features // attention.k.out_features", "1"),
+    Mutant('score_batches(model, [batch])["loss"] * counted', 'score_batches(model, [batch])["loss"]'),
+    Mutant("if fit.left < fit.before:", "if fit.left < math.inf:"),
+    Mutant("if not after < before:", "if False:"),
+    Mutant("(rest / all_of_it).backward()", "(-rest / all_of_it).backward()"),
+    Mutant("if index not in sides.judged]", "if index in sides.judged]"),
+    Mutant("CORRECTED * (x.to(e.device) - e)", "CORRECTED * (e - x.to(e.device))"),
+    Mutant("needed = count // plan.kv_heads * head_dim", "needed = head_dim"),
+    Mutant("if missing < best[0]:", "if missing < best[0] or fit_gains is False:"),
+    Mutant("torch.stack(turns).amax(0) <= SLOW", "torch.stack(turns).amax(0) > SLOW"),
+    Mutant(
+        '[batch["attention_mask"].to(model.device).bool() for batch in data.fit]',
+        '[torch.ones_like(batch["attention_mask"]).bool() for batch in data.fit]',
+    ),
+    Mutant("loss_behind(sides.teacher, model, held_out)", "loss_behind(sides.student, model, held_out)"),
+    Mutant("tokens < needed", "tokens <= needed"),
+]
+
+SPARSITY = [
+    Mutant("return group - kept, group", "return kept, group"),
+    Mutant("if not 0 < kept < group:", "if not 0 < kept <= group:"),
+    Mutant("if wanted.search(name) else None", "if wanted.fullmatch(name) else None"),
+    Mutant("if modules and wanted.fullmatch(name)", "if modules and wanted.search(name)"),
+    Mutant("if row.inputs_first:\n        return -2", "if row.inputs_first:\n        return -1"),
+    Mutant("(shape[-1] == hidden) == reads_hidden", "(shape[-1] == hidden) != reads_hidden"),
+    Mutant("if len(given) != 1:", "if len(given) < 1:"),
+    Mutant("not 0 < wish.sparsity < 1:", "not 0 < wish.sparsity <= 1:"),
+    Mutant("if inputs % wish.pattern[1]:", "if inputs % wish.pattern[0]:"),
+    Mutant("not 0 < wish.maximum <= 1", "not 0 <= wish.maximum <= 1"),
+    Mutant("(importance / largest) ** power", "(importance / largest)"),
+    Mutant("max(1 - (importance", "max((importance"),
+    Mutant("* sizes[i] % 1, reverse=True)", "* sizes[i] % 1)"),
+    Mutant(
+        "max(low, math.floor(Fraction(str(maximum)) * size))", "math.floor(Fraction(str(maximum)) * size)"
+    ),
+    Mutant("max(low, min(high, math.floor(share)))", "min(high, math.floor(share))"),
+    Mutant("if found[index] < most[index]][:missing]", "][:missing]"),
+    Mutant("max(0.0, 1 - entry", "max(0.0, entry"),
+    Mutant(
+        '{\n            (entry["stack"], entry["layer"]): 1.0',
+        '{\n            (entry["stack"], entry["layer"]): 0.0',
+    ),
+    Mutant("else (weight.stack, weight.layer)].append", "else (None, weight.layer)].append"),
+    Mutant("if group is not None and group not in importance:", "if False:"),
+    Mutant("plan.importance.get(group, sum(known) / max(1, len(known)))", "plan.importance.get(group, 0.0)"),
+    Mutant("[0.0] * len(names), count, least=least)", "[0.0] * len(names), count)"),
+    Mutant("* count + Fraction(1, 2))", "* count)"),
+    Mutant(
+        'wish.score != "magnitude" and not torch.isfinite', 'wish.score == "magnitude" and not torch.isfinite'
+    ),
+    Mutant("RowCut(budgets[name], plan.weights[name].inputs)", "RowCut(budgets[name])"),
+    Mutant(
+        "RowCut(wish.pattern[0], w.inputs, wish.pattern[1])", "RowCut(wish.pattern[0], -1, wish.pattern[1])"
+    ),
+    Mutant("(cuts[name].mask(k) | (k == 0)).sum()", "cuts[name].mask(k).sum()"),
+    Mutant('"sparsity": count / chosen', '"sparsity": count / parameters'),
+    Mutant("sum(plan.zeros.values()) - plan.zeros_before", "sum(plan.zeros.values())"),
+    Mutant("wish.pattern[1] - wish.pattern[0]", "wish.pattern[0]"),
+    Mutant("return values.abs()", "return values"),
+]
+
+SPARSE_FIT = [
+    Mutant("self.own[expert] += values.T", "self.own[expert] = values.T"),
+    Mutant("wanted.T @ values", "values.T @ wanted"),
+    Mutant("aim = weight @ wanted_judge", "aim = weight @ own_judge"),
+    Mutant("own_judge - 2 * aim)", "own_judge - aim)"),
+    Mutant("(weight @ wanted - found @ own) * kept", "(weight @ wanted - found @ own)"),
+    Mutant("(weight @ wanted - found @ own)", "(weight @ own - found @ own)"),
+    Mutant("through = (along @ own) * kept", "through = along @ own"),
+    Mutant("rest = rest - length * through", "rest = rest + length * through"),
+    Mutant("ratio(size, before) * along", "ratio(before, size) * along"),
+    Mutant("torch.where(left < least, found, best)", "found"),
+    Mutant("torch.minimum(left, least)", "left"),
+    Mutant("1 if plain == row.o else 2", "2 if plain == row.o else 1"),
+    Mutant("[tokens].float(), MADE_UP)", "[tokens].float(), 1 - MADE_UP)"),
+    Mutant("(judge if index in sides.judged else fit)", "(fit if index in sides.judged else judge)"),
+    Mutant("sides.student.step(self.number + 1, keep=False)", "sides.student.step(self.number + 1)"),
+    Mutant("torch.where(kept & ((found == 0) | ~torch.isfinite(found)), values, found)", "found"),
+    Mutant("for stack, row in reversed(family.stacks.items())", "for stack, row in family.stacks.items()"),
+    Mutant("found[0][found[1]].copy_(_zeroed(plan, name))", "pass"),
+    Mutant(
+        'losses["held_out_loss"] = score_batches(model, data.held_out)',
+        'losses["held_out_loss"] = score_batches(model, data.fit)',
+    ),
+]
+
+SPARSE_TRAINING = [
+    Mutant("if parameter.requires_grad and id(parameter) not in embeddings:", "if parameter.requires_grad:"),
+    Mutant("if parameter.requires_grad and id(parameter)", "if id(parameter)"),
+    Mutant("if parameter.dim() > 1:", "if parameter.dim() > 0:"),
+    Mutant("if saved and (saved / MASKS).is_file():", "if False:"),
+    Mutant("if not masks:\n", "if False:\n"),
+    Mutant("return gradient.masked_fill(self.masks[name], 0)", "return gradient"),
+    Mutant(
+        "    def on_optimizer_step(self, args, state, control, **kwargs):\n        self._apply()",
+        "    def on_optimizer_step(self, args, state, control, **kwargs):\n        pass",
+    ),
+    Mutant("self.hooks.pop().remove()", "self.hooks.pop()"),
+    Mutant('draft = folder / f".{MASKS}.new"', "draft = folder / MASKS"),
+    Mutant("if args.should_save:", "if not args.should_save:"),
+    Mutant('if scope == "global" else', 'if scope != "global" else'),
+    Mutant("round(sparsity * sum(", "int(sparsity * sum("),
+    Mutant("max(wanted, zeros))", "wanted)"),
+    Mutant("lowest(weight[active].abs(), count)", "lowest(weight[active], count)"),
+    Mutant("lowest(candidates, len(candidates) - count)", "lowest(candidates, count)"),
+    Mutant("candidates = gradient[new].abs()", "candidates = gradient[mask].abs()"),
+    Mutant("min(int(share * int(active.sum())), int(mask.sum()))", "int(share * int(active.sum()))"),
+    Mutant('if e["step"] < state.global_step]', 'if e["step"] <= state.global_step]'),
+    Mutant('if self.history["settings"] != asdict(self.settings):', "if False:"),
+    Mutant(
+        "value.masked_fill_(mask, 0)\n\n\nclass Gradual", "value.masked_fill_(mask, 1)\n\n\nclass Gradual"
+    ),
+    Mutant("if self.settings.events > state.max_steps:", "if self.settings.events > state.max_steps + 1:"),
+    Mutant("bool(args.greater_is_better) and not", "bool(args.greater_is_better) or not"),
+    Mutant("quality >= dense * (1 - worse) if", "quality >= dense * (1 + worse) if"),
+    Mutant("else quality <= dense * (1 + worse)", "else quality <= dense * (1 - worse)"),
+    Mutant('            events[-1]["retrained"] = before\n', "            pass\n"),
+    Mutant(
+        "            for name, mask in self.masks.items():\n                self._forget(optimizer, name, mask)\n",
+        "",
+    ),
+    Mutant(
+        'if self.history["stopped_before"] and self.history["stopped_before"] >= state.global_step:',
+        "if False:",
+    ),
+    Mutant("if saved:  # what", "if False:  # what"),
+    Mutant('"global")\n        return super()', '"layer")\n        return super()'),
+    Mutant("return gradient if self.share else super()._mask_gradient(name, gradient)", "return gradient"),
+    Mutant("            weight.grad.masked_fill_(new, 0)\n", ""),
+    Mutant("            weight.masked_fill_(new, 0)\n", ""),
+    Mutant("self._forget(optimizer, name, new | mask)", "self._forget(optimizer, name, new & ~new)"),
+    Mutant("count += int((new & ~mask).sum())", "count += int(new.sum())"),
+]
+
+OCR = [
+    Mutant("max(0.0, 1.0 - Levenshtein", "(1.0 - Levenshtein"),
+    Mutant(
+        "(completion, reference) / max(1, len(reference)))",
+        "(completion, reference) / max(1, len(completion)))",
+    ),
+    Mutant("return float(not completion)", "return 1.0"),
+    Mutant("/ len(reference)\n\n\ndef ocr_perfect", "/ len(completion)\n\n\ndef ocr_perfect"),
+    Mutant("return float(completion == reference)", "return float(completion in reference)"),
+    Mutant("short / long if long else 1.0", "short / long if long else 0.0"),
+    Mutant("tolerance * len(reference) / len(completion)", "len(reference) / len(completion)"),
+    Mutant("range(len(t) - n + 1)", "range(len(t) - n)"),
+    Mutant("count - max(1, true[gram])", "count - 1"),
+    Mutant("0.0 - max(overrun,", "0.0 - (overrun +"),
+    Mutant("set(map(script_of, filter(str.isalpha, reference)))", "set(map(script_of, reference))"),
+    Mutant("zip(completions, solution, strict=True)", "zip(completions, solution)"),
+    Mutant('unicodedata.normalize("NFC", text).strip()', "text.strip()"),
+    Mutant('unicodedata.normalize("NFC", text).strip()', 'unicodedata.normalize("NFC", text)'),
+    Mutant("if reference is None:\n            return None", "if reference is None:\n            return 0.0"),
+]
+
+HEAD_RATES = [
+    Mutant('Rates.parse(os.environ.get("HEAD_RATES", ""), **PRESETS[name])', "Rates(**PRESETS[name])"),
+    Mutant('"others": 0.0', '"others": 1.0'),
+    Mutant("if trainer.is_deepspeed_enabled or", "if"),
+    Mutant('if self.args.tuner_type != "full":', "if False:"),
+    Mutant("settings, known_scores(checkpoint))", "settings)"),
+    Mutant("if not settings.others:", "if settings.others:"),
+    Mutant("        rates.attach(optimizer)\n", ""),
+]
+
+KNOCKOUT = [
+    Mutant('word.partition(":")', 'word.partition(",")'),
+    Mutant('if stack not in ("text", "vision") or', "if"),
+    Mutant("or stack in numbers or", "or"),
+    Mutant("or not listed:", "or False:"),
+    Mutant("model = model.get_base_model()", "pass"),
+    Mutant("            cut(model, plan)\n", "            pass\n"),
+    Mutant("except ValueError as error:", "except KeyError as error:"),
+]
+
+SPARSITY_PLUGIN = [
+    Mutant('settings(Gradual, "PRUNEKIT_GRADUAL")', 'settings(Gradual, "PRUNEKIT_DYNAMIC")'),
+    Mutant('settings(Dynamic, "PRUNEKIT_DYNAMIC"), trainer', 'settings(Dynamic, "PRUNEKIT_DYNAMIC")'),
+    Mutant('os.environ.get(variable, "")', '""'),
+]
+
+QWEN_IDS = [
+    Mutant("Qwen2VLTemplate.image_token_id = property(lambda template: template.processor.image_token_id)",
+           "Qwen2VLTemplate.image_token_id = property(lambda template: template.processor.video_token_id)"),
+    Mutant("template.processor.video_token_id", "template.processor.image_token_id"),
+]  # fmt: skip
+
+GPT2 = [
+    Mutant("        config.n_embd = width  #", "        pass  #"),
+    Mutant('if "gpt2" not in MODEL_MAPPING:', 'if "gpt2" in MODEL_MAPPING:'),
+]
+
+RANKING = [
+    Mutant("(scanned if after is None else after)", "(after if after is None else scanned)"),
+    Mutant("if known and not error else None", "if known else None"),
+    Mutant("known = after is not None or _cost(scan, entry) is not None", "known = True"),
+    Mutant('trained_baseline is None or trained_baseline["error"]', "trained_baseline is None"),
+    Mutant('if run and not error and run["token_acc"] is None:', "if False:"),
+    Mutant("costs[name])[:count]", "costs[name])"),
+    Mutant("key=lambda name: costs[name]", "key=lambda name: -costs[name]"),
+    Mutant('if not entry["error"] and (cost', "if (cost"),
+    Mutant("if len(points) < 4:", "if len(points) < 3:"),
+    Mutant("best - worst <= LEAST_FALL * best", "best - worst <= 0"),
+    Mutant("(x - smallest) / (size - smallest)", "x / size"),
+    Mutant("heights[bend] >= LEAST_BEND", "heights[bend] > 0"),
+    Mutant("bend = max(range(len(points))", "bend = min(range(len(points))"),
+    Mutant("None if bend is None else measured[bend]", "bend"),
+    Mutant(
+        "isinstance(value, float) and not math.isfinite(value)",
+        "isinstance(value, float) and math.isnan(value)",
+    ),
+    Mutant(
+        "part / whole if part is not None and whole else None", "whole / part if part and whole else None"
+    ),
+    Mutant("-value if value is not None and", "value if value is not None and"),
+    Mutant('return 0, -entry["relative_trained"]', 'return 0, entry["relative_trained"]'),
+    Mutant("return 2, 0.0", "return 0, 0.0"),
+    Mutant('scan["counts_suffix"] if scan else True', 'scan["counts_suffix"] if scan else False'),
+    Mutant('out / ".ranking.csv.new"', 'out / "ranking.csv"'),
+    Mutant('len(ranking["greedy"]["path"]) > 1', 'len(ranking["greedy"]["path"]) > 0'),
+    Mutant("if key not in doubled}", "}"),
+]
+
+FILES: dict[str, tuple[str, list[Mutant]]] = {
+    "prunekit/heal.py": ("tests/test_heal.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
+    "prunekit/kv_merge.py": ("tests/test_kv_merge.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged)", KV_MERGE),
+    "prunekit/sparsity.py": ("tests/test_sparsity.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or roberta or camembert or distilbert or vl)", SPARSITY),
+    "prunekit/sparse_fit.py": ("tests/test_sparse_fit.py -k not (distilbert or bert or gemma3 or script or data)", SPARSE_FIT),
+    "prunekit/sparse_training.py": ("tests/test_sparse_training.py", SPARSE_TRAINING),
+    "prunekit/ranking.py": ("tests/test_ranking.py -k not wandb", RANKING),
+    "plugins/ocr_rewards.py": ("tests/test_ocr_rewards.py", OCR),
+    "plugins/head_rates.py": ("tests/test_plugins.py", HEAD_RATES),
+    "plugins/knockout_layers.py": ("tests/test_plugins.py", KNOCKOUT),
+    "plugins/sparsity.py": ("tests/test_plugins.py", SPARSITY_PLUGIN),
+    "plugins/qwen_vl_token_ids.py": ("tests/test_plugins.py", QWEN_IDS),
+    "plugins/gpt2_model.py": ("tests/test_evaluate.py -k known or exact", GPT2),
+}  # fmt: skip
