@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from . import PLUGINS
 from .arguments import Parser
 from .chat_templates import find_template
 from .checkpoint import open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
 from .preflight import check_dataset, check_no_remote_code, check_rewards
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_PLUGINS = tuple(ROOT / "plugins" / name for name in ("qwen_vl_token_ids.py", "gpt2_model.py"))
+DEFAULT_PLUGINS = tuple(PLUGINS / name for name in ("qwen_vl_token_ids.py", "gpt2_model.py"))
 
 
 def read_rows(dataset: str | Path, limit: int | None = None) -> list[dict[str, Any]]:

@@ -31,14 +31,14 @@ from typing import Any
 
 import psutil
 
-from . import cluster
+from . import PLUGINS, cluster
 from .checkpoint import Checkpoint, layer_numbers, open_checkpoint, statistics, write_json
 from .errors import PruneKitError
 from .layers import Removal, parse_numbers, plan_removal
 from .publish import read_log
 
 BASELINE = "baseline"
-PLUGIN = Path(__file__).parents[1] / "plugins" / "knockout_layers.py"
+PLUGIN = PLUGINS / "knockout_layers.py"
 
 
 @dataclass(frozen=True)
