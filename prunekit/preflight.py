@@ -52,6 +52,10 @@ SWIFT_FLAGS = (
     "dataset", "val_dataset", "chord_sft_dataset", "columns", "reward_funcs", "external_plugins", "optimizer", "model_type",
     "template",
 )  # fmt: skip
+ENVIRONMENT = (  # what ms-swift reads as whole numbers
+    "NPROC_PER_NODE", "NNODES", "MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "VIDEO_MIN_PIXELS", "FPS_MAX_FRAMES",
+    "FPS_MIN_FRAMES", "IMAGE_MAX_TOKEN_NUM", "IMAGE_MIN_TOKEN_NUM", "VIDEO_MAX_TOKEN_NUM", "VIDEO_MIN_TOKEN_NUM",
+)  # fmt: skip
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
@@ -144,6 +148,20 @@ def check_no_remote_code(folder: Path) -> None:
             raise PruneKitError(
                 f"{file} names Python code to run (auto_map): read it, then set TRUST_REMOTE_CODE=1"
             )
+
+
+def check_environment() -> int:
+    """How many processes ms-swift will start; PruneKitError for numbers in its environment that are none."""
+    for name in ENVIRONMENT:
+        value = os.environ.get(name) or "1"
+        if not re.fullmatch(r"0*[1-9]\d{0,14}", value, re.ASCII):
+            raise PruneKitError(f"{name}={value[:80]!r} is no whole number above 0: unset it, or give one")
+    folder = os.environ.get("ROOT_IMAGE_DIR")
+    if folder and not Path(folder).is_dir():
+        raise PruneKitError(
+            f"ROOT_IMAGE_DIR={folder}: no such folder; unset it, or name the one that images are in"
+        )
+    return int(os.environ.get("NPROC_PER_NODE") or 1) * int(os.environ.get("NNODES") or 1)
 
 
 def open_here(name: Path) -> Checkpoint:
@@ -409,10 +427,11 @@ def main() -> None:
         kind, *environment = args.swift
         if kind not in ("sft", "rlhf", "export"):
             parser.error(f"--swift {kind}: choose from sft, rlhf, export")
+        if wrong := [setting for setting in environment if not re.match(r"\w+=", setting)]:
+            parser.error(f"--swift {kind} {wrong[0]}: settings of the environment are NAME=VALUE")
         os.environ.update(setting.split("=", 1) for setting in environment)
         swift = parse(kind, line)
-        processes = int(os.environ.get("NPROC_PER_NODE") or 1) * int(os.environ.get("NNODES") or 1)
-        check_line(kind, swift, processes)
+        check_line(kind, swift, check_environment())
         if args.checkpoint == "best" and kind != "export" and not args.reuse_out:
             check_best(swift)
         for name in SWIFT_FLAGS:  # the line has the last word

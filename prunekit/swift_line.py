@@ -373,11 +373,17 @@ def check_names(model_type: str | None, template: str | None, plugins: Iterable[
     _check_choice("--template", template, _named("template/constant.py", plugins, "register_template"))
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _json(flag: str, text: str) -> dict[str, Any]:
     """A JSON object, or the content of a file that holds one."""
     try:
-        path = Path(text)
-        given = json.loads(path.read_bytes()) if path.is_file() else json.loads(text)
+        given = json.loads(Path(text).read_bytes() if _is_file(text) else text)
     except (OSError, ValueError, RecursionError):
         try:
             given = ast.literal_eval(text)  # ms-swift repairs quotes
@@ -388,11 +394,11 @@ def _json(flag: str, text: str) -> dict[str, Any]:
     return given
 
 
-def check_deepspeed(flag: str, value: str | None) -> None:
-    """PruneKitError if a DeepSpeed setting is neither a name of ms-swift's nor JSON nor a file of JSON."""
-    if value and value not in DEEPSPEED and not value.lstrip().startswith("{") and not Path(value).is_file():
-        raise PruneKitError(f"{flag} {_show(value)}: no such file, and none of {', '.join(DEEPSPEED)}")
-    if value and value not in DEEPSPEED:
+def _check_settings(flag: str, value: str | None, names: Iterable[str]) -> None:
+    """PruneKitError if a setting is neither a name of ms-swift's nor JSON nor a file of JSON."""
+    if value and value not in names:
+        if not value.lstrip().startswith("{") and not _is_file(value):
+            raise PruneKitError(f"{flag} {_show(value)}: no such file, and none of {', '.join(names)}")
         _json(flag, value)
 
 
@@ -480,8 +486,12 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
             _json(f"--{name}", get(name))
     if kind not in ("sft", "rlhf"):
         return
-    check_deepspeed("--deepspeed", args.deepspeed)
-    check_deepspeed("--teacher_deepspeed", get("teacher_deepspeed"))
+    _check_settings("--deepspeed", args.deepspeed, DEEPSPEED)
+    _check_settings("--teacher_deepspeed", get("teacher_deepspeed"), DEEPSPEED)
+    _check_settings("--fsdp", args.fsdp, ["fsdp2"])
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+        raise PruneKitError(f"--resume_from_checkpoint {_show(args.resume_from_checkpoint)}: no such folder")
+    _check_choice("--eval_strategy", args.eval_strategy, ("no", "steps", "epoch"))
     schedulers = _constants(_find(package("transformers") / "trainer_utils.py", "SchedulerType")[1]).values()
     _check_choice("--lr_scheduler_type", args.lr_scheduler_type, schedulers)
     check_registered("optimizer", [args.optimizer], "optimizers_map", "optimizers/mapping.py", plugins)

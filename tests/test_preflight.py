@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -22,11 +23,13 @@ from prunekit.preflight import (
     check_best,
     check_dataset,
     check_disk,
+    check_environment,
     check_no_remote_code,
     check_port,
     check_rewards,
     check_teacher,
     free_ports,
+    main,
     open_here,
 )
 from prunekit.swift_line import parse
@@ -452,6 +455,32 @@ def test_a_line_that_may_name_no_best_checkpoint_is_refused(line, message):
     assert "CHECKPOINT=last" in str(error.value)
 
 
+# --- the environment ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NPROC_PER_NODE", "MAX_PIXELS"])
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "²", "1" * 5000])
+def test_a_number_of_the_environment_that_is_none_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(PruneKitError, match=f"{name}=.* is no whole number above 0"):
+        check_environment()
+
+
+def test_processes_are_those_of_all_nodes(monkeypatch):
+    monkeypatch.delenv("NPROC_PER_NODE", raising=False)
+    monkeypatch.setenv("NNODES", "")
+    assert check_environment() == 1
+    monkeypatch.setenv("NPROC_PER_NODE", "4")
+    monkeypatch.setenv("NNODES", "2")
+    assert check_environment() == 8
+
+
+def test_a_folder_of_images_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("ROOT_IMAGE_DIR", "absent")
+    with pytest.raises(PruneKitError, match="ROOT_IMAGE_DIR=absent: no such folder"):
+        check_environment()
+
+
 # --- port and disk --------------------------------------------------------------------------------------------
 
 
@@ -608,6 +637,29 @@ def test_bad_arguments_are_refused_in_one_line(preflight, tiny, arguments, messa
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=12) | st.sampled_from(
+    ["--", "--swift", "sft", "rlhf", "A=b", "--port", "--free-ports", "1", "-1", "nan", "--disk-factor", "--adapter", "--teacher",
+     "--dataset", "--columns", "--checkpoint", "best", "--template", "--max_steps", "--overwrite", ".", "x" * 300, "--help=1"]
+)  # fmt: skip
+
+
+@given(words=st.lists(WORDS, max_size=6))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_arguments_are_answered_or_refused_in_one_line(monkeypatch, capsys, tiny, tmp_path, words):
+    arguments = ["preflight", "--model", tiny("gpt2"), "--out", tmp_path / "out", *words]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    monkeypatch.setattr("os.environ", {**os.environ})
+    try:
+        main()
+    except PruneKitError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+    except SystemExit as done:
+        assert not done.code  # noqa: PT017  # --help
+    else:
+        assert "MODEL_TYPE=gpt2\n" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_sets_of_the_whole_swift_line_are_checked(preflight, tiny, data):

@@ -257,6 +257,9 @@ def test_a_plugin_registers_for_its_own_flag_alone(tmp_path, registry, flag):
         ("--lr_scheduler_kwargs x", r"--lr_scheduler_kwargs x: neither a JSON object nor a file"),
         ("--deepspeed zero4", r"--deepspeed zero4: no such file, and none of zero0, .*zero3_offload"),
         ("--deepspeed {", r"--deepspeed {: neither a JSON object nor a file"),
+        ("--fsdp fsdp3", r"--fsdp fsdp3: no such file, and none of fsdp2"),
+        ("--eval_strategy step", r"--eval_strategy step is unknown: .*did you mean steps\?"),
+        ("--resume_from_checkpoint gone", r"--resume_from_checkpoint gone: no such folder"),
         ("--external_plugins gone.py", r"plugin gone.py is not there"),
     ],
 )
