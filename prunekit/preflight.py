@@ -446,7 +446,8 @@ def main() -> None:
     teacher = open_here(args.teacher) if args.teacher else checkpoint
     for each in (checkpoint, teacher):
         check_no_remote_code(each.path)
-    _ = checkpoint.family  # raises PruneKitError: publishing needs to know it
+    if not checkpoint.family.causal and swift:  # an unknown family is refused: publishing needs to know it
+        raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py does")
     if teacher is not checkpoint:
         check_teacher(checkpoint, teacher)
     if args.adapter:

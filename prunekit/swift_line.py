@@ -220,7 +220,7 @@ def parse(kind: str, line: list[str]) -> argparse.Namespace:
 POSITIVE = (
     "max_length", "max_completion_length", "max_new_tokens", "response_length", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_epochs", "logging_steps",
-    "eval_steps", "save_steps", "save_total_limit", "dataset_num_proc", "packing_length", "packing_num_proc",
+    "eval_steps", "save_steps", "dataset_num_proc", "packing_length", "packing_num_proc",
     "num_generations", "num_generations_eval", "num_iterations", "steps_per_generation", "generation_batch_size",
     "gkd_logits_topk", "lora_rank", "lora_alpha", "adam_epsilon", "epsilon", "max_pixels", "sequence_parallel_size",
     "vllm_max_model_len", "vllm_tensor_parallel_size", "vllm_data_parallel_size", "vllm_max_num_seqs", "max_model_len",
@@ -240,6 +240,7 @@ REGEXES = ("freeze_parameters_regex", "trainable_parameters_regex", "target_rege
 ATTENTION = (
     "sdpa", "eager", "flex_attention", "flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
+FLASH_ATTENTION = ("kernels", "flash_attn", "flash_attn_interface")  # packages that have it
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "real", "fipo")
 LENIENT = ("deepspeed", "device_map", "fsdp_config", "max_memory")  # may be something else than JSON
 DEEPSPEED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -412,6 +413,12 @@ def check_packages(args: argparse.Namespace) -> None:
     ):
         if wanted:
             need_packages(name, extra="gpu")
+    if str(args.attn_impl).startswith("flash_att") and not any(
+        map(importlib.util.find_spec, FLASH_ATTENTION)
+    ):
+        raise PruneKitError(
+            f"--attn_impl {args.attn_impl}: no flash attention is installed: pip install kernels"
+        )
 
 
 def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None:
@@ -438,6 +445,8 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
         raise PruneKitError("--seq_kd is not in ms-swift any more: leave it out")
     if args.rlhf_type != "grpo":
         return
+    if args.num_generations == 1 and not (args.teacher_model or args.teacher_model_server):
+        raise PruneKitError("--num_generations 1: answers are compared with each other; give 2 or more")
     _check_choice("--truncation_strategy", args.truncation_strategy, ("left", "delete"))
     rewards = len(args.reward_funcs) + len(args.reward_model or ())
     if args.reward_weights and len(args.reward_weights) != rewards:

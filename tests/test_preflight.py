@@ -617,6 +617,12 @@ def test_the_teacher_of_the_line_is_the_one_that_is_checked(preflight, tiny):
     assert (result.returncode, result.stderr) == (2, "error: absent: no such folder\n")
 
 
+def test_an_encoder_is_sent_to_the_script_that_trains_it(preflight, tiny):
+    result = preflight("--model", tiny("bert"), "--swift", "sft", "--", "--max_steps", 1)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "ner_run.py" in result.stderr
+
+
 def test_free_ports_are_answered_when_asked_for(preflight, tiny):
     found = answers(preflight("--model", tiny("gpt2"), "--free-ports", 2))
     assert len({int(port) for port in found["FREE_PORTS"].split(",")}) == 2

@@ -1,6 +1,7 @@
 """ms-swift's command lines, checked without importing ms-swift: against the installed one, and by what is refused."""
 
 import contextlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +33,11 @@ def installed(monkeypatch):
         have = importlib.util.find_spec
 
         def find_spec(name, *rest):
-            if name in ("deepspeed", "vllm", "liger_kernel"):
+            if name in ("deepspeed", "vllm", "liger_kernel", *swift_line.FLASH_ATTENTION):
                 return have("json") if name in names else None
             return have(name, *rest)
 
-        monkeypatch.setattr("prunekit.errors.importlib.util.find_spec", find_spec)
-
-    import importlib.util
+        monkeypatch.setattr("importlib.util.find_spec", find_spec)
 
     return found
 
@@ -110,8 +109,6 @@ def test_names_of_models_templates_and_tuners_are_those_that_swift_registers():
     ],
 )
 def test_what_swift_registers_is_taken_and_listed(flag, module, registry):
-    import importlib
-
     names = [name for name in getattr(importlib.import_module(module), registry) if not name.startswith("ow")]
     for name in names:
         check("sft", flag, name)
@@ -165,7 +162,6 @@ def test_lists_and_switches_are_read_as_swift_reads_them():
         "--learning_rate 1e-5",
         "--eval_steps 0.1",
         "--attn_impl kernels-community/flash-attn",
-        "--packing true --attn_impl flash_attention_3",
         "--report_to none",
         "--report_to wandb tensorboard",
         "--columns {'a':'b'}",  # ms-swift repairs quotes
@@ -298,6 +294,7 @@ def test_a_bad_line_of_rlhf_is_refused_in_one_line(line, message):
             r"--truncation_strategy right is unknown: .*choose from left, delete",
         ),
         ("--reward_funcs format --reward_weights 1 2", 1, r"--reward_weights gives 2 for 1 rewards"),
+        ("--num_generations 1", 1, r"--num_generations 1: .*give 2 or more"),
         ("--num_generations 3", 1, r"--num_generations 3: a generation batch of 8"),
         (
             "--num_generations 16 --steps_per_generation 2 --val_dataset v",
@@ -332,6 +329,16 @@ def test_a_package_that_is_asked_for_must_be_there(installed, line, package):
         check("rlhf", "--rlhf_type", "gkd", *line.split())
     installed(package)
     check("rlhf", "--rlhf_type", "gkd", *line.split())
+
+
+@pytest.mark.parametrize("package", swift_line.FLASH_ATTENTION)
+def test_flash_attention_comes_from_one_of_its_packages(installed, package):
+    line = ["--packing", "true", "--attn_impl", "flash_attention_3"]
+    installed()
+    with pytest.raises(PruneKitError, match="--attn_impl flash_attention_3: no flash attention is installed"):
+        check("sft", *line)
+    installed(package)
+    check("sft", *line)
 
 
 def test_a_file_of_deepspeed_settings_is_read(tmp_path, installed):
