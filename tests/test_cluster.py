@@ -136,6 +136,7 @@ def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path)
     assert len(records) == len(runs) and not any(record["error"] for record in records)
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(cluster, reader, monkeypatch):  # noqa: F811
     runs = [Knockout(), Knockout("text", 1), Knockout("vision", 3)]
@@ -153,6 +154,7 @@ def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(clu
 # --- scans ---
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_scan_spread_over_nodes_finds_what_one_machine_does(cluster, texts, monkeypatch, tmp_path):  # noqa: F811
     job = Job(str(EMBEDDED), str(texts), batch_tokens=200)

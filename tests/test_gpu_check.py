@@ -40,7 +40,8 @@ def test_a_folder_that_is_no_check_is_left_alone(check, lab):  # noqa: F811
 
 def test_a_row_that_there_isnt_is_refused_in_one_line(check):
     done = check("zero5")
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and "zero5" in done.stderr
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "zero5" in done.stderr
 
 
 @pytest.mark.slow

@@ -307,6 +307,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run", ["sft/checkpoint-4", "frozen/checkpoint-2", "gkd/checkpoint-2", "grpo/checkpoint-2"]
@@ -329,6 +330,7 @@ def test_ms_swift_trains_the_other_heads_and_leaves_pruned_ones_as_they_were(run
     assert changed == of_heads if run.startswith("frozen") else changed > of_heads
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_a_resumed_training_ends_as_the_uninterrupted_one(trained):
     one, two = (load_file(trained / run / "checkpoint-4/model.safetensors") for run in ("sft", "resumed"))

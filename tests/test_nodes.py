@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_tiny_ocr import MODEL, tiny_ocr
 from transformers import Qwen3VLForConditionalGeneration
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 STEPS, SAVE = 12, 4
 
 

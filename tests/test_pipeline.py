@@ -72,6 +72,7 @@ def test_knockouts_ranked_every_layer_and_trained_the_finalists(demo):
     assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 5 + [False] * 9
 
 
+@pytest.mark.ci
 def test_the_scan_s_baseline_is_ms_swift_s_own_token_acc(demo, tmp_path):
     ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
     command = (demo / "knockout" / "trained" / "runs" / "baseline.json").read_text()
@@ -165,6 +166,7 @@ def uninterrupted(demo, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.ci
 def test_a_training_killed_in_the_middle_ends_as_if_nothing_had_happened(demo, uninterrupted, tmp_path):
     output = tmp_path / "killed"
     command = recover(demo, output)
@@ -188,6 +190,7 @@ def test_a_training_killed_in_the_middle_ends_as_if_nothing_had_happened(demo, u
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.mark.ci
 def test_evaluate_counts_token_acc_as_ms_swift_does(demo, uninterrupted, tmp_path):
     log = [json.loads(line) for line in (uninterrupted / "logging.jsonl").read_text().splitlines()]
     swift = [record["eval_token_acc"] for record in log if "eval_token_acc" in record][-1]

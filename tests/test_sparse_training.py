@@ -476,6 +476,7 @@ def test_settings_are_words():
 # --- ms-swift -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_two_processes_of_distillation_killed_and_resumed_prune_exactly(tmp_path):
     """GKD of the embedded model by distil.sh under DDP, pruned gradually: kill -9 in the middle, then the same command."""
