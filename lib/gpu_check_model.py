@@ -1,6 +1,6 @@
 """Write a small Qwen3-VL of random weights, with the head sizes of the 8B one (128 and 72), which kernels depend on.
 
-    python lib/gpu_check_model.py OUT
+python lib/gpu_check_model.py OUT
 """
 
 import sys
