@@ -721,13 +721,14 @@ def write_records(
     numbers: dict[str, Any],
     entries: list[dict[str, Any]],
     use: str | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> None:
     """What a stage tells of itself in the folder that it writes: history, model card, and the script's command line.
 
-    A command.sh that is there already (a training's own) stays. `use` is `model_card`'s.
+    A command.sh that is there already (a training's own) stays. `use` and `adapter` are `model_card`'s.
     """
     write_json(folder / HISTORY, {"history": entries})
-    card = model_card(config, numbers, entries, use)
+    card = model_card(config, numbers, entries, use, adapter)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if errors.command and not (folder / "command.sh").exists():
         (folder / "command.sh").write_text(errors.command, encoding="utf-8", errors="surrogateescape")

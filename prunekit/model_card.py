@@ -38,14 +38,24 @@ MOST_METRICS = 3
 USE = """from transformers import {loader}
 
 model = {loader}.from_pretrained("this/folder", dtype="auto")"""
+USE_ADAPTER = """from peft import PeftModel
+from transformers import {loader}
+
+base = {loader}.from_pretrained("its/base", dtype="auto")
+model = PeftModel.from_pretrained(base, "this/folder")"""
 
 
 def model_card(
-    config: dict[str, Any], numbers: dict[str, Any], entries: list[dict[str, Any]], use: str | None = None
+    config: dict[str, Any],
+    numbers: dict[str, Any],
+    entries: list[dict[str, Any]],
+    use: str | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> str:
     """The card's text, from config.json, `statistics` and the history, oldest entry first.
 
-    `use` is how to load what isn't loaded by transformers alone; `{loader}` in it is the class that would.
+    `use` is how to load what isn't loaded by transformers alone; `{loader}` in it is the class that would. `adapter` is
+    the adapter_config.json of a LoRA, if the folder holds one instead of a model; all else is then its base's.
     """
     architecture = (re.findall(r"\w+", str(config.get("architectures") or "")) or ["AutoModel"])[0]
     ending = next((ending for ending in TASKS if architecture.endswith(ending)), None)
@@ -53,12 +63,17 @@ def model_card(
     first = entries[0] if entries else {}
     # A folder may be called like a hub model (checkpoints/base); a place in the hub's cache can't be mistaken.
     hub = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/", str(first.get("input")))
-    tags = ["prune-kit", *(["pruned"] if any(entry.get("removed") for entry in entries) else [])]
+    tags = [
+        "prune-kit",
+        *(["lora"] if adapter else []),
+        *(["pruned"] if any(entry.get("removed") for entry in entries) else []),
+    ]
     return "\n".join(
         [
-            *_front_matter("transformers", tags, task, hub and f"{hub[1]}/{hub[2]}"),
-            f"# {config['model_type']}, by Prune-Kit",
+            *_front_matter("peft" if adapter else "transformers", tags, task, hub and f"{hub[1]}/{hub[2]}"),
+            f"# {'A LoRA for ' if adapter else ''}{config['model_type']}, by Prune-Kit",
             "",
+            *([_lora(adapter, entries), ""] if adapter else []),
             f"Made from {_code(first.get('input', 'unknown'))}.",
             "",
             "|  | before | now | change |",
@@ -74,7 +89,7 @@ def model_card(
             "## Use",
             "",
             "```python",
-            (use or USE).replace("{loader}", loader),
+            (use or (USE_ADAPTER if adapter else USE)).replace("{loader}", loader),
             "```",
             "",
         ]
@@ -84,6 +99,14 @@ def model_card(
 def _front_matter(library: str, tags: list[str], task: str | None, base: str | None) -> list[str]:
     data = ModelCardData(library_name=library, tags=tags, pipeline_tag=task, base_model=base)
     return ["---", data.to_yaml(), "---", ""]
+
+
+def _lora(adapter: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    rank, alpha = (_code(adapter.get(key, "?")) for key in ("r", "lora_alpha"))
+    base = _code(entries[-1].get("input", "unknown")) if entries else "an unknown base"
+    return (
+        f"Rank {rank}, alpha {alpha}, for {base}, whose sizes follow. `export_lora.sh` merges it into that."
+    )
 
 
 def _rows(first: dict[str, Any], numbers: dict[str, Any]) -> list[str]:

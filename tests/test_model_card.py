@@ -169,3 +169,13 @@ def test_no_text_from_outside_breaks_the_page(path, tiny):
 def test_a_history_without_earlier_sizes_gets_question_marks(tiny):
     text = model_card({"model_type": "llama"}, statistics(tiny("llama")), [{"stage": "old"}])
     assert table(text)["parameters"] == ("?", str(statistics(tiny("llama"))["parameters"]))
+
+
+def test_an_adapters_card_names_its_rank_and_base_and_loads_by_peft(tiny):
+    entries = [{"stage": "kv_cut", "input": "ckpt/a"}, {"stage": "lora", "input": "ckpt/mqa"}]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    text = model_card(config, statistics(tiny("llama")), entries, adapter={"r": 32, "lora_alpha": 64})
+    assert ModelCard(text).data.library_name == "peft" and "lora" in ModelCard(text).data.tags
+    assert "Rank `32`, alpha `64`, for `ckpt/mqa`" in text
+    assert [row[1] for row in stage_rows(text)] == ["`kv_cut`", "`lora`"]
+    assert 'PeftModel.from_pretrained(base, "this/folder")' in text and "AutoModelForCausalLM" in text
