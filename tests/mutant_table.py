@@ -302,6 +302,68 @@ RANKING = [
     Mutant("if key not in doubled}", "}"),
 ]
 
+EVALUATE = [
+    Mutant("return states[:, :-1][counted]", "return states[:, 1:][counted]"),
+    Mutant("labels = labels[:, 1:].to", "labels = labels[:, :-1].to"),
+    Mutant("counted = labels != -100", "counted = labels > -200"),
+    Mutant("counted.nonzero()[:, 0]", "counted.nonzero()[:, 1]"),
+    Mutant("torch.tanh(logits / cap) * cap if cap else logits", "logits"),
+    Mutant("yield slice(start, start + size)", "yield slice(0, size)"),
+    Mutant("(logits.argmax(-1) == labels[part])", "(logits.argmin(-1) == labels[part])"),
+    Mutant('reduction="sum"', 'reduction="mean"'),
+    Mutant("total += len(labels)", "total = len(labels)"),
+    Mutant('"loss": loss / total', '"loss": loss / right'),
+    Mutant('{"token_acc": right / total', '{"token_acc": 1.0'),
+    Mutant("order[start : start + batch_size]", "order[start : start + batch_size - 1]"),
+    Mutant('row["messages"][:-1], images', 'row["messages"], images'),
+    Mutant("message.content.strip()", "message.content.upper()"),
+    Mutant("sum(map(str.__eq__, answers, truths)) / len(rows)", "1.0"),
+    Mutant(
+        "sum(map(str.__eq__, answers, truths)) / len(rows)",
+        "sum(map(str.__contains__, truths, answers)) / len(rows)",
+    ),
+    Mutant("edits / max(1, sum(map(len, truths)))", "0.0"),
+    Mutant("edits / max(1, sum(map(len, truths)))", "edits / max(1, sum(map(len, answers)))"),
+    Mutant("weight * sum(filter", "sum(filter"),
+    Mutant('scores["reward"] = sum(values) / len(rows)', 'scores["reward"] = sum(values)'),
+    Mutant("datasets[name] = rows", "pass"),
+]
+
+PUBLISH = [
+    Mutant("if not BUFFERS.match(name)}", "}"),
+    Mutant("base.family.tied if is_tied(base)", "base.family.tied if True"),
+    Mutant(".shape) != (shape", ".shape) is None != (shape"),
+    Mutant("counts.most_common(1)[0][0]", "counts.most_common()[-1][0]"),
+    Mutant("base.tensors[twin].dtype if twin and not dtype else common", "common"),
+    Mutant("    config[key] = dtype\n", ""),
+    Mutant("                part[key] = dtype\n", "                pass\n"),
+    Mutant(
+        "except (ValueError, RecursionError):\n                continue",
+        "except (ValueError, RecursionError):\n                break",
+    ),
+    Mutant("if isinstance(record, dict):", "if True:"),
+    Mutant("if type(v) in (int, float) and", "if isinstance(v, int | float) and"),
+    Mutant("and math.isfinite(v)}", "}"),
+    Mutant('if (run / "config.json").exists():', "if False:"),
+    Mutant('print(whole[max(whole)] if whole else "")', 'print(whole[min(whole)] if whole else "")'),
+    Mutant("dtype=arguments.dtype,", "dtype=None,"),
+    Mutant("        overwrite=arguments.overwrite,", "        overwrite=True,"),
+    Mutant("layers_only=new_head is not None", "layers_only=True"),
+    Mutant("fallback=base.path", "fallback=None"),
+    Mutant(
+        "history_entry(stage, base.path, statistics(base), statistics(result)",
+        "history_entry(stage, source.path, statistics(base), statistics(result)",
+    ),
+    Mutant(
+        "(source_folder / name for name in ADAPTER_FILES)",
+        "(source_folder / name for name in ADAPTER_FILES[:1])",
+    ),
+    Mutant(
+        "names = re.compile(base.family.text.prefix if layers_only else",
+        "names = re.compile(base.family.text.prefix if not layers_only else",
+    ),
+]
+
 FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/heal.py": ("tests/test_heal.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
     "prunekit/kv_merge.py": ("tests/test_kv_merge.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged)", KV_MERGE),
@@ -309,6 +371,8 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/sparse_fit.py": ("tests/test_sparse_fit.py -k not (distilbert or bert or gemma3 or script or data)", SPARSE_FIT),
     "prunekit/sparse_training.py": ("tests/test_sparse_training.py", SPARSE_TRAINING),
     "prunekit/ranking.py": ("tests/test_ranking.py -k not wandb", RANKING),
+    "prunekit/publish.py": ("tests/test_publish.py", PUBLISH),
+    "prunekit/evaluate.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", EVALUATE),
     "plugins/ocr_rewards.py": ("tests/test_ocr_rewards.py", OCR),
     "plugins/head_rates.py": ("tests/test_plugins.py", HEAD_RATES),
     "plugins/knockout_layers.py": ("tests/test_plugins.py", KNOCKOUT),

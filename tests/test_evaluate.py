@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,3 +203,43 @@ def test_no_more_rows_than_the_limit_are_judged(parrot, tmp_path):
 
 def test_without_generation_only_what_is_teacher_forced_is_said(parrot, tmp_path):
     assert set(judged(parrot, tmp_path, [asked("cat")], "--no-generate")) == {"token_acc", "loss"}
+
+
+def test_the_next_models_are_judged_on_the_rows_that_the_first_could_take(parrot, tmp_path, capsys):
+    short = shutil.copytree(parrot, tmp_path / "short")
+    model = load(short)
+    model.config.n_positions = 72
+    model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:72].clone())
+    model.save_pretrained(short)
+    rows = [asked("cat"), asked("cat", "what? " * 8), asked("dog")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys,
+            "argv",
+            ["evaluate", "--model", str(short), str(parrot), "--dataset", str(data), "--device", "cpu"],
+        )
+        evaluation.main()
+    said = capsys.readouterr().out
+    assert said.count("rows (2 rows)") == 2 and said.count("exact_match 0.5000") == 2
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_logits_of_many_states_are_those_of_each_capped_where_the_model_caps_them(cap):
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(8, 20), torch.randn(300, 8) * 9
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=cap))
+    model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
+    found = torch.full((300, 20), torch.nan)
+    for part, logits in evaluation.logits_in_parts(model, states):
+        found[part] = logits
+    expected = head(states)
+    torch.testing.assert_close(found, 5 * torch.tanh(expected / 5) if cap else expected)
+
+
+def test_a_state_counts_if_a_label_follows_it_and_is_of_its_row():
+    states = torch.arange(8.0).view(2, 4, 1)
+    labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100]])
+    found, next_labels, rows = evaluation.counted_states(states, labels)
+    assert (found[:, 0].tolist(), next_labels.tolist(), rows.tolist()) == ([1, 2, 4], [6, 7, 8], [0, 0, 1])

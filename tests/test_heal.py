@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
+import transformers as hf
 from conftest import ROOT
-from tiny_models import FAMILIES, build, load, logits
+from tiny_models import FAMILIES, TEXT, build, load, logits
 
 from prunekit import heal as healing
 from prunekit.calibration import Calibration, calibrate, encoder_of, load_model, read_calibration
@@ -205,16 +206,19 @@ def test_of_a_jump_is_left_what_the_last_fit_leaves_of_what_the_first_found(tiny
     assert refit.jump_left == pytest.approx(min(fits[1].left, fits[1].before) / fits[0].before)
 
 
-def test_a_seam_behind_a_refit_taken_back_is_healed_as_if_that_had_not_been_tried(tiny, monkeypatch):
-    losses = iter([1.0, 2.0, 0.5, 2.0])  # only the layer before the second seam is accepted
+def test_a_seam_behind_refits_taken_back_is_healed_as_if_they_had_not_been_tried(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT | {"num_hidden_layers": 7})).save_pretrained(tmp_path)
+    # Of layer 0, layers 2 and 3, layer 4 and layer 6; only layer 4, the one before the second seam, is accepted
+    losses = iter([1.0, 2.0, 2.0, 0.5, 2.0])
     monkeypatch.setattr(healing, "score_batches", lambda *_: {"loss": next(losses)})
-    model, calibration = load(tiny("llama")), data()
-    _, seams = heal(plan_removal(open_checkpoint(tiny("llama")), text=[1, 3]), model, calibration)
-    assert [seam["refitted"] for seam in seams] == [[], [2]]
-    alone = load(tiny("llama"))
+    model, calibration = load(tmp_path), data()
+    _, seams = heal(plan_removal(open_checkpoint(tmp_path), text=[1, 5]), model, calibration)
+    assert [seam["refitted"] for seam in seams] == [[], [4]]
+    alone = load(tmp_path)
     with torch.inference_mode():
-        sides = sides_of(alone, tiny("llama"), calibration, [1, 3])
-        sides.refit(2, sides.targets(2))
+        sides = sides_of(alone, tmp_path, calibration, [1, 5])
+        sides.refit(4, sides.targets(4))
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
 

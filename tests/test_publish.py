@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import build, load, logits
 
+from prunekit import publish as publishing
 from prunekit.checkpoint import HISTORY, append_history, history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.publish import final_metrics, find_checkpoint, publish, read_log
@@ -78,6 +79,90 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
 def test_metrics_are_the_last_finite_value_of_each_number(run):
     (run / "logging.jsonl").open("a").write('\n{"grad_norm": NaN}\n')
     assert final_metrics(read_log(run)) == {"loss": 1.0, "eval_loss": 0.5, "eval_token_acc": 0.9}
+
+
+def test_lines_of_a_resumed_run_count_and_what_is_no_number_does_not(run):
+    """A killed run's last line is torn, and the resumed one goes on behind it."""
+    (run / "logging.jsonl").open("a").write('\n[1]\n{"loss": 0.25, "done": true, "grad_norm": Infinity}\n')
+    assert final_metrics(read_log(run)) == {"loss": 0.25, "eval_loss": 0.5, "eval_token_acc": 0.9}
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["publish", *map(str, arguments)])
+    publishing.main()
+
+
+def test_a_run_goes_on_from_its_last_whole_checkpoint(run, monkeypatch, capsys, tmp_path):
+    command(monkeypatch, "--run", run, "--find-resume")
+    command(monkeypatch, "--run", tmp_path / "nothing", "--find-resume")
+    assert capsys.readouterr().out.splitlines() == [str(run / "checkpoint-20"), ""]
+
+
+def test_one_checkpoint_of_a_run_can_be_published_in_another_dtype(run, base, tmp_path, monkeypatch):
+    wish = ["--run", run / "checkpoint-10", "--base", base, "--out", tmp_path / "out", "--stage", "sft"]
+    command(monkeypatch, *wish, "--dtype", "bfloat16")
+    assert norm(tmp_path / "out") == 10
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"BF16"}
+    with pytest.raises(PruneKitError, match="exists; choose another OUT or pass --overwrite"):
+        command(monkeypatch, *wish)
+    command(monkeypatch, *wish, "--overwrite")
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"F32"}
+
+
+def test_each_weight_has_the_dtype_that_it_has_in_the_base_and_a_new_one_the_commonest(run, tmp_path):
+    model = build("qwen3_vl").to(torch.bfloat16)
+    model.model.language_model.norm.float()
+    model.save_pretrained(tmp_path / "base")
+    file = run / "checkpoint-20/model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors[
+        "model.language_model.embed_tokens.weight"
+    ].clone()  # tied: may be there
+    save_file(tensors, file, {"format": "pt"})
+    publish(run / "checkpoint-20", tmp_path / "out", tmp_path / "base", "sft")
+    dtypes = {name: tensor.dtype for name, tensor in open_checkpoint(tmp_path / "out").tensors.items()}
+    assert dtypes.pop("model.language_model.norm.weight") == "F32" and set(dtypes.values()) == {"BF16"}
+
+
+def test_a_dtype_is_said_in_every_part_of_the_config(run, base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["dtype"] = config["vision_config"]["torch_dtype"] = "float32"
+    config.pop("dtype", None)
+    (base / "config.json").write_text(json.dumps(config))
+    publish(run / "checkpoint-20", tmp_path / "out", base, "sft", dtype="float16")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    said = found["dtype"], found["text_config"]["dtype"], found["vision_config"]["torch_dtype"]
+    assert said == ("float16",) * 3
+
+
+@pytest.fixture
+def adapter(run):
+    """A run whose last whole checkpoint is a LoRA's."""
+    folder = run / "checkpoint-20"
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors")
+    return run
+
+
+def test_an_adapter_is_published_as_its_two_files_with_the_runs_records(adapter, base, tmp_path, monkeypatch):
+    wish = ["--run", adapter, "--base", base, "--out", tmp_path / "out", "--stage", "lora"]
+    command(monkeypatch, *wish)
+    found = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "logging.jsonl", "command.sh"} <= found
+    assert not found & {"optimizer.pt", "model.safetensors", "trainer_state.json"}
+    assert torch.equal(load_file(tmp_path / "out/adapter_model.safetensors")["a"], torch.ones(3))
+    with pytest.raises(PruneKitError, match="exists"):
+        command(monkeypatch, *wish)
+
+
+def test_a_torn_adapter_is_not_published(adapter, base, tmp_path, monkeypatch):
+    file = adapter / "checkpoint-20/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(PruneKitError):
+        command(monkeypatch, "--run", adapter, "--base", base, "--out", tmp_path / "out", "--stage", "lora")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_becomes_a_clean_checkpoint(run, base, tmp_path, script):

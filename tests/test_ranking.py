@@ -286,6 +286,48 @@ def test_a_ranking_of_little_is_written_without_pictures_of_removals(found, runs
     assert (tmp_path / "ranking.json").exists() and not (tmp_path / "ranking.png").exists()
 
 
+def test_a_table_that_breaks_off_leaves_the_one_before_it(ranking, tmp_path, monkeypatch):
+    write_ranking(tmp_path, ranking)
+    before = (tmp_path / "ranking.csv").read_text()
+
+    def broken(self, rows):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", broken)
+    with pytest.raises(OSError, match="disk is full"):
+        write_ranking(tmp_path, ranking)
+    assert (tmp_path / "ranking.csv").read_text() == before
+
+
+def test_a_path_of_one_point_is_no_picture(tmp_path):
+    pictures = write_ranking(tmp_path, build_ranking(scan(removal(0, 0.7), greedy=path(0.8)), [], "base", {}))
+    assert [path.name for path in pictures] == ["ranking.png"]
+
+
+def test_a_line_of_the_table_says_once_what_was_removed(ranking, tmp_path):
+    write_ranking(tmp_path, ranking)
+    header = (tmp_path / "ranking.csv").read_text().splitlines()[0].split(",")
+    assert not {"trained_name", "trained_stack", "trained_layer", "trained_error"} & set(header)
+    assert {"trained_loss", "trained_seconds", "name", "stack", "error"} <= set(header)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_whether_the_suffix_counts_is_what_the_scan_says_and_ms_swift_counts_it(counts):
+    assert build_ranking(scan() | {"counts_suffix": counts}, [], "base", {})["counts_suffix"] == counts
+    assert build_ranking(None, [], "base", {})["counts_suffix"] is True
+
+
+def test_infinite_numbers_are_none_too():
+    assert ranked(scan(removal(0, math.inf, loss=-math.inf)), [])["text-00"]["relative"] is None
+    assert finalists(scan(removal(0, 0.5, loss=-math.inf), removal(1, 0.5)), None) == ["text-01"]
+
+
+def test_a_path_that_only_falls_at_its_end_by_a_hair_has_no_bend():
+    """Ten points, the last of which lies one in two hundred below the others: that is noise."""
+    assert find_bend([(10 - i, 0.8 if i < 9 else 0.796) for i in range(10)]) is None
+    assert find_bend([(10 - i, 0.8 if i < 9 else 0.7) for i in range(10)]) == 8
+
+
 # --- W&B -------------------------------------------------------------------------------------------------------------
 
 
