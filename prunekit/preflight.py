@@ -217,6 +217,23 @@ def check_adapter(folder: Path, base: Checkpoint) -> None:
             )
 
 
+def check_targets(targets: Iterable[str], base: Checkpoint) -> None:
+    """Check that one of an adapter's target modules at least is a module of the base."""
+    modules = {part for name in base.tensors for part in _endings(name.rpartition(".")[0])}
+    if not any(target in modules or target.startswith("all-") for target in targets):
+        text = base.family.text
+        names = dict.fromkeys(name.rpartition(".")[2] for name in (text.q, text.k, text.v, text.o, *text.mlp))
+        raise PruneKitError(
+            f"--target_modules {' '.join(targets)[:80]}: {base.path} has no such module: give all-linear, or names like "
+            f"{' '.join(names)}, one by one"
+        )
+
+
+def _endings(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
 def _tokens(folder: Path) -> dict[int, str] | None:
     """Tokens by id, of a folder's tokenizer.json; None if there is none."""
     if not (folder / "tokenizer.json").is_file():
@@ -450,6 +467,13 @@ def main() -> None:
         raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py does")
     if teacher is not checkpoint:
         check_teacher(checkpoint, teacher)
+    if (
+        swift
+        and vars(swift).get("tuner_type") == "lora"
+        and vars(swift).get("target_modules")
+        and not swift.target_regex
+    ):
+        check_targets(swift.target_modules, checkpoint)
     if args.adapter:
         check_adapter(args.adapter, checkpoint)
     if not args.columns:

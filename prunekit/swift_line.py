@@ -241,6 +241,13 @@ ATTENTION = (
     "sdpa", "eager", "flex_attention", "flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
 FLASH_ATTENTION = ("kernels", "flash_attn", "flash_attn_interface")  # packages that have it
+REGISTRIES = {  # flags whose values are registered by name, here or in a plugin
+    "optimizer": ("optimizers_map", "optimizers/mapping.py"),
+    "callbacks": ("callbacks_map", "callbacks/mapping.py"),
+    "eval_metric": ("eval_metrics_map", "metrics/mapping.py"),
+    "agent_template": ("agent_template_map", "agent_template/mapping.py"),
+    "multi_turn_scheduler": ("multi_turns", "rollout/multi_turn.py"),
+}
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "real", "fipo")
 LENIENT = ("deepspeed", "device_map", "fsdp_config", "max_memory")  # may be something else than JSON
 DEEPSPEED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -479,6 +486,8 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
         registered(plugin, "")  # can be read
     check_numbers(args)
     check_names(args.model_type, args.template, plugins)
+    models = _named("model/constant.py", plugins, "register_model")
+    _check_choice("--teacher_model_type", get("teacher_model_type"), models)
     tuners = [*_set_in("arguments/base_args/base_args.py", "get_supported_tuners")]
     check_registered(
         "tuner_type", [args.tuner_type], "tuners_map", "tuner_plugin/mapping.py", plugins, tuners
@@ -503,9 +512,12 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     _check_choice("--eval_strategy", args.eval_strategy, ("no", "steps", "epoch"))
     schedulers = _constants(_find(package("transformers") / "trainer_utils.py", "SchedulerType")[1]).values()
     _check_choice("--lr_scheduler_type", args.lr_scheduler_type, schedulers)
-    check_registered("optimizer", [args.optimizer], "optimizers_map", "optimizers/mapping.py", plugins)
-    check_registered("callback", args.callbacks, "callbacks_map", "callbacks/mapping.py", plugins)
-    check_registered("eval_metric", [args.eval_metric], "eval_metrics_map", "metrics/mapping.py", plugins)
+    for name, (registry, source) in REGISTRIES.items():
+        names = value if isinstance(value := get(name), list) else [value]
+        check_registered(name.removesuffix("s"), names, registry, source, plugins)
+    scales = args.loss_scale.split("+") if args.loss_scale else ()
+    strategies = ("default", "last_round", "all")
+    check_registered("loss_scale", scales, "loss_scale_map", "loss_scale/mapping.py", plugins, strategies)
     if kind == "sft":
         check_registered("loss_type", [args.loss_type], "loss_map", "loss/mapping.py", plugins)
     elif args.rlhf_type == "grpo":

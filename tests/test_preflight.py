@@ -27,6 +27,7 @@ from prunekit.preflight import (
     check_no_remote_code,
     check_port,
     check_rewards,
+    check_targets,
     check_teacher,
     free_ports,
     main,
@@ -394,6 +395,19 @@ def test_an_adapter_of_gpt2_whose_weights_lie_the_other_way_round_passes(tiny, a
     inputs, outputs = tensor.shape
     module = name.removesuffix(".weight")
     check_adapter(adapter({f"{module}.lora_A": (4, inputs), f"{module}.lora_B": (outputs, 4)}), base)
+
+
+@pytest.mark.parametrize(
+    "targets", [["all-linear"], ["q_proj"], ["self_attn.q_proj"], ["nonesuch", "v_proj"]], ids=str
+)
+def test_targets_that_are_there_pass(tiny, targets):
+    check_targets(targets, open_checkpoint(tiny("qwen3")))
+
+
+@pytest.mark.parametrize("targets", [["q_proj,v_proj"], ["proj"], ["layers"], ["model.q_proj"]], ids=str)
+def test_targets_of_which_none_is_there_are_refused(tiny, targets):
+    with pytest.raises(PruneKitError, match=r"--target_modules .*has no such module: .*like q_proj k_proj"):
+        check_targets(targets, open_checkpoint(tiny("qwen3")))
 
 
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"peft_type": 3}', "{"])

@@ -166,6 +166,7 @@ def test_lists_and_switches_are_read_as_swift_reads_them():
         "--report_to wandb tensorboard",
         "--columns {'a':'b'}",  # ms-swift repairs quotes
         "--deepspeed=",
+        "--loss_scale last_round+hermes+ignore_empty_think",
     ],
 )
 def test_what_swift_takes_passes(line):
@@ -253,6 +254,8 @@ def test_a_plugin_registers_for_its_own_flag_alone(tmp_path, registry, flag):
         ("--lr_scheduler_kwargs x", r"--lr_scheduler_kwargs x: neither a JSON object nor a file"),
         ("--deepspeed zero4", r"--deepspeed zero4: no such file, and none of zero0, .*zero3_offload"),
         ("--deepspeed {", r"--deepspeed {: neither a JSON object nor a file"),
+        ("--loss_scale default+react+foo", r"unknown loss_scale foo: choose from .*agentflan"),
+        ("--agent_template qwen", r"unknown agent_template qwen: .*qwen_en"),
         ("--fsdp fsdp3", r"--fsdp fsdp3: no such file, and none of fsdp2"),
         ("--eval_strategy step", r"--eval_strategy step is unknown: .*did you mean steps\?"),
         ("--resume_from_checkpoint gone", r"--resume_from_checkpoint gone: no such folder"),
@@ -271,6 +274,11 @@ def test_a_bad_line_is_refused_in_one_line(line, message):
         ("--rlhf_type gpo", r"--rlhf_type: invalid choice: 'gpo'"),
         ("--use_vllm true", r"belong together"),
         ("--vllm_mode colocate", r"belong together"),
+        ("--rlhf_type grpo --multi_turn_scheduler gym", r"unknown multi_turn_scheduler gym: .*gym_scheduler"),
+        (
+            "--rlhf_type gkd --teacher_model_type qwen3vl",
+            r"--teacher_model_type qwen3vl is unknown: .*qwen3_vl",
+        ),
         ("--rlhf_type gkd --lmbda 1.5", r"--lmbda 1.5: give a number from 0 to 1"),
         ("--rlhf_type gkd --beta 2", r"--beta 2.0: give a number from 0 .*to 1"),
         ("--rlhf_type gkd --gkd_logits_topk 0", r"--gkd_logits_topk 0: give a number above 0"),
