@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from prunekit.errors import quoted
 
@@ -28,3 +29,19 @@ def test_only_a_script_has_a_command():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     before, *after = done.stdout.splitlines()
     assert before == "None" and after[0].startswith("# run in ") and after[1].startswith("python -c ")
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("kv_cut.py", ["--kv-heads", "1"]),
+        ("width_cut.py", ["--neuron-share", "0.5"]),
+        ("sparsify.py", ["--sparsity", "0.5"]),
+    ],
+)
+def test_every_surgery_script_leaves_a_card_and_its_command_line(name, arguments, script, tiny, tmp_path):
+    done = script(name, "--model", tiny("llama"), "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 0, done.stderr
+    place, line = (tmp_path / "out/command.sh").read_text().splitlines()
+    assert line == f"python {name} --model {tiny('llama')} --out {tmp_path / 'out'} {' '.join(arguments)}"
+    assert place == f"# run in {ROOT}" and (tmp_path / "out/README.md").is_file()
