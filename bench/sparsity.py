@@ -159,8 +159,8 @@ class Bench:
         args = self.args
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         rows = read_calibration(self.texts["wikipedia-train"])
-        encode, collate = encoder_of(model, self.checkpoint, rows, 512)
-        rows = draw_rows(rows, encode, (args.steps * args.rows + args.eval_rows) * 511)
+        encoder = encoder_of(self.checkpoint, rows, 512)
+        rows = draw_rows(rows, encoder.encode, (args.steps * args.rows + args.eval_rows) * 511)
         start = args.eval_rows + first * args.rows
         settings = transformers.TrainingArguments(
             self.work / "training",
@@ -177,7 +177,7 @@ class Bench:
         )
         trainer = (Distillation if teacher else transformers.Trainer)(
             model, settings, train_dataset=rows[start:], eval_dataset=rows[: args.eval_rows],
-            data_collator=collate, callbacks=[callback] if callback else [],
+            data_collator=encoder.collate, callbacks=[callback] if callback else [],
         )  # fmt: skip
         trainer.teacher = teacher
         if callback:

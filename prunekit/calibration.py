@@ -1,7 +1,6 @@
 """Calibration data: rows of text or messages as batches of model inputs, and a model to run them through."""
 
 import argparse
-import json
 import os
 import random
 from collections.abc import Callable
@@ -11,10 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .arguments import device, positive_int
+from .chat_templates import check_tokenizer_files, load_template, tokenizer_errors
 from .checkpoint import Checkpoint, statistics
 from .errors import PruneKitError
 from .families import positions
-from .preflight import check_dataset, check_no_remote_code
+from .preflight import ROWS_CHECKED, check_no_remote_code
+from .rows import Rows, check_messages, iterate
 
 HELD_OUT = 5  # every fifth row only judges
 
@@ -28,29 +30,19 @@ class Calibration:
     tokens: int
 
 
-def read_calibration(dataset: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, all {"text": ...} or all ms-swift messages. PruneKitError names a line that is neither."""
-    path = Path(dataset)
-    if not path.is_file():
-        raise PruneKitError(f"calibration set {path} is not there: give a JSONL file of messages or texts")
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PruneKitError(f"calibration set {path} line {number} is not JSON ({error})") from error
-            if not isinstance(row, dict) or ("text" in row) != ("text" in (rows or [row])[0]):
-                raise PruneKitError(
-                    f'calibration set {path} line {number}: rows must all be {{"text": ...}}, or all have "messages"'
-                )
-            if "text" in row and not (isinstance(row["text"], str) and row["text"].strip()):
-                raise PruneKitError(f"calibration set {path} line {number} has no text")
-            rows.append(row)
+def read_calibration(dataset: str | Path) -> Rows:
+    """Rows of a data set, all {"text": ...} or all ms-swift messages. PruneKitError names a row that is neither."""
+    rows = Rows(dataset)
+    for where, row in iterate(dataset):
+        if not isinstance(row, dict) or ("text" in row) != ("text" in (rows or [row])[0]):
+            raise PruneKitError(f'{where}: rows must all be {{"text": ...}}, or all have "messages"')
+        if "text" not in row:
+            check_messages(where, row, images=len(rows) < ROWS_CHECKED)
+        elif not (isinstance(row["text"], str) and row["text"].strip()):
+            raise PruneKitError(f"{where} has no text")
+        rows.append(row)
     if len(rows) < HELD_OUT:
-        raise PruneKitError(f"calibration set {path} has {len(rows)} rows; give hundreds")
-    if "text" not in rows[0]:
-        check_dataset(str(path))
+        raise PruneKitError(f"dataset {dataset} has {len(rows)} rows; give hundreds")
     return rows
 
 
@@ -76,7 +68,8 @@ def load_model(
     cls = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     dtype = getattr(torch, dtype or ("float32" if small else "bfloat16"))
     if offload is None:
-        return cls.from_pretrained(checkpoint.path, dtype=dtype).to(device).eval()
+        # Straight to its device: several processes at once would fill the host's memory with copies
+        return cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device}).eval()
     from accelerate import init_empty_weights
 
     from .offload import device_map
@@ -89,65 +82,71 @@ def load_model(
     ).eval()
 
 
-def _text_encoder(folder: Path, max_length: int):
+@dataclass(frozen=True)
+class Encoder:
+    """`encode`: a row as a model's input with labels, None if it is too long; `collate`: several as one padded batch."""
+
+    encode: Callable[[dict], dict | None]
+    collate: Callable[[list[dict]], dict]
+    template: Any = None  # ms-swift's, for messages
+
+    def see(self, model) -> None:
+        """Have what M-RoPE's position ids are made by."""
+        if self.template:
+            self.template.model = model
+
+
+def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
     from transformers import AutoTokenizer
     from transformers.data import DataCollatorForSeq2Seq
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    with tokenizer_errors(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        check_tokenizer_files(checkpoint, tokenizer)
+    # What is padded with is masked, and no label: any token will do
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
     def encode(row):
         ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
 
-    return encode, DataCollatorForSeq2Seq(tokenizer)
+    return Encoder(encode, DataCollatorForSeq2Seq(tokenizer))
 
 
 def _message_encoder(
-    model, checkpoint: Checkpoint, max_length: int, model_type: str | None, template: str | None
-):
-    from .chat_templates import load_template
-    from .evaluate import DEFAULT_PLUGINS, load_plugins
+    checkpoint: Checkpoint, name: str, max_length: int, model_type: str | None, template: str | None
+) -> Encoder:
+    from .evaluate import DEFAULT_PLUGINS, encode_row, load_plugins
 
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
-    from swift.template import MaxLengthError
-
     load_plugins(DEFAULT_PLUGINS)
     encoder = load_template(checkpoint, max_length, model_type, template)
     encoder.set_mode("train")
-    encoder.model = model  # which makes the position ids of M-RoPE
-
-    def encode(row):
-        try:
-            return encoder.encode(row)
-        except MaxLengthError:
-            return None
-
-    return encode, encoder.data_collator
+    return Encoder(lambda row: encode_row(encoder, row, name), encoder.data_collator, encoder)
 
 
 def encoder_of(
-    model,
     checkpoint: Checkpoint,
-    rows: list[dict[str, Any]],
+    rows: Rows,
     max_length: int,
     model_type: str | None = None,
     template: str | None = None,
-) -> tuple[Callable[[dict], dict | None], Callable[[list[dict]], dict]]:
-    """(encode, collate): a row as a model's input with labels, None if it is too long; several as one padded batch.
+) -> Encoder:
+    """What makes a model's inputs of these rows; it has to `see` the model before it encodes.
 
     Texts are cut to `max_length` tokens, at most to the model's positions; messages, encoded by ms-swift's template
-    (`model_type` and `template` are ms-swift's), are refused if longer. PruneKitError for messages for an encoder.
+    (`model_type` and `template` are ms-swift's), are refused if longer. PruneKitError for messages for an encoder, and
+    for a checkpoint without its tokenizer.
     """
     max_length = min(max_length, positions(checkpoint.config, max_length))
     if "text" in rows[0]:
-        return _text_encoder(checkpoint.path, max_length)
+        return _text_encoder(checkpoint, max_length)
     if not checkpoint.family.causal:
         raise PruneKitError(
             f"{checkpoint.config['model_type']} is an encoder, for which messages have no form: calibrate it on rows "
             '{"text": ...}'
         )
-    return _message_encoder(model, checkpoint, max_length, model_type, template)
+    return _message_encoder(checkpoint, rows.name, max_length, model_type, template)
 
 
 def into_batches(items: list[dict], batch_tokens: int) -> list[list[dict]]:
@@ -160,9 +159,7 @@ def into_batches(items: list[dict], batch_tokens: int) -> list[list[dict]]:
     return groups
 
 
-def draw_rows(
-    rows: list[dict[str, Any]], encode: Callable[[dict], dict | None], max_tokens: int | None
-) -> list[dict]:
+def draw_rows(rows: Rows, encode: Callable[[dict], dict | None], max_tokens: int | None) -> list[dict]:
     """Rows in a seeded random order, encoded, until they have about `max_tokens` tokens (None: all). Too long: left out."""
     rows, encoded, tokens = list(rows), [], 0
     random.Random(0).shuffle(rows)
@@ -178,27 +175,31 @@ def draw_rows(
 def calibrate(
     model,
     checkpoint: Checkpoint,
-    dataset: str | Path,
+    dataset: str | Path | Rows,
     max_tokens: int = 65_536,
     max_length: int = 512,
     batch_tokens: int = 4096,
     model_type: str | None = None,
     template: str | None = None,
+    encoder: Encoder | None = None,
 ) -> Calibration:
     """Batches of similar length of a calibration set, in all about `max_tokens` tokens (image tokens included).
 
-    Rows are drawn in a seeded random order and encoded by `encoder_of`. Raises PruneKitError for bad rows.
+    Rows, or those of a file, are drawn in a seeded random order and encoded by `encoder` (default: `encoder_of`'s).
+    Raises PruneKitError for bad rows.
     """
-    rows, max_length = read_calibration(dataset), min(max_length, positions(checkpoint.config, max_length))
-    encode, collate = encoder_of(model, checkpoint, rows, max_length, model_type, template)
-    encoded = draw_rows(rows, encode, max_tokens)
+    rows = dataset if isinstance(dataset, Rows) else read_calibration(dataset)
+    max_length = min(max_length, positions(checkpoint.config, max_length))
+    encoder = encoder or encoder_of(checkpoint, rows, max_length, model_type, template)
+    encoder.see(model)
+    encoded = draw_rows(rows, encoder.encode, max_tokens)
     if len(encoded) < HELD_OUT:
         raise PruneKitError(
-            f"calibration set {dataset}: {len(encoded)} of its rows fit into {max_length} tokens and {max_tokens} in all; raise --max-length or --calib-tokens"
+            f"dataset {rows.name}: {len(encoded)} of its rows fit into {max_length} tokens and {max_tokens} in all; raise --max-length or --calib-tokens"
         )
 
     def batches(items: list[dict]) -> list[dict[str, Any]]:
-        return [dict(collate(group)) for group in into_batches(items, batch_tokens)]
+        return [dict(encoder.collate(group)) for group in into_batches(items, batch_tokens)]
 
     fit = [item for number, item in enumerate(encoded) if number % HELD_OUT]
     tokens = sum(len(item["input_ids"]) for item in encoded)
@@ -210,9 +211,13 @@ def add_calibration_arguments(group) -> None:
     group.add_argument(
         "--calib", metavar="JSONL", help='ms-swift messages, or {"text": ...}, like the data the model is for'
     )
-    group.add_argument("--calib-tokens", type=int, default=65_536, metavar="N", help="(default: 65536)")
-    group.add_argument("--max-length", type=int, default=2048, metavar="N", help="of a row (default: 2048)")
-    group.add_argument("--device", help="default: cuda if there is one")
+    group.add_argument(
+        "--calib-tokens", type=positive_int, default=65_536, metavar="N", help="(default: 65536)"
+    )
+    group.add_argument(
+        "--max-length", type=positive_int, default=2048, metavar="N", help="of a row (default: 2048)"
+    )
+    group.add_argument("--device", type=device, help="default: cuda if there is one")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
     group.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
     group.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
@@ -225,16 +230,17 @@ def model_and_calibration(
     batch_tokens: int = 4096,
 ) -> tuple[Any, Calibration]:
     """The model and its calibration data, as `add_calibration_arguments` lets a user choose them."""
-    read_calibration(arguments.calib)  # bad rows are named before the model is loaded
+    rows = read_calibration(arguments.calib)  # what is bad is named before the model is loaded
+    names = arguments.model_type, arguments.template
+    encoder = encoder_of(checkpoint, rows, arguments.max_length, *names)
     model = load_model(checkpoint, arguments.device, arguments.dtype, offload)
     data = calibrate(
         model,
         checkpoint,
-        arguments.calib,
+        rows,
         arguments.calib_tokens,
         arguments.max_length,
         batch_tokens,
-        arguments.model_type,
-        arguments.template,
+        encoder=encoder,
     )
     return model, data

@@ -5,9 +5,12 @@ pruned checkpoint of Qwen3, Qwen2 or Llama lies in a folder of any name, and ms-
 is chosen that writes a chat as the checkpoint's own chat template does.
 """
 
+import contextlib
+import difflib
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint
@@ -43,7 +46,7 @@ def find_template(
             return found
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own
     from rapidfuzz.distance import Levenshtein
-    from swift import get_processor, get_template
+    from swift import get_template
     from swift.model import MODEL_MAPPING, get_matched_model_meta
 
     meta = get_matched_model_meta(str(checkpoint.path))
@@ -53,11 +56,7 @@ def find_template(
         return None
     names = meta.candidate_templates
     choose = f"choose one of {', '.join(names)} or default (TEMPLATE=, --template)"
-    try:
-        processor = get_processor(str(checkpoint.path), model_type=model_type)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PruneKitError(f"{checkpoint.path}: its tokenizer can't be loaded ({reason})") from None
+    processor = load_processor(checkpoint, model_type)
     tokenizer = getattr(processor, "tokenizer", processor)
     if not (processor.chat_template or tokenizer.chat_template):
         raise PruneKitError(
@@ -100,12 +99,59 @@ def find_template(
     return name
 
 
-def load_template(
-    checkpoint: Checkpoint, max_length: int, model_type: str | None = None, template: str | None = None
-):
-    """ms-swift's template of a checkpoint; `model_type` and `template` are ms-swift's names. Raises as `find_template`."""
-    from swift import get_processor, get_template
+def _check_known(name: str, known: Iterable[str], what: str) -> None:
+    if name not in known:
+        like = ", ".join(difflib.get_close_matches(name, known)) or "default"
+        raise PruneKitError(f"{what} {name[:80]!r}: ms-swift has none of that name; it has {like}, ...")
 
-    processor = get_processor(str(checkpoint.path), model_type=model_type or checkpoint.config["model_type"])
+
+@contextlib.contextmanager
+def tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within the block, what a missing or damaged tokenizer raises becomes a PruneKitError."""
+    mend = "copy the tokenizer's files of the original model here"
+    try:
+        yield
+    except PruneKitError:
+        raise
+    except Exception as error:  # tokenizers and transformers raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise PruneKitError(f"{checkpoint.path}: its tokenizer can't be loaded ({reason}): {mend}") from None
+
+
+def check_tokenizer_files(checkpoint: Checkpoint, tokenizer) -> None:
+    """PruneKitError if none of a tokenizer's files is there: transformers makes one up that knows no words."""
+    names = sorted({*type(tokenizer).vocab_files_names.values(), "tokenizer.json"})
+    if not any((checkpoint.path / name).is_file() for name in names):
+        raise PruneKitError(
+            f"{checkpoint.path}: has no tokenizer ({', '.join(names)}): copy the tokenizer's files of the original model here"
+        )
+
+
+def load_processor(checkpoint: Checkpoint, model_type: str | None = None):
+    """ms-swift's processor or tokenizer. PruneKitError for an unknown `model_type`, and if it isn't there or damaged."""
+    from swift import get_processor
+    from swift.model import MODEL_MAPPING
+
+    model_type = model_type or checkpoint.config["model_type"]
+    _check_known(model_type, MODEL_MAPPING, "--model-type")
+    with tokenizer_errors(checkpoint):
+        processor = get_processor(str(checkpoint.path), model_type=model_type)
+        check_tokenizer_files(checkpoint, getattr(processor, "tokenizer", processor))
+    return processor
+
+
+def load_template(
+    checkpoint: Checkpoint, max_length: int | None, model_type: str | None = None, template: str | None = None
+):
+    """ms-swift's template of a checkpoint; `model_type` and `template` are ms-swift's names.
+
+    Raises as `find_template` and `load_processor`, and for an unknown `template`.
+    """
+    from swift import get_template
+    from swift.template import TEMPLATE_MAPPING
+
+    if template:
+        _check_known(template, TEMPLATE_MAPPING, "--template")
+    processor = load_processor(checkpoint, model_type)
     name = template or find_template(checkpoint, model_type)
     return get_template(processor, max_length=max_length, template_type=name)

@@ -44,6 +44,7 @@ from .checkpoint import (
 from .errors import PruneKitError, run_script
 from .families import NAME_PREFIX
 from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
+from .rows import check_messages, is_file, iterate, locate
 from .swift_line import check_line, check_names, check_registered, parse, registered
 
 ROWS_CHECKED = 10_000
@@ -59,72 +60,25 @@ ENVIRONMENT = (  # what ms-swift reads as whole numbers
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
-def _is_missing(image: object) -> bool:
-    """Is this the path of an image that is not there? URLs and base64 (long, without a dot) are no paths."""
-    path = image.get("path") if isinstance(image, dict) else image
-    if not isinstance(path, str) or "://" in path or path.startswith("data:"):
-        return False
-    if len(path) > 255 and "." not in path:
-        return False
-    return not Path(os.environ.get("ROOT_IMAGE_DIR", ""), path).is_file()
-
-
-def _bad_row(row: object, columns: Iterable[str]) -> str | None:
-    if not isinstance(row, dict):
-        return "is not a JSON object"
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return 'has no list "messages"'
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return 'has a message without "role" and "content"'
-    for column in columns:
-        if column not in row:
-            return f'has no column "{column}"'
-    images = row.get("images")
-    for image in images if isinstance(images, list) else [images]:
-        if _is_missing(image):
-            name = str(image["path"] if isinstance(image, dict) else image)
-            return f"names an image that is not there: {name[:200]!r}"
-    return None
-
-
 def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
-    """Check that a JSONL file holds ms-swift messages rows and that their images exist (its first 10,000 rows).
+    """Check that a data set holds ms-swift messages rows and that their images can be read (its first 10,000 rows).
 
-    `name` may end in ms-swift's `#N` (use N rows). What looks like a hub's `org/name` and is no file or folder here
-    is left to ms-swift, as are files of other kinds. Raises PruneKitError naming the line.
+    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are files of other kinds
+    than JSON. Raises PruneKitError naming the line.
     """
-    path = Path(name if Path(name).is_file() else re.sub(r"#\d+$", "", name))
-    if not path.is_file():
-        if HUB_DATASET.fullmatch(str(path)) and path.suffix not in DATA_FILES and not path.parent.exists():
-            return
-        raise PruneKitError(f"dataset {path} is not there: give a JSONL file of ms-swift messages")
-    if path.suffix != ".jsonl":
+    path = Path(re.sub(r"#\d+$", "", name))
+    local = is_file(name) or is_file(path)
+    if (
+        not local
+        and HUB_DATASET.fullmatch(str(path))
+        and path.suffix not in DATA_FILES
+        and not path.parent.exists()
+    ):
         return
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(islice(lines, ROWS_CHECKED), 1):
-                problem = "is empty" if not line.strip() else _bad_row(json.loads(line), columns)
-                if problem:
-                    raise PruneKitError(
-                        f'dataset {path} line {number} {problem}: rows look like {{"messages": [{{"role": "user", '
-                        '"content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
-                    )
-    except UnicodeDecodeError:
-        raise PruneKitError(f"dataset {path} is not UTF-8 text near line {number + 1}: convert it") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not only JSONDecodeError: numbers of 5000 digits, 5000 brackets
-        raise PruneKitError(
-            f"dataset {path} line {number} is not JSON ({error}): one JSON object per line"
-        ) from None
-    except OSError as error:
-        raise PruneKitError(f"dataset {path} line {number} cannot be read: {error.strerror}") from None
-    if number == 0:
-        raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
+    if locate(name)[0].suffix not in (".jsonl", ".json"):
+        return
+    for where, row in islice(iterate(name), ROWS_CHECKED):
+        check_messages(where, row, columns)
 
 
 def check_no_remote_code(folder: Path) -> None:

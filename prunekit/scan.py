@@ -1,12 +1,13 @@
 """Fast scan: score every removal of a layer in memory, or find a set of them one by one, without training.
 
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/knockout/scan
-    torchrun --nproc_per_node 4 -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --race --greedy 8
+    python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --processes 8
 
 Writes OUT/scan.json: token_acc, loss, KL, block influence, parameters and time saved by each removal; with --greedy the
 path of sets. Every measurement is a line of OUT/records.jsonl at once, so the same command continues an interrupted
-scan. The processes of torchrun split the samples; with RAY_ADDRESS set the nodes of a Ray cluster do.
+scan. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with RAY_ADDRESS
+set the nodes of a Ray cluster do, but for --heal, which refuses it.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,19 @@ from torch import distributed
 from tqdm import tqdm
 
 from . import cluster
-from .arguments import Parser
+from .arguments import Parser, device, natural, positive_int, share
 from .calibration import calibrate, read_calibration
 from .checkpoint import layer_numbers, open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
-from .evaluate import generate, read_rows, score_answers
+from .evaluate import check_answered, check_causal, generate, score_answers
 from .healed_scan import HealedScanner
 from .ranking import finalists
-from .scanner import Job, Scanner, check_causal, finite, load_scanner, template_of
+from .rows import Rows
+from .scanner import Job, encoder_for, finite, load_scanner, rows_of
 from .trained_knockouts import BASELINE, Knockout, plan_knockouts, plan_without
 from .work_folder import claim_folder, fingerprint
 
+KINDS = ("right", "loss", "kl", "tokens")  # of a sample's scores
 METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
 PREDICTOR = "token_acc"  # what of an untrained removal says most about the trained one: see docs/knockout.md
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
@@ -53,19 +58,43 @@ def count_batches(job: Job) -> int:
     return len(load_scanner(job).batches)
 
 
+def _check_record(record: Any) -> None:
+    """ValueError, TypeError, KeyError or AttributeError for what is no line of records.jsonl."""
+    names = [*record["gone"], *record["scores"], *record["influence"], *record["seconds"]]
+    numbers = [record["batch"], *record["seconds"].values(), record["seconds"]["all"]]
+    for total, count in record["influence"].values():
+        numbers += [total or 0.0, count]
+    for scores in record["scores"].values():
+        lists = [scores[kind] for kind in KINDS]
+        if len({*map(len, lists)}) != 1:
+            raise ValueError("lists differ in length")
+        numbers += [value for values in lists for value in values if value is not None]
+    if not all(type(name) is str for name in names) or not all(type(n) in (int, float) for n in numbers):
+        raise TypeError("a name is no text, or a value no number")
+
+
 class Records:
-    """What was measured, by removed layers and batch; a line of a file each, so that nothing is measured twice."""
+    """What was measured, by removed layers and batch; a line of a file each, so that nothing is measured twice.
+
+    Raises PruneKitError for a file that is damaged, save for a last line that a kill tore: that is dropped.
+    """
 
     def __init__(self, file: Path | None):
         self.file, self.scores, self.layers = file, {}, {}
         if file and file.exists():
-            text = file.read_text()
-            if not text.endswith("\n"):
-                file.write_text(
-                    text[: text.rfind("\n") + 1]
-                )  # a kill tore the last line: it is measured again
-            for line in text.splitlines()[: text.count("\n")]:
-                self._take(json.loads(line))
+            raw = file.read_bytes()
+            whole = raw[: raw.rfind(b"\n") + 1]
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    record = json.loads(line)
+                    _check_record(record)
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                    raise PruneKitError(
+                        f"{file} line {number}: is no record of a scan; remove the file and run again"
+                    ) from None
+                self._take(record)
+            if whole != raw:  # a kill tore the last line: it is measured again
+                file.write_bytes(whole)
 
     def _take(self, record: dict[str, Any]) -> None:
         key = (tuple(record["gone"]), record["batch"])
@@ -89,7 +118,7 @@ class Records:
         return {
             name: {
                 kind: np.array([value for scores in batches for value in scores[name][kind]], dtype=float)
-                for kind in ("right", "loss", "kl", "tokens")
+                for kind in KINDS
             }
             for name in names
         }
@@ -107,7 +136,10 @@ def paired(table: dict[str, dict[str, np.ndarray]], one: str, other: str, metric
 
 
 class Scan:
-    """A job's removals, measured here, by the processes of torchrun or by a Ray cluster."""
+    """A job's removals, measured here, by the processes of torchrun or by a Ray cluster.
+
+    `gpus_per_task`: 1 if the cluster's tasks get a GPU each, 0 if they get none.
+    """
 
     def __init__(self, job: Job, records: Path | None, gpus_per_task: int = 0, quiet: bool | None = None):
         self.job, self.checkpoint = job, open_checkpoint(job.model)
@@ -121,22 +153,38 @@ class Scan:
             self.records.file = records if self.rank == 0 else None
         self.gpus_per_task, self.quiet = gpus_per_task, quiet or self.rank > 0 or None
         self.cluster = bool(os.environ.get("RAY_ADDRESS"))
-        (self.batches,) = self._everywhere(count_batches, [job]) if self.cluster else (count_batches(job),)
+        [(_, self.batches)] = (
+            self._everywhere(count_batches, [job]) if self.cluster else [(job, count_batches(job))]
+        )
         self.parameters = statistics(self.checkpoint)["parameters"]
 
-    def _everywhere(self, function: Callable, items: list) -> Iterator[Any]:
-        for _, result in cluster.run_tasks(function, items, gpus=self.gpus_per_task):
+    def _everywhere(self, function: Callable, items: list) -> Iterator[tuple[Any, Any]]:
+        for item, result in cluster.run_tasks(function, items, gpus=self.gpus_per_task):
             if isinstance(result, Exception):
                 raise result
-            yield result
+            yield item, result
 
-    def generate(self, gone: Sequence[Knockout], rows: int) -> dict[str, Any] | None:
-        """Exact match and CER of real greedy answers without these layers; by the first process."""
-        item = (self.job, tuple(gone), rows)
+    def _gather(self, mine: list) -> list[list]:
+        """What each process found, the first one's first."""
+        gathered: list[list] = [mine] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(gathered, mine)
+        return gathered
+
+    def generate(
+        self, removals: Sequence[Sequence[Knockout]], rows: int, tokens: int
+    ) -> list[dict[str, Any]]:
+        """Exact match and CER of real greedy answers to so many rows without each of these sets of layers.
+
+        Answers end after `tokens` tokens. A cluster's tasks take a set each, torchrun's processes rows of each.
+        """
+        items = [(self.job, tuple(gone), rows, tokens, self.rank, self.world) for gone in removals]
         if self.cluster:
-            (found,) = self._everywhere(generate_without, [item])
-            return found
-        return generate_without(item) if self.rank == 0 else None
+            found = dict(self._everywhere(answer_without, items))
+            parts = [[found[item]] for item in items]
+        else:
+            parts = [self._gather(answer_without(item)) for item in items]
+        return [score_generation(self.job, rows, tokens, part) for part in parts]
 
     def parameters_without(self, gone: Sequence[Knockout]) -> int | None:
         """Parameters that are left; None where these layers can't be removed together."""
@@ -160,7 +208,7 @@ class Scan:
         total = sum(1 + len(item[2]) for item in items)
         with tqdm(total=total, desc=what, unit="pass", disable=self.quiet, leave=False) as bar:
             if self.cluster:
-                for record in self._everywhere(measure_batch, items):
+                for _, record in self._everywhere(measure_batch, items):
                     self.records.add(record)
                     bar.update(len(record["scores"]))
                 return
@@ -171,12 +219,9 @@ class Scan:
                     scores = load_scanner(job).measure(gone_, missing, index, lambda: bar.update(self.world))
                     found.append({"gone": list(key), "batch": index, **scores})
                     bar.update(self.world)
-                if self.world > 1:
-                    gathered: list[list] = [[] for _ in range(self.world)]
-                    distributed.all_gather_object(gathered, found)
-                    found = [record for part in gathered for record in part]
-                for record in found:
-                    self.records.add(record)
+                for part in self._gather(found):
+                    for record in part:
+                        self.records.add(record)
 
     def race(
         self,
@@ -279,16 +324,15 @@ def _worst_if_nan(value: float) -> float:
 
 
 class HealedScan(Scan):
-    """A scan in which the model is healed after every cut, and each candidate's seam; in one process."""
+    """A scan in which the model is healed after every cut, and each candidate's seam. Each process heals the whole model.
+
+    `calib`: the rows to heal on.
+    """
 
     def __init__(
-        self, job: Job, records: Path | None, calib: str, calib_tokens: int, quiet: bool | None = None
+        self, job: Job, records: Path | None, calib: Rows, calib_tokens: int, quiet: bool | None = None
     ):
         super().__init__(job, records, quiet=quiet)
-        if self.cluster or self.world > 1:
-            raise PruneKitError(
-                "--heal works in one process: unset RAY_ADDRESS, and start it without torchrun"
-            )
         scanner = load_scanner(job)
         data = calibrate(
             scanner.model, scanner.checkpoint, calib, calib_tokens, job.max_length,
@@ -296,39 +340,55 @@ class HealedScan(Scan):
         )  # fmt: skip
         self.scanner = HealedScanner(scanner, data)
 
-    def generate(self, gone, rows):
-        self.scanner.heal(gone)
-        return super().generate(gone, rows)
+    def generate(self, removals, rows, tokens):
+        found = []
+        for gone in removals:
+            self.scanner.heal(gone)
+            found += super().generate([gone], rows, tokens)
+        return found
 
     def measure(self, gone, candidates, batches, what):
-        """All batches in one go: a candidate's refit serves them all."""
+        """All batches in one go: a candidate's refit serves them all. Processes share the candidates out."""
         key = tuple(k.name for k in gone)
         known = [self.records.scores.get((key, index), {}) for index in range(self.batches)]
         missing = [k for k in candidates if any(k.name not in scores for scores in known)]
         if not missing and all(BASELINE in scores for scores in known):
             return
-        with tqdm(total=len(missing), desc=what, unit="layer", disable=self.quiet, leave=False) as bar:
-            for index, found in enumerate(self.scanner.measure(gone, missing, bar.update)):
-                self.records.add({"gone": list(key), "batch": index, **found})
+        mine = missing[self.rank :: self.world]
+        with tqdm(total=len(mine), desc=what, unit="layer", disable=self.quiet, leave=False) as bar:
+            parts = self._gather(self.scanner.measure(gone, mine, bar.update))
+        for index, found in enumerate(zip(*parts)):
+            scores = {name: values for part in reversed(found) for name, values in part["scores"].items()}
+            self.records.add({"gone": list(key), "batch": index, **found[0], "scores": scores})
 
 
-def generate_without(item: tuple[Job, tuple[Knockout, ...], int]) -> dict[str, Any]:
-    """Exact match and character error rate of greedy answers to the data set's first rows, without some layers."""
-    job, gone, rows = item
-    scanner = load_scanner(job)
-    with scanner.without(gone):
-        return measure_generation(job, scanner, rows)
+def answer_without(item: tuple[Job, tuple[Knockout, ...], int, int, int, int]) -> tuple[list[str], int]:
+    """Greedy answers to some of the data set's first rows without some layers, and how many were cut.
 
-
-def measure_generation(job: Job, scanner: Scanner, rows: int) -> dict[str, Any]:
+    Item: job, layers, rows, tokens of an answer at most, and which of how many equal shares of the rows.
+    """
     from swift import TransformersEngine
 
-    engine = TransformersEngine(scanner.model, template=template_of(job, scanner.checkpoint))
-    samples = read_rows(job.dataset, rows)
-    answers = generate(engine, samples)
-    return {key: finite(value) for key, value in score_answers(answers, samples, {}).items()} | {
-        "samples": len(samples)
-    }
+    job, gone, rows, tokens, share_, shares = item
+    scanner, mine = load_scanner(job), rows_of(job)[:rows][share_::shares]
+    if not mine:
+        return [], 0
+    with scanner.without(gone):
+        engine = TransformersEngine(scanner.model, template=encoder_for(job).template)
+        return generate(engine, mine, max_new_tokens=tokens)
+
+
+def score_generation(
+    job: Job, rows: int, tokens: int, parts: Sequence[tuple[list[str], int]]
+) -> dict[str, Any]:
+    """Exact match and character error rate of what `answer_without` gave for all shares of the rows, in their order."""
+    samples = rows_of(job)[:rows]
+    answers = [""] * len(samples)
+    for share_, (part, _) in enumerate(parts):
+        answers[share_ :: len(parts)] = part
+    scores = {key: finite(value) for key, value in score_answers(answers, samples, {}).items()}
+    cut = sum(part for _, part in parts)
+    return scores | {"samples": len(samples), "n_cut": cut, "max_new_tokens": tokens}
 
 
 def find_path(
@@ -338,6 +398,7 @@ def find_path(
     target: float | None,
     race_share: float | None,
     generation: int = 0,
+    generation_tokens: int = 64,
 ) -> list[dict[str, Any]]:
     """Remove what costs least loss per parameter saved, scan again, and so on: the greedy path.
 
@@ -350,7 +411,8 @@ def find_path(
         scan.measure(gone, [], range(scan.batches), f"without {len(gone)} layers")
         left = scan.parameters_without(gone)
         entry = {"removed": [k.name for k in gone], "parameters": left, **scan.score(gone, BASELINE)}
-        path.append(entry | {"generation": scan.generate(gone, generation) if generation else None})
+        [answered] = scan.generate([gone], generation, generation_tokens) if generation else [None]
+        path.append(entry | {"generation": answered})
         done = len(gone) == count or (target is not None and left <= target * scan.parameters)
         after = {k: scan.parameters_without([*gone, k]) for k in candidates if k not in gone}
         possible = [k for k, parameters in after.items() if parameters is not None]
@@ -383,12 +445,17 @@ def main() -> None:
     parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
     parser.add_argument("--vision", default="all", help="vision blocks, likewise")
     parser.add_argument(
-        "--tokens", type=int, default=65_536, help="of the data set to score on, 0: all (default: 65536)"
+        "--tokens", type=natural, default=65_536, help="of the data set to score on, 0: all (default: 65536)"
     )
     parser.add_argument(
-        "--max-length", type=int, default=4096, help="of a row; longer ones are left out (default: 4096)"
+        "--max-length",
+        type=positive_int,
+        default=4096,
+        help="of a row; longer ones are left out (default: 4096)",
     )
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="padding included (default: 4096)")
+    parser.add_argument(
+        "--batch-tokens", type=positive_int, default=4096, help="padding included (default: 4096)"
+    )
     parser.add_argument(
         "--no-suffix", action="store_true", help="don't count what ends every answer (<|im_end|>)"
     )
@@ -396,65 +463,97 @@ def main() -> None:
         "--race", action="store_true", help="samples only where it is undecided which are the best"
     )
     parser.add_argument(
-        "--race-share", type=float, default=0.3, help="of the full scan's work at most (default: 0.3)"
+        "--race-share", type=share, default=0.3, help="of the full scan's work at most (default: 0.3)"
     )
-    parser.add_argument("--best", type=int, default=10, help="how many the race is for (default: 10)")
-    parser.add_argument("--greedy", type=int, metavar="K", help="find a set of K layers, one by one")
     parser.add_argument(
-        "--target-params", type=float, metavar="SHARE", help="or until so many parameters are left"
+        "--best", type=positive_int, default=10, help="how many the race is for (default: 10)"
+    )
+    parser.add_argument("--greedy", type=positive_int, metavar="K", help="find a set of K layers, one by one")
+    parser.add_argument(
+        "--target-params", type=share, metavar="SHARE", help="or until so many parameters are left"
     )
     parser.add_argument(
         "--heal", action="store_true", help="score with the seams healed (with --greedy; needs --calib)"
     )
     parser.add_argument("--calib", metavar="JSONL", help="to heal on: other rows than those of --dataset")
-    parser.add_argument("--calib-tokens", type=int, default=16_384, metavar="N", help="(default: 16384)")
     parser.add_argument(
-        "--generate", type=int, default=0, metavar="N", help="also answer N rows without each of the best"
+        "--calib-tokens", type=positive_int, default=16_384, metavar="N", help="(default: 16384)"
     )
-    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument(
+        "--generate", type=natural, default=0, metavar="N", help="also answer N rows without each of the best"
+    )
+    parser.add_argument(
+        "--generate-tokens",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="of such an answer (default: 64)",
+    )
+    parser.add_argument("--device", type=device, help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
     parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
     parser.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
-    parser.add_argument("--gpus-per-task", type=int, default=0, help="on a Ray cluster (default: 0)")
+    parser.add_argument(
+        "--processes", type=positive_int, default=1, help="on this machine, a GPU each (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus-per-task",
+        type=natural,
+        default=0,
+        help="on a Ray cluster: 0 for its CPUs, else each task takes one (default: 0)",
+    )
     args = parser.parse_args()
     if args.heal != bool(args.calib) or (args.heal and not (args.greedy or args.target_params)):
         parser.error("--heal needs --calib, and --greedy or --target-params")
-    if not 0 < args.race_share <= 1 or not 0 < (args.target_params or 0.5) < 1:
-        parser.error("--race-share and --target-params are shares between 0 and 1")
+    if os.environ.get("RAY_ADDRESS"):
+        if args.heal:
+            parser.error("--heal works on one machine: unset RAY_ADDRESS")
+        if args.processes > 1 or "RANK" in os.environ:
+            parser.error("--processes and torchrun are for one machine: unset RAY_ADDRESS")
+    if torch.cuda.is_available() and args.processes > torch.cuda.device_count() and args.device != "cpu":
+        parser.error(f"--processes {args.processes}: needs a GPU each, there are {torch.cuda.device_count()}")
     run_scan(args)
 
 
 def run_scan(args: argparse.Namespace) -> None:
+    """Refuse what can be refused, then scan, in this process or as several."""
     checkpoint = open_checkpoint(args.model)
     check_causal(checkpoint)
     candidates = plan_knockouts(checkpoint, args.text, args.vision)[1:]
-    rows = read_calibration(args.dataset)
-    if args.calib:
-        read_calibration(args.calib)
-    if args.generate and "text" in rows[0]:
-        raise PruneKitError(
-            f"--generate: {args.dataset} has texts, no questions with answers; give messages, or leave it out"
-        )
+    if not candidates:
+        raise PruneKitError(f"--text {args.text} --vision {args.vision}: names no layer to score")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = args.device
-    if world > 1:
-        if torch.cuda.is_available():
-            device = device or f"cuda:{os.environ['LOCAL_RANK']}"
-        distributed.init_process_group("gloo")
+    if world > 1 and torch.cuda.is_available() and device in (None, "cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     job = Job(
         args.model, args.dataset, args.tokens or None, args.max_length, args.batch_tokens, args.race, not args.no_suffix,
         device, args.dtype, args.model_type, args.template,
     )  # fmt: skip
-    ignored = ("out", "gpus_per_task", "device")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    calib = read_calibration(args.calib) if args.calib else None
+    rows = rows_of(job)
+    if args.generate:
+        if "text" in rows[0]:
+            raise PruneKitError(
+                f"--generate: {args.dataset} has texts, no questions with answers; give messages, or leave it out"
+            )
+        for number, row in enumerate(rows[: args.generate], 1):
+            check_answered(f"dataset {args.dataset} row {number}", row)
+    encoder_for(job)  # the tokenizer is there, model type and template are known
+    ignored = ("out", "gpus_per_task", "device", "processes")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     settings["fingerprint"] = fingerprint(checkpoint)
-    if rank == 0:
-        lock = claim_folder(args.out, settings, "scan")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+    lock = claim_folder(args.out, settings, "scan") if rank == 0 else None
+    if args.processes > 1 and world == 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        os.execv(sys.executable, [*command, str(args.processes), "-m", "prunekit.scan", *sys.argv[1:]])
+    if world > 1:
+        # A process that dies ends the others at once; one that is slow may take its time
+        distributed.init_process_group("gloo", timeout=timedelta(days=1))
     with cluster.connected() if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext():
-        result = search(args, job, candidates)
-    if rank == 0:
+        result = search(args, job, candidates, calib)
+    if lock:
         write_json(args.out / "scan.json", result | {"settings": settings})
         print_scan(result)
         lock.close()
@@ -462,9 +561,11 @@ def run_scan(args: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
-def search(args: argparse.Namespace, job: Job, candidates: list[Knockout]) -> dict[str, Any]:
+def search(
+    args: argparse.Namespace, job: Job, candidates: list[Knockout], calib: Rows | None
+) -> dict[str, Any]:
     """Do what the command line asks for: the content of scan.json."""
-    scan = Scan(job, args.out / "records.jsonl", args.gpus_per_task)
+    scan = Scan(job, args.out / "records.jsonl", min(1, args.gpus_per_task))
     best, undecided = None, set()
     if args.race:
         best, undecided = scan.race(
@@ -473,17 +574,19 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Knockout]) -> di
     else:
         scan.measure([], candidates, range(scan.batches), "scan")
     result = describe(scan, candidates, best, undecided)
+    answers = args.generate, args.generate_tokens
     if args.generate:
-        for entry in result["removals"]:
-            if entry["name"] in result["best"][: args.best]:
-                [knockout] = [k for k in candidates if k.name == entry["name"]]
-                entry["generation"] = scan.generate([knockout], args.generate)
+        chosen = result["best"][: args.best]
+        generated = scan.generate([[k] for k in candidates if k.name in chosen], *answers)
+        entries = [entry for entry in result["removals"] if entry["name"] in chosen]
+        for entry, found in zip(entries, generated, strict=True):
+            entry["generation"] = found
     if args.greedy or args.target_params:
         searched = scan
-        if args.heal:
-            searched = HealedScan(job, args.out / "records-healed.jsonl", args.calib, args.calib_tokens)
-        share = args.race_share if args.race and not args.heal else None
-        path = find_path(searched, candidates, args.greedy, args.target_params, share, args.generate)
+        if calib:
+            searched = HealedScan(job, args.out / "records-healed.jsonl", calib, args.calib_tokens)
+        race_share = args.race_share if args.race and not calib else None
+        path = find_path(searched, candidates, args.greedy, args.target_params, race_share, *answers)
         result["greedy"] = {
             "healed": args.heal,
             "criterion": f"{CRITERION} per parameter saved",

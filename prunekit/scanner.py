@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration import draw_rows, encoder_of, into_batches, load_model, read_calibration
-from .chat_templates import load_template
+from .calibration import Encoder, draw_rows, encoder_of, into_batches, load_model, read_calibration
 from .checkpoint import Checkpoint, layer_numbers, open_checkpoint
 from .errors import PruneKitError
-from .evaluate import counted_states, final_states, logits_in_parts
+from .evaluate import check_causal, counted_states, final_states, logits_in_parts
 from .families import configs
 from .layers import Removal
+from .rows import Rows
 from .stacks import Replay, find_stack, given, removed
 from .trained_knockouts import BASELINE, Knockout, plan_without
 
@@ -271,36 +271,34 @@ class Scanner:
         }
 
 
-def template_of(job: Job, checkpoint: Checkpoint):
-    """ms-swift's template, as it encodes this job's messages."""
-    return load_template(checkpoint, job.max_length, job.model_type, job.template)
+@functools.lru_cache(maxsize=1)
+def rows_of(job: Job) -> Rows:
+    """A job's rows, read once."""
+    return read_calibration(job.dataset)
 
 
-def check_causal(checkpoint: Checkpoint) -> None:
-    """PruneKitError for a model that predicts no next token."""
-    if not checkpoint.family.causal:
-        raise PruneKitError(
-            f"{checkpoint.path}: {checkpoint.family.model_type} predicts no next token to score by; give a causal model"
-        )
+@functools.lru_cache(maxsize=1)
+def encoder_for(job: Job) -> Encoder:
+    """A job's encoder. PruneKitError for a model that predicts no next token, bad rows, or a missing tokenizer."""
+    checkpoint = open_checkpoint(job.model)
+    check_causal(checkpoint)
+    return encoder_of(checkpoint, rows_of(job), job.max_length, job.model_type, job.template)
 
 
 @functools.lru_cache(maxsize=1)
 def load_scanner(job: Job) -> Scanner:
-    """A job's scanner, kept for the next call. PruneKitError for an encoder, bad rows, or rows without an answer."""
-    checkpoint = open_checkpoint(job.model)
-    check_causal(checkpoint)
-    rows = read_calibration(job.dataset)
+    """A job's scanner, kept for the next call. Raises as `encoder_for`, and for rows without an answer."""
+    checkpoint, encoder = open_checkpoint(job.model), encoder_for(job)
     model = load_model(checkpoint, job.device, job.dtype)
-    encode, collate = encoder_of(model, checkpoint, rows, job.max_length, job.model_type, job.template)
-    items = draw_rows(rows, encode, job.max_tokens)
-    if not job.counts_suffix and "messages" in rows[0]:
-        template = template_of(job, checkpoint)
-        suffix = template._encode_context_list(template.template_meta.suffix)[0]
+    encoder.see(model)
+    items = draw_rows(rows_of(job), encoder.encode, job.max_tokens)
+    if not job.counts_suffix and encoder.template:
+        suffix = encoder.template._encode_context_list(encoder.template.template_meta.suffix)[0]
         items = [item | {"labels": _strip_suffix(item["labels"], suffix)} for item in items]
     items = [item for item in items if any(label != -100 for label in item["labels"][1:])]
     if not items:
         raise PruneKitError(
-            f"data set {job.dataset}: no row of at most {job.max_length} tokens has an answer to score"
+            f"dataset {job.dataset}: no row of at most {job.max_length} tokens has an answer to score"
         )
     if job.fair_batches:
         size = -(-len(items) // FAIR_BATCHES)
@@ -308,4 +306,4 @@ def load_scanner(job: Job) -> Scanner:
     else:
         chunks = [items]
     groups = [group for chunk in chunks for group in into_batches(chunk, job.batch_tokens)]
-    return Scanner(checkpoint, model, [dict(collate(group)) for group in groups])
+    return Scanner(checkpoint, model, [dict(encoder.collate(group)) for group in groups])

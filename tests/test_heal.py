@@ -18,6 +18,7 @@ from prunekit.evaluate import score_batches
 from prunekit.families import FAMILIES as ROWS
 from prunekit.heal import UNLABELLED, LeastSquares, Projection, Sides, heal, states_between
 from prunekit.layers import apply_removal, check_healable, find_seams, plan_removal
+from prunekit.rows import Rows
 from prunekit.stacks import find_stack, record_calls, removed
 
 HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
@@ -357,7 +358,7 @@ def test_a_cut_with_no_layer_before_it_is_refused(tiny):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([], "has 0 rows"),
+        ([], "is empty"),
         ([{"text": "a"}] * 4, "has 4 rows"),
         ([{"text": "a"}] * 5 + [{"messages": []}], "line 6: rows must all be"),
         ([{"text": "a"}] * 5 + [{"text": " "}], "line 6 has no text"),
@@ -438,7 +439,7 @@ def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path
 
 def test_messages_for_an_encoder_are_refused(tiny):
     with pytest.raises(PruneKitError, match="camembert is an encoder, for which messages have no form"):
-        encoder_of(None, open_checkpoint(tiny("camembert")), [{"messages": []}], 64)
+        encoder_of(open_checkpoint(tiny("camembert")), Rows("", [{"messages": []}]), 64)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import save_file
 
 from prunekit.checkpoint import layer_numbers, open_checkpoint
@@ -43,7 +44,7 @@ PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 def data(tmp_path, monkeypatch):
     """data(row, ...): write these rows to data.jsonl in the current folder, where image.png is too."""
     monkeypatch.chdir(tmp_path)
-    Path("image.png").touch()
+    Image.new("L", (8, 8)).save("image.png")
 
     def write(*rows) -> str:
         Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,7 +129,7 @@ def test_a_missing_image_is_named_with_its_line(data, images):
 
 def test_images_are_looked_up_where_swift_looks(data, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/a.png").touch()
+    Path("image.png").rename("pictures/a.png")
     name = data(ROW | {"images": ["a.png"]})
     with pytest.raises(PruneKitError):
         check_dataset(name)
