@@ -69,12 +69,12 @@ class HealedScanner:
         self.heal(gone)
         scanner, batches = self.scanner, range(len(self.scanner.batches))
         with torch.inference_mode():
+            traces, room = [], scanner.state_bytes
             scanner.state_bytes //= len(batches)  # all batches' states are kept at once
-            traces = []
             for index in batches:
                 with scanner.without(gone):
                     traces.append(scanner.trace(scanner.batches[index], gone))
-            scanner.state_bytes *= len(batches)
+            scanner.state_bytes = room
             records = [
                 {
                     "scores": {BASELINE: scanner.score(trace.final, index)},

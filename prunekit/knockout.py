@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .arguments import Parser
+from .arguments import Parser, natural, positive_int
 from .checkpoint import open_checkpoint, read_json
 from .errors import PruneKitError, run_script
 from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
@@ -25,6 +25,35 @@ from .trained_knockouts import BASELINE, Knockout, Sweep, Training, plan_knockou
 from .work_folder import claim_folder, fingerprint
 
 OURS = {"scan", "trained", "ranking.json", "ranking.csv", "ranking.png", "greedy.png", "curves.png"}
+
+
+def _finalists(text: str) -> int | None:
+    return None if text.lower() == "all" else natural(text)
+
+
+def read_scan(file: Path) -> dict[str, Any]:
+    """What a scan found. PruneKitError for a file that is damaged."""
+
+    def check(entry: dict[str, Any], *names: str) -> None:
+        numbers = [entry[key] for key in ("token_acc", "loss", "parameters", *names)]
+        if not all(number is None or type(number) in (int, float) for number in numbers):
+            raise TypeError
+
+    scan = read_json(file)
+    try:
+        check(scan["baseline"])
+        for entry in scan["removals"]:
+            check(entry, scan["predictor"], "parameters_saved")
+            Knockout(entry["stack"], int(entry["layer"])).name.index(entry["name"])
+            entry["error"], entry["decided"], entry["generation"]
+        for point in (scan["greedy"] or {"path": []})["path"]:
+            check(point)
+            " ".join(point["removed"])
+        " ".join([*scan["best"], scan["settings"]["fingerprint"]])
+        scan["counts_suffix"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PruneKitError(f"{file}: is no scan's result; remove it and run again") from None
+    return scan
 
 
 def choose_runs(runs: list[Knockout], scan: dict[str, Any] | None, count: int | None) -> list[Knockout]:
@@ -75,18 +104,21 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder of the sweep; an unfinished one is continued"
     )
     parser.add_argument(
-        "--finalists", default="10", help="how many to train: a number, 0, or all (default: 10)"
+        "--finalists",
+        type=_finalists,
+        default=10,
+        help="how many to train: a number, 0, or all (default: 10)",
     )
     parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
     parser.add_argument("--vision", default="all", help="vision blocks, likewise")
     parser.add_argument("--group", default="knockout", help="W&B group")
     parser.add_argument("--gpus", default="", help="like 0,1,2,3; empty: CPU")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs side by side; GPUs are shared out (default: 1)"
+        "--jobs", type=positive_int, default=1, help="runs side by side; GPUs are shared out (default: 1)"
     )
     parser.add_argument(
         "--gpus-per-task",
-        type=int,
+        type=natural,
         default=1,
         help="on a Ray cluster (RAY_ADDRESS), instead of --gpus and --jobs",
     )
@@ -95,13 +127,11 @@ def main() -> None:
     checkpoint = open_checkpoint(args.model)
     runs = plan_knockouts(checkpoint, args.text, args.vision)
     gpus = [gpu for gpu in args.gpus.split(",") if gpu]
-    if args.jobs < 1 or (gpus and args.jobs > len(gpus)):
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if gpus and not on_cluster and len(gpus) % args.jobs:
         raise PruneKitError(
-            f"--jobs {args.jobs}: choose 1 to {len(gpus) or os.cpu_count()}, one GPU a run at the least"
+            f"--jobs {args.jobs}: {len(gpus)} GPUs can't be shared out evenly among so many runs"
         )
-    if args.finalists.lower() != "all" and not args.finalists.isdigit():
-        raise PruneKitError(f"--finalists {args.finalists}: give a number of runs to train, or all")
-    count = None if args.finalists.lower() == "all" else int(args.finalists)
     if args.out.exists() and (
         not args.out.is_dir() or not {path.name for path in args.out.iterdir()} <= OURS
     ):
@@ -109,10 +139,10 @@ def main() -> None:
 
     scan = None
     if (args.out / "scan" / "scan.json").exists():
-        scan = read_json(args.out / "scan" / "scan.json")
+        scan = read_scan(args.out / "scan" / "scan.json")
         if scan["settings"]["fingerprint"] != fingerprint(checkpoint):
             raise PruneKitError(f"{args.out}: holds a scan of another model; choose another OUT or remove it")
-    runs = choose_runs(runs, scan, count)
+    runs = choose_runs(runs, scan, args.finalists)
     training = Training(
         checkpoint.path,
         args.model_type or checkpoint.config["model_type"],
@@ -122,7 +152,9 @@ def main() -> None:
     )
     with contextlib.ExitStack() as held:
         if runs:
-            settings = {"fingerprint": fingerprint(checkpoint), "swift": swift}
+            # On other numbers of GPUs the same flags are other batches
+            each = args.gpus_per_task if on_cluster else len(gpus) // args.jobs
+            settings = {"fingerprint": fingerprint(checkpoint), "swift": swift, "gpus_per_run": each}
             held.enter_context(claim_folder(training.out, settings, "sweep of knockouts"))
             shutil.rmtree(training.out / "work", ignore_errors=True)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -636,15 +636,25 @@ def print_scan(result: dict[str, Any]) -> None:
     by_name = {entry["name"]: entry for entry in result["removals"]}
     for name in result["best"]:
         entry = by_name[name]
+        answered = entry["generation"]
         print(
             f"{name:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± {entry['standard_error']['loss'] or 0:.4f}"
             f"  KL {entry['kl']:.4f}  {entry['parameters_saved'] / base['parameters']:.1%} of the parameters"
+            + (f"  exact match {answered['exact_match']:.3f}" if answered else "")
             + ("" if entry["decided"] else "  (undecided)")
         )
     for entry in (result["greedy"] or {}).get("path", [])[1:]:
         print(
             f"without {' '.join(entry['removed'])}: token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f}"
             f"  {entry['parameters'] / base['parameters']:.1%} of the parameters left"
+        )
+    entries = [*result["removals"], *(result["greedy"] or {}).get("path", [])]
+    answered = [entry["generation"] for entry in entries if entry["generation"]]
+    if cut := sum(found["n_cut"] for found in answered):
+        print(
+            f"warning: {cut} of {sum(found['samples'] for found in answered)} answers were cut at "
+            f"{answered[0]['max_new_tokens']} tokens: if right ones are as long, raise --generate-tokens (GENERATE_TOKENS)",
+            file=sys.stderr,
         )
 
 

@@ -8,13 +8,12 @@ with RAY_ADDRESS set one or the other on any node of a Ray cluster.
 import argparse
 import contextlib
 import ctypes
-import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,12 +31,16 @@ from typing import Any
 import psutil
 
 from . import PLUGINS, cluster
-from .checkpoint import Checkpoint, layer_numbers, open_checkpoint, statistics, write_json
+from .checkpoint import Checkpoint, layer_numbers, open_checkpoint, read_json, statistics, write_json
 from .errors import PruneKitError
 from .layers import Removal, parse_numbers, plan_removal
 from .publish import read_log
 
 BASELINE = "baseline"
+OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
+EXCEPTION = re.compile(
+    r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)"
+)
 PLUGIN = PLUGINS / "knockout_layers.py"
 
 
@@ -145,13 +148,6 @@ def _train_by_command(arguments: list[str], environment: dict[str, str], log: st
         _end_descendants()
 
 
-def _free_port() -> int:
-    """A local TCP port that nothing uses now: runs side by side each need their own for torchrun."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _processes(preload: bool) -> Any:
     """Makes processes by forking a server that holds nothing, or with `preload` what a training imports.
 
@@ -163,11 +159,14 @@ def _processes(preload: bool) -> Any:
 
 
 def _last_line(log: Path) -> str:
-    """The line of a log that says most about a failure: the last that isn't empty or a progress bar."""
-    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines() if log.exists() else []
-    return next(
-        (line.strip() for line in reversed(lines) if line.strip() and "wandb" not in line), "no message"
-    )
+    """The line of a log that says most about a failure: the last of an exception, else the last that has a word.
+
+    Behind the exception torchrun prints a report of its own, which doesn't name it.
+    """
+    text = log.read_text(errors="replace").replace("\r", "\n") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line) and "wandb" not in line]
+    errors = [found[1] for line in lines if (found := EXCEPTION.fullmatch(line))]
+    return (errors or lines or ["no message"])[-1]
 
 
 def _finite(value: float) -> float | None:
@@ -244,15 +243,15 @@ class Training:
         arguments += ["--run_name", f"knockout/{run.name}", "--output_dir", str(work / "swift")]
         arguments += ["--eval_strategy", "steps", "--save_strategy", "no"]
         environment = os.environ | {"WANDB_RUN_GROUP": self.group}
-        environment.pop("NPROC_PER_NODE", None)
+        for name in OF_TORCHRUN:
+            environment.pop(name, None)
         if run.stack is not None:
             arguments = merged_flag(arguments, "--external_plugins", str(PLUGIN))
             arguments = merged_flag(arguments, "--callbacks", PLUGIN.stem)
             environment["PRUNEKIT_REMOVE"] = f"{run.stack}:{run.layer}"
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-            if len(gpus) > 1:
-                environment |= {"NPROC_PER_NODE": str(len(gpus)), "MASTER_PORT": str(_free_port())}
+            environment["NPROC_PER_NODE"] = str(len(gpus))  # torchrun takes a free port
         process = _processes(preload=not gpus).Process(
             target=_train_by_command if gpus else _train_in_this_process,
             args=(arguments, environment, str(log)),
@@ -269,6 +268,29 @@ def _empty_record(run: Knockout) -> dict[str, Any]:
     return record | {"error": None, "seconds": 0.0}
 
 
+def _read_record(file: Path, run: Knockout) -> dict[str, Any] | None:
+    """A run's record, None if there is none. PruneKitError for a file that is damaged."""
+    if not file.exists():
+        return None
+    record = read_json(file)
+    like = _empty_record(run)
+    numbers = ("parameters", "token_acc", "loss", "seconds")
+    if not (
+        isinstance(record, dict)
+        and record.keys() >= like.keys()
+        and all(record[key] == like[key] for key in ("name", "stack", "layer"))
+        and all(record[key] is None or type(record[key]) in (int, float) for key in numbers)
+        and isinstance(record["error"], str | None)
+        and all(
+            isinstance(record[key], list)
+            and all(isinstance(point, dict) and "step" in point for point in record[key])
+            for key in ("curve", "training")
+        )
+    ):
+        raise PruneKitError(f"{file}: is no record of {run.name}'s training; remove it and run again")
+    return record
+
+
 def _result_on_node(training: Training, run: Knockout) -> dict[str, Any]:
     return training.result(run, [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu])
 
@@ -283,6 +305,10 @@ class Sweep:
     def __init__(self, training: Training, gpus: list[str], jobs: int, gpus_per_task: int = 0):
         self.training, self.jobs, self.gpus_per_task = training, jobs, gpus_per_task
         self.slots: SimpleQueue[list[str]] = SimpleQueue()
+        if len(gpus) % jobs:
+            raise PruneKitError(
+                f"--jobs {jobs}: {len(gpus)} GPUs can't be shared out evenly among so many runs"
+            )
         for job in range(jobs):
             self.slots.put(gpus[job::jobs])
         if not gpus:
@@ -296,9 +322,10 @@ class Sweep:
 
         A run that trained to the end and came to NaN is finished: it would do so again.
         """
-        files = [file for file in map(self.result_file, runs) if file.exists()]
-        records = [json.loads(file.read_text()) for file in files]
-        return {record["name"]: record for record in records if not record["error"] or record["curve"]}
+        records = {run.name: _read_record(self.result_file(run), run) for run in runs}
+        return {
+            name: found for name, found in records.items() if found and (not found["error"] or found["curve"])
+        }
 
     def do_all(self, runs: list[Knockout]) -> Iterator[dict[str, Any]]:
         """Do these runs; yields each one's record as it ends, on disk by then. Failed runs have an "error" in it.

@@ -79,6 +79,16 @@ def test_a_scan_leaves_the_healed_weights_and_the_uncut_ones_as_they_were(tiny):
     assert all(torch.equal(a, b) for a, b in zip(uncut, scanner.model.parameters(), strict=True))
 
 
+def test_a_scan_keeps_its_room_for_states(tiny):
+    scanner = HealedScanner(
+        Scanner(open_checkpoint(tiny("llama")), load(tiny("llama")), text_batches(3, seed=5)),
+        calibration(tiny("llama")),
+    )
+    scanner.scanner.state_bytes = room = 1000  # which doesn't divide by three
+    scanner.measure([], [])
+    assert scanner.scanner.state_bytes == room
+
+
 def test_the_divergence_of_a_healed_model_is_the_one_from_the_uncut_model(tiny):
     scanner = healed_scanner(tiny("llama"))
     [first, _] = scanner.measure([Knockout("text", 2)], [])

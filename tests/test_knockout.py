@@ -126,15 +126,59 @@ def test_more_jobs_than_gpus_are_refused(monkeypatch, tiny, tmp_path):
 
 
 def test_a_number_of_finalists_that_is_none_is_refused(monkeypatch, tiny, tmp_path):
-    with pytest.raises(PruneKitError, match="--finalists many"):
+    with pytest.raises(PruneKitError, match="--finalists: 'many'"):
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path / "out", "--finalists", "many")
+
+
+@pytest.mark.parametrize("gpus, jobs", [("0,1,2", 2), ("0,1,2,3,4,5,6,7", 3)])
+def test_gpus_that_can_t_be_shared_out_evenly_are_refused(monkeypatch, tiny, tmp_path, gpus, jobs):
+    with pytest.raises(PruneKitError, match="evenly"):
+        run_main(
+            monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path / "o", "--gpus", gpus, "--jobs", jobs
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_sweep_goes_on_with_as_many_gpus_a_run_only(monkeypatch, tiny, tmp_path):
+    monkeypatch.setattr(knockout, "Training", StubTraining)
+    sweep_on = ("--model", tiny("qwen3_vl"), "--out", tmp_path, "--text", "0", "--vision", "none", "--gpus")
+    run_main(monkeypatch, *sweep_on, "0,1", "--jobs", 1)
+    run_main(monkeypatch, *sweep_on, "0,1,2,3", "--jobs", 2)
+    with pytest.raises(PruneKitError, match="other settings"):
+        run_main(monkeypatch, *sweep_on, "0,1,2,3", "--jobs", 1)
 
 
 def test_a_scan_of_another_model_is_refused(monkeypatch, tiny, tmp_path):
     (tmp_path / "scan").mkdir()
-    (tmp_path / "scan" / "scan.json").write_text('{"settings": {"fingerprint": "another"}}')
+    (tmp_path / "scan" / "scan.json").write_text(
+        json.dumps(scan_of(1, 2) | {"settings": {"fingerprint": "another"}})
+    )
     with pytest.raises(PruneKitError, match="another model"):
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
+
+
+SCAN = scan_of(1, 2) | {"settings": {"fingerprint": "x"}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[]", "null", "{}", b"\xff", "[" * 100_000,
+        *(json.dumps({key: value for key, value in SCAN.items() if key != gone}) for gone in SCAN),
+        *(json.dumps(SCAN | {key: 1}) for key in SCAN if key != "counts_suffix"),
+        json.dumps(SCAN | {"removals": [SCAN["removals"][0] | {"loss": "1"}]}),
+        json.dumps(SCAN | {"greedy": {"path": [{"removed": [1], "token_acc": 1, "loss": 1, "parameters": 1}]}}),
+    ],
+    ids=lambda content: str(content)[:20],
+)  # fmt: skip
+def test_a_damaged_scan_is_named_in_one_line(monkeypatch, tiny, tmp_path, content):
+    (tmp_path / "scan").mkdir()
+    file = tmp_path / "scan" / "scan.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PruneKitError, match="scan.json") as refused:
+        run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
+    assert "\n" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"scan"}
 
 
 def test_the_fingerprint_changes_when_weights_are_written_again(own):

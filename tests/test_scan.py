@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
 from prunekit.scan import CRITERION, Records, Scan, find_path, paired
 from prunekit.scanner import Job
 from prunekit.trained_knockouts import Knockout
@@ -57,6 +58,33 @@ def test_what_a_kill_tore_is_dropped_and_the_rest_kept(tmp_path):
     assert sorted(Records(file).scores) == [((), 0), ((), 1)]
     Records(file).add(record([], 2, {"baseline": sample(1.0)}))
     assert sorted(Records(file).scores) == [((), 0), ((), 1), ((), 2)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: "{", lambda r: "5", lambda r: "[]", lambda r: "{}", lambda r: "[" * 100_000, lambda r: "1" * 5000,
+        lambda r: json.dumps(r | {"gone": 3}), lambda r: json.dumps(r | {"gone": [3]}), lambda r: json.dumps(r | {"batch": "0"}),
+        lambda r: json.dumps(r | {"scores": [1]}), lambda r: json.dumps(r | {"scores": {"baseline": {}}}),
+        lambda r: json.dumps(r | {"scores": {"baseline": sample(1.0) | {"loss": [1.0, 2.0]}}}),
+        lambda r: json.dumps(r | {"scores": {"baseline": sample("1")}}), lambda r: json.dumps(r | {"influence": {"a": 1}}),
+        lambda r: json.dumps(r | {"seconds": {}}),
+        lambda r: json.dumps({key: value for key, value in r.items() if key != "influence"}),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_named_by_its_line(tmp_path, damage):
+    good = record([], 0, {"baseline": sample(1.0)})
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(good) + "\n" + damage(good) + "\n")
+    with pytest.raises(PruneKitError, match="records.jsonl line 2.*run again") as refused:
+        Records(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_records_in_no_encoding_are_a_users_error(tmp_path):
+    (tmp_path / "records.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(PruneKitError, match="line 1"):
+        Records(tmp_path / "records.jsonl")
 
 
 def test_a_record_of_more_candidates_adds_to_the_batch_s_earlier_ones():

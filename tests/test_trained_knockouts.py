@@ -16,7 +16,7 @@ from conftest import ROOT
 from PIL import Image
 from tiny_models import KV4, TEXT
 
-from prunekit import trained_knockouts
+from prunekit import knockout, trained_knockouts
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.layers import apply_removal, plan_removal
@@ -184,6 +184,55 @@ def test_the_last_line_of_a_log_that_is_no_wandb_message_tells_the_failure(tmp_p
     assert trained_knockouts._last_line(tmp_path / "log") == "ValueError: no such flag"
 
 
+TORCHRUN = """\
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "train.py", line 3, in <module>
+[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB
+E1124 10:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:988] failed (exitcode: 1) local_rank: 1
+Traceback (most recent call last):
+  File "torchrun", line 8, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\x20
+============================================================
+sft.py FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+  exitcode  : 1 (pid: 7)
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (TORCHRUN, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("step 1\nKilled\n=======\n", "Killed"),
+        ("KeyError: 'RANK'\n[INFO:swift] 90%\r100%\n", "KeyError: 'RANK'"),
+        ("", "no message"),
+    ],
+)
+def test_the_exception_behind_a_failure_is_found_in_its_log(tmp_path, text, said):
+    (tmp_path / "log").write_text(text)
+    assert trained_knockouts._last_line(tmp_path / "log") == said
+
+
+SHOW = "import json, os, sys; open(os.environ['SEEN'], 'w').write(json.dumps(dict(os.environ)))"
+
+
+def test_a_run_doesn_t_wait_for_the_nodes_and_ports_of_other_trainings(texter, tmp_path, monkeypatch):
+    (tmp_path / "swift").write_text(f"#!{sys.executable}\n{SHOW}\nsys.exit('ValueError: enough')\n")
+    (tmp_path / "swift").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE"):
+        monkeypatch.setenv(name, "7")
+    result = texter.result(Knockout(), ["4", "5"])
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert result["error"].startswith("ValueError: enough (exit code 1")
+    assert (seen["NPROC_PER_NODE"], seen["CUDA_VISIBLE_DEVICES"]) == ("2", "4,5")
+    assert not {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} & seen.keys()
+
+
 def evaluation(step, **values):
     return {"global_step/max_steps": f"{step}/4"} | {f"eval_{key}": value for key, value in values.items()}
 
@@ -255,6 +304,53 @@ def test_a_restart_repeats_failed_runs_and_no_finished_ones(sweep):
 def test_gpus_are_shared_out_among_jobs(sweep):
     slots = Sweep(sweep.training, ["0", "1", "2", "3"], 2).slots
     assert [slots.get() for _ in range(2)] == [["0", "2"], ["1", "3"]]
+
+
+def test_gpus_are_shared_out_evenly_or_not_at_all(sweep):
+    with pytest.raises(PruneKitError, match="evenly"):
+        Sweep(sweep.training, ["0", "1", "2"], 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: "{", lambda record: "null", lambda record: "{}", lambda record: json.dumps([record]),
+        lambda record: json.dumps(record | {"curve": 3}), lambda record: json.dumps(record | {"token_acc": "1"}),
+        lambda record: json.dumps(record | {"name": "text-04"}), lambda record: json.dumps(record | {"error": 5}),
+        lambda record: json.dumps({key: value for key, value in record.items() if key != "training"}),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_of_a_run_is_named_in_one_line(sweep, damage):
+    [record] = sweep.do_all(RUNS[:1])
+    file = sweep.result_file(RUNS[0])
+    file.write_text(damage(record))
+    with pytest.raises(PruneKitError, match="baseline.json") as refused:
+        sweep.finished(RUNS)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
+    """The embedded reader, trained for real: without its first layer it hardly reads, without one in the middle it does."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "tiny_ocr" / "tiny_ocr.py", "data", "--out", tmp_path / "data"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, count in (("train", 64), ("val", 40)):
+        rows = (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()[:count]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    arguments = (
+        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "qwen_vl_token_ids.py"), "--learning_rate", "1e-4",
+        "--max_steps", "4", "--eval_steps", "4", "--per_device_eval_batch_size", "40",
+        "--dataset", str(tmp_path / "train.jsonl"), "--val_dataset", str(tmp_path / "val.jsonl"),
+    )  # fmt: skip
+    sweep = Sweep(Training(READER, "qwen3_vl", tmp_path / "out", arguments, "group"), [], 1)
+    runs = [Knockout(), *(Knockout("text", layer) for layer in (0, 1, 6))]
+    ranking = knockout.sweep_all(sweep, runs, None, tmp_path / "out")
+    assert [entry["name"] for entry in ranking["removals"]] == ["text-06", "text-01", "text-00"]
+    best, _, worst = (entry["relative"] for entry in ranking["removals"])
+    assert best > 0.9 > 0.7 > worst
 
 
 # --- sweeps that end before time ---
