@@ -17,6 +17,7 @@ from .errors import PruneKitError
 from .families import positions
 from .preflight import ROWS_CHECKED, check_no_remote_code
 from .rows import Rows, check_messages, iterate
+from .swift_line import check_names
 
 HELD_OUT = 5  # every fifth row only judges
 
@@ -118,6 +119,7 @@ def _message_encoder(
 ) -> Encoder:
     from .evaluate import DEFAULT_PLUGINS, encode_row, load_plugins
 
+    check_names(model_type, template, DEFAULT_PLUGINS)
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
     load_plugins(DEFAULT_PLUGINS)
     encoder = load_template(checkpoint, max_length, model_type, template)

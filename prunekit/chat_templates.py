@@ -6,11 +6,10 @@ is chosen that writes a chat as the checkpoint's own chat template does.
 """
 
 import contextlib
-import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint
@@ -99,12 +98,6 @@ def find_template(
     return name
 
 
-def _check_known(name: str, known: Iterable[str], what: str) -> None:
-    if name not in known:
-        like = ", ".join(difflib.get_close_matches(name, known)) or "default"
-        raise PruneKitError(f"{what} {name[:80]!r}: ms-swift has none of that name; it has {like}, ...")
-
-
 @contextlib.contextmanager
 def tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Within the block, what a missing or damaged tokenizer raises becomes a PruneKitError."""
@@ -128,12 +121,10 @@ def check_tokenizer_files(checkpoint: Checkpoint, tokenizer) -> None:
 
 
 def load_processor(checkpoint: Checkpoint, model_type: str | None = None):
-    """ms-swift's processor or tokenizer. PruneKitError for an unknown `model_type`, and if it isn't there or damaged."""
+    """ms-swift's processor or tokenizer. PruneKitError if it isn't there, or damaged."""
     from swift import get_processor
-    from swift.model import MODEL_MAPPING
 
     model_type = model_type or checkpoint.config["model_type"]
-    _check_known(model_type, MODEL_MAPPING, "--model-type")
     with tokenizer_errors(checkpoint):
         processor = get_processor(str(checkpoint.path), model_type=model_type)
         check_tokenizer_files(checkpoint, getattr(processor, "tokenizer", processor))
@@ -145,13 +136,10 @@ def load_template(
 ):
     """ms-swift's template of a checkpoint; `model_type` and `template` are ms-swift's names.
 
-    Raises as `find_template` and `load_processor`, and for an unknown `template`.
+    Raises as `find_template` and `load_processor`.
     """
     from swift import get_template
-    from swift.template import TEMPLATE_MAPPING
 
-    if template:
-        _check_known(template, TEMPLATE_MAPPING, "--template")
     processor = load_processor(checkpoint, model_type)
     name = template or find_template(checkpoint, model_type)
     return get_template(processor, max_length=max_length, template_type=name)

@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
 from .preflight import check_no_remote_code, check_rewards
 from .rows import Rows, check_messages, images_of, iterate, locate, problem_of_image
+from .swift_line import check_names
 
 DEFAULT_PLUGINS = tuple(PLUGINS / name for name in ("qwen_vl_token_ids.py", "gpt2_model.py"))
 
@@ -346,6 +347,7 @@ def main() -> None:
         check_no_remote_code(checkpoint.path)
     datasets = read_datasets(args.dataset, args.limit)
     check_rewards(rewards, args.plugins)
+    check_names(args.model_type, args.template, args.plugins)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
     load_plugins(args.plugins)
