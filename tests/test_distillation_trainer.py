@@ -149,6 +149,7 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
     from prunekit.calibration import encoder_of
     from prunekit.checkpoint import open_checkpoint
     from prunekit.layers import apply_removal, plan_removal
+    from prunekit.rows import Rows
 
     apply_removal(plan_removal(open_checkpoint(TEACHER), [0]), tmp_path / "student")
     data = tmp_path / "data.jsonl"
@@ -176,8 +177,9 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
         AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         for folder in (tmp_path / "student", TEACHER)
     ]
-    encode, collate = encoder_of(models[0], open_checkpoint(TEACHER), ROWS, 512)
-    batch = dict(collate([encode(row) for row in ROWS]))
+    encoder = encoder_of(open_checkpoint(TEACHER), Rows("rows", ROWS), 512)
+    encoder.see(models[0])
+    batch = dict(encoder.collate([encoder.encode(row) for row in ROWS]))
     counted = batch.pop("labels")[:, 1:] != -100
     with torch.no_grad():
         student, teacher = (model(**batch).logits[:, :-1][counted] / 0.9 for model in models)
