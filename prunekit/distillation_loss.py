@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ELEMENTS = 2**23  # of each fp32 (positions, vocabulary) that is worked on at a time: 32 MB
+ELEMENTS = 2**22  # of each fp32 (positions, vocabulary) that is worked on at a time: 16 MB
 SMALLEST_TAIL = 2.0**-20  # what k fp32 logarithms can tell of the mass beside them
 
 
