@@ -111,7 +111,8 @@ def _lora(adapter: dict[str, Any], entries: list[dict[str, Any]]) -> str:
 
 def _rows(first: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     rows = [(label, first.get(f"{key}_before"), numbers[key]) for label, key in ROWS.items()]
-    parts = first.get("parameters_by_component_before") or {}
+    parts = first.get("parameters_by_component_before")
+    parts = parts if isinstance(parts, dict) else {}
     rows += [
         (f"parameters: {part}", parts.get(part), count)
         for part, count in numbers["parameters_by_component"].items()
@@ -139,7 +140,10 @@ def _stages(entries: list[dict[str, Any]]) -> list[str]:
         ]  # even in code it ends a cell
         cells += [_count(entry.get(key)) for key in ("parameters", "kv_bytes_per_token")]
         lines.append(f"| {number} | {' | '.join(cells)} | {_measured(entry.get('metrics'))} |")
-        warnings += [f"Stage {number}: {_code(warning)}" for warning in entry.get("warnings") or ()]
+        said = entry.get("warnings")
+        warnings += [
+            f"Stage {number}: {_code(warning)}" for warning in (said if isinstance(said, list) else ())
+        ]
     lines += ["", f"Settings, all metrics, versions and times: `{HISTORY}`."]
     return lines + [line for warning in warnings for line in ("", warning)]
 
@@ -147,7 +151,10 @@ def _stages(entries: list[dict[str, Any]]) -> list[str]:
 def _removed(removed: Any) -> str:
     parts = []
     for key, value in removed.items() if isinstance(removed, dict) else ():
-        if key == "taps":  # (before, now): what moved, and what went with its merger
+        pairs = isinstance(value, list) and all(
+            isinstance(pair, list | tuple) and len(pair) == 2 for pair in value
+        )
+        if key == "taps" and pairs:  # (before, now): what moved, and what went with its merger
             value = [f"{a} to {b}" if b is not None else f"{a} gone" for a, b in value if a != b]
         if isinstance(value, list):
             value = ", ".join(map(str, value))

@@ -179,3 +179,23 @@ def test_an_adapters_card_names_its_rank_and_base_and_loads_by_peft(tiny):
     assert "Rank `32`, alpha `64`, for `ckpt/mqa`" in text
     assert [row[1] for row in stage_rows(text)] == ["`kv_cut`", "`lora`"]
     assert 'PeftModel.from_pretrained(base, "this/folder")' in text and "AutoModelForCausalLM" in text
+
+
+@pytest.mark.parametrize("junk", [7, "x", [1], [[]], {"a": {"b": [None]}}, True, None, 1e400])
+def test_a_history_of_the_wrong_shape_still_makes_a_card(junk, tiny):
+    keys = [
+        "stage",
+        "input",
+        "removed",
+        "metrics",
+        "warnings",
+        "parameters",
+        "parameters_by_component_before",
+        "time",
+    ]
+    entries = [
+        dict.fromkeys(keys, junk),
+        {"removed": {"taps": junk, "text": junk}, "metrics": {"loss": junk}},
+    ]
+    text = model_card({"model_type": "llama"}, statistics(tiny("llama")), entries, adapter={"r": junk})
+    assert len(stage_rows(text)) == 2
