@@ -21,6 +21,7 @@ HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000) # of training words, t
 read -ra DROP <<< "${DROP:---text 2 7 --vision 4 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}
+unset NNODES NODE_RANK MASTER_ADDR MASTER_PORT # it runs on one machine
 export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl
 export CPU_PROCESSES=${CPU_PROCESSES:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$RUN/logs" "$RUN/seconds"
@@ -30,8 +31,15 @@ if [ -z "${WANDB_MODE:-}" ] && [ -z "${WANDB_API_KEY:-}" ] && ! grep -qs 'api.wa
 fi
 
 # What a tiny model needs on a CPU instead of the launchers' defaults for a real one on GPUs.
+# As many words a step on any number of GPUs as on a CPU: 32, and 16 in knockouts, of which two run side by side if they can.
+COUNT=$([ -n "$GPUS" ] && tr , '\n' <<< "$GPUS" | wc -l || echo "$CPU_PROCESSES")
+JOBS=2 EACH=1
+if [ -n "$GPUS" ]; then
+  JOBS=$((COUNT % 2 ? 1 : 2))
+  EACH=$((COUNT / JOBS))
+fi
 TINY=(
-  --per_device_train_batch_size 16
+  --per_device_train_batch_size $((COUNT < 32 ? 32 / COUNT : 1))
   --per_device_eval_batch_size 150
   --gradient_accumulation_steps 1
   --learning_rate 1e-3
@@ -71,10 +79,10 @@ stage data "$RUN/data" python examples/tiny_ocr/tiny_ocr.py data --out "$RUN/dat
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
-  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
+  "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --per_device_train_batch_size $((EACH < 16 ? 16 / EACH : 1)) --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
-MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=5 GREEDY=6 JOBS=2 CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
+MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=5 GREEDY=6 JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"

@@ -3,7 +3,10 @@
 #   In:   $MODEL (the student), $TEACHER (same tokenizer), $DATASET (prompts; answers only matter below LMBDA=1)
 #   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
 #   Cost: as full_run.sh, plus the teacher's weights and generation. Two or more GPUs: a vLLM rollout server takes
-#         $ROLLOUT_GPUS of $GPUS and training the others; one GPU: vLLM shares it; none: transformers generates.
+#         $ROLLOUT_GPUS of $GPUS (a quarter) and training the others; one GPU: vLLM shares it; none: transformers generates.
+#         Of several nodes the first has the server, and the others train on all their GPUs.
+#         With DEEPSPEED= student and teacher are float32, and so is a vLLM that shares the GPU.
+#   Not run on a GPU yet: on CPUs with vLLM's CPU build only (docs/gpu.md).
 #   MODEL=checkpoints/recovered TEACHER=checkpoints/base GPUS=0,1,2,3 ROLLOUT_GPUS=3 bash distil.sh --max_steps 500
 source "$(dirname "$0")/lib/common.sh"
 PLUGINS+=("$ROOT/plugins/distillation.py") # our loss for ms-swift's, which is blind outside --gkd_logits_topk
@@ -14,52 +17,74 @@ DATASET=${DATASET:-data/train.jsonl}
 VAL_DATASET=${VAL_DATASET:-data/val.jsonl}
 OUTPUT=${OUTPUT:-checkpoints/distilled}
 
-LMBDA=${LMBDA:-1}                   # share of steps on the student's own answers; 0: the data set's
+LMBDA=${LMBDA:-1}                   # share of steps on the student's own answers; 0: the data set's, and no server
 BETA=${BETA:-1}                     # 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon
-ROLLOUT_GPUS=${ROLLOUT_GPUS-${GPUS##*,}}
-ROLLOUT_PORT=${ROLLOUT_PORT:-8000}
+ROLLOUT_GPUS=${ROLLOUT_GPUS-}       # default: the last quarter of GPUS; with PLAIN=1 the last one
+ROLLOUT_PORT=${ROLLOUT_PORT:-}      # default: one that is free
 ROLLOUT_DEADLINE=${ROLLOUT_DEADLINE:-900} # seconds until the server must answer
 
 ARGS=(
+  --teacher_model "$TEACHER"
+  --dataset "$DATASET"
+  --val_dataset "$VAL_DATASET"
   --lmbda "$LMBDA"
   --beta "$BETA"
   --temperature 0.9
+  --max_length 4096                 # of a prompt
+  --truncation_strategy delete      # another row in its place: cut from the left, an image would lose its tokens
   --max_completion_length 512
   --max_steps 1000
   --learning_rate 2e-5
   --warmup_ratio 0.05
-  --per_device_train_batch_size 1
-  --gradient_accumulation_steps 16
-  --max_length 4096
-  --eval_steps 100
+  --eval_steps "$([ -n "$GPUS" ] && [ -z "$PLAIN" ] && echo 500 || echo 100)" # an evaluation answers all of VAL_DATASET
   --save_steps 100
   --logging_steps 5
 )
-[ -n "$GPUS" ] && ARGS+=(--gkd_logits_topk 64) # all logits of a 150k vocabulary run out of memory at length
-ROLLOUT_ARGS=(
-  --vllm_data_parallel_size "$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)"
-  --vllm_gpu_memory_utilization 0.9
-  --vllm_max_model_len 8192
-)
 
-CHECKED=(--teacher "$TEACHER" --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor 11)
-[[ $GPUS == *,* ]] && CHECKED+=(--port "$ROLLOUT_PORT")
-preflight "${CHECKED[@]}" "$@"
-
-if [[ $GPUS == *,* ]]; then
-  training_gpus=$(comm -23 <(tr , '\n' <<< "$GPUS" | sort) <(tr , '\n' <<< "$ROLLOUT_GPUS" | sort) | sort -n | paste -sd,)
+need_number ROLLOUT_DEADLINE 1
+[ -z "$ROLLOUT_PORT" ] || need_number ROLLOUT_PORT 1 65535
+need_gpus ROLLOUT_GPUS
+value_of lmbda "${ARGS[@]}" "${USER_ARGS[@]}"
+if [[ $VALUE =~ ^[0.]*$ ]]; then # nothing is generated
+  ROLLOUT_GPUS=''
+elif [[ $GPUS == *,* ]]; then
+  count=$(tr , '\n' <<< "$GPUS" | wc -l)
+  servers=1
+  if [ -z "$PLAIN" ] && [ "$count" -ge 8 ]; then servers=$((count / 4)); fi # one keeps many waiting
+  ROLLOUT_GPUS=${ROLLOUT_GPUS:-$(tr , '\n' <<< "$GPUS" | tail -n "$servers" | paste -sd,)}
+  training_gpus=$(tr , '\n' <<< "$GPUS" | grep -vxFf <(tr , '\n' <<< "$ROLLOUT_GPUS") | paste -sd, || true)
   [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer"
-  SERVER=(
-    "http://127.0.0.1:$ROLLOUT_PORT/health/" "$ROLLOUT_DEADLINE"
-    env -u NPROC_PER_NODE CUDA_VISIBLE_DEVICES="$ROLLOUT_GPUS"
-    swift rollout --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
-    --external_plugins "${PLUGINS[@]}" --host 127.0.0.1 --port "$ROLLOUT_PORT" "${ROLLOUT_ARGS[@]}"
-  )
-  use_gpus "$training_gpus"
-  ARGS+=(--use_vllm true --vllm_mode server --vllm_server_host 127.0.0.1 --vllm_server_port "$ROLLOUT_PORT")
+  ARGS+=(--use_vllm true --vllm_mode server --vllm_server_host 127.0.0.1)
+  if is_main_node; then use_gpus "$training_gpus"; else use_gpus "$GPUS"; fi
+  WORLD=$(($(tr , '\n' <<< "$training_gpus" | wc -l) + count * (NNODES - 1)))
 elif [ -n "$GPUS" ]; then
+  ROLLOUT_GPUS=''
   ARGS+=(--use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3 --sleep_level 1)
 fi
 
-train rlhf --rlhf_type gkd --teacher_model "$TEACHER" --teacher_model_type "$TEACHER_TYPE" \
-  --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}" "$@"
+settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"
+preflight rlhf --teacher "$TEACHER" --disk-factor "$DISK_FACTOR" ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
+LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
+
+if [ -n "$ROLLOUT_GPUS" ]; then
+  mapfile -t free < <(free_ports 2)
+  ROLLOUT_PORT=${ROLLOUT_PORT:-${free[0]}}
+  PORTS=(--vllm_server_port "$ROLLOUT_PORT" --vllm_server_group_port "${free[1]}") # the latter brings the weights
+  ROLLOUT_ARGS=(
+    --torch_dtype "$COMPUTE"
+    --vllm_data_parallel_size "$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)"
+    --vllm_gpu_memory_utilization 0.9
+    ${ENGINE_LENGTH:+--vllm_max_model_len "$ENGINE_LENGTH"}
+  )
+  flags_of 'vllm_!(mode|server_*)' "${USER_ARGS[@]}"
+  if is_main_node; then
+    SERVER=(
+      "http://127.0.0.1:$ROLLOUT_PORT/health/" "$ROLLOUT_DEADLINE"
+      env -u NPROC_PER_NODE -u NNODES -u PYTORCH_CUDA_ALLOC_CONF CUDA_VISIBLE_DEVICES="$ROLLOUT_GPUS"
+      swift rollout --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
+      --external_plugins "${EXTERNAL[@]}" --host 127.0.0.1 --port "$ROLLOUT_PORT" "${ROLLOUT_ARGS[@]}" "${FLAGS[@]}"
+    )
+  fi
+fi
+
+train rlhf

@@ -10,9 +10,14 @@ ADAPTER=${ADAPTER:-checkpoints/lora}
 OUTPUT=${OUTPUT:-checkpoints/merged}
 
 ARGS=(
+  --adapters "$ADAPTER"
+  --torch_dtype "$COMPUTE"
   --merge_lora true
   --safe_serialization true
 )
 
-preflight --adapter "$ADAPTER" --disk-factor 2.2 "$@"
-export_merged "${ARGS[@]}" "$@"
+one_node "merging takes one: unset NNODES"
+plugin_list
+LINE=(--external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "${USER_ARGS[@]}")
+preflight export --adapter "$ADAPTER" --disk-factor 2.2
+export_merged

@@ -5,7 +5,7 @@
 #   Cost: the scan about half a forward pass of the tokens per layer; then (FINALISTS + 1) short trainings.
 #   Continue an interrupted sweep by the same command.
 #   MODEL=checkpoints/base MODE=scan GREEDY=8 bash knockout_check.sh
-#   MODEL=checkpoints/base TEXT_LAYERS=4-20 VISION_BLOCKS=none GPUS=0,1,2,3 JOBS=4 bash knockout_check.sh
+#   MODEL=checkpoints/base TEXT_LAYERS=4-20 VISION_BLOCKS=none GPUS=0,1,2,3 JOBS=2 bash knockout_check.sh
 #   RAY_ADDRESS=10.0.0.1:6379 GPUS_PER_TASK=2 bash knockout_check.sh      # spread over a Ray cluster
 source "$(dirname "$0")/lib/common.sh"
 
@@ -18,8 +18,8 @@ MODE=${MODE:-all}                   # scan: train nothing; train: no scan, a tra
 TEXT_LAYERS=${TEXT_LAYERS:-all}     # all, none, or numbers and ranges: 4-20,30
 VISION_BLOCKS=${VISION_BLOCKS:-all}
 FINALISTS=${FINALISTS:-10}          # how many of the scan's cheapest are trained; ALL: every one
-JOBS=${JOBS:-1}                     # trainings side by side: GPUS are shared out among them
-GPUS_PER_TASK=${GPUS_PER_TASK:-$([ -n "$GPUS" ] && echo 1 || echo 0)} # on a Ray cluster
+JOBS=${JOBS:-1}                     # trainings side by side: GPUS are shared out among them, as many to each
+GPUS_PER_TASK=${GPUS_PER_TASK:-$([ -n "$GPUS" ] && echo 1 || echo 0)} # of a training on a Ray cluster, whatever GPUS are here
 
 RACE=${RACE:-}                      # 1: samples only where it's undecided which are the best: a third of the time
 GREEDY=${GREEDY:-}                  # 8: also find a set of 8 layers, scanning again after each removal
@@ -33,22 +33,43 @@ SCAN_ARGS=(
   --batch-tokens 4096               # lower it if out of memory
 )
 ARGS=(
+  --dataset "$DATASET"
+  --val_dataset "$VAL_DATASET"
   --max_steps 100
   --learning_rate 8e-5
   --warmup_ratio 0.03
-  --per_device_train_batch_size 1
-  --gradient_accumulation_steps 16
   --max_length 4096
   --eval_steps 25                   # the curve's start tells a key layer: look for the spike
   --logging_steps 5
 )
 
-case $MODE in scan | train | all) ;; *) die "MODE=$MODE: choose scan, train or all" ;; esac
-[[ $FINALISTS =~ ^([0-9]+|all|ALL)$ ]] || die "FINALISTS=$FINALISTS: give a number of layers to train without, or ALL"
-[[ $JOBS =~ ^[1-9][0-9]*$ ]] || die "JOBS=$JOBS: give a number of trainings side by side"
-processes=$(tr , '\n' <<< "${GPUS:-cpu}" | wc -l)
-if [ -n "$GPUS" ] && [ "$JOBS" -gt "$processes" ]; then die "JOBS=$JOBS: each needs a GPU, GPUS=$GPUS names $processes"; fi
-preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor 0.1 --reuse-out "$@"
+need MODE 'scan|train|all' "choose scan, train or all"
+need FINALISTS '[0-9]{1,9}|all|ALL' "give a number of layers to train without, or ALL"
+need TEXT_LAYERS 'all|none|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*' "give all, none, or numbers and ranges: 4-20,30"
+need VISION_BLOCKS 'all|none|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*' "give all, none, or numbers and ranges: 4-20,30"
+need_number JOBS 1 1024
+need_number GPUS_PER_TASK 0 1024
+[ -z "$GREEDY" ] || need_number GREEDY 1
+need TARGET_PARAMS '|0?\.[0-9]*[1-9][0-9]*' "give the share of the parameters that is to stay, between 0 and 1"
+need_number GENERATE 0
+need_switch RACE HEAL
+one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
+processes=$PROCESSES
+if [ -n "${RAY_ADDRESS:-}" ]; then
+  tasks=''
+  [ "$GPUS_PER_TASK" -eq 0 ] || tasks=$(seq -s, 0 $((GPUS_PER_TASK - 1))) # of the nodes, which this one needn't be like
+elif [ -n "$GPUS" ]; then
+  [ "$JOBS" -le "$processes" ] || die "JOBS=$JOBS: each needs a GPU, GPUS=$GPUS names $processes"
+  # With other numbers of GPUs the runs would differ in more than the layer that is missing.
+  [ $((processes % JOBS)) -eq 0 ] || die "JOBS=$JOBS: $processes GPUs (GPUS=$GPUS) can't be shared out evenly among so many"
+  tasks=$(cut -d, -f"1-$((processes / JOBS))" <<< "$GPUS")
+else
+  tasks=''
+fi
+use_gpus "$tasks"
+settle sft 4 "${FULL_ARGS[@]}" "${ARGS[@]}"
+use_gpus "$GPUS"
+preflight sft --disk-factor 0.1 --reuse-out
 if [ -n "$RESTART" ] && { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; }; then rm -rf "$OUTPUT"; fi
 if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT/scan" ] && [ ! -d "$OUTPUT/trained" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
   die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"
@@ -63,18 +84,12 @@ if [ "$MODE" != train ]; then
     --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "${SCAN_ARGS[@]}" \
     ${RACE:+--race} --best "$([[ $FINALISTS =~ ^[1-9][0-9]*$ ]] && echo "$FINALISTS" || echo 10)" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
-    ${HEAL:+--heal --calib "$DATASET"} --generate "$GENERATE" --gpus-per-task "$GPUS_PER_TASK"
+    ${HEAL:+--heal --calib "$DATASET"} --generate "$GENERATE" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
   wait "$GROUP_PID"
 fi
-if [ -n "$GPUS" ] && [ "$JOBS" -gt 1 ]; then
-  use_gpus "$(cut -d, -f"1-$((processes / JOBS))" <<< "$GPUS")"
-fi
-within_positions "${ARGS[@]}" "$@"
 run_group python -m prunekit.knockout --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
   --finalists "$([ "$MODE" = scan ] && echo 0 || echo "$FINALISTS")" --gpus "$GPUS" --jobs "$JOBS" \
   --gpus-per-task "$GPUS_PER_TASK" --group "${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" -- \
-  --external_plugins "${PLUGINS[@]}" ${TEMPLATE:+--template "$TEMPLATE"} \
-  "${DEVICE_ARGS[@]}" "${RUN_ARGS[@]}" --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" \
-  "${ARGS[@]}" "$@" "${WITHIN[@]}"
+  ${TEMPLATE:+--template "$TEMPLATE"} "${LINE[@]}"
 wait "$GROUP_PID"
-rm -rf "$WORK"
+remove_work

@@ -2,7 +2,8 @@
 # Teach or repair one skill with a LoRA. export_lora.sh merges it back.
 #   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (mix in rows of the old skills, or they fade)
 #   Out:  $OUTPUT (an adapter folder), with logging.jsonl, command.sh and curves.png of the run
-#   Cost: 2 bytes of GPU memory per parameter, the adapter and activations; 8B fits one 24 GB GPU
+#   Cost: by arithmetic, not measured: 2 bytes of GPU memory per parameter, 16 per parameter of the adapter, and
+#         activations; so 8B should fit one 24 GB GPU
 #   MODEL=checkpoints/mqa DATASET=data/handwriting.jsonl OUTPUT=checkpoints/lora bash lora.sh
 source "$(dirname "$0")/lib/common.sh"
 
@@ -12,6 +13,8 @@ VAL_DATASET=${VAL_DATASET:-data/val.jsonl}
 OUTPUT=${OUTPUT:-checkpoints/lora}
 
 ARGS=(
+  --dataset "$DATASET"
+  --val_dataset "$VAL_DATASET"
   --tuner_type lora
   --target_modules all-linear
   --freeze_vit false                # a new script or layout is first of all something new to see
@@ -22,14 +25,14 @@ ARGS=(
   --learning_rate 1e-4
   --warmup_ratio 0.05
   --num_train_epochs 2
-  --per_device_train_batch_size 1
-  --gradient_accumulation_steps 16
   --max_length 4096
   --eval_steps 200
   --save_steps 200
   --logging_steps 10
 )
 
-preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" "$@"
-[ "$MODEL_TYPE" != gpt2 ] || ARGS+=(--target_modules c_attn c_fc c_proj) # its layers are Conv1D, which all-linear passes over
-train sft --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${ARGS[@]}" "$@"
+# Conv1D, which all-linear passes over
+if grep -qs '"model_type": *"gpt2"' "$MODEL/config.json"; then ARGS+=(--target_modules c_attn c_fc c_proj); fi
+settle sft 4 "${ARGS[@]}"
+preflight sft
+train sft

@@ -12,14 +12,17 @@ OUTPUT=${OUTPUT:-checkpoints/recovered}
 STEPS1=${STEPS1:-1500}
 STEPS2=${STEPS2:-8000}
 STEPS3=${STEPS3:-1000}
-ACCUMULATE=${ACCUMULATE:-16} # gradient accumulation; the third phase has four times that
+ACCUMULATE=${ACCUMULATE:-}   # gradient accumulation, instead of GLOBAL_BATCH; the third phase has four times either
+
+for name in STEPS1 STEPS2 STEPS3; do need_number "$name" 1; done
+[ -z "$ACCUMULATE" ] || need_number ACCUMULATE 1 100000
 
 # shellcheck disable=SC2034  # used by name: phase
 # The layers beside removed ones, or the attention (MLPs) whose heads (neurons) were cut: pruning_info.json says which.
 PHASE1=(
   --max_steps "$STEPS1"
   --learning_rate 2e-4
-  --gradient_accumulation_steps "$ACCUMULATE"
+  ${ACCUMULATE:+--gradient_accumulation_steps "$ACCUMULATE"}
   --freeze_parameters_ratio 1
   --freeze_aligner true       # else ms-swift trains all mergers
   --trainable_parameters_regex "$(python -m prunekit.critical "$MODEL")"
@@ -28,13 +31,13 @@ PHASE1=(
 PHASE2=(
   --max_steps "$STEPS2"
   --learning_rate 8e-5
-  --gradient_accumulation_steps "$ACCUMULATE"
+  ${ACCUMULATE:+--gradient_accumulation_steps "$ACCUMULATE"}
 )
 # shellcheck disable=SC2034
 PHASE3=(
   --max_steps "$STEPS3"
   --learning_rate 1e-5
-  --gradient_accumulation_steps $((4 * ACCUMULATE))
+  ${ACCUMULATE:+--gradient_accumulation_steps $((4 * ACCUMULATE))}
 )
 
 OUTPUT=${OUTPUT%/}
@@ -54,7 +57,10 @@ for number in 1 2 3; do
     echo "phase $number: $output is there already"
   else
     echo "phase $number: $input -> $output"
-    MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$OVERWRITE bash "$ROOT/full_run.sh" "${phase[@]}" "$@" &
+    times=$([ "$number" = 3 ] && echo 4 || echo 1)
+    MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$OVERWRITE \
+      GLOBAL_BATCH=${GLOBAL_BATCH:+$((times * GLOBAL_BATCH))} DEFAULT_BATCH=$((times * DEFAULT_BATCH)) \
+      bash "$ROOT/full_run.sh" --external_plugins "${USER_PLUGINS[@]}" "${phase[@]}" "$@" &
     running=$!
     wait "$running"
     running=''

@@ -2,7 +2,9 @@
 # Reinforcement learning under reward plugins: GRPO with GSPO's sequence-level importance sampling.
 #   In:   $MODEL (a checkpoint), $DATASET (messages JSONL with the truth in a column of its own: solution)
 #   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
-#   Cost: as full_run.sh, plus generation: with GPUS vLLM shares them (colocate)
+#   Cost: as full_run.sh, plus generation: with GPUS vLLM shares them (colocate) and takes 0.4 of their memory. With DEEPSPEED=
+#         its weights are float32, too: ms-swift gives vLLM the type of the weights that are trained.
+#   Not run on a GPU yet: on CPUs with vLLM's CPU build only (docs/gpu.md).
 #   MODEL=checkpoints/merged DATASET=data/rl.jsonl OUTPUT=checkpoints/rl bash rl_run.sh --max_steps 200
 #   ALGORITHM=GDPO bash rl_run.sh
 source "$(dirname "$0")/lib/common.sh"
@@ -25,7 +27,6 @@ GSPO=(
   --epsilon 3e-4
   --epsilon_high 4e-4
   --beta 0
-  --steps_per_generation 4
 )
 # shellcheck disable=SC2034  # used by name: ALGORITHM
 # GDPO: every reward is normalised by itself before they are added, so that a rare one is not drowned.
@@ -49,14 +50,17 @@ CHORD=(
 )
 
 ARGS=(
+  --reward_funcs "${REWARDS[@]}"
+  --reward_weights "${REWARD_WEIGHTS[@]}"
   --num_generations 8               # the generation batch must divide by it
+  --max_length 4096                 # of a prompt: a photo in full size has 16384 tokens
+  --truncation_strategy delete      # another row in its place: cut from the left, an image would lose its tokens
   --max_completion_length 512
   --temperature 1.0
   --learning_rate 1e-6
   --warmup_ratio 0.05
   --max_steps 500
-  --per_device_train_batch_size 8
-  --gradient_accumulation_steps 1
+  --per_device_eval_batch_size 8    # num_generations must divide that, times the GPUs
   --save_steps 100
   --logging_steps 1
   --log_completions true
@@ -73,14 +77,12 @@ fi
 [[ $ALGORITHM =~ ^(GSPO|GDPO|CHORD)$ ]] || die "unknown ALGORITHM $ALGORITHM: GSPO, GDPO or CHORD"
 declare -n ALGORITHM_ARGS=$ALGORITHM
 DATA_ARGS=(--dataset "$DATASET" --split_dataset_ratio 0)
-CHECKED=(--dataset "$DATASET")
-if [ -n "$VAL_DATASET" ]; then
-  DATA_ARGS=(--dataset "$DATASET" --val_dataset "$VAL_DATASET")
-  CHECKED+=(--val-dataset "$VAL_DATASET")
-fi
-[ "$ALGORITHM" = CHORD ] && CHECKED+=(--chord-sft-dataset "$CHORD_DATASET")
+if [ -n "$VAL_DATASET" ]; then DATA_ARGS=(--dataset "$DATASET" --val_dataset "$VAL_DATASET"); fi
 
-preflight "${CHECKED[@]}" --needed-columns "${REWARD_COLUMNS[@]}" --reward-funcs "${REWARDS[@]}" \
-  --external-plugins "${PLUGINS[@]}" --disk-factor 11 "$@"
-train rlhf --rlhf_type grpo --reward_funcs "${REWARDS[@]}" --reward_weights "${REWARD_WEIGHTS[@]}" \
-  "${DATA_ARGS[@]}" "${FULL_ARGS[@]}" "${ALGORITHM_ARGS[@]}" "${ARGS[@]}" "$@"
+DEFAULT_BATCH=32 # answers of an optimizer step, to 4 prompts
+share_batch 8 >/dev/null
+# Four steps a rollout: with one, no ratio ever leaves 1, and nothing is clipped. It counts the accumulated ones.
+if [ "$ALGORITHM" != CHORD ]; then ALGORITHM_ARGS+=(--steps_per_generation $((4 * ACCUMULATION))); fi
+settle grpo 8 --rlhf_type grpo "${DATA_ARGS[@]}" "${FULL_ARGS[@]}" "${ALGORITHM_ARGS[@]}" "${ARGS[@]}"
+preflight rlhf --needed-columns "${REWARD_COLUMNS[@]}" --disk-factor "$DISK_FACTOR"
+train rlhf

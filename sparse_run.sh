@@ -32,13 +32,21 @@ SPARSIFY_ARGS=(
   --calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"}
 )
 ARGS=(
-  --external_plugins "${PLUGINS[@]}" "$ROOT/plugins/sparsity.py"
   --callbacks keep_zeros
   --max_steps 1000
 )
+PLUGINS+=("$ROOT/plugins/sparsity.py")
 
-[ "${NNODES:-1}" -eq 1 ] || die "NNODES=$NNODES: cycles run on one node; its GPUs all take part"
-preflight --dataset "$DATASET" --val-dataset "$VAL_DATASET" --disk-factor $((11 + CYCLES)) "$@"
+need_number CYCLES 1 1000
+need_switch REFIT
+need SPARSITY '0?\.[0-9]+' "give the share of zeros, between 0 and 1"
+need START '|0?\.[0-9]+' "give the share of zeros after the first cycle, between 0 and 1"
+need WORSE '[0-9]{0,6}\.?[0-9]+' "give a positive share, as 0.15"
+need SCHEDULE 'exponential|cubic' "choose exponential or cubic"
+need SCORE 'magnitude|wanda|gradient' "choose magnitude, wanda or gradient"
+one_node "cycles run on one node; its GPUs all take part"
+settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}"
+preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
 folder=$OUTPUT.cycles
 PLAN=(
   python -m prunekit.sparse_cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
@@ -47,7 +55,7 @@ PLAN=(
 "${PLAN[@]}" >/dev/null
 claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
-levels=$("${PLAN[@]}" --into "$folder" --flags "$(quoted "${SPARSIFY_ARGS[@]}" "${ARGS[@]}" "$@")")
+levels=$("${PLAN[@]}" --into "$folder" --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
 
 evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
   local json=$1
@@ -69,7 +77,7 @@ for level in $levels; do
     if [ ! -e "$here" ] || [ -d "$here.run" ]; then
       run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
         WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
-        GPUS="$GPUS" bash "$ROOT/full_run.sh" "${ARGS[@]}" "$@"
+        GPUS="$GPUS" bash "$ROOT/full_run.sh" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@"
       wait "$GROUP_PID" || fail "cycle $cycle failed: its messages are above; the same command goes on with it"
       unset 'groups[-1]'
     fi
@@ -88,4 +96,4 @@ done
 python -m prunekit.sparse_cycles publish --cycles "$folder" --base "$MODEL" --out "$OUTPUT" --worse "$WORSE" \
   ${OVERWRITE:+--overwrite}
 python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
-rm -rf "$WORK"
+remove_work

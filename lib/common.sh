@@ -10,7 +10,7 @@ active=${VIRTUAL_ENV:-${CONDA_PREFIX:-$ROOT/.venv}}
 PATH=$active/bin:$PATH
 STAGE=${STAGE:-$(basename "$0" .sh)}
 WORK='' # set by claim_work, never from outside: it is deleted in the end
-POSITIONS='' # set by preflight
+MADE='' # set by claim_work: what a refusal after it takes away again
 
 die() { echo "error: $*" >&2; exit 2; }  # bad input
 fail() { echo "error: $*" >&2; exit 1; } # something broke
@@ -21,27 +21,33 @@ case " $* " in
     exit 0
     ;;
 esac
-remaining=()
+remaining=() USER_PLUGINS=() flag=''
 for argument in "$@"; do
+  [[ $argument != --* ]] || flag=${argument//_/-}
   case ${argument//_/-} in
+    --external-plugins) continue ;; # beside ours, not in their place
+    --external-plugins=*) USER_PLUGINS+=("${argument#*=}") && continue ;;
     --overwrite) OVERWRITE=1 ;;
     --model | --model=*) die "--model: set MODEL=... instead, which is checked first and published last" ;;
     --output-dir | --output-dir=*) die "--output_dir: set OUTPUT=... instead; the run's own folder is \$OUTPUT.run" ;;
-    *) remaining+=("$argument") ;;
+    *) if [ "$flag" = --external-plugins ]; then USER_PLUGINS+=("$argument"); else remaining+=("$argument"); fi ;;
   esac
 done
 set -- "${remaining[@]}"
+USER_ARGS=("$@") # of ms-swift: they come last, so that they count
 command -v swift >/dev/null || die "ms-swift is not installed: run 'bash lib/setup.sh'"
 
 # --- settings that every launcher understands; edit here or set from outside -------------------------------
 
 # e.g. 0,1,2,3; empty: the CPU; default: those of CUDA_VISIBLE_DEVICES, or all (a broken driver's message is no GPU)
-find_gpus() { nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -x '[0-9]\+' | paste -sd, || true; }
-GPUS=${GPUS-${CUDA_VISIBLE_DEVICES-$(find_gpus)}}
-DTYPE=${DTYPE:-$([ -n "$GPUS" ] && echo bfloat16 || echo float32)}
+DEVICES=$(nvidia-smi --query-gpu=index,memory.total --format=csv,noheader,nounits 2>/dev/null | grep -x '[0-9]\+\(, .*\)\?' || true)
+GPUS=${GPUS-${CUDA_VISIBLE_DEVICES-$(cut -d, -f1 <<< "$DEVICES" | paste -sd,)}}
+DTYPE=${DTYPE:-}                    # to compute in; default: bfloat16 on GPUs, float32 on a CPU. Masters are always float32
+GLOBAL_BATCH=${GLOBAL_BATCH:-}      # rows of an optimizer step, shared out among all GPUs; default: about DEFAULT_BATCH
 MODEL_TYPE=${MODEL_TYPE:-}          # ms-swift's name; default: the model's own model_type
 TEMPLATE=${TEMPLATE:-}              # ms-swift's chat template; default: the one most like the checkpoint's own
-DEEPSPEED=${DEEPSPEED-zero2}        # used with several GPUs; zero3 for models that don't fit; empty: plain DDP
+DEEPSPEED=${DEEPSPEED-auto}         # auto: zero1 or zero2 on GPUs; zero3 for models that don't fit; empty: plain DDP
+PLAIN=${PLAIN:-}                    # 1: nothing of what makes training on GPUs faster (see settle)
 OVERWRITE=${OVERWRITE:-}            # 1 (or the flag --overwrite): replace a finished OUTPUT
 RESTART=${RESTART:-}                # 1: forget an interrupted run instead of resuming it
 CHECKPOINT=${CHECKPOINT:-last}      # which one to publish: last, or best (by ms-swift's --metric_for_best_model)
@@ -53,6 +59,57 @@ CPU_PROCESSES=${CPU_PROCESSES:-1}   # training processes on a machine without GP
 # Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each, with OUTPUT on a
 # file system that they share.
 
+# need NAME PATTERN MEND: refuse a setting that isn't of the pattern (an extended regular expression). Before any
+# arithmetic: bash would run a command that it finds in an index there.
+need() {
+  [[ ${!1:-} =~ ^($2)$ ]] || die "$1=$(printf %q "${!1:-}"): $3"
+}
+# need_number NAME LEAST [MOST]: refuse a setting that is no whole number in this range.
+need_number() {
+  need "$1" '0|[1-9][0-9]{0,8}' "give a whole number, $2 or more"
+  [ "${!1}" -ge "$2" ] || die "$1=${!1}: give $2 or more"
+  [ "${!1}" -le "${3:-999999999}" ] || die "$1=${!1}: give $3 at most"
+}
+# need_switch NAME...: settings that are on (1) or off (0 or empty, which it makes of it).
+need_switch() {
+  local name
+  for name in "$@"; do
+    need "$name" '|0|1' "set it to 1, or leave it empty"
+    if [ "${!name}" = 0 ]; then printf -v "$name" ''; fi
+  done
+}
+# need_gpus NAME: a list of GPUs of this machine, each once. Empty is none.
+need_gpus() {
+  local name=$1 gpu
+  need "$name" '|([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+)(,([0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+))*' \
+    "name GPUs by their numbers, as 0,1,2; empty: the CPU"
+  [ -n "${!name}" ] || return 0
+  [ -z "$(tr , '\n' <<< "${!name}" | sort | uniq -d)" ] || die "$name=${!name}: names a GPU twice"
+  if [ -z "$DEVICES" ]; then
+    command -v nvidia-smi >/dev/null || compgen -G '/dev/nvidia*' >/dev/null ||
+      die "$name=${!name}: there is no GPU here, nor nvidia-smi: $name= is the CPU"
+    return 0
+  fi
+  for gpu in $(tr , ' ' <<< "${!name}"); do
+    [[ $gpu == *-* ]] || grep -q "^$gpu\(,\|$\)" <<< "$DEVICES" ||
+      die "$name=${!name}: there is no GPU $gpu here, but $(cut -d, -f1 <<< "$DEVICES" | paste -sd,)"
+  done
+}
+need_number CPU_PROCESSES 1 1024
+need DTYPE '|bfloat16|float16|float32' "choose bfloat16, float16 or float32"
+need CHECKPOINT 'last|best' "choose last or best"
+need_switch PLAIN OVERWRITE RESTART KEEP_RUN
+[ -z "$GLOBAL_BATCH" ] || need_number GLOBAL_BATCH 1
+[[ $DEEPSPEED =~ ^(|auto|zero[0-3]|zero[23]_offload)$ ]] || [ -f "$DEEPSPEED" ] ||
+  die "DEEPSPEED=$(printf %q "$DEEPSPEED"): choose zero1, zero2, zero3, zero2_offload or zero3_offload, a file, or empty"
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+need_number NNODES 1
+need_number NODE_RANK 0
+[ "$NODE_RANK" -lt "$NNODES" ] || die "NODE_RANK=$NODE_RANK: of NNODES=$NNODES nodes the first is 0"
+[ -z "${MASTER_PORT:-}" ] || need_number MASTER_PORT 1 65535
+[ "$NNODES" -eq 1 ] || [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES: MASTER_ADDR isn't set: the address of the node with NODE_RANK=0"
+need_gpus GPUS
+
 PLUGINS=(
   "$ROOT/plugins/qwen_vl_token_ids.py"
   "$ROOT/plugins/gpt2_model.py"
@@ -61,31 +118,17 @@ PLUGINS=(
 
 # --- argument arrays ------------------------------------------------------------------------------------------
 
-# use_gpus LIST: train on these GPUs (0,1,...), or on the CPU if the list is empty. Sets DEVICE_ARGS.
+# use_gpus LIST: train on these GPUs (0,1,...), or on the CPU if the list is empty. Sets PROCESSES here, WORLD
+# on all nodes, and COMPUTE, the type to compute in.
 use_gpus() {
-  local processes=${CPU_PROCESSES:-1} distributed=''
-  if [ -n "$1" ]; then
-    export CUDA_VISIBLE_DEVICES=$1
-    processes=$(tr , '\n' <<< "$1" | wc -l)
-  fi
-  if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then distributed=1; fi
-  if [ -n "$1" ]; then
-    DEVICE_ARGS=(--torch_dtype "$DTYPE")
-    if [ -n "$distributed" ] && [ -n "$DEEPSPEED" ]; then DEVICE_ARGS+=(--deepspeed "$DEEPSPEED"); fi
-  else
-    export CUDA_VISIBLE_DEVICES=
-    DEVICE_ARGS=(
-      --use_cpu true            # without it several processes train replicas that never meet
-      --torch_dtype "$DTYPE"
-      --fp16 false
-      --bf16 "$([ "$DTYPE" = bfloat16 ] && echo true || echo false)"
-      --gradient_checkpointing false
-      --dataloader_num_workers 0
-    )
-    if [ -n "$distributed" ]; then DEVICE_ARGS+=(--ddp_backend gloo); fi
-  fi
-  unset NPROC_PER_NODE # ms-swift takes its presence as a call for torchrun
-  if [ -n "$distributed" ]; then export NPROC_PER_NODE=$processes; fi
+  export CUDA_VISIBLE_DEVICES=$1 CUDA_DEVICE_ORDER=PCI_BUS_ID # nvidia-smi's numbers, on machines with different GPUs, too
+  PROCESSES=$CPU_PROCESSES
+  if [ -n "$1" ]; then PROCESSES=$(tr , '\n' <<< "$1" | wc -l); fi
+  WORLD=$((PROCESSES * NNODES))
+  COMPUTE=${DTYPE:-$([ -n "$1" ] && echo bfloat16 || echo float32)}
+  # ms-swift takes its presence as a call for torchrun, without which vLLM and DeepSpeed miss their ranks on one GPU, too.
+  unset NPROC_PER_NODE
+  if [ -n "$1" ] || [ "$WORLD" -gt 1 ]; then export NPROC_PER_NODE=$PROCESSES; fi
 }
 use_gpus "$GPUS"
 
@@ -101,32 +144,235 @@ RUN_ARGS=(
   --save_total_limit 2
   --seed 42
   --report_to wandb
+  --ddp_timeout 3600          # seconds; ms-swift's default would wait 208 days for a process that hangs
 )
 
 # --- functions ------------------------------------------------------------------------------------------------
 
-is_main_node() { [ "${NODE_RANK:-0}" -eq 0 ]; }
+is_main_node() { [ "$NODE_RANK" -eq 0 ]; }
 
-# preflight ARGS...: refuse bad input before anything is written (see prunekit/preflight.py; the user's own flags, put
-# last, count there as they do for ms-swift). Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE and POSITIONS. What an interrupted run of this
-# OUTPUT left running is ended here: it may hold the port or the GPUs.
+# one_node WHAT: refuse several nodes.
+one_node() { [ "$NNODES" -eq 1 ] || die "NNODES=$NNODES: $1"; }
+
+# value_of FLAG ARGS...: sets VALUE to the (last) value of one of ms-swift's flags, empty if it isn't there.
+value_of() {
+  local flag=--$1 word name previous=''
+  VALUE=''
+  shift
+  for word in "$@"; do
+    name=${word%%=*}
+    name=${name//-/_}
+    if [ "$previous" = "${flag//-/_}" ]; then VALUE=$word; fi
+    previous=''
+    if [[ $word == *=* ]] && [ "$name" = "${flag//-/_}" ]; then VALUE=${word#*=}; else previous=$name; fi
+  done
+}
+
+# flags_of PATTERN ARGS...: sets FLAGS to the flags whose names match (as a file name does), with their values.
+flags_of() {
+  local pattern=$1 word name taken=''
+  FLAGS=()
+  shift
+  for word in "$@"; do
+    if [[ $word == --* ]]; then
+      name=${word#--}
+      name=${name%%=*}
+      # shellcheck disable=SC2053  # a pattern
+      taken=$([[ ${name//-/_} == $pattern ]] && echo 1 || true)
+    fi
+    [ -z "$taken" ] || FLAGS+=("$word")
+  done
+}
+
+# share_batch MOST: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless the user's
+# flags say otherwise. Sets ACCUMULATION and BATCH_ARGS. If GLOBAL_BATCH isn't set, the nearest to DEFAULT_BATCH is taken.
+DEFAULT_BATCH=${DEFAULT_BATCH:-16}
+share_batch() {
+  local batch rows=${GLOBAL_BATCH:-$DEFAULT_BATCH} micro accumulation
+  value_of per_device_train_batch_size "${USER_ARGS[@]}"
+  batch=$VALUE
+  value_of gradient_accumulation_steps "${USER_ARGS[@]}"
+  accumulation=$VALUE
+  if [ -z "$batch" ]; then
+    batch=$1
+    while [ "$batch" -gt 1 ] && [ $((rows % (batch * WORLD))) -ne 0 ]; do batch=$((batch - 1)); done
+  fi
+  [[ $batch =~ ^[1-9][0-9]{0,5}$ ]] || die "--per_device_train_batch_size $batch: give a whole number, 1 or more"
+  micro=$((batch * WORLD))
+  if [ -z "$accumulation" ]; then
+    if [ -n "$GLOBAL_BATCH" ] && [ $((rows % micro)) -ne 0 ]; then
+      die "GLOBAL_BATCH=$rows does not divide by $batch rows on each of $WORLD: give a multiple of $micro"
+    fi
+    accumulation=$(((rows + micro / 2) / micro))
+    [ "$accumulation" -gt 0 ] || accumulation=1
+  fi
+  [[ $accumulation =~ ^[1-9][0-9]{0,5}$ ]] || die "--gradient_accumulation_steps $accumulation: give a whole number, 1 or more"
+  ACCUMULATION=$accumulation
+  BATCH_ARGS=(--per_device_train_batch_size "$batch" --gradient_accumulation_steps "$accumulation")
+  echo "$((micro * accumulation)) rows a step: $batch at once, on each of $WORLD, $accumulation times"
+}
+
+# gpu_memory: MB of the smallest GPU in use, or 0 if nvidia-smi doesn't say.
+gpu_memory() {
+  local gpu least='' memory
+  for gpu in ${CUDA_VISIBLE_DEVICES//,/ }; do
+    memory=$(sed -n "s/^$gpu, \([0-9]*\)$/\1/p" <<< "$DEVICES")
+    if [ -z "$least" ] || [ "${memory:-0}" -lt "$least" ]; then least=${memory:-0}; fi
+  done
+  echo "${least:-0}"
+}
+
+# choose_deepspeed ARGS...: sets ZERO to the DeepSpeed configuration of a run with these flags, or to nothing.
+choose_deepspeed() {
+  local megabytes
+  value_of deepspeed "${USER_ARGS[@]}"
+  ZERO=${VALUE:-$DEEPSPEED}
+  [ "$ZERO" = auto ] || return 0
+  ZERO=''
+  [ -n "$CUDA_VISIBLE_DEVICES" ] || return 0
+  case " $* " in # single weights and heads have no optimizer state of their own in DeepSpeed's flat buffers
+    *" head_rates "* | *" active_heads "* | *" dynamic_sparsity "*) return 0 ;;
+  esac
+  value_of tuner_type "$@"
+  if [ "$VALUE" != full ] && [ "$WORLD" -eq 1 ]; then return 0; fi # peft keeps an adapter in float32 by itself
+  ZERO=zero2
+  if [ -z "$PLAIN" ] && [ "$WORLD" -gt 1 ] && [ "$ACCUMULATION" -gt 1 ] && [ "$VALUE" = full ]; then
+    # ZeRO-2 sends all gradients at each of the accumulated steps, ZeRO-1 once at the end; it keeps them whole for that:
+    # weights and gradients in 16 bits, a share of 12 bytes a parameter, and 40% left for activations and vLLM.
+    megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors 2>/dev/null | tail -n 1 | cut -f1 || true)
+    if [ -n "$megabytes" ] && [ $((megabytes * (2 * WORLD + 6) * 10)) -lt $(($(gpu_memory) * WORLD * 6)) ]; then ZERO=zero1; fi
+  fi
+}
+
+# settle KIND MOST ARGS...: sets LINE, all of a training's flags for ms-swift but those that name the model and the output: what
+# the devices need, what makes it fast, the launcher's own ARGS, the batch (MOST rows at once), and last the user's.
+# KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model.
+settle() {
+  local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention
+  local -a device speed=()
+  shift 2
+  local -a all=("$@" "${USER_ARGS[@]}")
+  value_of tuner_type "${all[@]}"
+  [ "$VALUE" != full ] || full=1
+  value_of vllm_mode "${all[@]}"
+  colocate=$([ "$VALUE" = colocate ] && echo 1 || true)
+  if [ -z "$CUDA_VISIBLE_DEVICES" ] || [ -n "$PLAIN" ] || [ "$(gpu_memory)" -lt 40000 ]; then
+    [ "$kind" = grpo ] || most=1
+  fi
+  share_batch "$most"
+  choose_deepspeed "${all[@]}"
+
+  # Sums of small steps are lost in 16 bits: AdamW in bfloat16 does 0.2% of what it should at a rate of 1e-6. DeepSpeed
+  # keeps a float32 copy of the weights that are trained; without it, they are float32 themselves and 16 bits are autocast's.
+  if [ -n "$full" ] && [ -z "$ZERO" ]; then weights=float32; fi
+  device=(
+    --torch_dtype "$weights"
+    --bf16 "$([ "$COMPUTE" = bfloat16 ] && echo true || echo false)" # never left to ms-swift: it takes float32 for fp16
+    --fp16 "$([ "$COMPUTE" = float16 ] && echo true || echo false)"
+  )
+  if [ -n "$ZERO" ]; then device+=(--deepspeed "$ZERO"); fi
+  if [ -z "$CUDA_VISIBLE_DEVICES" ]; then
+    device+=(
+      --use_cpu true            # without it several processes train replicas that never meet
+      --gradient_checkpointing false
+      --dataloader_num_workers 0
+    )
+    if [ "$WORLD" -gt 1 ]; then device+=(--ddp_backend gloo); fi
+  elif [ -z "$PLAIN" ]; then
+    found=" $(python -m prunekit.speedups) "
+    value_of attn_impl "${all[@]}"
+    attention=$VALUE
+    if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
+      attention=flash_attention_2
+      speed+=(--attn_impl "$attention")
+    fi
+    if [ "$kind" = sft ]; then
+      # Rows of a batch one behind the other instead of padded: as many rows a step as without, unlike packing.
+      if [[ $attention == flash* ]]; then
+        speed+=(--padding_free true)
+      elif ! is_multimodal; then
+        speed+=(--group_by_length true) # ms-swift would decode all images beforehand
+      fi
+      # Fuses the vocabulary's projection and its loss. Not with ZeRO-3: it reads a weight that may not be there.
+      if [[ $found == *" liger "* && $ZERO != *zero3* ]]; then speed+=(--use_liger_kernel true); fi
+      speed+=(
+        --dataloader_num_workers "$(at_most 8 $(($(nproc) / PROCESSES)))" # images are decoded and resized there
+        --per_device_eval_batch_size "$(at_most 4 "$most")"
+      )
+    elif [ "$kind" = gkd ]; then
+      # Its evaluation generates: in batches, and not often.
+      speed+=(--per_device_eval_batch_size 16)
+      value_of max_completion_length "${all[@]}"
+      # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
+      if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&
+        ! [[ " ${all[*]//-/_} " == *" __gkd_logits_topk"* || " ${all[*]//-/_} " == *" __sft_alpha"* ]]; then
+        speed+=(--use_liger_kernel true)
+      fi
+    fi
+    if [ -n "$colocate" ]; then
+      speed+=(--sleep_level 2) # training sends new weights before each rollout: none need be kept in the host's memory
+      if [[ $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all of them are gathered at once
+    else
+      export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows of all lengths fragment it
+    fi
+    echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
+  fi
+  plugin_list
+  LINE=(--external_plugins "${EXTERNAL[@]}" "${device[@]}" "${RUN_ARGS[@]}" "$@" "${speed[@]}" "${BATCH_ARGS[@]}" "${USER_ARGS[@]}")
+  refuse_lost_steps "$full"
+  DISK_FACTOR=1.1
+  # Three checkpoints exist while one is saved. DeepSpeed's have weights, a 16-bit and a 32-bit copy and two moments.
+  if [ -n "$full" ]; then DISK_FACTOR=$([ -n "$ZERO" ] && echo 25 || echo 19); fi
+}
+
+# plugin_list: sets EXTERNAL, our plugins and the user's, each once.
+plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
+
+at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
+is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
+
+# refuse_lost_steps FULL: refuse full training of 16-bit weights without a float32 copy, at a rate whose steps they'd round away.
+refuse_lost_steps() {
+  local rate
+  [ -n "$1" ] && [ -z "$ZERO" ] || return 0
+  value_of learning_rate "${LINE[@]}"
+  rate=$VALUE
+  value_of torch_dtype "${LINE[@]}"
+  [[ $VALUE =~ ^b?float16$ ]] && awk -v rate="$rate" 'BEGIN { exit !(rate < 1e-5) }' || return 0
+  die "--torch_dtype $VALUE would round steps of --learning_rate $rate away: leave it out, or set DEEPSPEED=zero2"
+}
+
+# preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/preflight.py): KIND (sft, rlhf,
+# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, and keeps LINE within the model's
+# positions. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
 preflight() {
   OUTPUT=${OUTPUT%/}
-  local found name value overwrite=$OVERWRITE
+  local kind=$1 found name value overwrite=$OVERWRITE
+  shift
   if [ -d "$OUTPUT.run" ]; then
     claim_work
     is_published && overwrite=1
   fi
   found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
-    ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@")
+    ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@" --swift "$kind" -- "${LINE[@]}")
+  ENGINE_LENGTH=''
   while IFS='=' read -r name value; do
     case $name in # libraries may print lines of their own
       MODEL_TYPE) MODEL_TYPE=${MODEL_TYPE:-$value} ;;
       TEACHER_TYPE) TEACHER_TYPE=${TEACHER_TYPE:-$value} ;;
       TEMPLATE) export TEMPLATE=${TEMPLATE:-$value} ;; # to the launchers that this one calls, too
-      POSITIONS) POSITIONS=$value ;;
+      MAX_LENGTH) [ -z "$value" ] || LINE+=(--max_length "$value") ;;
+      COMPLETION_LENGTH) [ -z "$value" ] || LINE+=(--max_completion_length "$value") ;;
+      ENGINE_LENGTH) ENGINE_LENGTH=$value ;;
+      POSITIONS)
+        value_of max_length "${LINE[@]}"
+        [ "${value:-0}" -eq 0 ] || [ "$VALUE" -le "$value" ] || LINE+=(--max_length "$value")
+        ;;
     esac
   done <<< "$found"
+  if [[ " ${LINE[*]} " == *" --vllm_mode colocate "* && " ${LINE[*]//-/_} " != *" __vllm_max_model_len"* && -n $ENGINE_LENGTH ]]; then
+    LINE+=(--vllm_max_model_len "$ENGINE_LENGTH")
+  fi
 }
 
 setup_wandb() {
@@ -138,23 +384,6 @@ setup_wandb() {
   if [ -z "${WANDB_MODE:-}" ] && [ -z "${WANDB_API_KEY:-}" ] && ! grep -qsF "${host%%[:/]*}" "${NETRC:-$HOME/.netrc}"; then
     export WANDB_MODE=offline
     echo "W&B: no key found, so runs are kept offline in $WANDB_DIR/wandb ('wandb login', then 'wandb sync' sends them)"
-  fi
-}
-
-# within_positions ARGS...: sets WITHIN, which takes back a --max_length of more tokens than the model has positions.
-within_positions() {
-  local flag previous='' length=0
-  for flag in "$@"; do
-    case "${previous//-/_} ${flag//-/_}" in
-      __max_length\ *) length=$flag ;;
-      *\ __max_length=*) length=${flag#*=} ;;
-    esac
-    previous=$flag
-  done
-  WITHIN=()
-  if [ -n "$POSITIONS" ] && [[ $length =~ ^[0-9]+$ ]] && [ "$length" -gt "$POSITIONS" ]; then
-    WITHIN=(--max_length "$POSITIONS")
-    echo "--max_length $POSITIONS: the model has no more positions; longer rows are left out" >&2
   fi
 }
 
@@ -178,9 +407,13 @@ run_group() {
   groups+=("$GROUP_PID")
 }
 end_groups() {
+  local code=$? group
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it running
-  local group
   for group in "${groups[@]}" $(jobs -p); do end_group "$group"; done
+  if [ "$code" -eq 2 ] && [ -n "$MADE" ] && [ ! -e "$WORK/command.sh" ]; then # refused: as if it had never been
+    rm -f "$WORK/lock-$NODE_RANK" "$WORK/launcher-$NODE_RANK"
+    find "$MADE" -depth -type d -empty -delete 2>/dev/null || true
+  fi
 }
 trap end_groups EXIT
 trap 'exit 130' INT
@@ -207,13 +440,19 @@ end_leftovers() {
 # claim_work: take $OUTPUT.run for this run alone, and end what a killed launcher left running there. Sets WORK.
 claim_work() {
   [ -z "$WORK" ] || return 0
-  local folder=$OUTPUT.run node=${NODE_RANK:-0} owner
+  local folder=$OUTPUT.run node=$NODE_RANK owner code=0
+  if [ ! -e "$folder" ]; then
+    MADE=$folder
+    while [ ! -e "$(dirname "$MADE")" ]; do MADE=$(dirname "$MADE"); done
+  fi
   if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ] && ! compgen -G "$folder/lock-*" >/dev/null; then
     die "$folder is in the way, and no run's: move it, or choose another OUTPUT"
   fi
   mkdir -p "$folder"
   exec 9>>"$folder/lock-$node"
-  if ! flock -n 9; then
+  flock -n -E 75 9 2>/dev/null || code=$?
+  if [ "$code" -ne 0 ]; then
+    [ "$code" -eq 75 ] || die "$folder: no file can be locked there (Lustre needs -o flock): choose an OUTPUT elsewhere"
     owner=$(cat "$folder/launcher-$node" 2>/dev/null || true)
     if [ "${owner#* }" != "$HOSTNAME" ] || kill -0 "${owner% *}" 2>/dev/null; then
       die "$OUTPUT is being made by process ${owner/ / on }: wait for it, stop it, or choose another OUTPUT"
@@ -257,16 +496,12 @@ quoted() {
 }
 
 # run_swift KIND ARGS...: run ms-swift in $WORK, resuming an interrupted run of the same settings. If SERVER is set
-# (what start_server takes), that runs beside it.
-SERVER=()
+# (what start_server takes), that runs beside it. PORTS are flags that may be others when a run goes on.
+SERVER=() PORTS=()
 run_swift() {
   local kind=$1
   shift
-  within_positions "$@"
-  local -a command=(
-    swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"}
-    --external_plugins "${PLUGINS[@]}" "$@" "${WITHIN[@]}"
-  )
+  local -a command=(swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "$@")
   local line resume='' same=''
   line=$(quoted "${command[@]}")
   if [ ! -e "$WORK/command.sh" ] || [ "$(tail -n 1 "$WORK/command.sh")" = "$line" ]; then same=1; fi
@@ -282,6 +517,9 @@ run_swift() {
       find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' -exec rm -rf {} +
     fi
   else
+    if [[ " $line " == *" --deepspeed zero"* ]] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
+      die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"
+    fi
     [ -n "$same" ] ||
       die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
     resume=$(python -m prunekit.publish --run "$WORK" --find-resume)
@@ -289,9 +527,14 @@ run_swift() {
   if is_main_node; then
     printf '%s\n' "# $STAGE, run in $PWD" "$line" > "$WORK/command.sh.new"
     mv "$WORK/command.sh.new" "$WORK/command.sh"
+    echo "$WORLD" > "$WORK/world"
+  fi
+  if [[ " $line " == *_offload" "* ]]; then # a build that was killed leaves a lock on which the next would wait for ever
+    find "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" -path '*/cpu_adam/lock' -mmin +10 -delete 2>/dev/null || true
   fi
   if [ ${#SERVER[@]} -gt 0 ]; then start_server "${SERVER[@]}"; fi
-  echo "+ $line"
+  command+=("${PORTS[@]}")
+  echo "+ $(quoted "${command[@]}")"
   if [ -n "$resume" ]; then
     echo "resuming from $resume"
     command+=(--resume_from_checkpoint "$resume")
@@ -306,22 +549,19 @@ run_swift() {
   fi
 }
 
-# train sft|rlhf ARGS...: train $MODEL in $OUTPUT.run and publish $OUTPUT.
+# train sft|rlhf: train $MODEL in $OUTPUT.run by LINE and publish $OUTPUT.
 train() {
-  local kind=$1
-  shift
   claim_work
   setup_wandb
-  run_swift "$kind" "${DEVICE_ARGS[@]}" "${RUN_ARGS[@]}" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "$@" \
-    --output_dir "$WORK"
+  run_swift "$1" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "${LINE[@]}" --output_dir "$WORK"
   if is_main_node; then publish "$WORK"; fi
 }
 
-# export_merged ARGS...: merge $ADAPTER into $MODEL and publish $OUTPUT.
+# export_merged: merge $ADAPTER into $MODEL by LINE and publish $OUTPUT.
 export_merged() {
   claim_work
   rm -rf "$WORK/merged"
-  run_swift export --adapters "$ADAPTER" --torch_dtype "$DTYPE" "$@" --output_dir "$WORK/merged"
+  run_swift export "${LINE[@]}" --output_dir "$WORK/merged"
   publish "$WORK/merged"
 }
 
@@ -343,6 +583,28 @@ clean_up() {
   if [ -e "$OUTPUT/logging.jsonl" ]; then
     python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
   fi
-  if [ -n "$KEEP_RUN" ]; then rm -f "$WORK/publishing"; else rm -rf "$WORK"; fi
+  if [ -n "$KEEP_RUN" ]; then rm -f "$WORK/publishing"; else remove_work; fi
   echo "$STAGE: wrote $OUTPUT"
+}
+
+remove_work() {
+  exec 9>&- # NFS keeps a file that is open, and its folder
+  rm -rf "$WORK"
+}
+
+# free_ports N: TCP ports that nothing uses, one a line: below those that the system gives to others meanwhile.
+free_ports() {
+  python - "$1" <<'EOF'
+import random, socket, sys
+
+held = []
+while len(held) < int(sys.argv[1]):
+    probe = socket.socket()
+    try:
+        probe.bind(("", random.randrange(20000, 32000)))
+        held.append(probe)
+        print(probe.getsockname()[1])
+    except OSError:
+        probe.close()
+EOF
 }

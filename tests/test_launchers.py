@@ -28,7 +28,7 @@ SCRIPTS = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.sh"), *ROOT.g
 # What nvidia-smi says on a machine without a working driver goes to its standard output.
 NVIDIA_SMI = """#!/bin/sh
 [ -n "$STUB_GPUS" ] || { echo "NVIDIA-SMI has failed because it couldn't communicate with the driver"; exit 9; }
-seq 0 $((STUB_GPUS - 1))
+for gpu in $(seq 0 $((STUB_GPUS - 1))); do echo "$gpu, ${STUB_MEMORY:-81559}"; done
 """
 
 
@@ -331,6 +331,17 @@ def test_the_teacher_keeps_its_own_architecture(lab, tiny):
     assert values(call["argv"], "--teacher_model_type") == ["qwen3_vl_moe"]
 
 
+def test_the_users_plugins_come_beside_ours_and_not_in_their_place(lab):
+    plugin = lab.folder / "mine.py"
+    plugin.touch()
+    lab.run("full_run.sh", "--external_plugins", plugin, "--max_steps", 3, GPUS="", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    names = [Path(name).name for name in values(call["argv"], "--external_plugins")]
+    assert names[0] == "qwen_vl_token_ids.py" and names[-1] == "mine.py"
+    assert call["argv"].count("--external_plugins") == 1
+    assert values(call["argv"], "--max_steps") == ["3"]
+
+
 def test_data_and_rewards_of_the_command_line_are_checked_in_place_of_the_settings(lab):
     shutil.copy(lab.folder / "train.jsonl", lab.folder / "more.jsonl")
     data = ["--dataset", "more.jsonl", "more.jsonl#1"]
@@ -349,13 +360,13 @@ def test_data_and_rewards_of_the_command_line_are_checked_in_place_of_the_settin
     [
         ({}, "", None),
         ({"GPUS": "", "STUB_GPUS": "4"}, "", None),
-        ({"STUB_GPUS": "1"}, "0", None),
+        ({"STUB_GPUS": "1"}, "0", "1"),
         ({"STUB_GPUS": "4"}, "0,1,2,3", "4"),
         ({"STUB_GPUS": "4", "GPUS": "2,3"}, "2,3", "2"),
         ({"STUB_GPUS": "4", "CUDA_VISIBLE_DEVICES": "1,3"}, "1,3", "2"),
         ({"CPU_PROCESSES": "2"}, "", "2"),
-        ({"GPUS": "0", "NPROC_PER_NODE": "8"}, "0", None),
-        ({"GPUS": "0", "NNODES": "2"}, "0", "1"),
+        ({"GPUS": "0", "NPROC_PER_NODE": "8"}, "0", "1"),
+        ({"GPUS": "0", "NNODES": "2", "MASTER_ADDR": "a"}, "0", "1"),
     ],
     ids=str,
 )
@@ -364,7 +375,7 @@ def test_devices_decide_processes_and_flags(lab, env, visible, processes):
     [call] = lab.calls()
     assert call["env"]["CUDA_VISIBLE_DEVICES"] == visible
     assert call["env"].get("NPROC_PER_NODE") == processes
-    assert ("--deepspeed" in call["argv"]) == bool(visible and processes)
+    assert ("--deepspeed" in call["argv"]) == bool(visible)
     assert ("--use_cpu" in call["argv"]) == (not visible)
     assert ("--ddp_backend" in call["argv"]) == bool(not visible and processes)
     assert values(call["argv"], "--torch_dtype") == ["bfloat16" if visible else "float32"]
@@ -390,6 +401,295 @@ def test_a_node_that_is_not_the_main_one_trains_beside_it_and_publishes_nothing(
     main.communicate(timeout=60)
 
 
+# --- what a line is made of: the shell alone, no launcher ---------------------------------------------------------
+
+
+@pytest.fixture
+def settle(lab):
+    """settle(kind, *flags, user=[...], **env): what settle makes of the flags of a launcher; a dict of flags, "" if bare.
+
+    Its standard output is under "said".
+    """
+
+    def run(kind: str, *flags: object, user: tuple = (), most: int = 4, **env: object) -> dict[str, str]:
+        script = f'source "{ROOT}/lib/common.sh"; settle {kind} {most} {" ".join(map(str, flags))}; printf "%s\\n" @ "${{LINE[@]}}"'
+        environment = lab.env | {"STUB_GPUS": "8", "GPUS": "0"} | {k: str(v) for k, v in env.items()}
+        result = subprocess.run(
+            ["bash", "-c", script, "full_run.sh", *map(str, user)],
+            cwd=lab.folder, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if result.returncode:
+            return {"refused": result.stderr, "code": str(result.returncode)}
+        said, _, line = result.stdout.partition("@\n")
+        words, found = line.splitlines(), {"said": said}
+        for word, following in zip(words, [*words[1:], "--"]):
+            if word.startswith("--"):
+                found[word.removeprefix("--")] = "" if following.startswith("--") else following
+        return found
+
+    return run
+
+
+@pytest.fixture
+def packages(lab, settle):
+    """packages(*names): have Python packages of these names be importable."""
+
+    def install(*names: str) -> None:
+        for name in names:
+            (lab.folder / "site" / name).mkdir(parents=True)
+            (lab.folder / "site" / name / "__init__.py").touch()
+        lab.env["PYTHONPATH"] = f"{lab.folder / 'site'}:{ROOT}"
+
+    return install
+
+
+FULL = ("--tuner_type", "full", "--learning_rate", "1e-6")
+
+
+@pytest.mark.parametrize("gpus", ["0", "0,1"])
+def test_on_gpus_deepspeed_keeps_float32_copies_of_what_is_trained(settle, gpus):
+    line = settle("sft", *FULL, GPUS=gpus)
+    assert (line["torch_dtype"], line["bf16"], line["fp16"]) == ("bfloat16", "true", "false")
+    assert line["deepspeed"].startswith("zero")
+
+
+@pytest.mark.parametrize("env", [{"GPUS": "0"}, {"GPUS": "0,1"}, {"GPUS": "", "DTYPE": "bfloat16"}], ids=str)
+def test_without_deepspeed_weights_are_float32_under_bfloat16_autocast(settle, env):
+    line = settle("sft", *FULL, DEEPSPEED="", **env)
+    assert (line["torch_dtype"], line["bf16"], line["fp16"]) == ("float32", "true", "false")
+    assert "deepspeed" not in line
+
+
+@pytest.mark.parametrize("gpus", ["0", "0,1"])
+@pytest.mark.parametrize(
+    "flags",
+    [["--optimizer", "head_rates"], ["--optimizer", "active_heads"], ["--callbacks", "dynamic_sparsity"]],
+    ids=" ".join,
+)
+def test_what_deepspeed_cannot_do_runs_without_it_and_with_float32_weights(settle, flags, gpus):
+    line = settle("sft", *FULL, user=flags, GPUS=gpus)
+    assert "deepspeed" not in line and line["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("gpus", ["", "0"])
+@pytest.mark.parametrize("deepspeed", ["", "zero2"])
+def test_computing_in_float32_is_never_float16(settle, gpus, deepspeed):
+    line = settle("sft", *FULL, GPUS=gpus, DTYPE="float32", DEEPSPEED=deepspeed)
+    assert (line["torch_dtype"], line["bf16"], line["fp16"]) == ("float32", "false", "false")
+
+
+def test_the_base_of_a_lora_stays_in_16_bits(settle):
+    line = settle("sft", "--tuner_type", "lora", "--learning_rate", "1e-6", GPUS="0")
+    assert line["torch_dtype"] == "bfloat16" and "deepspeed" not in line
+
+
+@pytest.mark.parametrize("gpus", ["", "0"])
+def test_steps_that_bfloat16_weights_would_round_away_are_refused(settle, gpus):
+    user = ["--torch_dtype", "bfloat16"]
+    refusal = settle("sft", *FULL, user=user, GPUS=gpus, DEEPSPEED="")
+    assert refusal["code"] == "2"
+    assert refusal["refused"].startswith(
+        "error: --torch_dtype bfloat16 would round steps of --learning_rate 1e-6 away: "
+    )
+    assert "refused" not in settle(
+        "sft", *FULL, user=[*user, "--learning_rate", "8e-5"], GPUS=gpus, DEEPSPEED=""
+    )
+    assert "refused" not in settle("sft", *FULL, user=user, GPUS="0", DEEPSPEED="zero2")
+
+
+@pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload"])
+def test_deepspeed_is_honoured_on_one_gpu(settle, deepspeed):
+    assert settle("sft", *FULL, GPUS="0", DEEPSPEED=deepspeed)["deepspeed"] == deepspeed
+
+
+@pytest.mark.parametrize(("megabytes", "zero"), [(17000, "zero1"), (19000, "zero2")])
+def test_gradients_are_kept_whole_where_they_fit(lab, settle, megabytes, zero):
+    """2 bytes a parameter of weights and gradients each, an eighth of 12, and 40% of 80 GB left."""
+    model = lab.folder / "big"
+    model.mkdir()
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(megabytes * 2**20)  # a hole
+    line = settle("sft", *FULL, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=64, MODEL=model)
+    assert line["deepspeed"] == zero
+    assert settle("sft", *FULL, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=32, MODEL=model)["deepspeed"] == "zero2"
+
+
+def rows(line):
+    return int(line["per_device_train_batch_size"]), int(line["gradient_accumulation_steps"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("setting", ["GPUS", "CPU_PROCESSES"])
+def test_a_step_has_as_many_rows_on_any_number_of_gpus(settle, processes, setting):
+    many = (
+        {"GPUS": ",".join(map(str, range(processes)))}
+        if setting == "GPUS"
+        else {"GPUS": "", setting: processes}
+    )
+    batch, accumulation = rows(settle("sft", *FULL, **many))
+    assert batch * accumulation * processes == 16
+    batch, accumulation = rows(settle("sft", *FULL, GLOBAL_BATCH=24, **many))
+    assert batch * accumulation * processes == 24
+
+
+def test_on_three_gpus_a_step_has_the_nearest_number_of_rows_and_says_it(settle):
+    line = settle("sft", *FULL, GPUS="0,1,2")
+    assert rows(line) == (1, 5)
+    assert "15 rows a step" in line["said"]
+
+
+def test_a_global_batch_that_cannot_be_shared_out_is_refused(settle):
+    refusal = settle("sft", *FULL, GPUS="0,1,2", GLOBAL_BATCH=16)
+    assert refusal == {
+        "code": "2",
+        "refused": "error: GLOBAL_BATCH=16 does not divide by 1 rows on each of 3: give a multiple of 3\n",
+    }
+
+
+def test_nodes_share_a_step(settle):
+    assert rows(settle("sft", *FULL, GPUS="0,1", NNODES=4, MASTER_ADDR="a")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "flag", [["--per_device_train_batch_size", "8"], ["--per-device-train-batch-size=8"]], ids=str
+)
+def test_the_users_own_batch_counts(settle, flag):
+    line = settle("sft", *FULL, user=flag, GPUS="0")
+    assert line["gradient_accumulation_steps"] == "2"
+
+
+def test_the_users_own_accumulation_comes_last(settle):
+    line = settle("sft", *FULL, user=["--gradient_accumulation_steps", "7"], GPUS="0", GLOBAL_BATCH=5)
+    assert line["gradient_accumulation_steps"] == "7"
+
+
+@pytest.mark.parametrize(("memory", "batch"), [("81559", 4), ("24564", 1)])
+def test_small_gpus_get_one_row_at_once(settle, memory, batch):
+    assert rows(settle("sft", *FULL, GPUS="0", STUB_MEMORY=memory))[0] == batch
+
+
+def test_what_makes_training_faster_is_on_where_it_is_installed_and_said(settle, packages):
+    packages("flash_attn", "liger_kernel")
+    line = settle("sft", *FULL, GPUS="0,1")
+    expected = {
+        "attn_impl": "flash_attention_2",
+        "padding_free": "true",
+        "use_liger_kernel": "true",
+        "per_device_eval_batch_size": "4",
+    }
+    assert expected.items() <= line.items()
+    assert int(line["dataloader_num_workers"]) > 0
+    said = line["said"].splitlines()[-1]
+    assert said.startswith("for speed: ") and "PLAIN=1" in said
+    assert all(f"--{flag} {value}" in said for flag, value in expected.items())
+
+
+def test_plain_leaves_all_of_it_out(settle, packages):
+    packages("flash_attn", "liger_kernel")
+    line = settle("sft", *FULL, GPUS="0,1", PLAIN=1)
+    assert not line.keys() & {
+        "attn_impl",
+        "padding_free",
+        "use_liger_kernel",
+        "group_by_length",
+        "dataloader_num_workers",
+    }
+    assert rows(line)[0] == 1 and "for speed" not in line["said"]
+
+
+def test_on_a_cpu_there_is_none_of_it(settle, packages):
+    packages("flash_attn", "liger_kernel")
+    assert not settle("sft", *FULL, GPUS="").keys() & {
+        "attn_impl",
+        "padding_free",
+        "use_liger_kernel",
+        "group_by_length",
+    }
+
+
+def test_nothing_is_unpadded_without_flash_attention(settle, packages):
+    packages("flash_attn")
+    assert "padding_free" not in settle("sft", *FULL, user=["--attn_impl", "sdpa"])
+    assert not {"padding_free", "attn_impl"} & settle("sft", *FULL, DTYPE="float32").keys()
+
+
+@pytest.mark.parametrize(("family", "grouped"), [("qwen3", True), ("qwen3_vl", False)])
+def test_without_flash_attention_rows_of_text_are_grouped_by_length_and_images_not_decoded_beforehand(
+    settle, tiny, family, grouped
+):
+    assert ("group_by_length" in settle("sft", *FULL, MODEL=tiny(family))) == grouped
+
+
+def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
+    packages("liger_kernel")
+    assert "use_liger_kernel" not in settle("sft", *FULL, DEEPSPEED="zero3")
+    long = ("--max_completion_length", "4096")
+    assert "use_liger_kernel" in settle("gkd", *FULL, *long)
+    assert "use_liger_kernel" not in settle("gkd", *FULL, *long, user=["--gkd-logits-topk=64"])
+    assert "use_liger_kernel" not in settle("gkd", *FULL, *long, user=["--sft_alpha", "0.1"])
+    assert "use_liger_kernel" not in settle("gkd", *FULL, "--max_completion_length", "512")
+
+
+def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle):
+    colocate = ("--use_vllm", "true", "--vllm_mode", "colocate")
+    assert settle("grpo", *FULL, *colocate, DEEPSPEED="zero3")["move_model_batches"] == "16"
+    assert "move_model_batches" not in settle("grpo", *FULL, *colocate)
+
+
+@pytest.mark.parametrize(
+    ("installed", "env", "found"),
+    [([], {}, ""), (["flash_attn"], {}, "flash_attention_2"), (["kernels"], {}, "flash_attention_2"),
+     (["kernels"], {"HF_HUB_OFFLINE": "1"}, ""), (["liger_kernel"], {}, "liger")],
+    ids=str,
+)  # fmt: skip
+def test_flash_attention_is_a_package_or_a_kernel_that_can_be_had(tmp_path, installed, env, found):
+    for name in installed:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / f"{name}-0.17.2.dist-info").mkdir()
+        (tmp_path / f"{name}-0.17.2.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.17.2\n"
+        )
+    result = subprocess.run(
+        [sys.executable, "-m", "prunekit.speedups"], capture_output=True, text=True, check=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{ROOT}"} | env,
+    )  # fmt: skip
+    assert result.stdout.strip() == found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "accumulation"), [("", 8, 4), ("0", 8, 4), ("0,1,2,3", 8, 1), ("0,1,2,3,4,5,6,7", 4, 1)]
+)
+def test_rl_steps_are_four_prompts_and_four_of_them_a_rollout(lab, gpus, batch, accumulation):
+    lab.run("rl_run.sh", GPUS=gpus, STUB_FAIL_AT=1, STUB_GPUS=8)
+    [call] = lab.calls()
+    assert values(call["argv"], "--per_device_train_batch_size") == [str(batch)]
+    assert values(call["argv"], "--gradient_accumulation_steps") == [str(accumulation)]
+    assert values(call["argv"], "--steps_per_generation") == [str(4 * accumulation)]
+
+
+@pytest.mark.parametrize("gpus", ["0", "0,1,2"])
+def test_rl_evaluates_whole_groups(lab, gpus):
+    lab.run("rl_run.sh", GPUS=gpus, STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    [batch] = values(call["argv"], "--per_device_eval_batch_size")
+    assert int(batch) % int(values(call["argv"], "--num_generations")[0]) == 0
+
+
+def test_colocated_weights_are_dropped_while_training(lab):
+    for env, level in (({}, "2"), ({"PLAIN": "1"}, "1")):
+        lab.run("rl_run.sh", GPUS="0", STUB_FAIL_AT=1, RESTART="1", **env)
+        assert values(lab.calls()[-1]["argv"], "--sleep_level") == [level]
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in lab.calls()[-1]["env"], "vLLM's sleep refuses it"
+
+
+def test_training_alone_on_a_gpu_may_grow_its_segments(lab):
+    lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert call["env"]["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert call["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
 # --- publishing and resuming ----------------------------------------------------------------------------------
 
 
@@ -413,6 +713,17 @@ def test_a_lora_is_published_as_an_adapter(lab):
     assert lab.run("lora.sh", GPUS="").returncode == 0
     assert {"adapter_config.json", "adapter_model.safetensors"} < {file.name for file in lab.out.iterdir()}
     assert not lab.work.exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [("0,1", "0"), ("0", "0,1,2")])
+def test_deepspeed_resumes_with_as_many_gpus_only_and_it_is_said(lab, before, after):
+    flags = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1]
+    lab.run("full_run.sh", *flags, GPUS=before, DEEPSPEED="zero2", STUB_FAIL_AT=3)
+    other = lab.run("full_run.sh", *flags, GPUS=after, DEEPSPEED="zero2")
+    assert other.returncode == 2
+    assert f"a run of {len(before.split(','))} processes" in other.stderr and "RESTART=1" in other.stderr
+    again = lab.run("full_run.sh", *flags, GPUS=before, DEEPSPEED="zero2")
+    assert again.returncode == 0, again.stderr
 
 
 def test_the_saved_command_is_the_one_that_ran(lab):
@@ -604,9 +915,7 @@ def test_a_rollout_server_takes_some_gpus_and_training_the_others(lab, gpus, rol
     assert values(server["argv"], "--port") == [str(port)]
     assert values(server["argv"], "--vllm_data_parallel_size") == [str(len(rollout.split(",")))]
     assert trainer["env"]["CUDA_VISIBLE_DEVICES"] == training
-    assert trainer["env"].get("NPROC_PER_NODE") == (
-        str(len(training.split(","))) if "," in training else None
-    )
+    assert trainer["env"]["NPROC_PER_NODE"] == str(len(training.split(",")))
     assert values(trainer["argv"], "--vllm_mode") == ["server"]
     assert values(trainer["argv"], "--vllm_server_port") == [str(port)]
     assert trainer["env"]["no_proxy"] == "127.0.0.1,intranet"
@@ -669,6 +978,76 @@ def test_with_one_gpu_or_none_there_is_no_server(lab, gpus, mode):
     assert not mode or values(call["argv"], "--vllm_mode") == [mode]
 
 
+@pytest.mark.parametrize("lmbda", [{"LMBDA": "0"}, {"flags": ["--lmbda", "0.0"]}], ids=str)
+def test_without_answers_of_the_students_own_no_gpu_is_kept_for_a_server(lab, lmbda):
+    lab.run("distil.sh", *lmbda.pop("flags", []), GPUS="0,1", STUB_FAIL_AT=1, **lmbda)
+    [call] = lab.calls()
+    assert call["argv"][0] == "rlhf" and "--use_vllm" not in call["argv"]
+    assert call["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "env", "rollout"),
+    [("0,1,2,3", {}, "3"), ("0,1,2,3,4,5,6,7", {}, "6,7"), ("0,1,2,3,4,5,6,7", {"PLAIN": "1"}, "7")],
+)
+def test_a_quarter_of_the_gpus_generates(lab, gpus, env, rollout):
+    lab.run("distil.sh", GPUS=gpus, STUB_FAIL_AT=1, **env)
+    assert lab.calls("rollout")[0]["env"]["CUDA_VISIBLE_DEVICES"] == rollout
+
+
+def test_ports_are_free_ones_and_may_be_others_when_a_run_goes_on(lab):
+    for fail in ({"STUB_FAIL_AT": "3"}, {}):
+        result = lab.run("distil.sh", GPUS="0,1", **fail)
+    assert result.returncode == 0, result.stderr
+    ports = []
+    for server, trainer in zip(lab.calls("rollout"), lab.calls("rlhf")):
+        [port] = values(server["argv"], "--port")
+        assert values(trainer["argv"], "--vllm_server_port") == [port]
+        ports += [port, *values(trainer["argv"], "--vllm_server_group_port")]
+    assert len(set(ports)) == 4 and not {"8000", "51216"} & set(ports)
+    assert "--resume_from_checkpoint" in trainer["argv"]
+
+
+def test_flags_for_vllm_reach_the_server(lab, parsers):
+    user = [
+        "--vllm_max_model_len",
+        "700",
+        "--vllm_enforce_eager",
+        "true",
+        "--vllm_server_timeout",
+        "9",
+        "--max_steps",
+        "3",
+    ]
+    lab.run("distil.sh", *user, GPUS="0,1", STUB_FAIL_AT=1)
+    [server] = lab.calls("rollout")
+    assert values(server["argv"], "--vllm_max_model_len") == ["700"]
+    assert values(server["argv"], "--vllm_enforce_eager") == ["true"]
+    check_flags(parsers["rollout"], server["argv"][1:])
+
+
+def test_a_server_computes_in_16_bits_whatever_is_trained(lab):
+    lab.run("distil.sh", GPUS="0,1", DEEPSPEED="", STUB_FAIL_AT=1)
+    assert values(lab.calls("rlhf")[0]["argv"], "--torch_dtype") == ["float32"]
+    assert values(lab.calls("rollout")[0]["argv"], "--torch_dtype") == ["bfloat16"]
+
+
+def test_of_several_nodes_the_first_has_the_server_and_the_others_train_on_all_gpus(lab):
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "GPUS": "0,1"}
+    main = lab.until_hanging("distil.sh", NODE_RANK=0, STUB_HANG_AT=1, **nodes)
+    other = lab.run("distil.sh", NODE_RANK=1, **nodes)
+    assert other.returncode == 0, other.stderr
+    main.terminate()
+    main.communicate(timeout=60)
+    assert len(lab.calls("rollout")) == 1
+    here, there = lab.calls("rlhf")
+    assert [call["env"]["CUDA_VISIBLE_DEVICES"] for call in (here, there)] == ["0", "0,1"]
+    assert [values(call["argv"], "--gradient_accumulation_steps") for call in (here, there)] == [
+        ["5"],
+        ["5"],
+    ], "of 3 GPUs"
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
@@ -681,6 +1060,85 @@ def refused(lab: Lab, launcher: str, message: str, *arguments: object, **env: st
     assert message in result.stderr
     assert lab.calls() == []
     assert sorted(lab.folder.rglob("*")) == before
+
+
+EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh"]
+BAD_SETTINGS = [
+    *(({name: value}, "full_run.sh") for name, value in {
+        "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16", "PLAIN": "yes",
+        "RESTART": "yes", "KEEP_RUN": "-", "OVERWRITE": "true", "CHECKPOINT": "first", "GLOBAL_BATCH": "0", "DEEPSPEED": "zero9",
+    }.items()),
+    *(({"GPUS": gpus}, "full_run.sh") for gpus in ("abc", "99", "0,0", "-1", "0,", "0 1")),
+    ({"NNODES": "2"}, "full_run.sh"),
+    *(({name: value}, "progressive_run.sh") for name, value in {
+        "STEPS1": "0", "STEPS2": "-1", "STEPS3": "a b", "ACCUMULATE": "a[$(touch pwned)]",
+    }.items()),
+    *(({name: value}, "knockout_check.sh") for name, value in {
+        "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "HEAL": "yes", "RACE": "2", "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
+        "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "FINALISTS": "-1", "MODE": "x",
+    }.items()),
+    *(({name: value}, "sparse_run.sh") for name, value in {
+        "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
+    }.items()),
+    *(({"GPUS": "0,1", name: value}, "distil.sh") for name, value in {
+        "ROLLOUT_GPUS": "x", "ROLLOUT_PORT": "0", "ROLLOUT_DEADLINE": "soon",
+    }.items()),
+    *(({"MASTER_ADDR": "a", "NNODES": "2"}, name) for name in ("export_lora.sh", "knockout_check.sh", "sparse_run.sh")),
+    ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("env", "launcher"), BAD_SETTINGS, ids=str)
+def test_bad_settings_are_refused_by_the_shell_alone(lab, env, launcher):
+    """In one line that names them, before Python, which takes seconds, is called or anything is written."""
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    refused(lab, launcher, f"{list(env)[-1]}=", STUB_GPUS="4", **env)
+
+
+@pytest.mark.parametrize("launcher", EVERY)
+def test_a_setting_is_never_run_as_a_command(lab, launcher):
+    source = (ROOT / launcher).read_text()
+    if launcher == "full_run.sh":
+        source += (ROOT / "lib/common.sh").read_text()
+    names = set(re.findall(r"^([A-Z_0-9]+)=\$\{\1", source, re.MULTILINE))
+    assert len(names) > 2
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    for name in names | {"NNODES", "NODE_RANK", "MASTER_PORT"}:
+        lab.run(launcher, **{"GPUS": "0,1"} | {name: "a[$(touch pwned)]"})
+    assert not (lab.folder / "pwned").exists()
+
+
+def test_gpus_of_a_machine_without_any_are_refused(lab):
+    (lab.folder / "env/bin/nvidia-smi").unlink()
+    if list(Path("/dev").glob("nvidia*")):
+        pytest.skip("there are GPUs")
+    refused(lab, "full_run.sh", "GPUS=0: there is no GPU here", GPUS="0")
+
+
+def test_what_is_refused_late_leaves_nothing_either(lab):
+    """The plan of a cycle's sparsity is refused when the run's folder is there already."""
+    folder = lab.out.with_name("out.cycles")
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"model": "another"}')
+    refused(lab, "sparse_run.sh", "holds cycles with other settings")
+
+
+def test_a_refusal_leaves_an_interrupted_run_alone(lab):
+    lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
+    before = sorted(lab.work.rglob("*"))
+    assert lab.run("full_run.sh", "--max_steps", 9, GPUS="").returncode == 2
+    assert sorted(lab.work.rglob("*")) == before
+    assert lab.run("full_run.sh", GPUS="").returncode == 0
+
+
+def test_a_build_that_was_killed_does_not_hold_up_the_next(lab):
+    lock = lab.folder / ".cache/torch_extensions/py311_cu130/cpu_adam/lock"
+    lock.parent.mkdir(parents=True)
+    for age, left in ((60, True), (3600, False)):
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+        lab.run("full_run.sh", GPUS="0", DEEPSPEED="zero2_offload", STUB_FAIL_AT=1, RESTART=1)
+        assert lock.exists() == left, "one that is being built must stay"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -722,7 +1180,7 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
         ("full_run.sh", {}, ["--disk-factor", "1e12"], "GB free"),
         ("distil.sh", {"TEACHER": "absent"}, [], "absent"),
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_GPUS": "0,1"}, [], "leaves no GPU"),
-        ("distil.sh", {"GPUS": "0,1", "ROLLOUT_PORT": "many"}, [], "port many is none"),
+        ("distil.sh", {"GPUS": "0,1", "ROLLOUT_PORT": "many"}, [], "ROLLOUT_PORT=many: give a whole number"),
         ("export_lora.sh", {"ADAPTER": "env"}, [], "env holds no adapter"),
         ("rl_run.sh", {"ALGORITHM": "PPO"}, [], "unknown ALGORITHM PPO: GSPO, GDPO or CHORD"),
         ("rl_run.sh", {"ALGORITHM": "CHORD", "CHORD_DATASET": "absent.jsonl"}, [], "absent.jsonl is not"),

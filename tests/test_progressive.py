@@ -65,6 +65,16 @@ def test_in_phase_1_ms_swift_trains_nothing_but_what_was_cut(narrow):
     assert trained == trained_by(narrow.env["MODEL"])
 
 
+def test_the_last_phase_has_four_times_the_rows_a_step(narrow):
+    narrow.run("progressive_run.sh", GPUS="", GLOBAL_BATCH=6)
+    batches = [
+        int(values(call["argv"], "--per_device_train_batch_size")[0])
+        * int(values(call["argv"], "--gradient_accumulation_steps")[0])
+        for call in narrow.calls()
+    ]
+    assert batches == [6, 6, 24]
+
+
 def test_a_killed_run_leaves_no_process_and_goes_on_in_its_phase(narrow):
     process = narrow.start("progressive_run.sh", GPUS="", STUB_HANG_AT=3)
     wait_for(lambda: process.poll() is not None or narrow.calls(event="hang"))

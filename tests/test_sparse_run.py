@@ -93,13 +93,14 @@ def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):  # n
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"SPARSITY": "1.5"}, "0 < start <= sparsity < 1"),
-        ({"SCHEDULE": "linear"}, "choose one of cubic, exponential"),
-        ({"CYCLES": "0"}, "events=0: at least 1"),
+        ({"SPARSITY": "1.5"}, "between 0 and 1"),
+        ({"START": "0.9"}, "0 < start <= sparsity < 1"),
+        ({"SCHEDULE": "linear"}, "choose exponential or cubic"),
+        ({"CYCLES": "0"}, "give 1 or more"),
         ({"MODULES": "nothing"}, "matches no weight"),
         ({"MODEL": "absent"}, "absent: no such folder"),
         ({"WORSE": "0"}, "a positive share"),
-        ({"NNODES": "2"}, "cycles run on one node"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "cycles run on one node"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(env, message, lab):  # noqa: F811
