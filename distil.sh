@@ -63,13 +63,12 @@ elif [ -n "$GPUS" ]; then
 fi
 
 settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"
-preflight rlhf --teacher "$TEACHER" --disk-factor "$DISK_FACTOR" ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
+preflight rlhf --teacher "$TEACHER" --disk-factor "$DISK_FACTOR" --free-ports 2 ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
 LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
 
 if [ -n "$ROLLOUT_GPUS" ]; then
-  mapfile -t free < <(free_ports 2)
-  ROLLOUT_PORT=${ROLLOUT_PORT:-${free[0]}}
-  PORTS=(--vllm_server_port "$ROLLOUT_PORT" --vllm_server_group_port "${free[1]}") # the latter brings the weights
+  ROLLOUT_PORT=${ROLLOUT_PORT:-${FREE_PORTS%,*}}
+  PORTS=(--vllm_server_port "$ROLLOUT_PORT" --vllm_server_group_port "${FREE_PORTS#*,}") # the latter brings the weights
   ROLLOUT_ARGS=(
     --torch_dtype "$COMPUTE"
     --vllm_data_parallel_size "$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)"

@@ -68,8 +68,8 @@ else
 fi
 use_gpus "$tasks"
 settle sft 4 "${FULL_ARGS[@]}" "${ARGS[@]}"
-use_gpus "$GPUS"
 preflight sft --disk-factor 0.1 --reuse-out
+use_gpus "$GPUS"
 if [ -n "$RESTART" ] && { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; }; then rm -rf "$OUTPUT"; fi
 if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT/scan" ] && [ ! -d "$OUTPUT/trained" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
   die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"

@@ -343,7 +343,7 @@ refuse_lost_steps() {
 }
 
 # preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/preflight.py): KIND (sft, rlhf,
-# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, and keeps LINE within the model's
+# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, and keeps LINE within the model's
 # positions. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
 preflight() {
   OUTPUT=${OUTPUT%/}
@@ -364,10 +364,7 @@ preflight() {
       MAX_LENGTH) [ -z "$value" ] || LINE+=(--max_length "$value") ;;
       COMPLETION_LENGTH) [ -z "$value" ] || LINE+=(--max_completion_length "$value") ;;
       ENGINE_LENGTH) ENGINE_LENGTH=$value ;;
-      POSITIONS)
-        value_of max_length "${LINE[@]}"
-        [ "${value:-0}" -eq 0 ] || [ "$VALUE" -le "$value" ] || LINE+=(--max_length "$value")
-        ;;
+      FREE_PORTS) FREE_PORTS=$value ;;
     esac
   done <<< "$found"
   if [[ " ${LINE[*]} " == *" --vllm_mode colocate "* && " ${LINE[*]//-/_} " != *" __vllm_max_model_len"* && -n $ENGINE_LENGTH ]]; then
@@ -590,21 +587,4 @@ clean_up() {
 remove_work() {
   exec 9>&- # NFS keeps a file that is open, and its folder
   rm -rf "$WORK"
-}
-
-# free_ports N: TCP ports that nothing uses, one a line: below those that the system gives to others meanwhile.
-free_ports() {
-  python - "$1" <<'EOF'
-import random, socket, sys
-
-held = []
-while len(held) < int(sys.argv[1]):
-    probe = socket.socket()
-    try:
-        probe.bind(("", random.randrange(20000, 32000)))
-        held.append(probe)
-        print(probe.getsockname()[1])
-    except OSError:
-        probe.close()
-EOF
 }

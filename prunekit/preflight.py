@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -299,12 +300,9 @@ def check_port(port: str | int, patience: float = 70) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that are free now, all different."""
-    with contextlib.ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in sockets]
+    """TCP ports that are free now, all different, and below those that the system gives to others meanwhile."""
+    ports = random.sample(range(20000, 32000), 1000)
+    return list(islice((port for port in ports if _can_bind(port, reuse=False)), count))
 
 
 def check_disk(out: Path, size: int, factor: float = 1) -> None:

@@ -1011,7 +1011,7 @@ def test_ports_are_free_ones_and_may_be_others_when_a_run_goes_on(lab):
 def test_flags_for_vllm_reach_the_server(lab, parsers):
     user = [
         "--vllm_max_model_len",
-        "700",
+        "60",
         "--vllm_enforce_eager",
         "true",
         "--vllm_server_timeout",
@@ -1021,9 +1021,18 @@ def test_flags_for_vllm_reach_the_server(lab, parsers):
     ]
     lab.run("distil.sh", *user, GPUS="0,1", STUB_FAIL_AT=1)
     [server] = lab.calls("rollout")
-    assert values(server["argv"], "--vllm_max_model_len") == ["700"]
+    assert values(server["argv"], "--vllm_max_model_len") == ["60"]
     assert values(server["argv"], "--vllm_enforce_eager") == ["true"]
     check_flags(parsers["rollout"], server["argv"][1:])
+
+
+@pytest.mark.parametrize(("gpus", "kind"), [("0", "rlhf"), ("0,1", "rollout")])
+def test_the_engine_is_as_long_as_a_row_and_its_answer_and_no_longer_than_the_model(lab, gpus, kind):
+    settings = json.loads((Path(lab.env["MODEL"]) / "config.json").read_text())
+    positions = settings["text_config"]["max_position_embeddings"]
+    for flags, length in ((["--max_length", "30", "--max_completion_length", "10"], 40), ([], positions)):
+        lab.run("distil.sh", *flags, GPUS=gpus, STUB_FAIL_AT=1, RESTART="1")
+        assert values(lab.calls(kind)[-1]["argv"], "--vllm_max_model_len") == [str(length)]
 
 
 def test_a_server_computes_in_16_bits_whatever_is_trained(lab):
