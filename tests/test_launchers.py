@@ -412,7 +412,7 @@ def settle(lab):
     """
 
     def run(kind: str, *flags: object, user: tuple = (), most: int = 4, **env: object) -> dict[str, str]:
-        script = f'source "{ROOT}/lib/common.sh"; settle {kind} {most} {" ".join(map(str, flags))}; printf "%s\\n" @ "${{LINE[@]}}"'
+        script = f'source "{ROOT}/lib/common.sh"; settle {kind} {most} {" ".join(map(str, flags))}; printf "%s\\n" @ "${{LINE[@]}}" --DISK "$DISK_FACTOR"'
         environment = lab.env | {"STUB_GPUS": "8", "GPUS": "0"} | {k: str(v) for k, v in env.items()}
         result = subprocess.run(
             ["bash", "-c", script, "full_run.sh", *map(str, user)],
@@ -495,6 +495,14 @@ def test_steps_that_bfloat16_weights_would_round_away_are_refused(settle, gpus):
         "sft", *FULL, user=[*user, "--learning_rate", "8e-5"], GPUS=gpus, DEEPSPEED=""
     )
     assert "refused" not in settle("sft", *FULL, user=user, GPUS="0", DEEPSPEED="zero2")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "deepspeed", "factor"), [("0", "zero2", "25"), ("0", "", "19"), ("", "", "19")]
+)
+def test_room_is_asked_for_three_checkpoints_with_their_optimizer_states(settle, gpus, deepspeed, factor):
+    assert settle("sft", *FULL, GPUS=gpus, DEEPSPEED=deepspeed)["DISK"] == factor
+    assert settle("sft", "--tuner_type", "lora", GPUS=gpus, DEEPSPEED=deepspeed)["DISK"] == "1.1"
 
 
 @pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload"])
@@ -1186,7 +1194,6 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
         ("full_run.sh", {"MODEL": "adapter"}, [], "adapter: a LoRA adapter, not a checkpoint"),
         ("full_run.sh", {"MODEL": "env"}, [], "env: no config.json here"),
         ("full_run.sh", {"OUTPUT": "train.jsonl/out"}, [], "no folder that you may write to"),
-        ("full_run.sh", {}, ["--disk-factor", "1e12"], "GB free"),
         ("distil.sh", {"TEACHER": "absent"}, [], "absent"),
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_GPUS": "0,1"}, [], "leaves no GPU"),
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_PORT": "many"}, [], "ROLLOUT_PORT=many: give a whole number"),
@@ -1196,7 +1203,7 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
         (
             "rl_run.sh",
             {},
-            ["--reward_funcs", "ocr_wer"],
+            ["--reward_funcs", "ocr_wer", "--reward_weights", "1"],
             "unknown reward ocr_wer: choose from accuracy, cosine",
         ),
         ("rl_run.sh", {}, ["--external_plugins", "absent.py"], "plugin absent.py is not there"),
