@@ -55,7 +55,7 @@ class Lab:
         self.out, self.work = folder / "ckpt" / "out", folder / "ckpt" / "out.run"
         executable(folder / "env/bin/swift", f'#!/bin/sh\nexec {sys.executable} -SE {STUB} "$@"\n')
         executable(folder / "env/bin/nvidia-smi", NVIDIA_SMI)
-        (folder / "image.png").write_bytes(b"png")
+        Image.new("RGB", (56, 28)).save(folder / "image.png")
         row = {
             "messages": [{"role": "user", "content": "<image>?"}],
             "images": ["image.png"],
