@@ -49,7 +49,7 @@ from .rows import check_messages, is_file, iterate, locate
 from .swift_line import check_line, check_names, check_registered, parse, registered
 
 ROWS_CHECKED = 10_000
-DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet"}
+DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"}
 SWIFT_FLAGS = (
     "dataset", "val_dataset", "chord_sft_dataset", "columns", "reward_funcs", "external_plugins", "optimizer", "model_type",
     "template",
@@ -64,8 +64,8 @@ HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IG
 def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
     """Check that a data set holds ms-swift messages rows and that their images can be read (its first 10,000 rows).
 
-    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are files of other kinds
-    than JSON. Raises PruneKitError naming the line.
+    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are tables and texts. Raises
+    PruneKitError naming the line, and for files that ms-swift can't read.
     """
     path = Path(re.sub(r"#\d+$", "", name))
     local = is_file(name) or is_file(path)
@@ -76,7 +76,12 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
         and not path.parent.exists()
     ):
         return
-    if locate(name)[0].suffix not in (".jsonl", ".json"):
+    file, _ = locate(name)
+    if file.suffix not in DATA_FILES:
+        raise PruneKitError(
+            f"dataset {file}: ms-swift reads {', '.join(sorted(DATA_FILES))}; convert it, or rename it"
+        )
+    if file.suffix not in (".jsonl", ".json"):
         return
     for where, row in islice(iterate(name), ROWS_CHECKED):
         check_messages(where, row, columns)

@@ -391,12 +391,17 @@ def _is_file(text: str) -> bool:
 def _json(flag: str, text: str) -> dict[str, Any]:
     """A JSON object, or the content of a file that holds one."""
     try:
-        given = json.loads(Path(text).read_bytes() if _is_file(text) else text)
+        if _is_file(text):
+            given = json.loads(Path(text).read_bytes())
+        else:
+            try:
+                given = json.loads(text)
+            except ValueError:
+                from json_repair import repair_json  # as ms-swift does
+
+                given = json.loads(repair_json(text))
     except (OSError, ValueError, RecursionError):
-        try:
-            given = ast.literal_eval(text)  # ms-swift repairs quotes
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            given = None
+        given = None
     if not isinstance(given, dict):
         raise PruneKitError(f"{flag} {_show(text)}: neither a JSON object nor a file that holds one")
     return given
@@ -494,6 +499,16 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     )
     if args.attn_impl and "/" not in args.attn_impl:  # with a slash: a kernel of the hub
         _check_choice("--attn_impl", args.attn_impl, ATTENTION)
+    _check_settings("--rope_scaling", args.rope_scaling, ("linear", "dynamic", "yarn"))
+    texts = [text for text in (args.system, *args.new_special_tokens) if text and text.endswith(".txt")]
+    for file in (*texts, *args.custom_dataset_info):
+        if not _is_file(file):
+            raise PruneKitError(
+                f"{_show(file)}: no such file (--system, --new_special_tokens, --custom_dataset_info)"
+            )
+    for folder in args.adapters:
+        if not Path(folder).is_dir():
+            raise PruneKitError(f"--adapters {_show(folder)}: no such folder")
     for name in REGEXES:
         try:
             re.compile(get(name) or "")
@@ -507,6 +522,11 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     _check_settings("--deepspeed", args.deepspeed, DEEPSPEED)
     _check_settings("--teacher_deepspeed", get("teacher_deepspeed"), DEEPSPEED)
     _check_settings("--fsdp", args.fsdp, ["fsdp2"])
+    _check_choice("--ddp_backend", args.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
+    if not re.fullmatch(
+        r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", args.max_shard_size, re.IGNORECASE
+    ):  # read at the first saving
+        raise PruneKitError(f"--max_shard_size {_show(args.max_shard_size)}: give a size like 5GB")
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise PruneKitError(f"--resume_from_checkpoint {_show(args.resume_from_checkpoint)}: no such folder")
     _check_choice("--eval_strategy", args.eval_strategy, ("no", "steps", "epoch"))

@@ -188,6 +188,19 @@ def test_what_is_neither_here_nor_a_hubs_name_is_refused(data, name):
         check_dataset(name)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".txt", ".parquet", ".csv#5"])
+def test_tables_and_texts_are_left_to_swift(tmp_path, suffix):
+    (tmp_path / f"data{suffix.partition('#')[0]}").write_text("a,b\n1,2\n")
+    check_dataset(f"{tmp_path}/data{suffix}")
+
+
+@pytest.mark.parametrize("name", ["data.tsv", "data.jsonl.gz", "data", "data.JSONL"])
+def test_a_file_that_swift_cannot_read_is_refused(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps(ROW))
+    with pytest.raises(PruneKitError, match=f"{name}: ms-swift reads .arrow, .csv"):
+        check_dataset(f"{tmp_path}/{name}")
+
+
 # --- rewards --------------------------------------------------------------------------------------------------
 
 
