@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -35,8 +36,11 @@ HEAVY = (
     "swift",
     "pytest",
 )
-TIMEOUT = 150  # seconds a mutant
-VERDICTS = {0: "survived", 1: "killed", None: "killed (hangs)"}
+SECONDS, TIMEOUT = (
+    120,
+    900,
+)  # of CPU time and of the clock, which a mutant that loops or waits for ever ends by
+VERDICTS = {0: "survived", 1: "killed", -signal.SIGXCPU: "killed (hangs)", None: "killed (hangs)"}
 
 
 def stale(mutant: Mutant, text: str) -> str | None:
@@ -68,12 +72,20 @@ def write(file: Path, text: str) -> None:
     file.write_text(text)
 
 
+class CheapFirst:
+    """Tests without models and scripts go first: most mistakes end there."""
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: len({"tiny", "tmp_path", "script"} & set(item.fixturenames)))
+
+
 def run_tests(tree: Path, tests: str, log: Path) -> int | None:
     """pytest's exit code for these tests of the tree, in a fork of this process; None if it was ended for taking too long."""
     if not (child := os.fork()):
         os.setsid()
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 9))
         os.chdir(tree)
         os.environ["PYTHONPATH"] = str(tree)
         sys.path[:0] = [str(tree), str(tree / "tests")]
@@ -81,12 +93,13 @@ def run_tests(tree: Path, tests: str, log: Path) -> int | None:
             sys.modules.pop(name, None)
         import pytest
 
-        words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tree, "--durations=3"]
+        words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", tree]
         files, _, selected = tests.partition(" -k ")
         words += [*files.split(), *(["-k", selected] if selected else []), "-m", "not slow"]
         code = 3
         try:
-            code = int(pytest.main([*map(str, words), "--basetemp", str(tree.parent / "pytest")]))
+            words += ["--basetemp", tree.parent / "pytest"]
+            code = int(pytest.main([*map(str, words)], [CheapFirst()]))
         finally:
             sys.stdout.flush()
             os._exit(code)
