@@ -342,7 +342,7 @@ def attention_of(family):
 
 @torch.no_grad()
 def test_moments_are_means_over_all_tokens_of_all_batches():
-    attention, generator = attention_of("qwen2"), torch.Generator().manual_seed(0)
+    attention, generator = attention_of("llama"), torch.Generator().manual_seed(0)
     one, other = (torch.randn(count, 32, generator=generator) for count in (30, 50))
     both, x = moments_of(attention, [one, other]), torch.cat([one, other])
     q, k = attention.queries_and_keys(x)
@@ -355,6 +355,7 @@ def test_moments_are_means_over_all_tokens_of_all_batches():
     torch.testing.assert_close(both.queries, energy.view(heads, -1, width // 2).sum(1))
     o = attention.o.weight.double()
     groups = o.shape[1] // width // heads
+    assert groups == 2
     for head in range(heads):
         mine = [o[:, (head * groups + i) * width : (head * groups + i + 1) * width] for i in range(groups)]
         torch.testing.assert_close(both.readers[head], sum(w.T @ w for w in mine))
