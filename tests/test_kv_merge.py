@@ -409,6 +409,21 @@ def test_heads_of_different_lengths_in_front_of_a_norm_count_alike_behind_it():
     assert torch.nn.functional.cosine_similarity(found, wanted).min() > 0.9999
 
 
+@torch.no_grad()
+def test_fitted_gains_make_heads_as_long_as_is_wanted_on_average():
+    attention, generator = attention_of("qwen3"), torch.Generator().manual_seed(0)
+    linear, norm = attention.k, attention.norms[1]
+    norm.weight.copy_(torch.randn(16, generator=generator).exp())
+    x = torch.randn(400, 32, generator=generator)
+    before = attention.heads(linear, x).double().square().mean(2).mean(0).sqrt()
+    change = 3 * torch.randn(16, 64, generator=generator).double()
+    wanted = norm(attention.heads(linear, x)).double().flatten(1) @ change.T
+    fold, gain = fold_before_norm(attention, linear, norm, change, before, [x], True)
+    norm.weight.copy_(gain)
+    found = norm((x.double() @ fold.T).float()).double()
+    assert float((wanted.square().sum(1) / found.square().sum(1)).mean()) == pytest.approx(1, rel=1e-3)
+
+
 def test_fitted_gains_give_turned_heads_their_length_back():
     """With gains that differ within pairs, turned heads have other lengths in front of their norm than before."""
     row, generator = ROWS["qwen3"].text, torch.Generator().manual_seed(0)
