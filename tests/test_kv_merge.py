@@ -524,7 +524,13 @@ def test_refined_attention_writes_more_of_what_the_original_writes(family, tiny)
 
 
 def test_a_step_too_far_is_taken_back(tiny):
-    left, before, after = refined(tiny("llama"), "llama", 4, 3, 1.0)  # it is the original: nothing to gain
+    left, before, after = refined(tiny("llama"), "llama", 1, 3, 50.0)
+    assert 0 < left[0] == left[1]
+    assert all(map(torch.equal, before, after))
+
+
+def test_where_nothing_is_missing_nothing_moves(tiny):
+    left, before, after = refined(tiny("llama"), "llama", 4, 3, 1.0)  # it is the original
     assert left[0] == left[1] == pytest.approx(0, abs=1e-9)
     assert all(map(torch.equal, before, after))
 
