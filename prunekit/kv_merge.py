@@ -521,7 +521,9 @@ def refine(
         return rest / max(all_of_it, 1e-30)
 
     before = judge()
-    put_parameters([(m, n, nn.Parameter(p.float(), requires_grad=True)) for m, n, p in start])
+    # Copies: in fp32 a step would otherwise change what is put back where it made things worse
+    copies = [(m, n, p.to(torch.float32, copy=True)) for m, n, p in start]
+    put_parameters([(m, n, nn.Parameter(p, requires_grad=True)) for m, n, p in copies])
     try:
         groups = [
             {"params": [p], "lr": rate * float(p.detach().square().mean().sqrt().clamp_min(1e-6))}

@@ -83,6 +83,7 @@ KV_MERGE = [
     Mutant('score_batches(model, [batch])["loss"] * counted', 'score_batches(model, [batch])["loss"]'),
     Mutant("if fit.left < fit.before:", "if fit.left < math.inf:"),
     Mutant("if not after < before:", "if False:"),
+    Mutant("p.to(torch.float32, copy=True)", "p.float()"),
     Mutant("(rest / all_of_it).backward()", "(-rest / all_of_it).backward()"),
     Mutant("if index not in sides.judged]", "if index in sides.judged]"),
     Mutant("CORRECTED * (x.to(e.device) - e)", "CORRECTED * (e - x.to(e.device))"),
