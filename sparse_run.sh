@@ -57,6 +57,13 @@ claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
 levels=$("${PLAN[@]}" --into "$folder" --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
 
+settings=()
+for name in MODEL DATASET VAL_DATASET OUTPUT SPARSITY START CYCLES SCHEDULE MODULES SCORE REFIT WORSE CHECKPOINT; do
+  settings+=("$name=${!name}")
+done
+printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT/sparse_run.sh" \
+  --external_plugins "${USER_PLUGINS[@]}" "$@")" > "$folder/command.sh"
+
 evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
   local json=$1
   shift

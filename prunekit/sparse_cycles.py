@@ -112,7 +112,9 @@ def publish(arguments: argparse.Namespace) -> None:
     metrics = {f"{key}_dense": value for key, value in found["dense"].items()} | best["retrained"]
     entry = history_entry("sparse_run", arguments.base, numbers, numbers, None, metrics, settings)
     entry["sparsity"] = measure(checkpoint, settings["modules"])
-    write_checkpoint(checkpoint, arguments.out, entry, arguments.overwrite)
+    write_checkpoint(
+        checkpoint, arguments.out, entry, arguments.overwrite, extra_files=arguments.cycles.glob("command.sh")
+    )
     print(
         f"cycle {best['cycle']} of {len(found['cycles'])} is the sparsest good one: {best['sparsity']:.1%} zeros, "
         f"perplexity {best['worse']:+.1%}; published as {arguments.out}"

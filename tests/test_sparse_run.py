@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+import subprocess
 
 import pytest
 from safetensors.torch import load_file
@@ -50,6 +52,21 @@ def test_the_sparsest_good_cycle_is_published_and_none_is_made_again(last, publi
     assert entry["sparsity"]["sparsity"] == pytest.approx(0.3 * published, abs=1e-4)
     assert (cycles / "quality.png").exists() and (lab.out / "sparsity.png").exists()
     assert not lab.work.exists()
+
+
+def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny):  # noqa: F811
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
+    done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 2.1)
+    lab.run("sparse_run.sh", "--max_steps", 7)
+    command = (lab.out / "command.sh").read_text()
+    shutil.move(lab.out, lab.folder / "first")
+    (lab.folder / "command.sh").write_text(command)
+    again = subprocess.run(
+        ["bash", "command.sh"], cwd=lab.folder, env=lab.env, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "--max_steps 7" in command and (lab.out / "command.sh").read_text() == command
+    assert history(lab.out)[-1]["settings"] == history(lab.folder / "first")[-1]["settings"]
 
 
 def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):  # noqa: F811
