@@ -39,6 +39,7 @@ from prunekit.ner import (
     train,
     training_arguments,
 )
+from prunekit.provenance import data_record, model_record
 from prunekit.publish import publish, whole_checkpoints
 from prunekit.report import draw_curves
 from prunekit.work_folder import claim_folder, fingerprint
@@ -148,7 +149,6 @@ def main() -> None:
 
     run = out.with_name(f"{out.name}.run")
     training = training_arguments(flags, run, out.name, validate=bool(arguments.val_dataset))
-    files = [Path(dataset).stat() for dataset in datasets]
     settings = {
         **{
             key: value
@@ -157,7 +157,7 @@ def main() -> None:
         },
         "flags": flags,
         "models": [fingerprint(each) for each in (checkpoint, teacher) if each],
-        "files": [[file.st_size, file.st_mtime_ns] for file in files],
+        "data": [data_record(dataset) for dataset in datasets],
     }
     if "wandb" in training.report_to:
         setup_wandb(out)
@@ -176,8 +176,9 @@ def main() -> None:
             "ner",
             metrics,
             {
-                "dataset": arguments.dataset,
-                "teacher": arguments.teacher,
+                "dataset": settings["data"][:1],
+                "val_dataset": settings["data"][1:] or None,
+                "teacher_model": [model_record(teacher.path)] if teacher else None,
                 **{key: settings[key] for key in ("temperature", "hard_share", "hidden_weight") if teacher},
                 "keep_zeros": arguments.keep_zeros,
                 "flags": " ".join(flags),

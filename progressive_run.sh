@@ -2,6 +2,7 @@
 # Recover a pruned model in three phases: what the cuts hurt most, fast; then all of it; then slowly, in large batches.
 #   In:   $MODEL (what a surgery script wrote), $DATASET, $VAL_DATASET
 #   Out:  $OUTPUT (a checkpoint), and $OUTPUT-phase1, $OUTPUT-phase2 on the way, which the same command doesn't repeat
+#         (RESTART=1 does; those of another model, other data or settings are refused)
 #   Cost: as full_run.sh, which runs three times; in phase 1 most weights need neither gradient nor optimizer state
 #   MODEL=checkpoints/narrow OUTPUT=checkpoints/recovered bash progressive_run.sh
 #   MODEL=checkpoints/narrow STEPS1=100 STEPS2=500 STEPS3=200 bash progressive_run.sh --per_device_train_batch_size 4
@@ -50,20 +51,16 @@ trap 'trap "" INT TERM HUP; if [ -n "$running" ]; then kill -TERM "$running" 2>/
 
 input=$MODEL
 for number in 1 2 3; do
-  output=$OUTPUT
-  [ "$number" = 3 ] || output=$OUTPUT-phase$number
+  output=$OUTPUT reuse=''
+  [ "$number" = 3 ] || { output=$OUTPUT-phase$number reuse=1; }
   declare -n phase=PHASE$number
-  if [ "$number" != 3 ] && [ -e "$output" ] && [ ! -e "$output.run" ] && [ -z "$OVERWRITE" ]; then
-    echo "phase $number: $output is there already"
-  else
-    echo "phase $number: $input -> $output"
-    times=$([ "$number" = 3 ] && echo 4 || echo 1)
-    MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$OVERWRITE \
-      GLOBAL_BATCH=${GLOBAL_BATCH:+$((times * GLOBAL_BATCH))} DEFAULT_BATCH=$((times * DEFAULT_BATCH)) \
-      bash "$ROOT/full_run.sh" --external_plugins "${USER_PLUGINS[@]}" "${phase[@]}" "$@" &
-    running=$!
-    wait "$running"
-    running=''
-  fi
+  echo "phase $number: $input -> $output"
+  times=$([ "$number" = 3 ] && echo 4 || echo 1)
+  MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$OVERWRITE REUSE=$reuse \
+    GLOBAL_BATCH=${GLOBAL_BATCH:+$((times * GLOBAL_BATCH))} DEFAULT_BATCH=$((times * DEFAULT_BATCH)) \
+    bash "$ROOT/full_run.sh" --external_plugins "${USER_PLUGINS[@]}" "${phase[@]}" "$@" &
+  running=$!
+  wait "$running"
+  running=''
   input=$output
 done

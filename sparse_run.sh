@@ -55,7 +55,8 @@ PLAN=(
 "${PLAN[@]}" >/dev/null
 claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
-levels=$("${PLAN[@]}" --into "$folder" --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
+levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
+  --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
 
 settings=()
 for name in MODEL DATASET VAL_DATASET OUTPUT SPARSITY START CYCLES SCHEDULE MODULES SCORE REFIT WORSE CHECKPOINT; do

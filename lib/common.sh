@@ -51,6 +51,7 @@ PLAIN=${PLAIN:-}                    # 1: nothing of what makes training on GPUs 
 OVERWRITE=${OVERWRITE:-}            # 1 (or the flag --overwrite): replace a finished OUTPUT
 RESTART=${RESTART:-}                # 1: forget an interrupted run instead of resuming it
 CHECKPOINT=${CHECKPOINT:-last}      # which one to publish: last, or best (by ms-swift's --metric_for_best_model)
+REUSE=${REUSE:-}                    # 1: an OUTPUT that this same command has made is no mistake but all there is to do
 KEEP_RUN=${KEEP_RUN:-}              # 1: keep ms-swift's own checkpoints and optimizer states
 WANDB_PROJECT=${WANDB_PROJECT:-prune-kit}
 WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-}
@@ -353,6 +354,7 @@ preflight() {
     claim_work
     is_published && overwrite=1
   fi
+  [ -z "$REUSE" ] || overwrite=1 # run_swift looks at what is there
   found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
     ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@" --swift "$kind" -- "${LINE[@]}")
   ENGINE_LENGTH=''
@@ -499,9 +501,24 @@ run_swift() {
   local kind=$1
   shift
   local -a command=(swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "$@")
-  local line resume='' same=''
+  local line found from changed resume='' same=''
   line=$(quoted "${command[@]}")
-  if [ ! -e "$WORK/command.sh" ] || [ "$(tail -n 1 "$WORK/command.sh")" = "$line" ]; then same=1; fi
+  from=$WORK
+  [ -z "$REUSE" ] || [ -e "$WORK/command.sh" ] || [ ! -e "$OUTPUT" ] || from=$OUTPUT
+  found=$(python -m prunekit.provenance --of "$from" -- "${command[@]:2}")
+  changed=$(head -n 1 <<< "$found")
+  if [ ! -e "$from/command.sh" ] || [ "$(tail -n 1 "$from/command.sh")" = "$line" ]; then same=1; fi
+  if [ -n "$changed" ]; then same=''; fi
+  if [ "$from" = "$OUTPUT" ]; then
+    if [ -z "$RESTART$OVERWRITE" ]; then
+      rm -rf "$WORK"
+      [ -n "$same" ] || die "$OUTPUT was made ${changed:-with other settings}: set RESTART=1 to make it anew"
+      echo "$OUTPUT is there already"
+      exit 0
+    fi
+    same=1 changed=''
+  fi
+  [ -z "$REUSE" ] || OVERWRITE=1
   if [ -z "$RESTART" ] && [ -n "$same" ] && is_published; then # killed while cleaning up
     clean_up
     exit 0
@@ -514,6 +531,7 @@ run_swift() {
       find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' -exec rm -rf {} +
     fi
   else
+    [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
     if [[ " $line " == *" --deepspeed zero"* ]] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
       die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"
     fi
@@ -522,6 +540,8 @@ run_swift() {
     resume=$(python -m prunekit.publish --run "$WORK" --find-resume)
   fi
   if is_main_node; then
+    tail -n 1 <<< "$found" > "$WORK/made_from.json.new"
+    mv "$WORK/made_from.json.new" "$WORK/made_from.json"
     printf '%s\n' "# $STAGE, run in $PWD" "$line" > "$WORK/command.sh.new"
     mv "$WORK/command.sh.new" "$WORK/command.sh"
     echo "$WORLD" > "$WORK/world"
@@ -551,7 +571,7 @@ train() {
   claim_work
   setup_wandb
   run_swift "$1" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "${LINE[@]}" --output_dir "$WORK"
-  if is_main_node; then publish "$WORK"; fi
+  if is_main_node; then publish; fi
 }
 
 # export_merged: merge $ADAPTER into $MODEL by LINE and publish $OUTPUT.
@@ -559,14 +579,14 @@ export_merged() {
   claim_work
   rm -rf "$WORK/merged"
   run_swift export "${LINE[@]}" --output_dir "$WORK/merged"
-  publish "$WORK/merged"
+  publish --weights "$WORK/merged"
 }
 
-# publish FOLDER: turn what a run wrote into $OUTPUT, whole or not at all, and clean up.
+# publish ARGS...: turn what a run wrote into $OUTPUT, whole or not at all, and clean up.
 publish() {
   { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
   mv "$WORK/publishing.new" "$WORK/publishing"
-  python -m prunekit.publish --run "$1" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
+  python -m prunekit.publish --run "$WORK" "$@" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
     --checkpoint "$CHECKPOINT" ${OVERWRITE:+--overwrite}
   clean_up
 }

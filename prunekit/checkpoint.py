@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import glob
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -40,6 +41,7 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # what the safetensors library accepts
 MAX_AXES = 64  # of a tensor, as numpy and torch have them
 MAX_SIDE_FILE = 256 * 2**20
+SAMPLES, SAMPLE_BYTES = 4, 2**12  # what a fingerprint reads of a tensor
 WRITE_BYTES = 2**17  # larger writes made Linux 6.18's ext4 several times slower
 BUFFERS = re.compile(
     r"(?:.*\.)?(?:position_ids|inv_freq|attn\.(?:masked_)?bias)$"
@@ -380,6 +382,37 @@ def _said_shapes(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, int], str
     if row.inputs_first:
         said = {name: (shape[::-1], keys) for name, (shape, keys) in said.items()}
     return said
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells one model from another: 16 hex digits of its config and of every tensor's name, dtype, shape and samples.
+
+    A tensor of at most 16 KiB is read whole, of a larger one four blocks of 4 KiB, evenly spread: a second for billions
+    of parameters. The same wherever the folder lies, whenever its files were written and however they are sharded;
+    another one after any cut, merge or training. (A few single weights of a large tensor can change unseen.)
+    """
+    config = {
+        k: v for k, v in checkpoint.config.items() if k not in ("_name_or_path", "transformers_version")
+    }
+    return sampled_digest(config, checkpoint.tensors)
+
+
+def sampled_digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """`fingerprint` of what is no checkpoint, such as an adapter."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name}\n{tensor.dtype} {tensor.shape}\n".encode())
+            if tensor.file not in files:
+                files[tensor.file] = stack.enter_context(tensor.file.open("rb"))
+            starts, length = [0], tensor.nbytes
+            if length > SAMPLES * SAMPLE_BYTES:
+                last, length = tensor.nbytes - SAMPLE_BYTES, SAMPLE_BYTES
+                starts = [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
+            for start in starts:
+                digest.update(os.pread(files[tensor.file].fileno(), length, tensor.start + start))
+    return digest.hexdigest()[:16]
 
 
 def _from_hub_cache(name: str | Path) -> Path:
@@ -763,7 +796,11 @@ def history_entry(
     metrics: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What one stage did. `before` and `after` come from `statistics`; both are in it, `before` as `…_before`."""
+    """What one stage did. `before` and `after` come from `statistics`; both are in it, `before` as `…_before`.
+
+    `input_fingerprint` says which model it was made from, wherever that lies now; the model it made has none in its
+    folder, which could not be trusted once someone changed the weights: it is taken from them when it is needed.
+    """
     versions = {}
     for package in ("prunekit", "torch", "transformers", "ms-swift"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -771,6 +808,7 @@ def history_entry(
     return {
         "stage": stage,
         "input": str(input_path),
+        "input_fingerprint": fingerprint(open_checkpoint(input_path)),
         "removed": removed,
         **{f"{key}_before": value for key, value in before.items()},
         **after,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .arguments import Parser, natural, positive_int
 from .checkpoint import open_checkpoint, read_json
 from .errors import PruneKitError, run_script
+from .provenance import made_from
 from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
 from .trained_knockouts import BASELINE, Knockout, Sweep, Training, plan_knockouts
 from .work_folder import claim_folder, fingerprint
@@ -74,9 +75,11 @@ def sweep_all(sweep: Sweep, runs: list[Knockout], scan: dict[str, Any] | None, o
     if results:
         print(f"{len(results)} of {len(runs)} runs are done already")
     settings = {"swift": list(sweep.training.arguments), "scan": scan and scan["settings"]}
+    model = sweep.training.model
+    of = fingerprint(open_checkpoint(model))
 
     def write() -> dict[str, Any]:
-        ranking = build_ranking(scan, list(results.values()), str(sweep.training.model), settings)
+        ranking = build_ranking(scan, list(results.values()), str(model), settings, of)
         write_ranking(out, ranking)
         return ranking
 
@@ -137,10 +140,10 @@ def main() -> None:
     ):
         raise PruneKitError(f"{args.out}: is in use, and no sweep of knockouts; choose another OUT")
 
-    scan = None
+    scan, model = None, fingerprint(checkpoint)
     if (args.out / "scan" / "scan.json").exists():
         scan = read_scan(args.out / "scan" / "scan.json")
-        if scan["settings"]["fingerprint"] != fingerprint(checkpoint):
+        if scan["settings"]["fingerprint"] != model:
             raise PruneKitError(f"{args.out}: holds a scan of another model; choose another OUT or remove it")
     runs = choose_runs(runs, scan, args.finalists)
     training = Training(
@@ -154,7 +157,8 @@ def main() -> None:
         if runs:
             # On other numbers of GPUs the same flags are other batches
             each = args.gpus_per_task if on_cluster else len(gpus) // args.jobs
-            settings = {"fingerprint": fingerprint(checkpoint), "swift": swift, "gpus_per_run": each}
+            data = {name: found for name, found in made_from(swift).items() if name != "model"}
+            settings = {"fingerprint": model, "swift": swift, "data": data, "gpus_per_run": each}
             held.enter_context(claim_folder(training.out, settings, "sweep of knockouts"))
             shutil.rmtree(training.out / "work", ignore_errors=True)
         args.out.mkdir(parents=True, exist_ok=True)

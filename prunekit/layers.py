@@ -11,6 +11,7 @@ from typing import Any
 from .checkpoint import Checkpoint, history_entry, layer_numbers, statistics, write_checkpoint
 from .errors import PruneKitError
 from .families import Stack, configs
+from .provenance import check_ranking
 
 MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
 
@@ -61,13 +62,14 @@ def choose_from_ranking(
     then that of the layer and all before it, gone together. Without one, or if `independent`, the removals that keep
     `keep_above` alone are taken, cheapest first. Takes at most `max_layers`, and nothing that would bring the removed
     share of all parameters over `max_fraction` or leave a stack with fewer layers than it must have: there a path
-    ends, while independent removals go on with the next. Raises PruneKitError if the ranking is of a model with other
-    layers, or if nothing qualifies.
+    ends, while independent removals go on with the next. Raises PruneKitError if the ranking is of another model, or if
+    nothing qualifies.
     """
     if not isinstance(ranking, dict) or not isinstance(ranking.get("removals"), list):
         raise PruneKitError(
             'the ranking has no list "removals": give the ranking.json that knockout_check.sh wrote'
         )
+    check_ranking(checkpoint, ranking)
     path = None if independent else ranking.get("greedy")
     chosen: list[dict[str, Any]] = []
     for entry in _path_steps(path["path"]) if path else ranking["removals"]:

@@ -45,6 +45,7 @@ from .checkpoint import (
 from .errors import PruneKitError, run_script
 from .families import NAME_PREFIX
 from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
+from .provenance import check_base
 from .rows import check_messages, is_file, iterate, locate
 from .swift_line import check_line, check_names, check_registered, parse, registered
 
@@ -451,6 +452,8 @@ def main() -> None:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
     check_disk(args.out, checkpoint.nbytes, args.disk_factor)
     lengths = decide_lengths(swift, checkpoint) if swift and args.swift[0] != "export" else Lengths()
+    if args.adapter:
+        check_base(checkpoint, args.adapter)  # last: it may warn, and a refusal is one line
     with contextlib.redirect_stdout(sys.stderr):
         template = args.template or find_template(checkpoint, args.model_type, args.adapter)
     answers = {

@@ -2,9 +2,10 @@
 
     python -m prunekit.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered --stage full_run
 
---run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder (as `swift export` writes).
-A LoRA's adapter is published as an adapter folder. With --find-resume nothing is written: the checkpoint that an
-interrupted run can resume from is printed, if there is one.
+--run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
+published lies elsewhere (as `swift export` writes it). A LoRA's adapter is published as an adapter folder. If --run
+holds a made_from.json (prunekit.provenance), the base must be the model that is in it. With --find-resume nothing is
+written: the checkpoint that an interrupted run can resume from is printed, if there is one.
 """
 
 import argparse
@@ -26,20 +27,30 @@ from .checkpoint import (
     Checkpoint,
     Tensor,
     check_out,
+    fingerprint,
     float_bytes,
+    history,
     history_entry,
     is_tied,
     new_folder,
     open_checkpoint,
     read_header,
+    read_json,
     statistics,
     write_checkpoint,
+    write_records,
 )
 from .errors import PruneKitError, run_script
 from .families import NAME_PREFIX
+from .provenance import ADAPTER_FILES, run_record
 
 RECORDS = ("logging.jsonl", "command.sh", "sparsity.json")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+TRAINING = (  # of ms-swift's args.json, what says most about a training
+    "tuner_type", "rlhf_type", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim", "optimizer",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "torch_dtype", "bf16", "fp16", "callbacks",
+    "lora_rank", "lora_alpha", "reward_funcs", "beta", "lmbda", "seed",
+)  # fmt: skip
+OF_LORA = ("lora_rank", "lora_alpha")
 
 
 def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
@@ -146,57 +157,108 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def log_until(log: list[dict[str, Any]], checkpoint: Path) -> list[dict[str, Any]]:
+    """The lines of a log that tell of a checkpoint-N: all if it is the last, else those of steps up to N."""
+    steps = [str(record.get("global_step/max_steps")).partition("/")[0] for record in log]
+    reached = [int(step) if re.fullmatch("[0-9]{1,18}", step) else None for step in steps]
+    number = checkpoint.name.removeprefix("checkpoint-")
+    if not number.isdigit() or int(number) >= max(filter(None, reached), default=0):
+        return log
+    return [record for record, step in zip(log, reached) if step is not None and step <= int(number)]
+
+
 def final_metrics(log: list[dict[str, Any]]) -> dict[str, float]:
     """The last finite value of each number in a log."""
     merged = {key: value for record in log for key, value in record.items()}
     return {k: v for k, v in merged.items() if type(v) in (int, float) and math.isfinite(v)}
 
 
+def _read_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object of a run's folder; None if it isn't there, torn or something else."""
+    try:
+        found = read_json(file)
+    except PruneKitError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def whole_checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoint-N folders of a run by N whose trainer_state.json can be parsed: the Trainer writes it last."""
-    whole = {}
-    for folder in run.glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        try:
-            json.loads((folder / "trainer_state.json").read_bytes())
-        except (OSError, ValueError):
-            continue
-        if number.isdigit():
-            whole[int(number)] = folder
-    return whole
+    """The checkpoint-N folders of a run by N that have a whole trainer_state.json: the Trainer writes it last."""
+    found = {folder.name.removeprefix("checkpoint-"): folder for folder in run.glob("checkpoint-*")}
+    return {
+        int(number): folder
+        for number, folder in found.items()
+        if re.fullmatch("[0-9]{1,18}", number) and _read_object(folder / "trainer_state.json") is not None
+    }
 
 
-def find_checkpoint(run: Path, which: str = "last") -> Path:
-    """The last or best whole checkpoint-N of an ms-swift run folder; a folder with weights of its own is itself.
+def find_checkpoint(run: Path, which: str = "last") -> tuple[Path, str]:
+    """The last or best whole checkpoint-N of an ms-swift run folder, and why it; one with weights of its own is itself.
 
     `best` is what the last line of logging.jsonl names. Raises PruneKitError if it isn't there, whole.
     """
     if (run / "config.json").exists():
-        return run
+        return run, "the only one"
     whole = whole_checkpoints(run)
     if not whole:
         raise PruneKitError(
             f"{run}: no finished checkpoint-N here; look at the end of its log, then train again"
         )
-    log = read_log(run)
-    named = Path(str(log[-1].get("best_model_checkpoint"))).name if log else ""
+    if which != "best":
+        return whole[max(whole)], "the last"
+    named = Path(str((read_log(run) or [{}])[-1].get("best_model_checkpoint"))).name
     best = next((folder for folder in whole.values() if folder.name == named), None)
-    if which == "best" and not best:
+    if not best:
         raise PruneKitError(
             f"{run}: its logging.jsonl names no best checkpoint that is there; publish the last by CHECKPOINT=last"
         )
-    return best if which == "best" else whole[max(whole)]
+    return best, "the best"
+
+
+def training_settings(folder: Path) -> dict[str, Any]:
+    """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of very many."""
+    state, found = _read_object(folder / "trainer_state.json"), _read_object(folder / "args.json") or {}
+    if state is None:
+        return {}
+    unused = () if found.get("tuner_type") == "lora" else OF_LORA
+    settings = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
+    settings |= {name: found.get(name) for name in TRAINING if name not in unused}
+    settings["world_size"] = found.get("global_world_size")
+    factors = [
+        settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+    ]
+    if all(type(factor) is int for factor in factors):
+        settings["global_batch"] = math.prod(factors)
+    return {name: value for name, value in settings.items() if value not in (None, False, [], "")}
 
 
 def publish_adapter(
-    source_folder: Path, out: str | Path, extra_files: Iterable[Path] = (), overwrite: bool = False
+    source_folder: Path,
+    out: str | Path,
+    base: str | Path,
+    stage: str,
+    metrics: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    extra_files: Iterable[Path] = (),
+    overwrite: bool = False,
 ) -> None:
-    """Copy an adapter (adapter_config.json and adapter_model.safetensors) to OUT, atomically."""
+    """Copy an adapter (adapter_config.json and adapter_model.safetensors) to OUT, atomically, with a history and a card.
+
+    The history is the base's, and an entry that says by its `input_fingerprint` which model alone the adapter fits.
+    """
     weights = read_header(source_folder / "adapter_model.safetensors")  # raises PruneKitError if torn
-    need = sum(tensor.nbytes for tensor in weights.values())
+    base = open_checkpoint(base)
+    numbers, need = statistics(base), sum(tensor.nbytes for tensor in weights.values())
+    size = {
+        "adapter_parameters": sum(math.prod(tensor.shape) for tensor in weights.values()),
+        "adapter_bytes": need,
+    }
+    entry = history_entry(stage, base.path, numbers, numbers | size, None, metrics, settings)
     with new_folder(out, overwrite, need) as folder:
         for file in [*(source_folder / name for name in ADAPTER_FILES), *extra_files]:
             shutil.copyfile(file, folder / file.name)
+        lora = read_json(folder / "adapter_config.json")
+        write_records(folder, base.config, numbers, [*history(base.path), entry], adapter=lora)
 
 
 def main() -> None:
@@ -204,6 +266,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, type=Path, help="ms-swift run folder, or a checkpoint folder")
+    parser.add_argument("--weights", type=Path, help="folder with the weights (default: what --run holds)")
     parser.add_argument("--base", help="checkpoint that was trained")
     parser.add_argument("--out", help="checkpoint folder to write")
     parser.add_argument("--stage", help="name for the history")
@@ -221,10 +284,30 @@ def main() -> None:
         return
     if not (arguments.base and arguments.out and arguments.stage):
         parser.error("--base, --out and --stage are needed to publish")
-    folder = find_checkpoint(run, arguments.checkpoint)
+    origin = run_record(run) or {}
+    if "model" in origin and [record["fingerprint"] for record in origin["model"]] != [
+        fingerprint(open_checkpoint(arguments.base))
+    ]:
+        raise PruneKitError(
+            f"{arguments.base} has changed since {run} began, so that it isn't what was trained: put that back, or set "
+            "RESTART=1 to train what is there now"
+        )
+    folder, why = find_checkpoint(arguments.weights or run, arguments.checkpoint)
     records = [run / name for name in RECORDS if (run / name).is_file()]
+    settings = {"checkpoint": folder.name, "chosen": why} | training_settings(folder)
+    settings |= {name: found for name, found in origin.items() if name != "model"}
+    metrics = final_metrics(log_until(read_log(run), folder)) or None
     if (folder / "adapter_config.json").is_file():
-        publish_adapter(folder, arguments.out, records, arguments.overwrite)
+        publish_adapter(
+            folder,
+            arguments.out,
+            arguments.base,
+            arguments.stage,
+            metrics,
+            settings,
+            records,
+            arguments.overwrite,
+        )
         print(f"published the adapter {folder} as {arguments.out}")
         return
     entry = publish(
@@ -232,8 +315,8 @@ def main() -> None:
         arguments.out,
         arguments.base,
         arguments.stage,
-        metrics=final_metrics(read_log(run)) or None,
-        settings={"checkpoint": folder.name},
+        metrics=metrics,
+        settings=settings,
         dtype=arguments.dtype,
         extra_files=records,
         overwrite=arguments.overwrite,

@@ -22,12 +22,14 @@ def build_ranking(
     trained: Sequence[dict[str, Any]],
     model: str,
     settings: dict[str, Any],
+    fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """The content of ranking.json, from a fast scan's result (None: there was none) and the trained knockouts'.
 
     Every removal gets `relative`, its share of the baseline's token_acc: after training if it was trained, like the
     baseline, else as scanned. It is None for what failed or has no number. Trained removals come first, best first;
-    then the others, cheapest by the scan's predictor first; at the end those without `relative`.
+    then the others, cheapest by the scan's predictor first; at the end those without `relative`. `fingerprint` is the
+    model's: the ranking holds for no other.
     """
     scan, trained = _finite(scan), _finite(trained)
     runs = {record["name"]: record for record in trained}
@@ -67,6 +69,7 @@ def build_ranking(
         "predictor": scan and scan["predictor"],
         "counts_suffix": scan["counts_suffix"] if scan else True,  # ms-swift's own token_acc counts it
         "model": model,
+        "fingerprint": fingerprint,
         "settings": settings,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "baseline": baseline,

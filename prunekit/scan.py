@@ -33,6 +33,7 @@ from .checkpoint import layer_numbers, open_checkpoint, statistics, write_json
 from .errors import PruneKitError, run_script
 from .evaluate import check_answered, check_causal, generate, score_answers
 from .healed_scan import HealedScanner
+from .provenance import data_record
 from .ranking import finalists
 from .rows import Rows
 from .scanner import Job, encoder_for, finite, load_scanner, rows_of
@@ -541,22 +542,28 @@ def run_scan(args: argparse.Namespace) -> None:
         for number, row in enumerate(rows[: args.generate], 1):
             check_answered(f"dataset {args.dataset} row {number}", row)
     encoder_for(job)  # the tokenizer is there, model type and template are known
-    ignored = ("out", "gpus_per_task", "device", "processes")
+    # How it is computed, and where things lie: the model goes by its fingerprint
+    ignored = ("model", "out", "gpus_per_task", "device", "processes")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
-    settings["fingerprint"] = fingerprint(checkpoint)
-    lock = claim_folder(args.out, settings, "scan") if rank == 0 else None
-    if args.processes > 1 and world == 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        os.execv(sys.executable, [*command, str(args.processes), "-m", "prunekit.scan", *sys.argv[1:]])
-    if world > 1:
-        # A process that dies ends the others at once; one that is slow may take its time
-        distributed.init_process_group("gloo", timeout=timedelta(days=1))
-    with cluster.connected() if os.environ.get("RAY_ADDRESS") else contextlib.nullcontext():
+    settings |= {
+        "fingerprint": fingerprint(checkpoint),
+        "data": [data_record(path) for path in (args.dataset, args.calib) if path],
+    }
+    with contextlib.ExitStack() as held:
+        if rank == 0:
+            held.enter_context(claim_folder(args.out, settings, "scan"))
+        if args.processes > 1 and world == 1:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+            os.execv(sys.executable, [*command, str(args.processes), "-m", "prunekit.scan", *sys.argv[1:]])
+        if world > 1:
+            # A process that dies ends the others at once; one that is slow may take its time
+            distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        if os.environ.get("RAY_ADDRESS"):
+            held.enter_context(cluster.connected())
         result = search(args, job, candidates, calib)
-    if lock:
-        write_json(args.out / "scan.json", result | {"settings": settings})
-        print_scan(result)
-        lock.close()
+        if rank == 0:
+            write_json(args.out / "scan.json", result | {"settings": settings})
+            print_scan(result)
     if world > 1:
         distributed.destroy_process_group()
 

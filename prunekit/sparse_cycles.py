@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import (
+    fingerprint,
     history,
     history_entry,
     open_checkpoint,
@@ -23,6 +24,7 @@ from .checkpoint import (
     write_json,
 )
 from .errors import PruneKitError, run_script
+from .provenance import data_record
 from .sparse_settings import Gradual
 from .sparsity import choose_weights, measure
 
@@ -75,14 +77,16 @@ def plan(arguments: argparse.Namespace) -> None:
         modules=arguments.modules,
         worse=arguments.worse,
     )
-    choose_weights(open_checkpoint(arguments.model), arguments.modules)
+    checkpoint = open_checkpoint(arguments.model)
+    choose_weights(checkpoint, arguments.modules)
     if arguments.into:
-        names = ("model", "sparsity", "start", "cycles", "schedule", "modules", "flags")
+        names = ("sparsity", "start", "cycles", "schedule", "modules", "flags")
         wished, file = {name: getattr(arguments, name) for name in names}, arguments.into / "settings.json"
+        wished |= {"fingerprint": fingerprint(checkpoint), "data": list(map(data_record, arguments.data))}
         if file.exists() and read_json(file) != wished:
             raise PruneKitError(
-                f"{arguments.into} holds cycles with other settings: repeat those (settings.json), or set RESTART=1 to "
-                "forget them"
+                f"{arguments.into} holds cycles with other settings, of another model or other data: repeat those "
+                "(settings.json), or set RESTART=1 to forget them"
             )
         arguments.into.mkdir(parents=True, exist_ok=True)
         write_json(file, wished)
@@ -134,6 +138,7 @@ def main() -> int | None:
     planning.add_argument("--schedule", default="exponential", help="exponential or cubic")
     planning.add_argument("--modules", help="regex, as sparsify.py's")
     planning.add_argument("--into", type=Path, metavar="DIR", help="begin cycles there, or go on with these")
+    planning.add_argument("--data", nargs="*", default=[], help="what is trained and measured on, likewise")
     planning.add_argument("--flags", help="all else that cycles in one folder must have in common")
     for name, text in (("judge", "0: the last cycle is good, 3: it isn't"), ("publish", "the best one")):
         part = parts.add_parser(name, help=text)

@@ -25,6 +25,7 @@ from .checkpoint import (
 )
 from .errors import PruneKitError
 from .families import Family, Stack, configs
+from .provenance import check_ranking
 
 SCORES = ("magnitude", "wanda", "gradient")
 SCOPES = ("global", "layer", "row")
@@ -223,7 +224,7 @@ def knockout_importance(checkpoint: Checkpoint, ranking: Any) -> dict[tuple[str,
     """Importance of each layer from a ranking.json: the share of the baseline's token_acc that its removal costs.
 
     A layer without which the model couldn't be measured is as important as can be (1). PruneKitError if the ranking
-    is no such file, or lacks a layer.
+    is no such file, of another model, or lacks a layer.
     """
     try:
         found = {
@@ -236,6 +237,7 @@ def knockout_importance(checkpoint: Checkpoint, ranking: Any) -> dict[tuple[str,
         raise PruneKitError(
             "--ranking: not a ranking of knockouts; give ranking.json of knockout_check.sh"
         ) from None
+    check_ranking(checkpoint, ranking)
     for stack in {stack for stack, _ in found}:
         if stack not in checkpoint.family.stacks:
             raise PruneKitError(f"--ranking: has a stack {stack!r}, {checkpoint.family.model_type} has none")

@@ -1,45 +1,53 @@
 """Folders of work in progress that the same command continues: one process at a time, one set of settings."""
 
+import contextlib
 import fcntl
-import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from .checkpoint import Checkpoint, write_json
+from .checkpoint import fingerprint, read_json, write_json
 from .errors import PruneKitError
 
+__all__ = ["claim_folder", "fingerprint"]  # which settings hold, as what they depend on
 
-def claim_folder(out: Path, settings: dict[str, Any], what: str) -> TextIO:
-    """Make or take over OUT for work of these settings; it is ours while the returned file is open.
+OWN = {"lock", "settings.json", ".settings.json.new"}  # all that a claim by itself writes
 
-    Raises PruneKitError if it holds anything else, work of other settings, or if another process is at it.
+
+@contextlib.contextmanager
+def claim_folder(out: Path, settings: dict[str, Any], what: str) -> Iterator[None]:
+    """Make or take over OUT for work of these settings; it is ours for the time of the block.
+
+    Raises PruneKitError if it holds anything else, work of other settings, or if another process is at it. Such a
+    refusal, or one that the block raises before it wrote anything, leaves nothing of the claim.
     """
-    settings_file = out / "settings.json"
-    own = {"lock", ".settings.json.new"}  # all that a process killed at its very start leaves
-    known = not out.exists() or settings_file.exists()
-    if not known and (not out.is_dir() or {path.name for path in out.iterdir()} - own):
-        raise PruneKitError(f"{out}: is in use, and no {what}; choose another OUT")
+    _check_settings(out, settings, what)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    lock = (out / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise PruneKitError(f"{out}: another {what} is running there; choose another OUT") from None
-    if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
-        raise PruneKitError(
-            f"{out}: holds a {what} of another model or other settings; choose another OUT or remove it"
-        )
-    write_json(settings_file, settings)
-    return lock
+    with (out / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PruneKitError(f"{out}: another {what} is running there; choose another OUT") from None
+        _check_settings(out, settings, what)  # written meanwhile
+        write_json(out / "settings.json", settings)
+        try:
+            yield
+        except PruneKitError:
+            if out.exists() and {path.name for path in out.iterdir()} <= OWN:
+                for path in out.iterdir():
+                    path.unlink()
+                with contextlib.suppress(OSError):  # a parent that others use by now
+                    for folder in made:
+                        folder.rmdir()
+            raise
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells one checkpoint from another by config, tensors and the time its files were written, reading no weights."""
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    parts = [
-        json.dumps(checkpoint.config, sort_keys=True),
-        *(f"{name}{t.shape}" for name, t in checkpoint.tensors.items()),
-    ]
-    parts += [f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def _check_settings(out: Path, settings: dict[str, Any], what: str) -> None:
+    if (file := out / "settings.json").exists():
+        if read_json(file) != settings:
+            raise PruneKitError(
+                f"{out}: holds a {what} of another model, other data or other settings; choose another OUT or remove it"
+            )
+    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - OWN):
+        raise PruneKitError(f"{out}: is in use, and no {what}; choose another OUT")

@@ -53,11 +53,11 @@ def norm(folder):
 
 
 def test_the_last_whole_checkpoint_is_found(run):
-    assert find_checkpoint(run).name == "checkpoint-20"
+    assert find_checkpoint(run)[0].name == "checkpoint-20"
 
 
 def test_the_best_checkpoint_is_found_where_the_log_names_it(run):
-    assert find_checkpoint(run, "best").name == "checkpoint-10"
+    assert find_checkpoint(run, "best") == (run / "checkpoint-10", "the best")
 
 
 @pytest.mark.parametrize("last_line", [None, {"best_model_checkpoint": None}, {"loss": 1}])
@@ -68,7 +68,7 @@ def test_no_checkpoint_is_the_best_where_none_is_named_or_the_named_one_is_gone(
         (run / "logging.jsonl").write_text(json.dumps(last_line))
     with pytest.raises(PruneKitError, match="names no best checkpoint.*CHECKPOINT=last"):
         find_checkpoint(run, "best")
-    assert find_checkpoint(run, "last").name == "checkpoint-20"
+    assert find_checkpoint(run, "last") == (run / "checkpoint-20", "the last")
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
