@@ -3,7 +3,8 @@
 #   In:   $MODEL (the student), $TEACHER (same tokenizer), $DATASET (prompts; answers only matter below LMBDA=1)
 #   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
 #   Cost: as full_run.sh, plus the teacher's weights and generation. Two or more GPUs: a vLLM rollout server takes
-#         $ROLLOUT_GPUS of $GPUS (a quarter) and training the others; one GPU: vLLM shares it; none: transformers generates.
+#         $ROLLOUT_GPUS of $GPUS (a quarter) and training the others; one GPU, or ROLLOUT_GPUS=: vLLM shares what trains;
+#         no GPU: transformers generates.
 #         Of several nodes the first has the server, and the others train on all their GPUs.
 #         With DEEPSPEED= student and teacher are float32, and so is a vLLM that shares the GPU.
 #   Not run on a GPU yet: on CPUs with vLLM's CPU build only (docs/gpu.md).
@@ -19,7 +20,7 @@ OUTPUT=${OUTPUT:-checkpoints/distilled}
 
 LMBDA=${LMBDA:-1}                   # share of steps on the student's own answers; 0: the data set's, and no server
 BETA=${BETA:-1}                     # 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon
-ROLLOUT_GPUS=${ROLLOUT_GPUS-}       # default: the last quarter of GPUS; with PLAIN=1 the last one
+ROLLOUT_GPUS=${ROLLOUT_GPUS-auto}   # auto: the last quarter of GPUS, with PLAIN=1 the last; empty: vLLM shares all of them
 ROLLOUT_PORT=${ROLLOUT_PORT:-}      # default: one that is free
 ROLLOUT_DEADLINE=${ROLLOUT_DEADLINE:-900} # seconds until the server must answer
 
@@ -43,15 +44,15 @@ ARGS=(
 
 need_number ROLLOUT_DEADLINE 1
 [ -z "$ROLLOUT_PORT" ] || need_number ROLLOUT_PORT 1 65535
-need_gpus ROLLOUT_GPUS
+[ "$ROLLOUT_GPUS" = auto ] || need_gpus ROLLOUT_GPUS
 value_of lmbda "${ARGS[@]}" "${USER_ARGS[@]}"
 if [[ $VALUE =~ ^[0.]*$ ]]; then # nothing is generated
   ROLLOUT_GPUS=''
-elif [[ $GPUS == *,* ]]; then
+elif [[ $GPUS == *,* ]] && [ -n "$ROLLOUT_GPUS" ]; then
   count=$(tr , '\n' <<< "$GPUS" | wc -l)
   servers=1
   if [ -z "$PLAIN" ] && [ "$count" -ge 8 ]; then servers=$((count / 4)); fi # one keeps many waiting
-  ROLLOUT_GPUS=${ROLLOUT_GPUS:-$(tr , '\n' <<< "$GPUS" | tail -n "$servers" | paste -sd,)}
+  [ "$ROLLOUT_GPUS" != auto ] || ROLLOUT_GPUS=$(tr , '\n' <<< "$GPUS" | tail -n "$servers" | paste -sd,)
   training_gpus=$(tr , '\n' <<< "$GPUS" | grep -vxFf <(tr , '\n' <<< "$ROLLOUT_GPUS") | paste -sd, || true)
   [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer"
   ARGS+=(--use_vllm true --vllm_mode server --vllm_server_host 127.0.0.1)
@@ -60,6 +61,8 @@ elif [[ $GPUS == *,* ]]; then
 elif [ -n "$GPUS" ]; then
   ROLLOUT_GPUS=''
   ARGS+=(--use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3 --sleep_level 1)
+else
+  ROLLOUT_GPUS=''
 fi
 
 settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"

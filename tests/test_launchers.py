@@ -1004,6 +1004,13 @@ def test_a_quarter_of_the_gpus_generates(lab, gpus, env, rollout):
     assert lab.calls("rollout")[0]["env"]["CUDA_VISIBLE_DEVICES"] == rollout
 
 
+def test_vllm_shares_all_gpus_if_none_are_kept_for_it(lab):
+    lab.run("distil.sh", GPUS="0,1", ROLLOUT_GPUS="", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert values(call["argv"], "--vllm_mode") == ["colocate"]
+    assert call["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
 def test_ports_are_free_ones_and_may_be_others_when_a_run_goes_on(lab):
     for fail in ({"STUB_FAIL_AT": "3"}, {}):
         result = lab.run("distil.sh", GPUS="0,1", **fail)
