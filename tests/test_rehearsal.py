@@ -40,6 +40,10 @@ VLLM = {
 }
 
 
+def words_of(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory) -> dict[str, str]:
     """The environment of a machine with two GPUs, or what passes for one."""
@@ -69,12 +73,12 @@ def lab(tmp_path_factory) -> dict[str, str]:
     save_tiny_ocr_with_wide_heads(root / "teacher")
     weights, tokenizer = load_file(root / "teacher/model.safetensors"), AutoTokenizer.from_pretrained(MODEL)
     foreign = [token for token in range(len(tokenizer)) if not tokenizer.decode([token]).isascii()]
-    weights["model.language_model.embed_tokens.weight"][foreign] = 0  # half characters couldn't be read back
+    weights["model.language_model.embed_tokens.weight"][foreign] = 0  # halves of them couldn't be read back
     save_file(weights, root / "teacher/model.safetensors", {"format": "pt"})
     cuts = [
         ["manual_select.py", "--model", "teacher", "--out", "layers", *LAYERS],
         ["width_cut.py", "--model", "layers", "--out", "heads", "--head-share", "0.5"],
-        ["kv_cut.py", "--model", "heads", "--out", "student", "--kv-heads", "1"],
+        ["kv_cut.py", "--model", "heads", "--out", "cut", "--kv-heads", "1"],
     ]
     for script, *arguments in cuts:
         subprocess.run([sys.executable, ROOT / script, *arguments], cwd=root, check=True, capture_output=True)
@@ -88,12 +92,14 @@ def lab(tmp_path_factory) -> dict[str, str]:
         )
     for name, part in {"train": rows[:48], "val": rows[48:56]}.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return {
-        "MODEL": str(root / "student"),
-        "TEACHER": str(root / "teacher"),
-        "DATASET": str(root / "train.jsonl"),
-        "VAL_DATASET": str(root / "val.jsonl"),
-    }
+    data = {"DATASET": str(root / "train.jsonl"), "VAL_DATASET": str(root / "val.jsonl")}
+    # So that it answers in words, and not with the tokens that stand for images
+    recovery = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    recovery |= {"max_steps": 60, "save_steps": 60, "eval_steps": 60, "per_device_eval_batch_size": 8}
+    settings = {"MODEL": "cut", "OUTPUT": "student", "GPUS": "", "WANDB_MODE": "offline"}
+    command = ["bash", ROOT / "full_run.sh", *words_of(recovery)]
+    subprocess.run(command, cwd=root, env=os.environ | data | settings, check=True, capture_output=True)
+    return {"MODEL": str(root / "student"), "TEACHER": str(root / "teacher")} | data
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +109,7 @@ def start(machine, lab):
     def begin(launcher: str, output: Path, flags: dict, **settings: str) -> subprocess.Popen:
         environment = machine | lab | {"OUTPUT": str(output)} | settings
         with output.with_suffix(".log").open("a") as log:
-            words = [word for name, value in (FLAGS | flags).items() for word in (f"--{name}", str(value))]
-            command = ["bash", ROOT / launcher, *words]
+            command = ["bash", ROOT / launcher, *words_of(FLAGS | flags)]
             return subprocess.Popen(command, cwd=output.parent, env=environment, stdout=log, stderr=log)
 
     return begin
@@ -186,10 +191,13 @@ def log_probability(folder: Path | str, answers: list[str], images: list[str]) -
 def test_vllm_answers_with_the_weights_that_were_trained(name, trained, lab):
     """The last evaluation's answers are likely under the published model, and not under the student at the start."""
     lines = (trained(name).with_name(f"{name}.run") / "completions.jsonl").read_text().splitlines()
-    answers = [text.partition("\ufffd")[0] for text in json.loads(lines[-1])["completion"]]
-    images = [json.loads(row)["images"][0] for row in Path(lab["VAL_DATASET"]).read_text().splitlines()]
+    last = json.loads(lines[-1])
+    rows = [json.loads(row) for row in Path(lab["VAL_DATASET"]).read_text().splitlines()]
+    pictures = {row["solution"]: row["images"][0] for row in rows}
+    images = [pictures[word] for word in last.get("solution", pictures)]  # RL answers each several times
+    answers = [text.partition("\ufffd")[0] for text in last["completion"]]
     now, before = (log_probability(folder, answers, images) for folder in (trained(name), lab["MODEL"]))
-    assert now > before + 0.5, answers
+    assert now > before + 0.2, answers  # with the old weights it would be less
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
