@@ -711,8 +711,10 @@ def test_a_finished_stage_is_a_clean_checkpoint_with_its_history(lab, launcher):
     assert [entry["stage"] for entry in history(lab.out)] == [stage]
     names = {file.name for file in lab.out.iterdir()}
     assert not names & {"optimizer.pt", "trainer_state.json"}
+    assert names >= {"README.md", "command.sh"}
+    assert (lab.out / "command.sh").read_text().startswith(f"# {stage}, run in {lab.folder}\nswift ")
     if launcher != "export_lora.sh":
-        assert names >= {"logging.jsonl", "command.sh", "curves.png"}
+        assert names >= {"logging.jsonl", "curves.png"}
     assert not lab.work.exists()
     assert lab.left() == []
     assert f"{stage}: wrote ckpt/out\n" in result.stdout
@@ -720,7 +722,9 @@ def test_a_finished_stage_is_a_clean_checkpoint_with_its_history(lab, launcher):
 
 def test_a_lora_is_published_as_an_adapter(lab):
     assert lab.run("lora.sh", GPUS="").returncode == 0
-    assert {"adapter_config.json", "adapter_model.safetensors"} < {file.name for file in lab.out.iterdir()}
+    names = {file.name for file in lab.out.iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "command.sh", "curves.png"}
+    assert "\nlibrary_name: peft\n" in (lab.out / "README.md").read_text()
     assert not lab.work.exists()
 
 
