@@ -106,6 +106,11 @@ def tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except PruneKitError:
         raise
+    except AssertionError:  # ms-swift's only one there
+        raise PruneKitError(
+            f"{checkpoint.path}: its tokenizer has neither a padding token nor one that ends a text: name one in "
+            "tokenizer_config.json"
+        ) from None
     except Exception as error:  # tokenizers and transformers raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise PruneKitError(f"{checkpoint.path}: its tokenizer can't be loaded ({reason}): {mend}") from None

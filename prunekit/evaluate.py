@@ -8,7 +8,6 @@ and greedy generation compared with the answer (exact match, character error rat
 
 import argparse
 import gc
-import inspect
 import json
 import os
 import sys
@@ -40,9 +39,11 @@ def read_rows(dataset: str | Path, limit: int | None = None) -> Rows:
 
 
 def check_answered(where: str, row: dict[str, Any]) -> None:
-    """PruneKitError for messages that don't end in an assistant's text."""
+    """PruneKitError for messages that aren't a question, at the least, and an assistant's text."""
     if row["messages"][-1]["role"] != "assistant" or not isinstance(row["messages"][-1]["content"], str):
         raise PruneKitError(f"{where} ends without an assistant message to compare with")
+    if len(row["messages"]) == 1:
+        raise PruneKitError(f"{where} has no question before its answer")
 
 
 def check_causal(checkpoint: Checkpoint) -> None:
@@ -71,13 +72,19 @@ def load_engine(model: str | Path, device: str | None = None, dtype: str | None 
     check_no_remote_code(checkpoint.path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device != "cpu" else "float32")
-    engine = TransformersEngine(
-        str(checkpoint.path),
-        torch_dtype=getattr(torch, dtype),
-        device_map=device,
-        model_type=model_type or checkpoint.config["model_type"],
-        template_type=template or find_template(checkpoint, model_type),
-    )
+    own = checkpoint.config["model_type"]
+    try:
+        engine = TransformersEngine(
+            str(checkpoint.path),
+            torch_dtype=getattr(torch, dtype),
+            device_map=device,
+            model_type=model_type or own,
+            template_type=template or find_template(checkpoint, model_type),
+        )
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
+        if model_type in (None, own):
+            raise
+        raise PruneKitError(f"--model-type {model_type}: {checkpoint.path} is none ({error})") from error
     engine.model.eval()
     engine.template.model = engine.model  # which makes the position ids of M-RoPE
     return engine
@@ -161,9 +168,10 @@ def encode_row(template, row: dict[str, Any], dataset: str) -> dict[str, Any] | 
     except Exception as error:
         problems = (problem_of_image(image, decode=True) for image in images_of(row))
         problem = next(filter(None, problems), None)
-        if not problem and isinstance(error, ValueError | TypeError | KeyError | AssertionError):
+        kinds = ValueError | TypeError | AttributeError | LookupError | AssertionError
+        if not problem and isinstance(error, kinds):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            problem = f"can't be encoded by ms-swift ({reason}): {json.dumps(row)[:100]}"
+            problem = f"can't be encoded by ms-swift's {type(template).__name__} ({reason}): {json.dumps(row)[:100]}"
         if problem:
             raise PruneKitError(f"dataset {dataset}: a row {problem}") from error
         raise
@@ -245,15 +253,16 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [row.get(key) for row in rows] for key in rows[0] if key != "messages"}
 
 
-def _check_reward_columns(rewards: Iterable[str], rows: Rows) -> None:
-    """PruneKitError if a reward needs a column that a data set lacks."""
+def _check_columns(rewards: Iterable[str], rows: Rows) -> None:
+    """PruneKitError if a reward can't score the first row's own answer: it needs a column that the data set lacks."""
     from swift.rewards import orms
 
     for name in rewards:
         try:
-            inspect.signature(orms[name].__call__).bind(None, [], **_columns(rows))
-        except TypeError as error:
-            raise PruneKitError(f"--rewards {name}: data set {rows.name} doesn't do ({error})") from None
+            orms[name]()([rows[0]["messages"][-1]["content"]], **_columns(rows[:1]))
+        except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PruneKitError(f"--rewards {name}: can't score dataset {rows.name} ({reason})") from None
 
 
 def _reward(text: str) -> tuple[str, float]:
@@ -352,7 +361,7 @@ def main() -> None:
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
     load_plugins(args.plugins)
     for rows in datasets.values():
-        _check_reward_columns(rewards, rows)
+        _check_columns(rewards, rows)
     templates = [args.template or find_template(checkpoint, args.model_type) for checkpoint in checkpoints]
     for checkpoint, template in zip(checkpoints, templates):
         load_template(checkpoint, None, args.model_type, template)

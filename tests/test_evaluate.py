@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
 from conftest import ROOT
+from PIL import Image
 from tiny_models import load
 from tiny_taggers import save_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -19,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from prunekit import evaluate as evaluation
 from prunekit.calibration import calibrate
 from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
 
 SHORT, LONG = (
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]}
@@ -243,3 +246,146 @@ def test_a_state_counts_if_a_label_follows_it_and_is_of_its_row():
     labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100]])
     found, next_labels, rows = evaluation.counted_states(states, labels)
     assert (found[:, 0].tolist(), next_labels.tolist(), rows.tolist()) == ([1, 2, 4], [6, 7, 8], [0, 0, 1])
+
+
+def test_a_model_that_is_none_of_the_type_given_is_refused(parrot, tmp_path):
+    with pytest.raises(PruneKitError, match="--model-type qwen3_vl: .*parrot"):
+        judged(parrot, tmp_path, [asked("cat")], "--model-type", "qwen3_vl")
+
+
+# --- answers that are cut
+
+
+@pytest.mark.parametrize("tokens, cut", [(3, 2), (4, 0)])
+def test_answers_are_cut_that_have_all_tokens_and_no_end(parrot, tmp_path, tokens, cut, capsys):
+    found = judged(parrot, tmp_path, [asked("cat"), asked("dog")], "--max-new-tokens", tokens)
+    assert (found["n_cut"], found["cut_share"]) == (cut, cut / 2)
+    said = capsys.readouterr()
+    assert ("2 of 2 answers" in said.err and "raise --max-new-tokens" in said.err) == bool(cut)
+    assert f"n_cut {cut}  cut_share" in said.out
+
+
+# --- several models and data sets
+
+
+def test_a_model_is_gone_when_the_next_one_is_loaded(parrot, tmp_path, monkeypatch):
+    before, load_engine = [], evaluation.load_engine
+
+    def load_one(*arguments):
+        assert [model() for model in before] == [None] * len(before)
+        engine = load_engine(*arguments)
+        before.append(weakref.ref(engine.model))
+        return engine
+
+    monkeypatch.setattr(evaluation, "load_engine", load_one)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(asked("cat")) + "\n")
+    models = ["--model", parrot, parrot, parrot]
+    monkeypatch.setattr(sys, "argv", [*map(str, ["evaluate", *models, "--dataset", data, "--device", "cpu"])])
+    evaluation.main()
+    assert len(before) == 3
+
+
+def test_data_sets_of_the_same_name_are_all_in_the_result(parrot, tmp_path, monkeypatch):
+    for folder, answer in (("a", "cat"), ("b", "dog")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps(asked(answer)) + "\n")
+    names = [str(tmp_path / folder / "test.jsonl") for folder in "ab"]
+    out = tmp_path / "found.json"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["evaluate", "--model", str(parrot), "--dataset", *names, "--json", str(out), "--device", "cpu"],
+    )
+    evaluation.main()
+    [result] = json.loads(out.read_text())
+    assert [result["datasets"][name]["exact_match"] for name in names] == [1, 0]
+
+
+# --- what is refused, before a model is loaded
+
+
+@pytest.fixture
+def refused(parrot, tmp_path, monkeypatch):
+    """refused(*arguments, model=..., rows=...): the one line, asserting that no model was loaded."""
+    monkeypatch.setattr(evaluation, "load_engine", lambda *_: pytest.fail("a model was loaded"))
+
+    def run(*arguments, model=parrot, rows=None):
+        with pytest.raises(PruneKitError) as error:
+            judged(model, tmp_path, rows or [asked("cat")], *arguments)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--device", "gpu"), ("--batch-size", "0"), ("--batch-size", "x"), ("--limit", "0"), ("--limit", "-1"),
+        ("--max-new-tokens", "0"), ("--rewards", "ocr_cer=abc"), ("--rewards", "ocr_cer=nan"), ("--rewards", "no_such_one"),
+        ("--json", "/no/such/folder/x.json"), ("--model-type", "no_such_type"), ("--template", "no_such_template"),
+        ("--dataset", "org/name"), ("--dataset", "nowhere.jsonl"), ("--plugins", "nowhere.py"), ("--model", "nowhere"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_bad_argument_is_refused_in_one_line(refused, arguments):
+    value = arguments[-1].rpartition("=")[2]
+    assert value[:15] in refused(*arguments)
+
+
+def test_a_reward_whose_column_is_missing_is_refused(refused):
+    plugins = [ROOT / "plugins" / name for name in ("gpt2_model.py", "ocr_rewards.py")]
+    assert "'solution'" in refused("--plugins", *plugins, "--rewards", "ocr_cer")
+
+
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_a_model_without_a_whole_tokenizer_is_refused(refused, parrot, tmp_path, damage):
+    folder = shutil.copytree(parrot, tmp_path / "copy")
+    (folder / "tokenizer.json").unlink() if damage == "gone" else (folder / "tokenizer.json").write_text("{")
+    assert "copy the tokenizer's files of the original model" in refused(model=folder)
+
+
+def change_tokenizer(folder, *gone):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in gone}))
+    return folder
+
+
+def test_a_tokenizer_that_can_neither_pad_nor_end_is_refused(refused, parrot, tmp_path):
+    folder = change_tokenizer(shutil.copytree(parrot, tmp_path / "copy"), "pad_token", "eos_token")
+    assert "neither a padding token nor one that ends a text" in refused(model=folder)
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_the_end(parrot, tmp_path):
+    folder = change_tokenizer(shutil.copytree(parrot, tmp_path / "copy"), "pad_token")
+    rows = [asked("cat"), asked("dog", "and this?")]
+    assert judged(folder, tmp_path, rows)["exact_match"] == 0.5
+
+
+def test_texts_need_no_padding_token_at_all(parrot, tmp_path):
+    folder = change_tokenizer(shutil.copytree(parrot, tmp_path / "copy"), "pad_token", "eos_token")
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": "a" * n}) + "\n" for n in range(2, 12)))
+    assert calibrate(load(folder), open_checkpoint(folder), data).fit
+
+
+def test_an_image_that_breaks_while_it_is_decoded_is_named(tmp_path):
+    image = tmp_path / "image.png"
+    Image.effect_noise((64, 64), 50).save(image)
+    whole = image.read_bytes()
+    image.write_bytes(whole[:200] + bytes(500) + whole[700:])  # whole at both ends
+    row = asked("a", "<image>?", images=[str(image)])
+    with pytest.raises(PruneKitError, match="image.png"):
+        judged(ROOT / "examples" / "tiny_ocr" / "model", tmp_path, [row])
+
+
+def test_an_answer_without_a_question_is_refused(refused):
+    assert "has no question before its answer" in refused(rows=[{"messages": asked("cat")["messages"][1:]}])
+
+
+def test_messages_that_ms_swift_can_t_encode_are_shown(parrot, tmp_path):
+    row = {"messages": [{"role": "boss", "content": "a"}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(PruneKitError, match="a row can't be encoded by ms-swift") as error:
+        judged(parrot, tmp_path, [row])
+    assert '"role": "assistant"' in str(error.value)

@@ -217,5 +217,5 @@ def test_a_data_set_named_twice_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [None, ["a"]])
 def test_an_answer_that_is_no_text_can_t_be_compared_with(tmp_path, content):
-    rows = [{"messages": [{"role": "assistant", "content": content}]}]
+    rows = [{"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": content}]}]
     assert "line 1 ends without an assistant message" in refused(read_rows, write(tmp_path / "a.jsonl", rows))

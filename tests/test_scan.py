@@ -1,5 +1,6 @@
 """The fast scan as a command and its searches: what is measured once, chosen, continued, refused."""
 
+import contextlib
 import json
 import math
 import signal
@@ -13,6 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunekit import calibration, scan, scanner
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.scan import CRITERION, Records, Scan, find_path, paired
@@ -386,3 +388,192 @@ def test_a_layer_out_of_range_is_refused(texts, tmp_path):
 
 def test_help_shows_an_example():
     assert "python -m prunekit.scan --model" in run("--help").stdout
+
+
+# --- what is refused and read, in this process
+
+
+@pytest.fixture
+def scan_here(monkeypatch, tmp_path):
+    """scan_here(model, dataset, *arguments): what OUT/scan.json says."""
+
+    def run_here(model, dataset, *arguments):
+        out = tmp_path / "out"
+        command = [
+            "scan",
+            "--model",
+            model,
+            "--dataset",
+            dataset,
+            "--out",
+            out,
+            "--device",
+            "cpu",
+            *arguments,
+        ]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        scan.main()
+        return json.loads((out / "scan.json").read_text())
+
+    return run_here
+
+
+@pytest.fixture
+def refused(scan_here, monkeypatch, tmp_path):
+    """refused(...): the one line, asserting that no model was loaded and nothing written."""
+    monkeypatch.setattr(scanner, "load_model", lambda *_: pytest.fail("a model was loaded"))
+
+    def run_here(*arguments):
+        with pytest.raises(PruneKitError) as error:
+            scan_here(*arguments)
+        assert not (tmp_path / "out").exists()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return run_here
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory):
+    """Questions and answers."""
+    file = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    rows = [
+        [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * (n % 3 + 1)}]
+        for n in range(1, 13)
+    ]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--tokens", "-1"), ("--batch-tokens", "0"), ("--max-length", "0"), ("--best", "0"), ("--greedy", "-5"),
+        ("--generate", "-1"), ("--generate-tokens", "0"), ("--race-share", "nan"), ("--target-params", "1e400"),
+        ("--device", "gpu"), ("--processes", "0"), ("--gpus-per-task", "-1"), ("--template", "no_such"),
+        ("--model-type", "no_such"), ("--text", "none", "--vision", "none"), ("--dataset", "org/name"),
+        ("--heal",), ("--heal", "--calib", "nowhere.jsonl", "--greedy", "1"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_bad_argument_is_refused_in_one_line(refused, answers, arguments):
+    said = refused(EMBEDDED, answers, *arguments)
+    assert arguments[0] in said or arguments[-1] in said or "nowhere.jsonl" in said
+
+
+def test_healing_on_a_cluster_is_refused_before_anything_is_measured(refused, texts, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    said = refused(EMBEDDED, texts, "--greedy", 1, "--heal", "--calib", texts)
+    assert "unset RAY_ADDRESS" in said
+
+
+def test_processes_on_a_cluster_are_refused(refused, texts, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert "unset RAY_ADDRESS" in refused(EMBEDDED, texts, "--processes", 2)
+
+
+def test_a_model_without_its_tokenizer_is_refused(refused, tiny, answers, texts):
+    for rows in (answers, texts):
+        assert "has no tokenizer" in refused(tiny("qwen3"), rows)
+
+
+def test_a_vision_block_of_a_text_model_is_refused(refused, tiny, texts):
+    assert "has no vision blocks" in refused(tiny("qwen3"), texts, "--vision", "0")
+
+
+def test_a_task_of_a_cluster_takes_one_gpu_at_the_most(monkeypatch, texts, scan_here):
+    asked = []
+
+    def run_tasks(function, items, *, gpus):
+        asked.append(gpus)
+        return [(item, function(item)) for item in items]
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(scan.cluster, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(scan.cluster, "run_tasks", run_tasks)
+    scan_here(EMBEDDED, texts, "--gpus-per-task", 4, "--text", 7, "--vision", "none")
+    assert set(asked) == {1}
+
+
+def test_a_cluster_s_answers_are_those_of_one_machine(monkeypatch, answers):
+    job = Job(str(EMBEDDED), str(answers), device="cpu")
+    removals = [[Knockout("text", 7)], [Knockout("text", 3), Knockout("vision", 2)]]
+    here = Scan(job, None, quiet=True).generate(removals, 5, 3)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(
+        scan.cluster, "run_tasks", lambda function, items, gpus: [(i, function(i)) for i in reversed(items)]
+    )
+    assert Scan(job, None, quiet=True).generate(removals, 5, 3) == here
+    assert [found["samples"] for found in here] == [5, 5]
+
+
+def test_shares_of_the_rows_answered_by_several_are_those_of_all(answers):
+    job = Job(str(EMBEDDED), str(answers), device="cpu")
+    gone = (Knockout("text", 3),)
+    whole = scan.score_generation(job, 7, 3, [scan.answer_without((job, gone, 7, 3, 0, 1))])
+    shares = [scan.answer_without((job, gone, 7, 3, n, 3)) for n in range(3)]
+    assert [len(part) for part, _ in shares] == [3, 2, 2]
+    assert scan.score_generation(job, 7, 3, shares) == whole
+
+
+def test_answers_that_were_cut_are_counted_and_warned_of(scan_here, answers, capsys):
+    flags = ("--text", "7", "--vision", "none", "--generate", 4, "--generate-tokens", 1, "--greedy", 1)
+    found = scan_here(EMBEDDED, answers, *flags)
+    generation = found["removals"][0]["generation"]
+    assert (generation["samples"], generation["n_cut"], generation["max_new_tokens"]) == (4, 4, 1)
+    assert [point["generation"]["n_cut"] for point in found["greedy"]["path"]] == [4, 4]
+    assert "warning: 12 of 12 answers were cut at 1 tokens" in capsys.readouterr().err
+
+
+def test_each_file_of_rows_is_read_once(scan_here, answers, tmp_path, monkeypatch):
+    calib, read = tmp_path / "calib.jsonl", []
+    calib.write_bytes(answers.read_bytes())
+    once = calibration.iterate
+
+    def iterate(name):
+        read.append(str(name))
+        return once(name)
+
+    monkeypatch.setattr(calibration, "iterate", iterate)
+    dataset = tmp_path / "dataset.jsonl"
+    dataset.write_bytes(answers.read_bytes())
+    flags = ("--text", "6-7", "--vision", "none", "--generate", 2, "--generate-tokens", 1, "--greedy", 1)
+    scan_here(EMBEDDED, dataset, *flags, "--heal", "--calib", calib)
+    assert sorted(read) == [str(calib), str(dataset)]
+
+
+@pytest.mark.slow
+def test_two_processes_heal_and_answer_as_one_does(answers, tmp_path):
+    """With torchrun and gloo: candidates and rows are shared out, and both processes agree on every choice."""
+    flags = (
+        "--greedy",
+        2,
+        "--heal",
+        "--calib",
+        answers,
+        "--generate",
+        5,
+        "--generate-tokens",
+        3,
+        "--text",
+        "4-7",
+    )
+    found = []
+    for name, more in (("one", ()), ("two", ("--processes", 2))):
+        out = tmp_path / name
+        done = run("--model", EMBEDDED, "--dataset", answers, "--out", out, "--vision", "1,4", *flags, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("baseline: ") == 1
+        found.append(without_times(out))
+    [one, two] = found
+    assert two == one
+    assert one["greedy"]["healed"] and len(one["greedy"]["path"]) == 3
+
+
+@pytest.mark.slow
+def test_a_bad_row_ends_several_processes_in_one_line_before_they_start(texts, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(texts.read_text() + "{\n")
+    done = run(
+        "--model", EMBEDDED, "--dataset", tmp_path / "bad.jsonl", "--out", tmp_path / "s", "--processes", 2
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
