@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .calibration import Calibration
 from .checkpoint import Checkpoint, Tensor, float_bytes
+from .errors import PruneKitError
 from .evaluate import score_batches
 from .families import Stack
 from .layers import Removal, check_healable, find_seams
@@ -286,6 +287,8 @@ def heal(
     batches = [*data.fit, *data.held_out]
     judged = range(len(data.fit), len(batches))
     calls = {stack: record_calls(model, family.stacks[stack], batches) for stack in {s.stack for s in seams}}
+    if not all(calls.values()):
+        raise PruneKitError("no row to heal on has an image: vision blocks need some (--calib)")
 
     def held_out_loss() -> float:
         with removed(model, plan):

@@ -533,6 +533,10 @@ def run_scan(args: argparse.Namespace) -> None:
     )  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     calib = read_calibration(args.calib) if args.calib else None
+    if calib and any(k.stack == "vision" for k in candidates) and not any(row.get("images") for row in calib):
+        raise PruneKitError(
+            f"--calib {args.calib}: no row has an image, to heal vision blocks on; or --vision none"
+        )
     rows = rows_of(job)
     if args.generate:
         if "text" in rows[0]:

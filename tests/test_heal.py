@@ -437,6 +437,12 @@ def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_vision_blocks_are_not_healed_on_rows_without_images(tiny):
+    folder = tiny("qwen3_vl")
+    with pytest.raises(PruneKitError, match="has an image"):
+        heal(plan_removal(open_checkpoint(folder), vision=[5]), load(folder), data(), quiet=True)
+
+
 def test_messages_for_an_encoder_are_refused(tiny):
     with pytest.raises(PruneKitError, match="camembert is an encoder, for which messages have no form"):
         encoder_of(open_checkpoint(tiny("camembert")), Rows("", [{"messages": []}]), 64)

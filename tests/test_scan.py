@@ -467,6 +467,10 @@ def test_healing_on_a_cluster_is_refused_before_anything_is_measured(refused, te
     assert "unset RAY_ADDRESS" in said
 
 
+def test_vision_blocks_are_not_healed_on_rows_without_images(refused, texts):
+    assert "no row has an image" in refused(EMBEDDED, texts, "--greedy", 1, "--heal", "--calib", texts)
+
+
 def test_processes_on_a_cluster_are_refused(refused, texts, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert "unset RAY_ADDRESS" in refused(EMBEDDED, texts, "--processes", 2)
@@ -561,7 +565,7 @@ def test_two_processes_heal_and_answer_as_one_does(answers, tmp_path):
     found = []
     for name, more in (("one", ()), ("two", ("--processes", 2))):
         out = tmp_path / name
-        done = run("--model", EMBEDDED, "--dataset", answers, "--out", out, "--vision", "1,4", *flags, *more)
+        done = run("--model", EMBEDDED, "--dataset", answers, "--out", out, "--vision", "none", *flags, *more)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("baseline: ") == 1
         found.append(without_times(out))
