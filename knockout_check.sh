@@ -26,6 +26,7 @@ GREEDY=${GREEDY:-}                  # 8: also find a set of 8 layers, scanning a
 TARGET_PARAMS=${TARGET_PARAMS:-}    # 0.75: or one that leaves so many of the parameters
 HEAL=${HEAL:-}                      # 1: choose that set with its seams healed on DATASET (manual_select.py --heal)
 GENERATE=${GENERATE:-0}             # also answer so many rows without each finalist: token_acc hides a collapse
+GENERATE_TOKENS=${GENERATE_TOKENS:-64} # of an answer; what is cut there counts as wrong, and is warned of
 
 SCAN_ARGS=(
   --tokens 65536                    # of VAL_DATASET, 0: all
@@ -52,6 +53,8 @@ need_number GPUS_PER_TASK 0 1024
 [ -z "$GREEDY" ] || need_number GREEDY 1
 need TARGET_PARAMS '|0?\.[0-9]*[1-9][0-9]*' "give the share of the parameters that is to stay, between 0 and 1"
 need_number GENERATE 0
+need_number GENERATE_TOKENS 1
+[ -z "$HEAL" ] || [ -z "${RAY_ADDRESS:-}" ] || die "HEAL=$HEAL: works on one machine; unset RAY_ADDRESS"
 need_switch RACE HEAL
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
 processes=$PROCESSES
@@ -78,13 +81,13 @@ claim_work
 setup_wandb
 LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS")
 if [ "$MODE" != train ]; then
-  run=(python)
-  if [ "$processes" -gt 1 ] && [ -z "${RAY_ADDRESS:-}" ]; then run=(torchrun --standalone --nproc_per_node "$processes"); fi
-  run_group "${run[@]}" -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
+  [ -z "${RAY_ADDRESS:-}" ] || processes=1
+  run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
     --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "${SCAN_ARGS[@]}" \
     ${RACE:+--race} --best "$([[ $FINALISTS =~ ^[1-9][0-9]*$ ]] && echo "$FINALISTS" || echo 10)" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
-    ${HEAL:+--heal --calib "$DATASET"} --generate "$GENERATE" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
+    ${HEAL:+--heal --calib "$DATASET"} --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \
+    --processes "$processes" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
   wait "$GROUP_PID"
 fi
 run_group python -m prunekit.knockout --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \

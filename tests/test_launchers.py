@@ -1150,7 +1150,7 @@ BAD_SETTINGS = [
         "STEPS1": "0", "STEPS2": "-1", "STEPS3": "a b", "ACCUMULATE": "a[$(touch pwned)]",
     }.items()),
     *(({name: value}, "knockout_check.sh") for name, value in {
-        "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "HEAL": "yes", "RACE": "2", "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
+        "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2", "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
         "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "FINALISTS": "-1", "MODE": "x",
     }.items()),
     *(({name: value}, "sparse_run.sh") for name, value in {
