@@ -11,9 +11,9 @@ and throughput of batches, F1 (token classifiers: rows as for ner_run.py) or los
 publish a folder: hf upload NAME/MODEL serve/int8
 """
 
-import argparse
 from pathlib import Path
 
+from prunekit.arguments import Parser, device, new_file, positive_float, positive_int
 from prunekit.checkpoint import check_out, open_checkpoint, write_json
 from prunekit.deploy import (
     FORMATS,
@@ -29,9 +29,7 @@ from prunekit.errors import run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, type=Path, help="folders; the last becomes OUT")
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument(
@@ -42,16 +40,20 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder at OUT")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--dataset", type=Path, help="measure all models on these held-out rows")
-    measuring.add_argument("--limit", type=int, help="rows to use (default: all)")
-    measuring.add_argument("--length", type=int, default=128, help="tokens of a timed row (default: 128)")
+    measuring.add_argument("--limit", type=positive_int, help="rows to use (default: all)")
     measuring.add_argument(
-        "--batches", nargs="+", type=int, default=[1, 32], metavar="N", help="(default: 1 32)"
+        "--length", type=positive_int, default=128, help="tokens of a timed row (default: 128)"
     )
-    measuring.add_argument("--seconds", type=float, default=2.0, help="to time each batch for (default: 2)")
-    measuring.add_argument("--rounds", type=int, default=2, help="turns of each model (default: 2)")
-    measuring.add_argument("--threads", type=int, help="(default: all cores)")
-    measuring.add_argument("--device", default="cpu", help="of what torch runs (default: cpu)")
-    measuring.add_argument("--json", type=Path, help="also write the table here")
+    measuring.add_argument(
+        "--batches", nargs="+", type=positive_int, default=[1, 32], metavar="N", help="(default: 1 32)"
+    )
+    measuring.add_argument(
+        "--seconds", type=positive_float, default=2.0, help="to time each batch for (default: 2)"
+    )
+    measuring.add_argument("--rounds", type=positive_int, default=2, help="turns of each model (default: 2)")
+    measuring.add_argument("--threads", type=positive_int, help="(default: all cores)")
+    measuring.add_argument("--device", type=device, help="of what torch runs (default: cpu)")
+    measuring.add_argument("--json", type=new_file, help="also write the table here")
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dataset:
         parser.error("--out or --dataset is needed")
@@ -60,7 +62,7 @@ def main() -> None:
     if arguments.dataset:
         how = Measuring(
             arguments.dataset, arguments.limit, arguments.length, tuple(arguments.batches), arguments.seconds,
-            arguments.rounds, arguments.threads, arguments.device,
+            arguments.rounds, arguments.threads, arguments.device or "cpu",
         )  # fmt: skip
         check_measurable(arguments.model, how)
     folders = list(arguments.model)

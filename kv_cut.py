@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import natural, positive_int
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import scratch_folder, statistics
 from prunekit.errors import run_script
@@ -48,7 +49,7 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
 
 def main() -> None:
     parser = surgery_parser(__doc__)
-    parser.add_argument("--kv-heads", type=int, required=True, metavar="N", help="KV heads to keep")
+    parser.add_argument("--kv-heads", type=positive_int, required=True, metavar="N", help="KV heads to keep")
     parser.add_argument(
         "--method",
         choices=METHODS,
@@ -58,7 +59,7 @@ def main() -> None:
     add_calibration_arguments(group)
     group.add_argument(
         "--refine",
-        type=int,
+        type=natural,
         default=0,
         metavar="STEPS",
         help="of Adam on each layer's attention, to what the uncut one writes (default: 0; 200 is much)",
@@ -67,8 +68,8 @@ def main() -> None:
     method = arguments.method or ("calibrated" if arguments.calib else "mean")
     if (method == "calibrated") != bool(arguments.calib):
         parser.error("--method calibrated and --calib need each other")
-    if arguments.refine < 0 or (arguments.refine and not arguments.calib):
-        parser.error("--refine takes a positive number of steps, and --calib")
+    if arguments.refine and not arguments.calib:
+        parser.error("--refine needs --calib")
 
     checkpoint = open_input(arguments)
     plan = plan_kv_merge(checkpoint, arguments.kv_heads, method)

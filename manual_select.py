@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import positive_int, share
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import read_json, statistics
 from prunekit.errors import PruneKitError, run_script
@@ -68,10 +69,12 @@ def main() -> None:
         "--independent", action="store_true", help="of a ranking, the cheapest alone, not its greedy path"
     )
     parser.add_argument(
-        "--keep-above", type=float, default=0.95, help="of the baseline's token_acc (default: 0.95)"
+        "--keep-above", type=share, default=0.95, help="of the baseline's token_acc (default: 0.95)"
     )
-    parser.add_argument("--max-layers", type=int, default=10, help="drop at most so many (default: 10)")
-    parser.add_argument("--max-fraction", type=float, default=0.25, help="of all parameters (default: 0.25)")
+    parser.add_argument(
+        "--max-layers", type=positive_int, default=10, help="drop at most so many (default: 10)"
+    )
+    parser.add_argument("--max-fraction", type=share, default=0.25, help="of all parameters (default: 0.25)")
     healing = parser.add_argument_group("healing")
     healing.add_argument(
         "--heal", action="store_true", help="refit the layers around each seam (needs --calib)"
@@ -95,7 +98,7 @@ def main() -> None:
             print(
                 f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}"
             )
-        if path and path["healed"] and not arguments.heal:
+        if path and path.get("healed") and not arguments.heal:
             print("the path was healed after each removal: with --heal and --calib, too, it keeps that much")
         for entry in chosen:
             (text if entry["stack"] == "text" else vision).append(entry["layer"])

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import Parser, finite_float, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.families import positions
@@ -84,9 +85,7 @@ def train_model(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="checkpoint folder to train")
     parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to write")
     parser.add_argument("--dataset", required=True, help="to train on: .jsonl, or CoNLL text")
@@ -94,18 +93,21 @@ def main() -> None:
     parser.add_argument("--teacher", help="checkpoint folder of a token classifier with the same labels")
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=finite_float,
         default=TEMPERATURE,
         help=f"of the distillation (default: {TEMPERATURE:g})",
     )
     parser.add_argument(
         "--hard-share",
-        type=float,
+        type=finite_float,
         default=HARD_SHARE,
         help=f"of the labels' loss; the rest is the teacher's (default: {HARD_SHARE:g}; 0: the labels don't count)",
     )
     parser.add_argument(
-        "--hidden-weight", type=float, default=0.0, help="of the teacher's hidden states (default: 0; try 1)"
+        "--hidden-weight",
+        type=finite_float,
+        default=0.0,
+        help="of the teacher's hidden states (default: 0; try 1)",
     )
     parser.add_argument(
         "--keep-zeros", action="store_true", help="what is zero in the model (sparsify.py) stays zero"
@@ -114,7 +116,7 @@ def main() -> None:
         "--new-head", action="store_true", help="a fresh classifier for the data's labels, on any encoder"
     )
     parser.add_argument(
-        "--max-length", type=int, help="sub-words of a row's piece (default: 512 or all positions)"
+        "--max-length", type=positive_int, help="sub-words of a row's piece (default: 512 or all positions)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     arguments, flags = parser.parse_known_args()

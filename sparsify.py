@@ -19,6 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import finite_float
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import read_json, statistics
 from prunekit.errors import PruneKitError, run_script
@@ -115,9 +116,9 @@ def print_result(plan: Sparsification) -> None:
 def main() -> None:
     parser = surgery_parser(__doc__)
     parser.add_argument(
-        "--sparsity", type=float, metavar="S", help="share of the weights to be zero, like 0.5"
+        "--sparsity", type=finite_float, metavar="S", help="share of the weights to be zero, like 0.5"
     )
-    parser.add_argument("--threshold", type=float, metavar="T", help="zero what scores below T")
+    parser.add_argument("--threshold", type=finite_float, metavar="T", help="zero what scores below T")
     parser.add_argument("--pattern", metavar="N:M", help="of M neighbouring inputs keep N, like 2:4")
     parser.add_argument("--scope", choices=SCOPES, help="(default: global; row for wanda)")
     parser.add_argument("--score", choices=SCORES, default="magnitude", help="(default: magnitude)")
@@ -125,10 +126,10 @@ def main() -> None:
     parser.add_argument("--layer-importance", choices=("gradient", "activation", "knockout"))
     parser.add_argument("--ranking", metavar="JSON", help="ranking.json of knockout_check.sh, for knockout")
     parser.add_argument(
-        "--power", type=float, default=1.0, help="of importance: lower ones even out (default: 1)"
+        "--power", type=finite_float, default=1.0, help="of importance: lower ones even out (default: 1)"
     )
     parser.add_argument(
-        "--max-sparsity", type=float, default=0.95, metavar="S", help="of a layer (default: 0.95)"
+        "--max-sparsity", type=finite_float, default=0.95, metavar="S", help="of a layer (default: 0.95)"
     )
     parser.add_argument(
         "--refit", action="store_true", help="the weights that stay, so that each layer writes what it did"

@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import positive_int, share
 from prunekit.calibration import add_calibration_arguments, load_model, model_and_calibration
 from prunekit.checkpoint import statistics
 from prunekit.errors import run_script
@@ -58,16 +59,21 @@ def calibrate_plan(
 def main() -> None:
     parser = surgery_parser(__doc__)
     heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--heads", type=int, metavar="N", help="query heads that each layer keeps")
-    heads.add_argument("--head-share", type=float, metavar="S", help="share of them that it keeps, like 0.5")
+    heads.add_argument("--heads", type=positive_int, metavar="N", help="query heads that each layer keeps")
+    heads.add_argument("--head-share", type=share, metavar="S", help="share of them that it keeps, like 0.5")
     parser.add_argument(
-        "--kv-groups", type=int, metavar="N", help="KV heads that each layer keeps, with their query heads"
+        "--kv-groups",
+        type=positive_int,
+        metavar="N",
+        help="KV heads that each layer keeps, with their query heads",
     )
     neurons = parser.add_mutually_exclusive_group()
-    neurons.add_argument("--neurons", type=int, metavar="N", help="neurons that each MLP (or expert) keeps")
+    neurons.add_argument(
+        "--neurons", type=positive_int, metavar="N", help="neurons that each MLP (or expert) keeps"
+    )
     neurons.add_argument(
         "--neuron-share",
-        type=float,
+        type=share,
         metavar="S",
         help="share of them that it keeps, rounded to a multiple of 8",
     )

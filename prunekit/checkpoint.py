@@ -30,7 +30,8 @@ from typing import Any
 from . import errors
 from .errors import PruneKitError
 from .families import Family, check_config, configs, family_of, text_value
-from .model_card import HISTORY, model_card
+from .model_card import HISTORY, ROWS, model_card
+from .rules import LAYER, NUMBERS, OBJECT, REAL, TEXT, Items, Keys, Values, check, whole
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -42,6 +43,7 @@ MAX_HEADER = 100_000_000  # what the safetensors library accepts
 MAX_AXES = 64  # of a tensor, as numpy and torch have them
 MAX_SIDE_FILE = 256 * 2**20
 SAMPLES, SAMPLE_BYTES = 4, 2**12  # what a fingerprint reads of a tensor
+MAX_NAME = 200  # bytes, of OUT: file systems take 255, and folders of work are named OUT.partial-...
 WRITE_BYTES = 2**17  # larger writes made Linux 6.18's ext4 several times slower
 BUFFERS = re.compile(
     r"(?:.*\.)?(?:position_ids|inv_freq|attn\.(?:masked_)?bias)$"
@@ -196,7 +198,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
             raw = json.loads(stream.read(length), object_pairs_hook=_no_duplicates)
         raw.pop("__metadata__", None)
         entries = [(name, *_parse_tensor(name, entry, file)) for name, entry in raw.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise PruneKitError(f"{file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = f"no {error} in an entry" if isinstance(error, KeyError) else error
         raise PruneKitError(
             f"{file}: not a readable safetensors file ({detail}); copy or download it again"
@@ -261,7 +265,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises PruneKitError for everything that can't be cut safely: damaged or missing shards, an index that doesn't
     fit them, pickles, adapters, quantised weights.
     """
-    path = _from_hub_cache(path) if not Path(path).exists() else Path(path)
+    path = _from_hub_cache(path) if not _named(path).exists() else Path(path)
     if (path / "adapter_config.json").exists():
         raise PruneKitError(f"{path}: a LoRA adapter, not a checkpoint; merge it first with export_lora.sh")
     config = read_config(path)
@@ -433,12 +437,34 @@ def _is_checkpoint_like(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").exists() or any(folder.glob("*.safetensors")))
 
 
+def _named(path: str | Path) -> Path:
+    """The path, if its name can be written into JSON and cards."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PruneKitError(
+            f"{ascii(str(path))}: a name that isn't UTF-8; rename it, or make a link"
+        ) from None
+    return Path(path)
+
+
 def check_out(out: str | Path, *inputs: Path, overwrite: bool = False) -> Path:
     """OUT as a path, if it may be written: new, empty, or (with `overwrite`) a checkpoint that is none of the inputs."""
-    out = Path(out)
+    out = _named(out)
     for path in inputs:
-        if path.resolve().is_relative_to(out.resolve()):
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
             raise PruneKitError(f"{out}: is or holds the input {path}; choose another OUT")
+    if not out.name or out.name == "..":
+        raise PruneKitError(f"{out}: no name for a folder to write; choose another OUT")
+    if len(os.fsencode(out.name)) > MAX_NAME:
+        raise PruneKitError(
+            f"{out}: its name is too long for what is made beside it; use at most {MAX_NAME} bytes"
+        )
+    parent = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PruneKitError(
+            f"{out}: can't be written: {parent} is no folder that you may write to; choose another OUT"
+        )
     if out.is_dir() and not any(out.iterdir()):
         return out
     if out.exists() or out.is_symlink():
@@ -702,7 +728,8 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as transformers does: two spaces, a line end. It is whole or as before, whatever happens."""
     draft = path.with_name(f".{path.name}.new")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON has them
     draft.replace(path)
 
 
@@ -762,12 +789,24 @@ def write_records(
     """
     write_json(folder / HISTORY, {"history": entries})
     card = model_card(config, numbers, entries, use, adapter)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     if errors.command and not (folder / "command.sh").exists():
         (folder / "command.sh").write_text(errors.command, encoding="utf-8", errors="surrogateescape")
 
 
 # --- history and statistics ------------------------------------------------------------------------------------------
+
+_SIZES = dict.fromkeys(ROWS.values(), whole(0, 2**63)) | dict.fromkeys(
+    ("num_hidden_layers", "vision_depth"), LAYER
+)
+_SIZES["parameters_by_component"] = Values(whole(0, 2**63))
+ENTRY = Keys(  # what readers of a history count on, where it is there
+    dict.fromkeys(("stage", "input", "time"), TEXT)
+    | dict.fromkeys(("settings", "metrics", "versions"), OBJECT)
+    | {"removed": Keys({"text": NUMBERS, "vision": NUMBERS})}
+    | {"sparsity": Keys({"sparsity": REAL, "tensors": Values(REAL)}, ("sparsity", "tensors"))}
+    | {f"{key}{when}": rule for key, rule in _SIZES.items() for when in ("", "_before")}
+)
 
 
 def history(path: str | Path) -> list[dict[str, Any]]:
@@ -776,10 +815,8 @@ def history(path: str | Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     content = read_json(file)
-    entries = content.get("history") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise PruneKitError(f"{file}: has no list 'history' of entries; mend or remove it")
-    return entries
+    check(content, Keys({"history": Items(ENTRY)}, ("history",)), file)
+    return content["history"]
 
 
 def append_history(folder: str | Path, entry: dict[str, Any]) -> None:

@@ -6,10 +6,10 @@ By pruning_info.json, of all surgery since the last training: the layers on both
 all layers if heads were cut or merged, their MLPs if neurons were.
 """
 
-import argparse
 import re
 from typing import Any
 
+from .arguments import Parser
 from .checkpoint import Checkpoint, history, layer_numbers, open_checkpoint
 from .errors import PruneKitError, run_script
 
@@ -36,7 +36,11 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
         removed = entry["removed"]
         for stack, counted in (("text", "num_hidden_layers"), ("vision", "vision_depth")):
             if gone := removed.get(stack):
-                beside, left = _beside(gone, entry[f"{counted}_before"])
+                if max(gone) >= (before := entry.get(f"{counted}_before") or 0):
+                    raise PruneKitError(
+                        f"{checkpoint.path}: pruning_info.json has {stack} layer {max(gone)} of {before} removed; mend it"
+                    )
+                beside, left = _beside(gone, before)
                 layers[stack] = beside | {left.index(old) for old in layers[stack] if old in left}
         if removed.keys() & {"heads", "kv_heads"}:
             blocks |= {name.partition(".")[0] for name in (row.q, row.o)}
@@ -57,9 +61,7 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("folder")
     print(critical_parameters(open_checkpoint(parser.parse_args().folder)))
 

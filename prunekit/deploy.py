@@ -19,14 +19,14 @@ from .checkpoint import (
     history_entry,
     new_folder,
     open_checkpoint,
-    read_json,
+    read_config,
     side_files,
     statistics,
     write_json,
     write_records,
 )
 from .errors import PruneKitError, need_packages
-from .families import family_of, positions
+from .families import family_of, positions, text_value
 from .ner import (
     TOKEN_CLASSIFIER,
     Data,
@@ -38,7 +38,7 @@ from .ner import (
     read_rows,
 )
 from .preflight import check_no_remote_code
-from .serving import INPUTS, ONNX, load_served, pad
+from .serving import INPUTS, ONNX, load_served, model_class, pad
 from .sparsity import measure
 
 FORMATS = ("onnx", "onnx-int8", "torchao-int8", "torchao-int8-dynamic")
@@ -131,8 +131,7 @@ def quantise_torchao(checkpoint: Checkpoint, folder: Path, dynamic: bool) -> Non
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
     config = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
-    cls = getattr(transformers, checkpoint.config["architectures"][0])
-    model = cls.from_pretrained(
+    model = model_class(checkpoint.config).from_pretrained(
         checkpoint.path, dtype="auto", quantization_config=transformers.TorchAoConfig(config)
     )
     model.save_pretrained(folder)
@@ -142,7 +141,7 @@ def _check_inputs(checkpoint: Checkpoint) -> dict[str, Any]:
     """Two rows of random tokens, one padded, of another shape than the export's example."""
     import numpy as np
 
-    vocabulary = checkpoint.config.get("vocab_size") or checkpoint.config["text_config"]["vocab_size"]
+    vocabulary = text_value(checkpoint.config, "vocab_size")
     ids = np.random.default_rng(0).integers(0, vocabulary, 40).tolist()
     return pad([ids[:24], ids[24:]])
 
@@ -179,6 +178,7 @@ def deploy(checkpoint: Checkpoint, out: str | Path, form: str, overwrite: bool =
         need_packages("torchao", extra="deploy")
     check_no_remote_code(checkpoint.path)
     check_out(out, checkpoint.path, overwrite=overwrite)
+    model_class(checkpoint.config)
     numbers, inputs = statistics(checkpoint), _check_inputs(checkpoint)
     expected = load_served(checkpoint.path)(inputs)
     with new_folder(out, overwrite, numbers["parameters"] * 6) as folder:
@@ -234,16 +234,17 @@ def format_of(folder: Path) -> str:
         raise PruneKitError(
             f"{folder}: no config.json with model*.safetensors or model.onnx; give a checkpoint folder"
         )
-    if (folder / ONNX).is_file() or read_json(folder / "config.json").get("quantization_config"):
+    if (folder / ONNX).is_file() or read_config(folder).get("quantization_config"):
         entries = history(folder)
-        return entries[-1]["settings"]["format"] if entries and entries[-1]["stage"] == "deploy" else "?"
+        last = entries[-1] if entries and entries[-1].get("stage") == "deploy" else {}
+        return (last.get("settings") or {}).get("format", "?")
     dtypes = {tensor.dtype for tensor in open_checkpoint(folder).tensors.values()}
     return "+".join(sorted(TORCH_DTYPES.get(dtype, dtype) for dtype in dtypes))
 
 
 def zero_share(folder: Path) -> float | None:
     """The share of zeros among the weights of a checkpoint's layers; None for quantised ones."""
-    if (folder / ONNX).is_file() or read_json(folder / "config.json").get("quantization_config"):
+    if (folder / ONNX).is_file() or read_config(folder).get("quantization_config"):
         return None
     return measure(open_checkpoint(folder))["sparsity"]
 
@@ -262,7 +263,7 @@ def check_measurable(folders: list[Path], how: Measuring) -> None:
         form = format_of(folder)
         if form.startswith("onnx"):
             need_packages("onnxruntime", extra="encoders")
-        if how.length > (limit := positions(read_json(folder / "config.json"))):
+        if how.length > (limit := positions(read_config(folder))):
             raise PruneKitError(
                 f"--length {how.length}: {folder} has {limit} positions; choose at most so many"
             )
@@ -271,7 +272,7 @@ def check_measurable(folders: list[Path], how: Measuring) -> None:
 
 def _read(folder: Path, how: Measuring) -> list[Any]:
     """The rows that a folder is measured on, of the kind that its model is for."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     if not str((config.get("architectures") or [""])[0]).endswith(TOKEN_CLASSIFIER):
         if not family_of(config).causal:
             raise PruneKitError(
@@ -297,7 +298,7 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
     """What serving.measure shall do with a folder, and what scores its predictions (None: it does so itself)."""
     from transformers import AutoTokenizer
 
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     job = {
         "folder": str(folder), "device": how.device, "sizes": list(how.sizes), "seconds": how.seconds,
         "threads": how.threads or len(os.sched_getaffinity(0)), "task": None,

@@ -3,12 +3,11 @@
 To add a family: add a row to `FAMILIES` and a tiny model to tests/tiny_models.py.
 """
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import PruneKitError
+from .rules import COUNT, FACTOR, FLAG, NAMES, NUMBER, NUMBERS, OBJECT, TEXT, Keys, Values, broken, short
 
 # What may stand before a tensor's name, depending on release and on whether the model was saved with its head
 NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)\.)+"
@@ -281,74 +280,24 @@ def positions(config: dict[str, Any], unsaid: int = 512) -> int:
 
 # --- what a config may say -------------------------------------------------------------------------------------------
 
-LARGEST = 10**9  # more layers, heads, neurons, words or positions no model has
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a config's value must be, in words and as a test. JSON's null says nothing, and passes unless `needed`."""
-
-    words: str
-    holds: Callable[[Any], bool]
-    needed: bool = False
-
-
-def _whole(value: Any, smallest: int) -> bool:
-    return type(value) is int and smallest <= value < LARGEST
-
-
-def _all(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(holds, value))
-
-
-COUNT = Rule(f"a whole number from 1 to {LARGEST - 1:,}", lambda value: _whole(value, 1))
-NUMBER = Rule(f"a whole number from 0 to {LARGEST - 1:,}", lambda value: _whole(value, 0))
-NUMBERS = Rule("a list of layer numbers", lambda value: _all(value, lambda item: _whole(item, 0)))
-NAMES = Rule("a list of names", lambda value: _all(value, lambda item: isinstance(item, str)))
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-PART = Rule("an object", lambda value: isinstance(value, dict))
-FACTOR = Rule("a positive number", lambda value: type(value) in (int, float) and 0 < value < 1e300)
-LABELS = Rule(
-    "an object of names",
-    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value.values()),
-)
 ROPE = {"rope_theta": FACTOR, "partial_rotary_factor": FACTOR}
-TOP = {"architectures": NAMES, "id2label": LABELS, "tie_word_embeddings": FLAG}
+TOP = {"architectures": NAMES, "id2label": Values(TEXT), "tie_word_embeddings": FLAG}
 
 
-def _rules(family: Family, stack: Stack) -> dict[str, Rule]:
+def _rules(family: Family, stack: Stack) -> dict[str, Any]:
     """The rules of one stack's keys."""
-    rules = {stack.count: replace(COUNT, needed=True)}
-    rules |= dict.fromkeys(stack.per_layer, NAMES) | dict.fromkeys(stack.numbers, NUMBERS)
-    rules |= dict.fromkeys(filter(None, (stack.threshold, stack.sparse_step)), NUMBER)
-    rules |= dict.fromkeys(stack.pattern, COUNT) | dict.fromkeys(filter(None, [stack.fixed_if]), FLAG)
-    if stack is not family.text:
-        return rules | ({family.taps.key: NUMBERS} if family.taps else {})
-    sizes = (
-        family.kv_heads,
-        family.head_dim,
-        stack.width,
-        stack.experts,
-        family.positions,
-        *family.tables.values(),
-    )
-    rules |= dict.fromkeys(filter(None, sizes), COUNT)
-    rules |= dict.fromkeys((family.heads, family.hidden), replace(COUNT, needed=True))
-    return rules | ROPE | {"rope_parameters": PART, "rope_scaling": PART, "tie_word_embeddings": FLAG}
-
-
-def _broken(part: dict[str, Any], rules: dict[str, Rule], where: str = "") -> Iterator[str]:
-    for key, rule in rules.items():
-        if key in part and not (part[key] is None and not rule.needed) and not rule.holds(part[key]):
-            yield f"{where}{key} is {_short(part[key])}, not {rule.words}"
-
-
-def _short(value: Any) -> str:
-    """A value of a config as an error shows it."""
-    if type(value) is int and abs(value) >= 10**30:
-        return f"a number of {int(math.log10(abs(value))) + 1} digits"
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    rules = dict.fromkeys(stack.per_layer, NAMES) | dict.fromkeys(stack.numbers, NUMBERS)
+    sizes: tuple[str | None, ...] = (stack.count, *stack.pattern)
+    if stack is family.text:
+        sizes += (family.heads, family.kv_heads, family.head_dim, family.hidden, stack.width, stack.experts)
+        sizes += (family.positions, *family.tables.values())
+        rope = Keys(ROPE | {"full_attention": Keys(ROPE), "sliding_attention": Keys(ROPE)})
+        rules |= ROPE | {"rope_parameters": rope, "rope_scaling": rope, "tie_word_embeddings": FLAG}
+    elif family.taps:
+        rules[family.taps.key] = NUMBERS
+    rules |= dict.fromkeys((stack.threshold, stack.sparse_step), NUMBER) | {stack.fixed_if: FLAG}
+    rules |= dict.fromkeys(sizes, COUNT)
+    return {key: rule for key, rule in rules.items() if key}
 
 
 def check_config(config: Any) -> Family:
@@ -359,30 +308,24 @@ def check_config(config: Any) -> Family:
     if not isinstance(config, dict):
         raise PruneKitError("not a JSON object; download it again")
     family = family_of(config)
-    problems = list(_broken(config, TOP))
+    problems = list(broken(config, Keys(TOP)))
     for stack in family.stacks.values():
         if stack.config:
-            problems += _broken(config, {stack.config: PART})
+            problems += broken(config, Keys({stack.config: OBJECT}))
         parts = configs(config, stack)
         if not parts:
-            problems.append(f"has no {stack.config}{'.' * bool(stack.config)}{stack.count}")
+            problems.append(f"{stack.config}{'.' * bool(stack.config)}{stack.count} is missing")
         for part in parts:
-            where, rules = "" if part is config else f"{stack.config}.", _rules(family, stack)
-            if part is parts[0]:  # the one that counts
-                problems += [f"has no {where}{key}" for key in rules if rules[key].needed and key not in part]
-            problems += _broken(part, rules, where)
+            where = "" if part is config else stack.config
+            needed = (stack.count,)
+            if stack is family.text and part is parts[0]:  # the one that counts
+                needed += (family.heads, family.hidden)
+            problems += broken(part, Keys(_rules(family, stack), needed), where)
             for key in stack.per_layer:
                 if isinstance(part.get(key), list) and len(part[key]) != part[stack.count]:
                     problems.append(
-                        f"{where}{key} has {len(part[key])} items, {stack.count} is {_short(part[stack.count])}"
+                        f"{key} has {len(part[key])} items, {stack.count} is {short(part[stack.count])}"
                     )
-            for key in ("rope_parameters", "rope_scaling"):
-                rope = part.get(key)
-                for each in (
-                    rope,
-                    *(rope.values() if isinstance(rope, dict) else ()),
-                ):  # some: by kind of layer
-                    problems += _broken(each, ROPE, f"{where}{key}.") if isinstance(each, dict) else ()
     if problems:
         raise PruneKitError(f"{problems[0]}; mend config.json or download it again")
     return family

@@ -3,10 +3,10 @@
 python -m prunekit.inspect checkpoints/pruned [--json]
 """
 
-import argparse
 import json
 from typing import Any
 
+from .arguments import Parser
 from .checkpoint import history, open_checkpoint, statistics
 from .errors import run_script
 from .model_card import ROWS
@@ -36,9 +36,7 @@ def describe(numbers: dict[str, Any], entries: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()

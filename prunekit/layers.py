@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint, history_entry, layer_numbers, statistics, wr
 from .errors import PruneKitError
 from .families import Stack, configs
 from .provenance import check_ranking
+from .ranking import check_shape
 
 MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
 
@@ -41,9 +42,11 @@ def parse_numbers(words: Iterable[str]) -> list[int]:
     """Layer numbers from words like `4`, `4-7` and `4-7,10`, in the order given."""
     numbers: list[int] = []
     for word in filter(None, ",".join(words).split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
-        if not match or (match[2] and int(match[2]) < int(match[1])) or len(word) > 20:
-            raise PruneKitError(f"{word!r} is no layer number; write numbers and ranges like 4 6-8 or 4,6-8")
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip()) if len(word) <= 20 else None
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise PruneKitError(
+                f"{word[:40]!r} is no layer number; write numbers and ranges like 4 6-8 or 4,6-8"
+            )
         numbers += range(int(match[1]), min(int(match[2] or match[1]), int(match[1]) + 9999) + 1)
     return numbers
 
@@ -65,15 +68,12 @@ def choose_from_ranking(
     ends, while independent removals go on with the next. Raises PruneKitError if the ranking is of another model, or if
     nothing qualifies.
     """
-    if not isinstance(ranking, dict) or not isinstance(ranking.get("removals"), list):
-        raise PruneKitError(
-            'the ranking has no list "removals": give the ranking.json that knockout_check.sh wrote'
-        )
+    check_shape(ranking)
     check_ranking(checkpoint, ranking)
     path = None if independent else ranking.get("greedy")
     chosen: list[dict[str, Any]] = []
     for entry in _path_steps(path["path"]) if path else ranking["removals"]:
-        cheap = entry["relative"] is not None and entry["relative"] >= keep_above
+        cheap = entry.get("relative") is not None and entry["relative"] >= keep_above
         if len(chosen) < max_layers and cheap and _fits(checkpoint, [*chosen, entry], max_fraction):
             chosen.append(entry)
         elif path:
@@ -92,7 +92,7 @@ def _path_steps(path: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for name in point["removed"]:
             if name not in before["removed"]:
                 stack, number = name.rsplit("-", 1)
-                yield {"name": name, "stack": stack, "layer": int(number), "relative": point["relative"]}
+                yield {"name": name, "stack": stack, "layer": int(number), "relative": point.get("relative")}
 
 
 def cautions(plan: Removal) -> list[str]:
@@ -112,7 +112,8 @@ def _fits(checkpoint: Checkpoint, entries: list[dict[str, Any]], max_fraction: f
     """Can these be removed together, and are they at most `max_fraction` of the parameters?"""
     layers = {stack: [e["layer"] for e in entries if e["stack"] == stack] for stack in ("text", "vision")}
     for stack, numbers in layers.items():
-        if max(numbers, default=-1) >= len(layer_numbers(checkpoint, stack)):
+        count = len(layer_numbers(checkpoint, stack)) if stack in checkpoint.family.stacks else 0
+        if max(numbers, default=-1) >= count:
             raise PruneKitError(
                 f"the ranking has a {stack}-{max(numbers):02d}, the model has not: is it the ranking of this model?"
             )

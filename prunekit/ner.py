@@ -8,19 +8,23 @@ longer than the model's positions go on in a further piece, so that no word is l
 seqeval's (https://github.com/chakki-works/seqeval): an entity counts if its type and both its ends are right.
 """
 
-import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, read_json, write_json
+from .arguments import Parser, new_file, positive_int
+from .checkpoint import Checkpoint, read_config, write_json
 from .errors import PruneKitError, need_packages, run_script
 from .families import positions
 from .preflight import check_no_remote_code
+from .rules import short
+from .serving import ONNX
 
 TAG = re.compile(r"O|[BI]-\S+")
 TOKEN_CLASSIFIER = "ForTokenClassification"
@@ -90,7 +94,13 @@ def _conll_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
 def _row(path: Path, number: int, words: list[str], tags: list[str]) -> Row:
     for tag in tags:
         if not TAG.fullmatch(tag):
-            raise PruneKitError(f"dataset {path} line {number}: {tag!r} is no tag; use O, B-TYPE and I-TYPE")
+            raise PruneKitError(
+                f"dataset {path} line {number}: {short(tag)} is no tag; use O, B-TYPE and I-TYPE"
+            )
+    try:
+        " ".join((*words, *tags)).encode()
+    except UnicodeEncodeError:  # half a character, which JSON can say and no tokenizer reads
+        raise PruneKitError(f"dataset {path} line {number}: has a lone surrogate; mend the row") from None
     return Row(words, tags)
 
 
@@ -129,10 +139,14 @@ def load_tokenizer(folder: Path):
 
     try:  # RoBERTa's kind has to be told that words stand alone; the others take no notice
         tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of files that aren't as they should be, tokenizers raises that itself
         raise PruneKitError(f"{folder}: its tokenizer can't be loaded ({error})".split("\n")[0]) from None
     if not tokenizer.is_fast:
         raise PruneKitError(f"{folder}: has no tokenizer.json, which says what sub-words belong to what word")
+    if tokenizer.pad_token is None:
+        raise PruneKitError(
+            f"{folder}: its tokenizer has no padding token; name one in tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -362,14 +376,26 @@ def training_arguments(flags: list[str], run: Path, name: str, validate: bool):
     }
     words = [word for key, value in defaults.items() for word in (f"--{key}", str(value))]
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    parser.error = partial(Parser.error, parser)
     if "--output_dir" in flags:
         raise PruneKitError(f"--output_dir: is {run} here, which is removed in the end; choose --out instead")
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             [*words, *flags, "--output_dir", str(run)], return_remaining_strings=True
         )
-    except ValueError as error:
-        raise PruneKitError(f"training flags: {error}") from None
+    except (ValueError, OSError, ImportError) as error:
+        raise PruneKitError(f"training flags: {' '.join(str(error).split())}") from None
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PruneKitError(f"--{field.name} {value}: give a number")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise PruneKitError(f"--{name} {getattr(arguments, name)}: give 1 or more")
+    if arguments.learning_rate < 0:
+        raise PruneKitError(f"--learning_rate {arguments.learning_rate}: give a positive number")
+    if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
+        raise PruneKitError(f"--num_train_epochs {arguments.num_train_epochs}: nothing would be trained")
     if arguments.save_strategy == "no":
         raise PruneKitError(
             "--save_strategy no: what is trained is published from a checkpoint; leave it out"
@@ -469,28 +495,28 @@ def evaluate(folder: Path, rows: list[Row]) -> dict[str, Any]:
     """`entity_scores` of a served folder (checkpoint, torchao's INT8 or ONNX) on rows whose labels it has."""
     from .serving import load_served, predict_labels
 
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     labels, tokenizer = model_labels(config), load_tokenizer(folder)
     data = Data(*encode(rows, tokenizer, labels, min(512, positions(config))), labels)
     return data.scores(predict_labels(load_served(folder), data.features, tokenizer.pad_token_id or 0))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, type=Path)
     parser.add_argument("--dataset", required=True, type=Path, help=".jsonl, or CoNLL text")
-    parser.add_argument("--limit", type=int, help="rows to use (default: all)")
-    parser.add_argument("--json", type=Path, help="also write the scores here")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="also draw the table of F1 here")
+    parser.add_argument("--limit", type=positive_int, help="rows to use (default: all)")
+    parser.add_argument("--json", type=new_file, help="also write the scores here")
+    parser.add_argument("--figure", type=new_file, metavar="PNG", help="also draw the table of F1 here")
     args = parser.parse_args()
 
     need_packages("seqeval", extra="encoders")
     rows = read_rows(args.dataset)[: args.limit]
     for folder in args.model:
         check_no_remote_code(folder)
-        check_labels(rows, model_labels(read_json(folder / "config.json")), args.dataset)
+        check_labels(rows, model_labels(read_config(folder)), args.dataset)
+        if not (folder / ONNX).is_file() and not any(folder.glob("*.safetensors")):
+            raise PruneKitError(f"{folder}: neither *.safetensors nor {ONNX} here; give a checkpoint folder")
     results = []
     for folder in args.model:
         results.append({"model": str(folder), **evaluate(folder, rows)})

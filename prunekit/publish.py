@@ -8,7 +8,6 @@ holds a made_from.json (prunekit.provenance), the base must be the model that is
 written: the checkpoint that an interrupted run can resume from is printed, if there is one.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser
 from .checkpoint import (
     BUFFERS,
     TORCH_DTYPES,
@@ -43,6 +43,7 @@ from .checkpoint import (
 from .errors import PruneKitError, run_script
 from .families import NAME_PREFIX
 from .provenance import ADAPTER_FILES, run_record
+from .rules import REAL
 
 RECORDS = ("logging.jsonl", "command.sh", "sparsity.json")
 TRAINING = (  # of ms-swift's args.json, what says most about a training
@@ -170,7 +171,7 @@ def log_until(log: list[dict[str, Any]], checkpoint: Path) -> list[dict[str, Any
 def final_metrics(log: list[dict[str, Any]]) -> dict[str, float]:
     """The last finite value of each number in a log."""
     merged = {key: value for record in log for key, value in record.items()}
-    return {k: v for k, v in merged.items() if type(v) in (int, float) and math.isfinite(v)}
+    return {k: v for k, v in merged.items() if REAL.holds(v)}
 
 
 def _read_object(file: Path) -> dict[str, Any] | None:
@@ -262,9 +263,7 @@ def publish_adapter(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", required=True, type=Path, help="ms-swift run folder, or a checkpoint folder")
     parser.add_argument("--weights", type=Path, help="folder with the weights (default: what --run holds)")
     parser.add_argument("--base", help="checkpoint that was trained")

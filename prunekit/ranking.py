@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -9,12 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_json
+from .rules import FLAG, LAYER, REAL, Items, Keys, Rule, check
 
 BASELINE = "baseline"
 HIGHER_IS_CHEAPER = ("token_acc",)  # of the predictors; of the others (loss, kl, block_influence) lower is
 NESTED = ("standard_error", "generation", "trained")  # in a removal: None, or a dict
 LEAST_FALL = 0.01  # of the baseline's token_acc, over a whole greedy path: below that its shape is noise
 LEAST_BEND = 0.1  # of the fall, above the chord: below that a path is straight
+
+
+_REMOVAL = Keys(
+    {
+        "stack": Rule("text or vision", lambda value: value in ("text", "vision")),
+        "layer": LAYER,
+        "relative": REAL,
+    },
+    needed=("stack", "layer"),
+)
+_NAME = Rule(
+    "a name like text-03", lambda value: bool(re.fullmatch(r"(?:text|vision)-\d{2,5}", str(value), re.ASCII))
+)
+_POINT = Keys({"removed": Items(_NAME), "relative": REAL}, needed=("removed",))
+_RANKING = Keys(
+    {
+        "removals": Items(_REMOVAL),
+        "greedy": Keys({"path": Items(_POINT), "healed": FLAG}, needed=("path",)),
+    },
+    needed=("removals",),
+)
+
+
+def check_shape(ranking: Any) -> None:
+    """PruneKitError if this isn't what `build_ranking` makes, in all that choosing layers reads of it."""
+    check(ranking, _RANKING, "the ranking isn't one that knockout_check.sh wrote (ranking.json)")
 
 
 def build_ranking(

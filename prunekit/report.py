@@ -7,16 +7,17 @@ they became more in training quality.png. Everything is drawn from ranking.json,
 logging.jsonl and pruning_info.json, never from printed logs.
 """
 
-import argparse
 import itertools
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser
 from .checkpoint import history, read_json
 from .errors import PruneKitError, run_script
 from .publish import read_log
+from .rules import REAL, TEXT, Items, Keys, Rule, check
 
 INK, MUTED, GRID = "#222222", "#6b7280", "#e5e7eb"
 FREE, RECOVERS, KEY = "#2a9d8f", "#e9a23b", "#c8553d"  # over 95%, over 90%, below
@@ -265,16 +266,18 @@ def draw_knockout_curves(ranking: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _step(record: dict[str, Any]) -> int:
-    return int(str(record["global_step/max_steps"]).split("/")[0])
+def _step(record: dict[str, Any]) -> int | None:
+    """The step that a record is of; None where it says none."""
+    match = re.match(r"(\d{1,15})(?:/|$)", str(record.get("global_step/max_steps")), re.ASCII)
+    return int(match[1]) if match else None
 
 
 def _series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric; a resumed run logs steps again, and the last one counts."""
     points = {
-        _step(record): record[key]
+        step: record[key]
         for record in log
-        if "global_step/max_steps" in record and isinstance(record.get(key), int | float)
+        if REAL.holds(record.get(key)) and (step := _step(record)) is not None
     }
     return sorted(points), [points[step] for step in sorted(points)]
 
@@ -326,7 +329,7 @@ def draw_stages(stages: list[dict[str, Any]], path: Path) -> None:
     ):
         axes[0][0].plot(
             places,
-            [stage[key] / base[key] for stage in stages],
+            [stage[key] / (base[key] or 1) for stage in stages],  # an encoder has no KV cache
             marker="o",
             markersize=4,
             color=colour,
@@ -382,7 +385,7 @@ def draw_quality(events: list[dict[str, Any]], metric: str, path: Path) -> None:
     """
 
     def value(event: dict[str, Any], when: str) -> float | None:
-        return event[when][metric] if isinstance(event[when], dict) else event[when]
+        return event[when][metric] if isinstance(event.get(when), dict) else event.get(when)
 
     events = [e for e in events if None not in (value(e, "before"), value(e, "after"))]
     if not events:
@@ -467,10 +470,19 @@ def draw_heads(entry: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _record_of_sparsity(found: Any) -> Keys:
+    """What sparsity.json must be: its metric's name, and events with values of it."""
+    metric = found.get("metric") if isinstance(found, dict) else None
+    score = Rule(
+        f"a number, or scores with {metric}",
+        lambda value: REAL.holds(value.get(metric) if isinstance(value, dict) else value),
     )
+    event = Keys({"sparsity": REAL} | dict.fromkeys(("before", "after", "retrained"), score), ("sparsity",))
+    return Keys({"metric": TEXT, "events": Items(event)}, ("metric", "events"))
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint or run folder")
     folder = parser.parse_args().folder
     records = [entry["sparsity"]["tensors"] for entry in history(folder) if entry.get("sparsity")]
@@ -483,6 +495,7 @@ def main() -> None:
         drawn += 1
     if (folder / "sparsity.json").is_file():
         found = read_json(folder / "sparsity.json")
+        check(found, _record_of_sparsity(found), folder / "sparsity.json")
         if any(event.get("after") is not None for event in found["events"]):
             draw_quality(found["events"], found["metric"], folder / "quality.png")
             drawn += 1

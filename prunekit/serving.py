@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint import read_config
+from .errors import PruneKitError
+from .rules import short
+
 ONNX = "model.onnx"
 INPUTS = ("input_ids", "attention_mask")
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the inputs (batch, length) to logits (batch, length, n)
@@ -38,8 +42,7 @@ def _torch(folder: Path, threads: int | None, device: str) -> Run:
     if threads:
         torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    name = json.loads((folder / "config.json").read_bytes())["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(folder, dtype="auto").to(device).eval()
+    model = model_class(read_config(folder)).from_pretrained(folder, dtype="auto").to(device).eval()
     extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
     @torch.inference_mode()
@@ -48,6 +51,16 @@ def _torch(folder: Path, threads: int | None, device: str) -> Run:
         return model(**tensors, **extra).logits.float().cpu().numpy()
 
     return run
+
+
+def model_class(config: dict[str, Any]):
+    """transformers' class of a config; PruneKitError if it names none that transformers has."""
+    import transformers
+
+    names = config.get("architectures") or ["none"]
+    if not hasattr(transformers, names[0]):
+        raise PruneKitError(f"config.json: architectures {short(names)}: transformers has no such class")
+    return getattr(transformers, names[0])
 
 
 def load_served(folder: str | Path, threads: int | None = None, device: str = "cpu") -> Run:

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .arguments import Parser, finite_float, natural
 from .checkpoint import (
     fingerprint,
     history,
@@ -25,12 +26,18 @@ from .checkpoint import (
 )
 from .errors import PruneKitError, run_script
 from .provenance import data_record
+from .rules import COUNT, REAL, TEXT, Items, Keys, Values, check
 from .sparse_settings import Gradual
 from .sparsity import choose_weights, measure
+from .summary import read_results
 
 
-def _scores(results: list[dict[str, Any]]) -> list[dict[str, float]]:
-    return [next(iter(result["datasets"].values())) for result in results]
+def _scores(file: Path, count: int) -> list[dict[str, float]]:
+    """The scores of so many models, in the file's order, each on its one data set."""
+    scores = [next(iter(result["datasets"].values()), {}) for result in read_results(file)]
+    if len(scores) != count or any(score.get("loss") is None for score in scores):
+        raise PruneKitError(f"{file}: hasn't the loss of {count} models; remove it, and evaluate again")
+    return scores
 
 
 def read_cycles(folder: Path) -> dict[str, Any]:
@@ -38,26 +45,39 @@ def read_cycles(folder: Path) -> dict[str, Any]:
 
     `worse` is the share by which its perplexity is above the dense model's.
     """
-    [dense] = _scores(read_json(folder / "dense.json"))
+    [dense] = _scores(folder / "dense.json", 1)
     cycles = []
     while (file := folder / f"{len(cycles) + 1}.json").exists():
-        pruned, retrained = _scores(read_json(file))
-        [*_, pruning] = (entry for entry in history(folder / file.stem) if entry.get("sparsity"))
+        pruned, retrained = _scores(file, 2)
+        prunings = [entry for entry in history(folder / file.stem) if entry.get("sparsity")]
+        if not prunings:
+            raise PruneKitError(
+                f"{folder / file.stem}: its history tells of no sparsity; remove it with {file}"
+            )
         cycles.append(
             {
                 "cycle": len(cycles) + 1,
-                "sparsity": pruning["sparsity"]["sparsity"],
+                "sparsity": prunings[-1]["sparsity"]["sparsity"],
                 "before": cycles[-1]["retrained"] if cycles else dense,
                 "after": pruned,
                 "retrained": retrained,
-                "worse": math.expm1(retrained["loss"] - dense["loss"]),
+                "worse": math.expm1(min(retrained["loss"] - dense["loss"], 700)),  # more overflows
             }
         )
     return {"dense": dense, "cycles": cycles}
 
 
+_CYCLE = Keys(
+    {"cycle": COUNT, "sparsity": REAL, "worse": REAL, "retrained": Values(REAL)},
+    needed=("cycle", "sparsity", "worse", "retrained"),
+)
+_CYCLES = Keys({"dense": Values(REAL), "cycles": Items(_CYCLE)}, ("dense", "cycles"))
+
+
 def best_cycle(cycles: list[dict[str, Any]], worse: float) -> dict[str, Any]:
     """The sparsest cycle that is good enough. PruneKitError says how far from it the best one is, if none is."""
+    if not cycles:
+        raise PruneKitError("no cycle is done, so none can be published")
     good = [cycle for cycle in cycles if cycle["worse"] <= worse]
     if not good:
         least = min(cycle["worse"] for cycle in cycles)
@@ -99,6 +119,8 @@ def judge(arguments: argparse.Namespace) -> int:
     found = read_cycles(arguments.cycles)
     write_json(arguments.cycles / "cycles.json", found)
     draw_quality(found["cycles"], "loss", arguments.cycles / "quality.png")
+    if not found["cycles"]:
+        raise PruneKitError(f"{arguments.cycles}: has no 1.json: no cycle is done")
     last = found["cycles"][-1]
     print(
         f"cycle {last['cycle']}: sparsity {last['sparsity']:.1%}, loss {last['before']['loss']:.4f}, pruned "
@@ -108,14 +130,16 @@ def judge(arguments: argparse.Namespace) -> int:
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    found = read_json(arguments.cycles / "cycles.json")
+    found, settings = (read_json(arguments.cycles / name) for name in ("cycles.json", "settings.json"))
+    check(found, _CYCLES, arguments.cycles / "cycles.json")
+    check(settings, Keys({"modules": TEXT}), arguments.cycles / "settings.json")
     best = best_cycle(found["cycles"], arguments.worse)
     checkpoint = open_checkpoint(arguments.cycles / str(best["cycle"]))
-    settings = read_json(arguments.cycles / "settings.json") | {"cycle": best["cycle"]}
+    settings |= {"cycle": best["cycle"]}
     numbers = statistics(checkpoint)
     metrics = {f"{key}_dense": value for key, value in found["dense"].items()} | best["retrained"]
     entry = history_entry("sparse_run", arguments.base, numbers, numbers, None, metrics, settings)
-    entry["sparsity"] = measure(checkpoint, settings["modules"])
+    entry["sparsity"] = measure(checkpoint, settings.get("modules"))
     write_checkpoint(
         checkpoint, arguments.out, entry, arguments.overwrite, extra_files=arguments.cycles.glob("command.sh")
     )
@@ -126,15 +150,13 @@ def publish(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int | None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     planning = parts.add_parser("plan", help="print how sparse each cycle is")
     planning.add_argument("--model", required=True, help="the dense checkpoint")
-    planning.add_argument("--sparsity", type=float, required=True, help="after the last cycle")
-    planning.add_argument("--start", type=float, help="after the first one (default: half of it)")
-    planning.add_argument("--cycles", type=int, default=4)
+    planning.add_argument("--sparsity", type=finite_float, required=True, help="after the last cycle")
+    planning.add_argument("--start", type=finite_float, help="after the first one (default: half of it)")
+    planning.add_argument("--cycles", type=natural, default=4)
     planning.add_argument("--schedule", default="exponential", help="exponential or cubic")
     planning.add_argument("--modules", help="regex, as sparsify.py's")
     planning.add_argument("--into", type=Path, metavar="DIR", help="begin cycles there, or go on with these")
@@ -147,7 +169,9 @@ def main() -> int | None:
     part.add_argument("--out", required=True, help="checkpoint folder to write")
     part.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     for part in parts.choices.values():
-        part.add_argument("--worse", type=float, default=0.15, help="perplexity lost that is good enough")
+        part.add_argument(
+            "--worse", type=finite_float, default=0.15, help="perplexity lost that is good enough"
+        )
     arguments = parser.parse_args()
     return {"plan": plan, "judge": judge, "publish": publish}[arguments.part](arguments)
 

@@ -26,6 +26,7 @@ from .checkpoint import (
 from .errors import PruneKitError
 from .families import Family, Stack, configs
 from .provenance import check_ranking
+from .ranking import check_shape
 
 SCORES = ("magnitude", "wanda", "gradient")
 SCOPES = ("global", "layer", "row")
@@ -78,10 +79,10 @@ class Sparsification:
 
 def parse_pattern(text: str) -> tuple[int, int]:
     """(zeros, group) of a pattern N:M, of which N in M neighbours are kept: (2, 4) for 2:4."""
-    numbers = re.fullmatch(r"(\d+):(\d+)", text)
+    numbers = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
     kept, group = map(int, numbers.groups()) if numbers else (0, 0)
     if not 0 < kept < group:
-        raise PruneKitError(f"--pattern {text}: write it N:M, of M neighbours N are kept, like 2:4")
+        raise PruneKitError(f"--pattern {text[:40]}: write it N:M, of M neighbours N are kept, like 2:4")
     return group - kept, group
 
 
@@ -103,8 +104,8 @@ def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | 
     """
     try:
         wanted = re.compile(modules or "")
-    except re.error as error:
-        raise PruneKitError(f"--modules {modules!r}: not a regular expression ({error})") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise PruneKitError(f"--modules {modules[:80]!r}: not a regular expression ({error})") from None
     projections = {stack: _projection(row) for stack, row in family.stacks.items()}
 
     def choose(name: str) -> tuple[str | None, int | None] | None:
@@ -132,7 +133,7 @@ def choose_weights(checkpoint: Checkpoint, modules: str | None = None) -> dict[s
             raise PruneKitError(f"{name}: has dtype {tensor.dtype}; leave it out with --modules")
     if not chosen:
         some = next(filter(chooser(family, None), checkpoint.tensors))
-        raise PruneKitError(f"--modules {modules!r}: matches no weight; they are named like {some}")
+        raise PruneKitError(f"--modules {modules[:80]!r}: matches no weight; they are named like {some}")
     return chosen
 
 
@@ -226,18 +227,12 @@ def knockout_importance(checkpoint: Checkpoint, ranking: Any) -> dict[tuple[str,
     A layer without which the model couldn't be measured is as important as can be (1). PruneKitError if the ranking
     is no such file, of another model, or lacks a layer.
     """
-    try:
-        found = {
-            (entry["stack"], entry["layer"]): 1.0
-            if entry["relative"] is None
-            else min(1.0, max(0.0, 1 - entry["relative"]))
-            for entry in ranking["removals"]
-        }
-    except (KeyError, TypeError):
-        raise PruneKitError(
-            "--ranking: not a ranking of knockouts; give ranking.json of knockout_check.sh"
-        ) from None
+    check_shape(ranking)
     check_ranking(checkpoint, ranking)
+    shares = {(entry["stack"], entry["layer"]): entry.get("relative") for entry in ranking["removals"]}
+    found = {
+        layer: 1.0 if share is None else min(1.0, max(0.0, 1 - share)) for layer, share in shares.items()
+    }
     for stack in {stack for stack, _ in found}:
         if stack not in checkpoint.family.stacks:
             raise PruneKitError(f"--ranking: has a stack {stack!r}, {checkpoint.family.model_type} has none")

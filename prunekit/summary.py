@@ -7,14 +7,15 @@ Sizes are read from the checkpoints, quality from what `prunekit.evaluate --json
 checkpoint's numbers in one line instead.
 """
 
-import argparse
-import json
+import re
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import history, statistics, write_json
+from .arguments import Parser
+from .checkpoint import history, read_json, statistics, write_json
 from .errors import PruneKitError, run_script
 from .report import draw_stages
+from .rules import REAL, TEXT, Items, Keys, Values, check
 
 
 def line(folder: Path) -> str:
@@ -24,6 +25,7 @@ def line(folder: Path) -> str:
     numbers = statistics(folder)
     entries = history(folder)
     metrics = (entries[-1].get("metrics") if entries else None) or {}
+    metrics = {key: value for key, value in metrics.items() if REAL.holds(value)}
     text = f"{numbers['parameters'] / 1e6:.2f}M parameters  {numbers['kv_bytes_per_token']:,} KV bytes/token"
     for key in ("eval_token_acc", "reward"):
         if key in metrics:
@@ -31,11 +33,19 @@ def line(folder: Path) -> str:
     return text
 
 
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """What `prunekit.evaluate --json` wrote: of each model, its scores by data set."""
+    results = read_json(file)
+    scores = Values(Keys(dict.fromkeys(("token_acc", "exact_match", "loss"), REAL)))
+    check(results, Items(Keys({"model": TEXT, "datasets": scores}, ("model", "datasets"))), file)
+    return results
+
+
 def read_evaluations(files: list[Path]) -> dict[str, dict[str, dict[str, float]]]:
     """Scores by resolved model folder and data set, from files of `prunekit.evaluate --json`."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for file in files:
-        for result in json.loads(file.read_text(encoding="utf-8")):
+        for result in read_results(file):
             scores.setdefault(str(Path(result["model"]).resolve()), {}).update(result["datasets"])
     return scores
 
@@ -48,7 +58,7 @@ def summarise(
     for name, folder in stages:
         numbers = statistics(folder)
         measured = scores.get(str(folder.resolve()), {})
-        if dataset not in measured:
+        if None in [measured.get(dataset, {}).get(key) for key in ("token_acc", "exact_match")]:
             raise PruneKitError(
                 f"no evaluation of {folder} on {dataset}: run prunekit.evaluate --json on both first"
             )
@@ -61,11 +71,17 @@ def summarise(
                 "kv_bytes_per_token": numbers["kv_bytes_per_token"],
                 "token_acc": measured[dataset]["token_acc"],
                 "exact_match": measured[dataset]["exact_match"],
-                "seconds": int(spent.read_text()) if spent and spent.is_file() else 0,
+                "seconds": _seconds(spent) if spent and spent.is_file() else 0,
                 "datasets": measured,
             }
         )
     return rows
+
+
+def _seconds(file: Path) -> int:
+    if not (match := re.fullmatch(r"\s*(\d{1,15})\s*", file.read_text(errors="replace"), re.ASCII)):
+        raise PruneKitError(f"{file}: holds no number of seconds; mend or remove it")
+    return int(match[1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -84,9 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--line", type=Path, metavar="FOLDER")
     parser.add_argument(
         "--stages", nargs="+", default=[], metavar="NAME=FOLDER", help="the first is the base model"
@@ -104,13 +118,17 @@ def main() -> None:
     if not args.stages or not args.evaluation or not args.out:
         parser.error("--stages, --evaluation and --out are needed")
     stages = [(name, Path(folder)) for name, _, folder in (stage.partition("=") for stage in args.stages)]
+    for (name, _), given in zip(stages, args.stages):
+        if not name or "/" in name or given.partition("=")[2] == "":
+            parser.error(f"--stages {given}: write it NAME=FOLDER")
     rows = summarise(stages, read_evaluations(args.evaluation), args.dataset, args.seconds)
     print(table(rows))
     for name in sorted({other for row in rows for other in row["datasets"]} - {args.dataset}):
         print(f"\n{name}")
         for row in rows:
             if name in row["datasets"]:
-                values = "  ".join(f"{key} {value:.4f}" for key, value in row["datasets"][name].items())
+                scores = row["datasets"][name].items()
+                values = "  ".join(f"{key} {value:.4f}" for key, value in scores if REAL.holds(value))
                 print(f"  {row['stage']:20}{values}")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "summary.json", {"stages": rows})

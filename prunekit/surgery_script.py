@@ -2,16 +2,17 @@
 
 import argparse
 
+from .arguments import Parser, positive_float
 from .checkpoint import Checkpoint, check_out, open_checkpoint
 
 
-def surgery_parser(usage: str) -> argparse.ArgumentParser:
+def surgery_parser(usage: str) -> Parser:
     """A parser with the arguments that all surgery scripts have. usage: the script's docstring."""
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=usage)
     parser.add_argument("--model", required=True, help="checkpoint folder to read")
     parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
     parser.add_argument(
-        "--max-shard-gb", type=float, help="largest weight file (default: sharded like the input)"
+        "--max-shard-gb", type=positive_float, help="largest weight file (default: sharded like the input)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
@@ -24,7 +25,7 @@ def parse_surgery(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")
     limit = arguments.max_shard_gb
-    arguments.max_shard_bytes = None if limit is None else int(limit * 1e9)
+    arguments.max_shard_bytes = None if limit is None else int(min(limit, 1e9) * 1e9)
     return arguments
 
 

@@ -24,6 +24,13 @@ def of(folder):
     return fingerprint(open_checkpoint(folder))
 
 
+def with_one_more(folder, big):
+    """The fingerprint of a folder's model with this tensor, too."""
+    tensors = load_file(folder / "model.safetensors") | {"big": big}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return of(folder)
+
+
 def bytes_read():
     """By this process so far, as Linux counts."""
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
@@ -88,23 +95,19 @@ def test_a_cut_is_another_model(tiny, tmp_path):
 @pytest.mark.parametrize("where", [0, 1 / 3, 2 / 3, 1])
 def test_of_a_large_tensor_blocks_from_its_first_to_its_last_byte_count(where, own):
     folder = own("llama")
-    tensors = {"big": torch.zeros(1_000_000, dtype=torch.bfloat16)}
-    save_file(tensors, folder / "model.safetensors")
-    before = of(folder)
-    tensors["big"][round(where * 999_999)] = 1
-    save_file(tensors, folder / "model.safetensors")
-    assert of(folder) != before
+    big = torch.zeros(1_000_000, dtype=torch.bfloat16)
+    before = with_one_more(folder, big)
+    big[round(where * 999_999)] = 1
+    assert with_one_more(folder, big) != before
 
 
 def test_a_step_in_bfloat16_that_moves_one_weight_in_500_is_another_model(own):
     folder = own("llama")
     torch.manual_seed(0)
     big = torch.randn(1000, 1000).bfloat16()
-    save_file({"big": big}, folder / "model.safetensors")
-    before = of(folder)
+    before = with_one_more(folder, big)
     moved = torch.rand(1000, 1000) < 1 / 500
-    save_file({"big": torch.where(moved, big * 1.01, big).bfloat16()}, folder / "model.safetensors")
-    assert of(folder) != before
+    assert with_one_more(folder, torch.where(moved, big * 1.01, big).bfloat16()) != before
 
 
 def test_a_fingerprint_reads_a_hundredth_of_a_large_model(own):
