@@ -2,7 +2,7 @@
 
 vLLM's CPU build packs linear weights, so that none can be loaded again: here they stay as they are, as on GPUs.
 New weights go from trainer to rollout server over the TCP store in NCCL's place, and CUDA's synchronize does nothing.
-CUDA_VISIBLE_DEVICES says how many devices `swift rollout` finds. DeepSpeed compiles nothing for CPUs.
+CUDA_VISIBLE_DEVICES says how many devices `swift rollout` finds. DeepSpeed talks by gloo and compiles nothing.
 """
 
 import contextlib
@@ -54,6 +54,11 @@ def _not_compiled(communication):
     communication.build_shm_op = lambda: None
 
 
+def _by_gloo(deepspeed):
+    if "LOCAL_RANK" in os.environ:  # accelerate does it on GPUs, before ZeRO-3 counts the processes
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
 AFTER_IMPORT = {
     "vllm.model_executor.layers.utils": _unpacked,
     "vllm.distributed.device_communicators.pynccl": _communicator,
@@ -61,6 +66,7 @@ AFTER_IMPORT = {
     "torch.cuda": _no_synchronize,
     "torch.cpu": _any_device,
     "deepspeed.comm.torch": _not_compiled,
+    "deepspeed": _by_gloo,
 }
 
 
@@ -70,9 +76,11 @@ class _Patch:
     def find_spec(self, name, path=None, target=None):
         if name not in AFTER_IMPORT:
             return None
-        change = AFTER_IMPORT.pop(name)
+        change = AFTER_IMPORT[name]
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, specs))
+        spec = next(filter(None, specs), None)
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module):
