@@ -2,9 +2,9 @@
 
     python -m prunekit.speedups
 
-flash_attention_2 is the `flash-attn` package, or the `kernels` package in the range that transformers takes, which
-fetches it from the hub at first use (with HF_HUB_OFFLINE=1 it counts only if it is in the cache). liger is
-`liger-kernel`. Nothing is imported: that would take seconds.
+flash_attention_2 is the `flash-attn` package, or the kernel that the `kernels` package (in the range that transformers
+takes) has in its cache, where lib/setup.sh puts it: a training that had to fetch it would fail without a network. liger
+is `liger-kernel`. Nothing is imported: that would take seconds.
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-FLASH_KERNEL = "models--kernels-community--flash-attn2"  # in the hub's cache
+FLASH_KERNEL = "kernels-community--flash-attn2"  # a folder of the hub's cache, behind its kind
 
 
 def _version(package: str) -> tuple[int, ...]:
@@ -23,18 +23,17 @@ def _version(package: str) -> tuple[int, ...]:
         return (0, 0)
 
 
-def _kernel_can_be_had() -> bool:
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("", "0", "false", "no", "off"):
-        return True
+def _kernel_is_here() -> bool:
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    return (Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / FLASH_KERNEL).is_dir()
+    cache = os.environ.get("KERNELS_CACHE") or os.environ.get("HF_HUB_CACHE") or home / "hub"
+    return any(Path(cache).glob(f"*--{FLASH_KERNEL}/snapshots/*"))
 
 
 def installed() -> list[str]:
     """Names of what is there: flash_attention_2, liger."""
     found = []
     # transformers 5.16 to 5.19 take kernels 0.17 only (its import_utils.py)
-    if importlib.util.find_spec("flash_attn") or (_version("kernels") == (0, 17) and _kernel_can_be_had()):
+    if importlib.util.find_spec("flash_attn") or (_version("kernels") == (0, 17) and _kernel_is_here()):
         found.append("flash_attention_2")
     if importlib.util.find_spec("liger_kernel"):
         found.append("liger")

@@ -646,12 +646,18 @@ def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle):
 
 
 @pytest.mark.parametrize(
-    ("installed", "env", "found"),
-    [([], {}, ""), (["flash_attn"], {}, "flash_attention_2"), (["kernels"], {}, "flash_attention_2"),
-     (["kernels"], {"HF_HUB_OFFLINE": "1"}, ""), (["liger_kernel"], {}, "liger")],
+    ("installed", "cached", "found"),
+    [([], "", ""), (["flash_attn"], "", "flash_attention_2"), (["kernels"], "", ""),
+     (["kernels"], ".cache/huggingface/hub/kernels", "flash_attention_2"),
+     (["kernels"], "elsewhere/models", "flash_attention_2"), ([], "elsewhere/kernels", ""), (["liger_kernel"], "", "liger")],
     ids=str,
 )  # fmt: skip
-def test_flash_attention_is_a_package_or_a_kernel_that_can_be_had(tmp_path, installed, env, found):
+def test_flash_attention_is_a_package_or_a_kernel_that_no_training_has_to_fetch(
+    tmp_path, installed, cached, found
+):
+    if cached:
+        (tmp_path / f"{cached}--kernels-community--flash-attn2/snapshots/1").mkdir(parents=True)
+    env = {"HF_HUB_CACHE": str(tmp_path / "elsewhere")} if "elsewhere" in cached else {}
     for name in installed:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
