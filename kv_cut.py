@@ -20,6 +20,7 @@ from prunekit.checkpoint import scratch_folder, statistics
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
 from prunekit.kv_heads import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
+from prunekit.provenance import data_record
 from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 
 
@@ -40,6 +41,7 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**losses))
     settings = {
         "calib": str(arguments.calib),
+        "calibration_data": [data_record(arguments.calib)],
         "calibration_tokens": data.tokens,
         "longest_row": longest,
         "refine_steps": arguments.refine,

@@ -30,6 +30,7 @@ from prunekit.layers import (
     parse_numbers,
     plan_removal,
 )
+from prunekit.provenance import data_record
 from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 
 
@@ -46,7 +47,11 @@ def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, di
             done = "left as it is: refitting did not lower the held-out loss"
         print(f"{seam['stack']} seam behind layer {seam['layer']}: {done}")
     losses = {"held_out_loss_unhealed": seams[0]["loss_before"], "held_out_loss": seams[-1]["loss_after"]}
-    settings = {"heal": str(arguments.calib), "calibration_tokens": data.tokens}
+    settings = {
+        "heal": str(arguments.calib),
+        "calibration_data": [data_record(arguments.calib)],
+        "calibration_tokens": data.tokens,
+    }
     return plan, {"settings": settings, "metrics": losses, "seams": seams}
 
 

@@ -23,6 +23,7 @@ from prunekit.arguments import finite_float
 from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import read_json, statistics
 from prunekit.errors import PruneKitError, run_script
+from prunekit.provenance import data_record
 from prunekit.sparsity import (
     NO_GAIN,
     SCOPES,
@@ -81,7 +82,11 @@ def prepare(
         model, data = model_and_calibration(plan.source, arguments)
         from prunekit import weight_scores  # torch: seconds, after all that can be checked without it
 
-        settings |= {"calib": str(arguments.calib), "calibration_tokens": data.tokens}
+        settings |= {
+            "calib": str(arguments.calib),
+            "calibration_data": [data_record(arguments.calib)],
+            "calibration_tokens": data.tokens,
+        }
         inputs = (plan.source, model, data, plan.weights)
         if kind in weight_scores.IMPORTANCE:
             plan = with_importance(plan, weight_scores.IMPORTANCE[kind](*inputs))

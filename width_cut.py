@@ -22,6 +22,7 @@ from prunekit.calibration import add_calibration_arguments, load_model, model_an
 from prunekit.checkpoint import statistics
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
+from prunekit.provenance import data_record
 from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 from prunekit.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
 
@@ -50,7 +51,11 @@ def calibrate_plan(
         )
     if losses:
         print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**losses))
-    settings = {"calib": str(arguments.calib), "calibration_tokens": data.tokens}
+    settings = {
+        "calib": str(arguments.calib),
+        "calibration_data": [data_record(arguments.calib)],
+        "calibration_tokens": data.tokens,
+    }
     if refits:
         settings["made_up"] = made_up
     return narrow, {"settings": settings, "metrics": losses or None}

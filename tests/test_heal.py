@@ -18,6 +18,7 @@ from prunekit.evaluate import score_batches
 from prunekit.families import FAMILIES as ROWS
 from prunekit.heal import UNLABELLED, LeastSquares, Projection, Sides, heal, states_between
 from prunekit.layers import apply_removal, check_healable, find_seams, plan_removal
+from prunekit.provenance import data_record
 from prunekit.rows import Rows
 from prunekit.stacks import find_stack, record_calls, removed
 
@@ -416,6 +417,7 @@ def test_the_script_heals_and_says_so(tmp_path, script):
     assert "text seam behind layer 2:" in done.stdout
     entry = json.loads((tmp_path / "out" / "pruning_info.json").read_text())["history"][-1]
     assert entry["settings"]["heal"] == str(file)
+    assert entry["settings"]["calibration_data"] == [data_record(file)]
     assert entry["seams"][0]["removed"] == [3]
     assert entry["metrics"]["held_out_loss"] <= entry["metrics"]["held_out_loss_unhealed"]
 

@@ -11,7 +11,7 @@ from tiny_models import build, load, logits
 from prunekit import publish as publishing
 from prunekit.checkpoint import HISTORY, append_history, history, open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.publish import final_metrics, find_checkpoint, publish, read_log
+from prunekit.publish import final_metrics, find_checkpoint, publish, read_log, whole_checkpoints
 
 
 @pytest.fixture
@@ -69,6 +69,46 @@ def test_no_checkpoint_is_the_best_where_none_is_named_or_the_named_one_is_gone(
     with pytest.raises(PruneKitError, match="names no best checkpoint.*CHECKPOINT=last"):
         find_checkpoint(run, "best")
     assert find_checkpoint(run, "last") == (run / "checkpoint-20", "the last")
+
+
+@pytest.mark.parametrize("state", ["[]", "null", "3", '"x"', "[" * 100_000, ""])
+def test_a_checkpoint_whose_state_is_no_object_is_not_whole(state, run):
+    (run / "checkpoint-20" / "trainer_state.json").write_text(state)
+    assert set(whole_checkpoints(run)) == {10}
+
+
+def test_of_a_best_checkpoint_the_numbers_of_its_own_time_are_published(run, base, tmp_path, script):
+    lines = [{"global_step/max_steps": f"{n}/20", "eval_loss": 1 / n, "loss": n} for n in (10, 20)]
+    lines.append({"best_model_checkpoint": "a/checkpoint-10", "global_step": 20})
+    (run / "logging.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = script("prunekit.publish", "--run", run, "--base", base, "--out", tmp_path / "out", "--stage", "x",
+                  "--checkpoint", "best")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    entry = history(tmp_path / "out")[-1]
+    assert entry["metrics"] == {"eval_loss": 0.1, "loss": 10}
+    assert (entry["settings"]["checkpoint"], entry["settings"]["chosen"]) == ("checkpoint-10", "the best")
+
+
+def test_the_history_says_rate_steps_batch_processes_callbacks_and_dtype(run, base, tmp_path, script):
+    said = {
+        "tuner_type": "full", "learning_rate": 8e-5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+        "torch_dtype": "float32", "bf16": True, "callbacks": ["keep_zeros"], "max_length": 4096,
+    }  # fmt: skip
+    more = {"global_world_size": 3, "lora_rank": 8, "fp16": False, "reward_funcs": [], "rlhf_type": None}
+    (run / "checkpoint-20/args.json").write_text(json.dumps(said | more | {"hub_token": "secret"}))
+    (run / "checkpoint-20/trainer_state.json").write_text('{"global_step": 20, "epoch": 1.5}')
+    script("prunekit.publish", "--run", run, "--base", base, "--out", tmp_path / "out", "--stage", "x")
+    assert history(tmp_path / "out")[-1]["settings"] == said | {
+        "checkpoint": "checkpoint-20", "chosen": "the last", "steps": 20, "epochs": 1.5, "world_size": 3, "global_batch": 24,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"learning_', '{"gradient_accumulation_steps": "4"}'])
+def test_arguments_of_another_shape_are_left_out_of_the_history(text, run, base, tmp_path, script):
+    (run / "checkpoint-20/args.json").write_text(text)
+    done = script("prunekit.publish", "--run", run, "--base", base, "--out", tmp_path / "out", "--stage", "x")
+    assert done.returncode == 0, done.stderr
+    assert "global_batch" not in history(tmp_path / "out")[-1]["settings"]
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):

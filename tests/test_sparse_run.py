@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -105,6 +107,25 @@ def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):  # n
     (cycles / "settings.json").write_text('{"model": "another"}')
     result = lab.run("sparse_run.sh")
     assert result.returncode == 2 and "holds cycles with other settings" in result.stderr
+
+
+@pytest.mark.parametrize("what", ["model", "rows"])
+def test_cycles_of_another_model_or_other_rows_are_refused(what, lab, cycles, own):  # noqa: F811
+    folder = own("qwen3_vl")
+    line = [sys.executable, "-m", "prunekit.sparse_cycles", "plan", "--model", folder, "--sparsity", "0.6", "--into", cycles,
+            "--data", lab.folder / "train.jsonl"]  # fmt: skip
+    assert subprocess.run(line).returncode == 0
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert subprocess.run(line).returncode == 0, "the same model, touched"
+    changed = folder / "config.json" if what == "model" else lab.folder / "train.jsonl"
+    changed.write_text(
+        changed.read_text()
+        .replace("10000.0", "20000.0")
+        .replace('"?"', '"!"')
+        .replace("<image>?", "<image>!")
+    )
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 2 and "of another model or other data" in result.stderr
 
 
 @pytest.mark.parametrize(
