@@ -1,15 +1,12 @@
 """Refuse bad input in a second, before a stage writes anything or touches a GPU.
 
-    python -m prunekit.preflight --model checkpoints/base --dataset train.jsonl --out checkpoints/recovered
+    python -m prunekit.preflight --model checkpoints/base --out checkpoints/recovered --swift sft -- --dataset train.jsonl
 
-Every launcher calls this first, with the user's own flags last: those that this knows count as they do for ms-swift
-(`--dataset`, `--val_dataset`, `--reward_funcs`, ...: the last one wins), the others are left to ms-swift. With
-`--swift KIND`, what follows `--` is the whole line that ms-swift will get. Prints one line that names the mistake and
-the mend, and exits 2; or answers and exits 0:
+Every launcher calls this first. What follows `--` is the whole line that ms-swift will get, the user's own flags last.
+Prints one line that names the mistake and the mend, and exits 2; or answers, and exits 0:
 
     MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the user names another
     TEMPLATE=                     the model's chat template; empty where ms-swift finds it by itself
-    POSITIONS=                    how many learned positions the model has; empty if they are rotary
     MAX_LENGTH=, COMPLETION_LENGTH=   what --max_length and --max_completion_length must be; empty: as they are
     ENGINE_LENGTH=                vLLM's max_model_len; empty without vLLM
     FREE_PORTS=                   as many as --free-ports asks for: 41001,41002
@@ -51,10 +48,6 @@ from .swift_line import check_line, check_names, check_registered, parse, regist
 
 ROWS_CHECKED = 10_000
 DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"}
-SWIFT_FLAGS = (
-    "dataset", "val_dataset", "chord_sft_dataset", "columns", "reward_funcs", "external_plugins", "optimizer", "model_type",
-    "template",
-)  # fmt: skip
 ENVIRONMENT = (  # what ms-swift reads as whole numbers
     "NPROC_PER_NODE", "NNODES", "MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "VIDEO_MIN_PIXELS", "FPS_MAX_FRAMES",
     "FPS_MIN_FRAMES", "IMAGE_MAX_TOKEN_NUM", "IMAGE_MIN_TOKEN_NUM", "VIDEO_MAX_TOKEN_NUM", "VIDEO_MIN_TOKEN_NUM",
@@ -358,18 +351,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--reuse-out", action="store_true", help="OUT may exist: the stage continues in it")
-    parser.add_argument("--teacher", "--teacher-model", type=Path)
+    parser.add_argument("--teacher", type=Path)
     parser.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
-    parser.add_argument("--dataset", nargs="+", default=[])
-    parser.add_argument("--val-dataset", nargs="+", default=[])
-    parser.add_argument("--chord-sft-dataset", nargs="+", default=[])
-    parser.add_argument("--columns", help="ms-swift renames columns: rows are left to it")
     parser.add_argument(
-        "--needed-columns", nargs="+", default=[], help="columns that rows of --dataset must have"
+        "--needed-columns", nargs="+", default=[], help="columns that rows of the line's --dataset must have"
     )
-    parser.add_argument("--reward-funcs", nargs="+", default=[])
-    parser.add_argument("--external-plugins", nargs="+", type=Path, default=[])
-    parser.add_argument("--optimizer", help="ms-swift's, or one of plugins/head_rates.py")
     parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
     parser.add_argument(
         "--template", help="ms-swift's; default: the one that is most like the checkpoint's own"
@@ -385,82 +371,61 @@ def main() -> None:
         "--disk-factor", type=positive_float, default=1.1, help="free space needed, in sizes of the model"
     )
     parser.add_argument(
-        "--swift",
-        nargs="+",
-        metavar=("KIND", "NAME=VALUE"),
-        help="sft, rlhf or export, whose line follows --, and its environment",
+        "--swift", choices=("sft", "rlhf", "export"), default="sft", help="whose line follows --"
     )
     flags, line = sys.argv[1:], []
     if "--" in flags:
         flags, line = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
-    flags = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), flag) for flag in flags]
-    args, rest = parser.parse_known_args(flags)
-    swift = None
-    if args.swift:
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        kind, *environment = args.swift
-        if kind not in ("sft", "rlhf", "export"):
-            parser.error(f"--swift {kind}: choose from sft, rlhf, export")
-        if wrong := [setting for setting in environment if not re.match(r"\w+=", setting)]:
-            parser.error(f"--swift {kind} {wrong[0]}: settings of the environment are NAME=VALUE")
-        os.environ.update(setting.split("=", 1) for setting in environment)
-        swift = parse(kind, line)
-        check_line(kind, swift, check_environment())
-        if args.checkpoint == "best" and kind != "export" and not args.reuse_out:
-            check_best(swift)
-        for name in SWIFT_FLAGS:  # the line has the last word
-            if value := vars(swift).get(name):
-                setattr(args, name, value)
-        if vars(swift).get("teacher_model"):
-            args.teacher = Path(swift.teacher_model)
-        args.external_plugins = [Path(plugin) for plugin in args.external_plugins]
-    check_names(args.model_type, args.template, args.external_plugins)
+    args = parser.parse_args(flags)
+    swift = parse(args.swift, line)
+    get = vars(swift).get
+    check_line(args.swift, swift, check_environment())
+    if args.checkpoint == "best" and args.swift != "export" and not args.reuse_out:
+        check_best(swift)
+    plugins = [Path(plugin) for plugin in swift.external_plugins]
+    model_type, template = swift.model_type or args.model_type, swift.template or args.template
+    check_names(model_type, template, plugins)
+    if get("teacher_model"):
+        args.teacher = Path(swift.teacher_model)
 
     checkpoint = open_here(args.model)
     teacher = open_here(args.teacher) if args.teacher else checkpoint
     for each in (checkpoint, teacher):
         check_no_remote_code(each.path)
-    if not checkpoint.family.causal and swift:  # an unknown family is refused: publishing needs to know it
+    if not checkpoint.family.causal:  # an unknown family is refused: publishing needs to know it
         raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py does")
     if teacher is not checkpoint:
         check_teacher(checkpoint, teacher)
-    if (
-        swift
-        and vars(swift).get("tuner_type") == "lora"
-        and vars(swift).get("target_modules")
-        and not swift.target_regex
-    ):
+    if get("target_modules") and swift.tuner_type == "lora" and not swift.target_regex:
         check_targets(swift.target_modules, checkpoint)
     if args.adapter:
         check_adapter(args.adapter, checkpoint)
-    if not args.columns:
-        for dataset in [*args.dataset, *args.val_dataset]:
+    if not swift.columns:  # ms-swift renames columns: rows are left to it
+        for dataset in [*swift.dataset, *swift.val_dataset]:
             check_dataset(dataset, args.needed_columns)
-        for dataset in args.chord_sft_dataset:
+        for dataset in get("chord_sft_dataset") or ():
             check_dataset(dataset)
-    check_rewards(args.reward_funcs, args.external_plugins)
-    if args.optimizer in ("head_rates", "active_heads"):
+    check_rewards(get("reward_funcs") or (), plugins)
+    if get("optimizer") in ("head_rates", "active_heads"):
         from .head_rates import Rates  # torch: seconds
 
         settings = Rates.parse(os.environ.get("HEAD_RATES", ""))
-        if swift and args.optimizer == "head_rates":
+        if swift.optimizer == "head_rates":
             settings.check_dtype(str(swift.torch_dtype))
     for port in args.port:
         check_port(port)
     if not args.reuse_out:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
     check_disk(args.out, checkpoint.nbytes, args.disk_factor)
-    lengths = decide_lengths(swift, checkpoint) if swift and args.swift[0] != "export" else Lengths()
+    lengths = decide_lengths(swift, checkpoint) if args.swift != "export" else Lengths()
     if args.adapter:
         check_base(checkpoint, args.adapter)  # last: it may warn, and a refusal is one line
     with contextlib.redirect_stdout(sys.stderr):
-        template = args.template or find_template(checkpoint, args.model_type, args.adapter)
+        template = template or find_template(checkpoint, model_type, args.adapter)
     answers = {
-        "MODEL_TYPE": args.model_type or checkpoint.config["model_type"],
+        "MODEL_TYPE": model_type or checkpoint.config["model_type"],
         "TEACHER_TYPE": teacher.config["model_type"],
         "TEMPLATE": template,
-        "POSITIONS": checkpoint.config.get("n_positions"),
         "MAX_LENGTH": lengths.max_length,
         "COMPLETION_LENGTH": lengths.completion,
         "ENGINE_LENGTH": lengths.engine,
