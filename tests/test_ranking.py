@@ -328,6 +328,15 @@ def test_a_path_that_only_falls_at_its_end_by_a_hair_has_no_bend():
     assert find_bend([(10 - i, 0.8 if i < 9 else 0.7) for i in range(10)]) == 8
 
 
+def test_a_bend_lies_farthest_above_the_chord_of_what_was_removed():
+    assert find_bend([(100, 0.8), (90, 0.78), (80, 0.7), (70, 0.2)]) == 2  # by 0.3 and 0.5 of the fall
+    assert find_bend([(100, 0.8), (90, 0.61), (80, 0.4), (70, 0.2), (60, 0.0)]) is None, "by 0.01: straight"
+
+
+def test_what_failed_is_no_finalist_even_if_it_has_numbers():
+    assert finalists(scan(removal(0, 0.9, error="boom"), removal(1, 0.5)), None) == ["text-01"]
+
+
 # --- W&B -------------------------------------------------------------------------------------------------------------
 
 
