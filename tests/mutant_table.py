@@ -135,7 +135,7 @@ SPARSITY = [
     Mutant('"sparsity": count / chosen', '"sparsity": count / parameters'),
     Mutant("sum(plan.zeros.values()) - plan.zeros_before", "sum(plan.zeros.values())"),
     Mutant("wish.pattern[1] - wish.pattern[0]", "wish.pattern[0]"),
-    Mutant("return values.abs()", "return values"),
+    Mutant("return values.abs()", "return values", equivalent="sort_keys takes magnitudes"),
 ]
 
 SPARSE_FIT = [
@@ -180,7 +180,11 @@ SPARSE_TRAINING = [
     Mutant('if scope == "global" else', 'if scope != "global" else'),
     Mutant("round(sparsity * sum(", "int(sparsity * sum("),
     Mutant("max(wanted, zeros))", "wanted)"),
-    Mutant("lowest(weight[active].abs(), count)", "lowest(weight[active], count)"),
+    Mutant(
+        "lowest(weight[active].abs(), count)",
+        "lowest(weight[active], count)",
+        equivalent="sort_keys takes magnitudes",
+    ),
     Mutant("lowest(candidates, len(candidates) - count)", "lowest(candidates, count)"),
     Mutant("candidates = gradient[new].abs()", "candidates = gradient[mask].abs()"),
     Mutant("min(int(share * int(active.sum())), int(mask.sum()))", "int(share * int(active.sum()))"),
@@ -206,7 +210,11 @@ SPARSE_TRAINING = [
     Mutant('"global")\n        return super()', '"layer")\n        return super()'),
     Mutant("return gradient if self.share else super()._mask_gradient(name, gradient)", "return gradient"),
     Mutant("            weight.grad.masked_fill_(new, 0)\n", ""),
-    Mutant("            weight.masked_fill_(new, 0)\n", ""),
+    Mutant(
+        "            weight.masked_fill_(new, 0)\n",
+        "",
+        equivalent="they are zeroed after the step, before anything reads them",
+    ),
     Mutant("self._forget(optimizer, name, new | mask)", "self._forget(optimizer, name, new & ~new)"),
     Mutant("count += int((new & ~mask).sum())", "count += int(new.sum())"),
 ]
