@@ -117,6 +117,12 @@ def test_what_rounding_leaves_over_goes_where_most_was_cut_off():
     assert allocate([4, 40], [0.0, 0.9], 7, maximum=0.75) == [3, 4]  # a group that is full takes none of it
 
 
+def test_what_is_left_over_never_goes_to_a_group_that_is_full():
+    """Beside an importance of 1e300 all others are as good as none, and shares are all rounding."""
+    found = allocate([1, 4, 8, 6, 6], [1e300, 0.9, 0.9, 0.9, 0.25], 15, 1.0, 0.5, [0, 0, 8, 0, 0])
+    assert found == [0, 2, 8, 3, 2]
+
+
 def test_a_group_keeps_the_zeros_that_it_has_even_beyond_its_maximum():
     assert allocate([10, 10], [0.0, 0.0], 12, maximum=0.5, least=[9, 0]) == [9, 3]
     assert allocate([10, 10], [0.0, 1.0], 8, least=[0, 5]) == [3, 5]
