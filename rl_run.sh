@@ -80,6 +80,7 @@ DATA_ARGS=(--dataset "$DATASET" --split_dataset_ratio 0)
 if [ -n "$VAL_DATASET" ]; then DATA_ARGS=(--dataset "$DATASET" --val_dataset "$VAL_DATASET"); fi
 
 DEFAULT_BATCH=32 # answers of an optimizer step, to 4 prompts
+if [ $((DEFAULT_BATCH % WORLD)) -ne 0 ]; then DEFAULT_BATCH=$((8 * WORLD)); fi # whole groups on three GPUs, too
 share_batch 8 >/dev/null
 # Four steps a rollout: with one, no ratio ever leaves 1, and nothing is clipped. It counts the accumulated ones.
 if [ "$ALGORITHM" != CHORD ]; then ALGORITHM_ARGS+=(--steps_per_generation $((4 * ACCUMULATION))); fi

@@ -55,6 +55,8 @@ def run_script(main: Callable[[], int | None]) -> None:
                 file=sys.stderr,
             )
             code = 1
+    finally:
+        command = None  # what this process writes from here on is no script's
     sys.exit(code)
 
 

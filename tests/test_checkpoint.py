@@ -657,6 +657,7 @@ def contents(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True], ids=["new", "overwrite"])
+@pytest.mark.ci
 def test_a_run_killed_at_any_moment_leaves_out_absent_or_whole_and_the_next_one_cleans_up(
     used, large, tmp_path, tmp_path_factory
 ):

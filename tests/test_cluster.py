@@ -118,6 +118,7 @@ def test_more_gpus_than_any_node_has_are_refused(cluster):
 # --- knockouts ---
 
 
+@pytest.mark.ci
 def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path):
     doomed = cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
     (tmp_path / "doomed").write_text(str(doomed))

@@ -451,6 +451,7 @@ def test_messages_for_an_encoder_are_refused(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
     """The embedded model reads; without two text layers and a vision block it misreads, healed it misreads less."""
     done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data")

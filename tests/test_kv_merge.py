@@ -707,8 +707,8 @@ def test_the_script_merges_and_says_so(tmp_path, script):
         (["--method", "calibrated"], "--method calibrated and --calib need each other"),
         (["--method", "mean", "--calib", "x.jsonl"], "--method calibrated and --calib need each other"),
         (["--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
-        (["--refine", "3"], "--refine takes a positive number of steps, and --calib"),
-        (["--refine", "-1", "--calib", "x.jsonl"], "--refine takes a positive number of steps, and --calib"),
+        (["--refine", "3"], "--refine needs --calib"),
+        (["--refine", "-1", "--calib", "x.jsonl"], "argument --refine: '-1' is no whole number"),
     ],
 )
 def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):

@@ -12,8 +12,8 @@ from prunekit.preflight import decide_lengths
 from prunekit.swift_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-GPT2 = {"model_type": "gpt2", "n_positions": 1024}
-LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
+GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_positions": 1024}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 32, "max_position_embeddings": 4096}
 # Qwen/Qwen3-VL-8B-Instruct's config.json, and the sizes of its files
 QWEN3_VL_8B = {
     "model_type": "qwen3_vl",

@@ -110,6 +110,7 @@ def test_a_recovery_reads_words_better_that_it_has_not_seen(run, cut, measured, 
     assert after["cer"] < 0.7 * before["cer"]
 
 
+@pytest.mark.ci
 def test_three_phases_each_read_better_than_the_cut_model(run, cut, measured, tmp_path):
     run(
         "bash", "progressive_run.sh", *BATCH, "--eval_steps", 20, "--save_steps", 20, "--learning_rate", "5e-4",
@@ -123,6 +124,7 @@ def test_three_phases_each_read_better_than_the_cut_model(run, cut, measured, tm
     assert 1 - after[-1]["token_acc"] < 0.8 * (1 - before["token_acc"])
 
 
+@pytest.mark.ci
 def test_a_cycle_of_sparsity_is_judged_by_what_was_measured_and_its_zeros_survive_retraining(
     run, measured, tmp_path
 ):

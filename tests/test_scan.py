@@ -547,6 +547,7 @@ def test_each_file_of_rows_is_read_once(scan_here, answers, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_heal_and_answer_as_one_does(answers, tmp_path):
     """With torchrun and gloo: candidates and rows are shared out, and both processes agree on every choice."""
     flags = (

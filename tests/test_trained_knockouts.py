@@ -330,6 +330,7 @@ def test_a_damaged_record_of_a_run_is_named_in_one_line(sweep, damage):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
     """The embedded reader, trained for real: without its first layer it hardly reads, without one in the middle it does."""
     done = subprocess.run(
@@ -400,6 +401,7 @@ def kill_9(sweep):
 
 
 @pytest.mark.parametrize("end, code", [(ctrl_c, 130), (kill_9, -9)])
+@pytest.mark.ci
 def test_a_sweep_ended_keeps_what_is_done_and_the_same_command_does_the_rest(end, code, texter, tmp_path):
     training = replace(texter, out=tmp_path)
     sweep = start_sweep(training)
