@@ -109,7 +109,7 @@ measure() {
     --rewards ocr_cer ocr_prefix=0.5 ocr_perfect ocr_rambling=0.5 "$@"
 }
 measure_all() {
-  local models=("$BASE") first
+  local models=("$BASE") first name # stage's own name stays
   for name in "${CHECKPOINTS[@]}"; do models+=("$RUN/$name"); done
   measure --model "${models[@]}" --dataset "$RUN/data/test.jsonl" --json "$RUN/evaluation/test.json" &
   first=$!
