@@ -15,7 +15,8 @@ from pathlib import Path
 
 from prunekit.arguments import Parser, device, new_file, positive_float, positive_int
 from prunekit.checkpoint import check_out, open_checkpoint, write_json
-from prunekit.deploy import (
+from prunekit.errors import run_script
+from prunekit.serving.deploy import (
     FORMATS,
     Measuring,
     check_measurable,
@@ -25,7 +26,6 @@ from prunekit.deploy import (
     served_table,
     where_zeros_save_nothing,
 )
-from prunekit.errors import run_script
 
 
 def main() -> None:
@@ -41,15 +41,11 @@ def main() -> None:
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--dataset", type=Path, help="measure all models on these held-out rows")
     measuring.add_argument("--limit", type=positive_int, help="rows to use (default: all)")
-    measuring.add_argument(
-        "--length", type=positive_int, default=128, help="tokens of a timed row (default: 128)"
-    )
+    measuring.add_argument("--length", type=positive_int, default=128, help="tokens of a timed row (default: 128)")
     measuring.add_argument(
         "--batches", nargs="+", type=positive_int, default=[1, 32], metavar="N", help="(default: 1 32)"
     )
-    measuring.add_argument(
-        "--seconds", type=positive_float, default=2.0, help="to time each batch for (default: 2)"
-    )
+    measuring.add_argument("--seconds", type=positive_float, default=2.0, help="to time each batch for (default: 2)")
     measuring.add_argument("--rounds", type=positive_int, default=2, help="turns of each model (default: 2)")
     measuring.add_argument("--threads", type=positive_int, help="(default: all cores)")
     measuring.add_argument("--device", type=device, help="of what torch runs (default: cpu)")
@@ -72,9 +68,7 @@ def main() -> None:
         form = choose_format(checkpoint, arguments.format)
         entry = deploy(checkpoint, arguments.out, form, arguments.overwrite)
         same = entry["metrics"]
-        print(
-            f"wrote {arguments.out}: {form}, {entry['bytes'] / 1e6:,.1f} MB of {entry['bytes_before'] / 1e6:,.1f}"
-        )
+        print(f"wrote {arguments.out}: {form}, {entry['bytes'] / 1e6:,.1f} MB of {entry['bytes_before'] / 1e6:,.1f}")
         print(f"logits of random tokens: cosine {same['cosine']:.4f}, same best {same['same_best']:.1%}")
         folders.append(arguments.out)
     if how:

@@ -90,7 +90,7 @@ if [ "$MODE" != train ]; then
     --processes "$processes" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
   wait "$GROUP_PID"
 fi
-run_group python -m prunekit.knockout --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
+run_group python -m prunekit.knockout.sweep --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
   --finalists "$([ "$MODE" = scan ] && echo 0 || echo "$FINALISTS")" --gpus "$GPUS" --jobs "$JOBS" \
   --gpus-per-task "$GPUS_PER_TASK" --group "${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" -- \
   ${TEMPLATE:+--template "$TEMPLATE"} "${LINE[@]}"

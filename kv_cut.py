@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import natural, positive_int
-from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import scratch_folder, statistics
+from prunekit.checkpoint.provenance import data_record
+from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
-from prunekit.kv_heads import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
-from prunekit.provenance import data_record
-from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.kv import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
+from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
 
 
 def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerge, dict[str, Any]]:
@@ -30,14 +30,12 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
         batch_tokens = 1024 if arguments.refine else 4096  # more steps on the same tokens, for the same time
         model, data = model_and_calibration(plan.source, arguments, scratch, batch_tokens)
         # torch: seconds, after all that can be checked without it
-        from prunekit.kv_merge import calibrate_merge
-        from prunekit.offload import on_disk
+        from prunekit.model.offload import on_disk
+        from prunekit.surgery.kv_fit import calibrate_merge
 
         plan, losses = calibrate_merge(plan, model, data, arguments.refine, on_disk(scratch))
     longest = max(int(batch["attention_mask"].sum(1).max()) for batch in data.fit)
-    print(
-        f"calibrated on {data.tokens:,} tokens, in rows of up to {longest:,}: farther than that it is worse"
-    )
+    print(f"calibrated on {data.tokens:,} tokens, in rows of up to {longest:,}: farther than that it is worse")
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**losses))
     settings = {
         "calib": str(arguments.calib),

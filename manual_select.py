@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import positive_int, share
-from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import read_json, statistics
+from prunekit.checkpoint.provenance import data_record
+from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
-from prunekit.layers import (
+from prunekit.surgery.layers import (
     Removal,
     apply_removal,
     cautions,
@@ -30,15 +31,14 @@ from prunekit.layers import (
     parse_numbers,
     plan_removal,
 )
-from prunekit.provenance import data_record
-from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
 
 
 def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, dict[str, Any]]:
     """Refit around the seams: the plan with new tensors, and what its history shall say of it."""
     check_healable(plan)
     model, data = model_and_calibration(plan.source, arguments)
-    from prunekit.heal import heal  # torch: seconds, after all that can be checked without it
+    from prunekit.surgery.layers_fit import heal  # torch: seconds, after all that can be checked without it
 
     plan, seams = heal(plan, model, data)
     for seam in seams:
@@ -57,33 +57,19 @@ def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, di
 
 def main() -> None:
     parser = surgery_parser(__doc__)
-    parser.add_argument(
-        "--text", nargs="+", default=[], metavar="N", help="text layers to drop, like 4 10 or 4-7,10"
-    )
+    parser.add_argument("--text", nargs="+", default=[], metavar="N", help="text layers to drop, like 4 10 or 4-7,10")
     parser.add_argument("--vision", nargs="+", default=[], metavar="N", help="vision blocks to drop")
-    parser.add_argument(
-        "--taps", nargs="+", metavar="N", help="vision blocks to tap, one for each merger kept"
-    )
-    parser.add_argument(
-        "--drop-taps", nargs="+", default=[], metavar="I", help="mergers to drop with their taps"
-    )
-    parser.add_argument(
-        "--from-ranking", metavar="JSON", help="ranking.json of knockout_check.sh: drop the cheapest"
-    )
+    parser.add_argument("--taps", nargs="+", metavar="N", help="vision blocks to tap, one for each merger kept")
+    parser.add_argument("--drop-taps", nargs="+", default=[], metavar="I", help="mergers to drop with their taps")
+    parser.add_argument("--from-ranking", metavar="JSON", help="ranking.json of knockout_check.sh: drop the cheapest")
     parser.add_argument(
         "--independent", action="store_true", help="of a ranking, the cheapest alone, not its greedy path"
     )
-    parser.add_argument(
-        "--keep-above", type=share, default=0.95, help="of the baseline's token_acc (default: 0.95)"
-    )
-    parser.add_argument(
-        "--max-layers", type=positive_int, default=10, help="drop at most so many (default: 10)"
-    )
+    parser.add_argument("--keep-above", type=share, default=0.95, help="of the baseline's token_acc (default: 0.95)")
+    parser.add_argument("--max-layers", type=positive_int, default=10, help="drop at most so many (default: 10)")
     parser.add_argument("--max-fraction", type=share, default=0.25, help="of all parameters (default: 0.25)")
     healing = parser.add_argument_group("healing")
-    healing.add_argument(
-        "--heal", action="store_true", help="refit the layers around each seam (needs --calib)"
-    )
+    healing.add_argument("--heal", action="store_true", help="refit the layers around each seam (needs --calib)")
     add_calibration_arguments(healing)
     arguments = parse_surgery(parser)
     if arguments.heal != bool(arguments.calib):
@@ -100,9 +86,7 @@ def main() -> None:
         path = None if arguments.independent else ranking.get("greedy")
         how = "with all above removed, too" if path else "when removed alone"
         for entry in chosen:
-            print(
-                f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}"
-            )
+            print(f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}")
         if path and path.get("healed") and not arguments.heal:
             print("the path was healed after each removal: with --heal and --calib, too, it keeps that much")
         for entry in chosen:

@@ -18,9 +18,12 @@ from typing import Any
 
 from prunekit.arguments import Parser, finite_float, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
+from prunekit.checkpoint.provenance import data_record, model_record
+from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.families import positions
-from prunekit.ner import (
+from prunekit.report import draw_curves
+from prunekit.tagger.ner import (
     HARD_SHARE,
     TEMPERATURE,
     Data,
@@ -40,10 +43,7 @@ from prunekit.ner import (
     train,
     training_arguments,
 )
-from prunekit.provenance import data_record, model_record
-from prunekit.publish import publish, whole_checkpoints
-from prunekit.report import draw_curves
-from prunekit.work_folder import claim_folder, fingerprint
+from prunekit.training.publish import publish, whole_checkpoints
 
 
 def train_model(
@@ -61,9 +61,7 @@ def train_model(
     distillation = None
     if teacher:
         if load_tokenizer(teacher.path).get_vocab() != tokenizer.get_vocab():
-            raise PruneKitError(
-                f"{teacher.path}: its tokenizer is not the student's; they must read the same tokens"
-            )
+            raise PruneKitError(f"{teacher.path}: its tokenizer is not the student's; they must read the same tokens")
         layers = (statistics(each)["num_hidden_layers"] for each in (teacher, checkpoint))
         distillation = Distillation(
             load_classifier(teacher, labels),
@@ -74,7 +72,7 @@ def train_model(
         )
     callbacks = []
     if arguments.keep_zeros:
-        from prunekit.sparse_training import KeepZeros
+        from prunekit.training.zeros import KeepZeros
 
         callbacks.append(KeepZeros())
     from transformers import set_seed
@@ -109,9 +107,7 @@ def main() -> None:
         default=0.0,
         help="of the teacher's hidden states (default: 0; try 1)",
     )
-    parser.add_argument(
-        "--keep-zeros", action="store_true", help="what is zero in the model (sparsify.py) stays zero"
-    )
+    parser.add_argument("--keep-zeros", action="store_true", help="what is zero in the model (sparsify.py) stays zero")
     parser.add_argument(
         "--new-head", action="store_true", help="a fresh classifier for the data's labels, on any encoder"
     )
@@ -139,11 +135,7 @@ def main() -> None:
         need_packages("seqeval", extra="encoders")
     datasets = [arguments.dataset, *filter(None, [arguments.val_dataset])]
     rows = [read_rows(dataset) for dataset in datasets]
-    labels = (
-        labels_of(row for each in rows for row in each)
-        if arguments.new_head
-        else model_labels(checkpoint.config)
-    )
+    labels = labels_of(row for each in rows for row in each) if arguments.new_head else model_labels(checkpoint.config)
     for each, dataset in zip(rows, datasets):
         check_labels(each, labels, dataset)
     if teacher:
@@ -152,11 +144,7 @@ def main() -> None:
     run = out.with_name(f"{out.name}.run")
     training = training_arguments(flags, run, out.name, validate=bool(arguments.val_dataset))
     settings = {
-        **{
-            key: value
-            for key, value in vars(arguments).items()
-            if key not in ("out", "overwrite", "model", "teacher")
-        },
+        **{key: value for key, value in vars(arguments).items() if key not in ("out", "overwrite", "model", "teacher")},
         "flags": flags,
         "models": [fingerprint(each) for each in (checkpoint, teacher) if each],
         "data": [data_record(dataset) for dataset in datasets],

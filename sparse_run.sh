@@ -49,7 +49,7 @@ settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}"
 preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
 folder=$OUTPUT.cycles
 PLAN=(
-  python -m prunekit.sparse_cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
+  python -m prunekit.training.cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
   --cycles "$CYCLES" --schedule "$SCHEDULE" ${MODULES:+--modules "$MODULES"} --worse "$WORSE"
 )
 "${PLAN[@]}" >/dev/null
@@ -93,7 +93,7 @@ for level in $levels; do
   fi
   rm -rf "$here.sparse"
   good=0
-  python -m prunekit.sparse_cycles judge --cycles "$folder" --worse "$WORSE" || good=$?
+  python -m prunekit.training.cycles judge --cycles "$folder" --worse "$WORSE" || good=$?
   if [ "$good" -eq 3 ]; then
     echo "no more cycles: that is over WORSE=$WORSE"
     break
@@ -101,7 +101,7 @@ for level in $levels; do
   [ "$good" -eq 0 ] || exit "$good"
   previous=$here
 done
-python -m prunekit.sparse_cycles publish --cycles "$folder" --base "$MODEL" --out "$OUTPUT" --worse "$WORSE" \
+python -m prunekit.training.cycles publish --cycles "$folder" --base "$MODEL" --out "$OUTPUT" --worse "$WORSE" \
   ${OVERWRITE:+--overwrite}
 python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
 remove_work

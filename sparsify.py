@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import finite_float
-from prunekit.calibration import add_calibration_arguments, model_and_calibration
 from prunekit.checkpoint import read_json, statistics
+from prunekit.checkpoint.provenance import data_record
+from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
-from prunekit.provenance import data_record
-from prunekit.sparsity import (
+from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.zeros import (
     NO_GAIN,
     SCOPES,
     SCORES,
@@ -40,7 +41,6 @@ from prunekit.sparsity import (
     sparsity_record,
     with_importance,
 )
-from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
 
 
 def wish_of(arguments: argparse.Namespace) -> Wish:
@@ -53,9 +53,7 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
     if (arguments.layer_importance == "knockout") != bool(arguments.ranking):
         raise PruneKitError("--layer-importance knockout and --ranking need each other")
     needed = (
-        arguments.refit
-        or arguments.score != "magnitude"
-        or arguments.layer_importance in ("gradient", "activation")
+        arguments.refit or arguments.score != "magnitude" or arguments.layer_importance in ("gradient", "activation")
     )
     if needed != bool(arguments.calib):
         raise PruneKitError(
@@ -70,9 +68,7 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
     )  # fmt: skip
 
 
-def prepare(
-    plan: Sparsification, arguments: argparse.Namespace
-) -> tuple[Sparsification, dict[str, Any] | None]:
+def prepare(plan: Sparsification, arguments: argparse.Namespace) -> tuple[Sparsification, dict[str, Any] | None]:
     """The selected plan, and what its history shall say of calibration."""
     scores, settings, metrics, kind = magnitude, {}, None, arguments.layer_importance
     if kind == "knockout":
@@ -80,7 +76,9 @@ def prepare(
         plan = with_importance(plan, knockout_importance(plan.source, ranking))
     if arguments.calib:
         model, data = model_and_calibration(plan.source, arguments)
-        from prunekit import weight_scores  # torch: seconds, after all that can be checked without it
+        from prunekit.surgery import (
+            zeros_scores as weight_scores,  # torch: seconds, after all that can be checked without it
+        )
 
         settings |= {
             "calib": str(arguments.calib),
@@ -96,14 +94,12 @@ def prepare(
         settings |= {"layer_importance": kind, "ranking": arguments.ranking}
     plan = select(plan, scores)
     if arguments.refit:
-        from prunekit.sparse_fit import refit
+        from prunekit.surgery.zeros_fit import refit
 
         plan, metrics = refit(plan, model, data)
         settings["refit"] = True
         if metrics:
-            print(
-                "refitted: held-out loss {held_out_loss_dense:.4f} -> {held_out_loss:.4f}".format(**metrics)
-            )
+            print("refitted: held-out loss {held_out_loss_dense:.4f} -> {held_out_loss:.4f}".format(**metrics))
     return plan, {"settings": settings, "metrics": metrics or None} if settings else None
 
 
@@ -120,9 +116,7 @@ def print_result(plan: Sparsification) -> None:
 
 def main() -> None:
     parser = surgery_parser(__doc__)
-    parser.add_argument(
-        "--sparsity", type=finite_float, metavar="S", help="share of the weights to be zero, like 0.5"
-    )
+    parser.add_argument("--sparsity", type=finite_float, metavar="S", help="share of the weights to be zero, like 0.5")
     parser.add_argument("--threshold", type=finite_float, metavar="T", help="zero what scores below T")
     parser.add_argument("--pattern", metavar="N:M", help="of M neighbouring inputs keep N, like 2:4")
     parser.add_argument("--scope", choices=SCOPES, help="(default: global; row for wanda)")

@@ -18,27 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import positive_int, share
-from prunekit.calibration import add_calibration_arguments, load_model, model_and_calibration
 from prunekit.checkpoint import statistics
+from prunekit.checkpoint.provenance import data_record
+from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
-from prunekit.provenance import data_record
-from prunekit.surgery_script import open_input, parse_surgery, surgery_parser
-from prunekit.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
+from prunekit.model.load import load_model
+from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
 
 SOME = 0.25  # of the error that comes in: what refits make up for where that is better than all
 
 
-def calibrate_plan(
-    plan: WidthCut, score: str, arguments: argparse.Namespace
-) -> tuple[WidthCut, dict[str, Any]]:
+def calibrate_plan(plan: WidthCut, score: str, arguments: argparse.Namespace) -> tuple[WidthCut, dict[str, Any]]:
     """The plan with its tensors, and what its history shall say of them.
 
     How much of the errors before it a refit should make up for depends on how much is lost: all, where that is much, else
     less. So both are tried, and the lower loss on held-out rows decides.
     """
     model, data = model_and_calibration(plan.source, arguments)
-    from prunekit.width_fit import calibrate_width  # torch: seconds, after all that can be checked without it
+    from prunekit.surgery.width_fit import calibrate_width  # torch: seconds, after all that can be checked without it
 
     refits = plan.source.family.causal and plan.source.family.text.plain_residual
     narrow, losses, made_up = *calibrate_width(plan, model, data, score), 1.0
@@ -46,9 +45,7 @@ def calibrate_plan(
         del model
         model = load_model(plan.source, arguments.device, arguments.dtype)
         other = *calibrate_width(plan, model, data, score, made_up=SOME), SOME
-        narrow, losses, made_up = min(
-            (narrow, losses, made_up), other, key=lambda each: each[1]["held_out_loss"]
-        )
+        narrow, losses, made_up = min((narrow, losses, made_up), other, key=lambda each: each[1]["held_out_loss"])
     if losses:
         print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**losses))
     settings = {
@@ -73,9 +70,7 @@ def main() -> None:
         help="KV heads that each layer keeps, with their query heads",
     )
     neurons = parser.add_mutually_exclusive_group()
-    neurons.add_argument(
-        "--neurons", type=positive_int, metavar="N", help="neurons that each MLP (or expert) keeps"
-    )
+    neurons.add_argument("--neurons", type=positive_int, metavar="N", help="neurons that each MLP (or expert) keeps")
     neurons.add_argument(
         "--neuron-share",
         type=share,

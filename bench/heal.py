@@ -2,7 +2,7 @@
 
     bash bench/setup.sh && .venv/bin/python bench/heal.py --json docs/heal.json
 
-The layers are chosen greedily on training text (prunekit/scan.py). Calibration is on the training half of Wikipedia
+The layers are chosen greedily on training text (prunekit/knockout/search.py). Calibration is on the training half of Wikipedia
 articles; loss (nats per token) is measured on the other half, and on text of another kind (docstrings). Prints JSON;
 takes half an hour on two CPU cores.
 """
@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from materials import smollm2, write_texts
 
-from prunekit.calibration import Calibration, calibrate, load_model
 from prunekit.checkpoint import open_checkpoint, write_json
-from prunekit.evaluate import score_batches
-from prunekit.heal import heal
-from prunekit.layers import plan_removal
-from prunekit.scan import Scan, find_path
-from prunekit.scanner import Job
-from prunekit.stacks import removed
-from prunekit.trained_knockouts import plan_knockouts
+from prunekit.data.batches import Calibration, calibrate
+from prunekit.knockout.scanner import Job
+from prunekit.knockout.search import Scan, find_path
+from prunekit.knockout.trained import plan_knockouts
+from prunekit.model.load import load_model
+from prunekit.model.scores import score_batches
+from prunekit.surgery.in_memory import removed
+from prunekit.surgery.layers import plan_removal
+from prunekit.surgery.layers_fit import heal
 
 
 def greedy(folder: Path, texts: Path, tokens: int, count: int) -> list[int]:
@@ -36,16 +37,12 @@ def greedy(folder: Path, texts: Path, tokens: int, count: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--tokens", type=int, default=32_768, help="of calibration (default: 32768)")
     parser.add_argument("--scan-tokens", type=int, default=3072)
     parser.add_argument("--test-tokens", type=int, default=16_384)
-    parser.add_argument(
-        "--counts", type=int, nargs="+", default=[3, 5, 8], help="numbers of layers to remove"
-    )
+    parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 8], help="numbers of layers to remove")
     parser.add_argument("--layers", type=int, nargs="+", help="skip the scan: the cheapest, in this order")
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
@@ -64,9 +61,7 @@ def main() -> None:
         return {name: score_batches(model, [*t.fit, *t.held_out])["loss"] for name, t in tests.items()}
 
     base = losses()
-    order = args.layers or greedy(
-        checkpoint.path, texts["wikipedia-train"], args.scan_tokens, max(args.counts)
-    )
+    order = args.layers or greedy(checkpoint.path, texts["wikipedia-train"], args.scan_tokens, max(args.counts))
     result = {
         "model": "SmolLM2-135M-Instruct, bf16",
         "threads": torch.get_num_threads(),

@@ -30,15 +30,16 @@ from materials import smollm2, write_texts
 from transformers import AutoModelForCausalLM
 
 from prunekit import report
-from prunekit.calibration import calibrate, load_model
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
-from prunekit.evaluate import score_batches
-from prunekit.heal import heal
-from prunekit.layers import apply_removal, plan_removal
-from prunekit.scan import HealedScan, Scan, describe, find_path
-from prunekit.scanner import Job, load_scanner
-from prunekit.stacks import removed
-from prunekit.trained_knockouts import Sweep, Training, plan_knockouts
+from prunekit.data.batches import calibrate
+from prunekit.knockout.scanner import Job, load_scanner
+from prunekit.knockout.search import HealedScan, Scan, describe, find_path
+from prunekit.knockout.trained import Sweep, Training, plan_knockouts
+from prunekit.model.load import load_model
+from prunekit.model.scores import score_batches
+from prunekit.surgery.in_memory import removed
+from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.layers_fit import heal
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 8192
@@ -286,9 +287,7 @@ def race(args: argparse.Namespace) -> dict[str, Any]:
 def predict(args: argparse.Namespace) -> dict[str, Any]:
     ocr = args.runs / "ocr"
     if not (ocr / "val.jsonl").exists():
-        subprocess.run(
-            [sys.executable, ROOT / "examples/tiny_ocr/tiny_ocr.py", "data", "--out", ocr], check=True
-        )
+        subprocess.run([sys.executable, ROOT / "examples/tiny_ocr/tiny_ocr.py", "data", "--out", ocr], check=True)
     folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
     texts = write_texts(args.runs)
     train_rows = chat_rows(texts["wikipedia-train"], args.runs, 900)
@@ -454,18 +453,14 @@ PARTS = {"speed": speed, "memory": memory, "race": race, "predict": predict, "se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "peak-scan", "peak-evaluate"], metavar="PART")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--repeat", type=int, default=3, help="scans timed (default: 3)")
     parser.add_argument("--steps", type=int, default=100, help="of the training that is timed (default: 100)")
     parser.add_argument("--race-share", type=float, default=0.3)
     parser.add_argument("--choice-tokens", type=int, default=2048, help="to choose sets on (default: 2048)")
-    parser.add_argument(
-        "--test-tokens", type=int, default=8192, help="to judge sets on, of each kind (default: 8192)"
-    )
+    parser.add_argument("--test-tokens", type=int, default=8192, help="to judge sets on, of each kind (default: 8192)")
     parser.add_argument("--healed-layers", type=int, default=8, help="longest set to heal (default: 8)")
     parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
     args = parser.parse_args()

@@ -29,11 +29,12 @@ import torch
 from knockout import SMOLLM2, TINY, chat_rows, log
 from materials import smollm2, write_texts
 
-from prunekit import kv_merge
-from prunekit.calibration import calibrate, load_model
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
-from prunekit.evaluate import score_batches
-from prunekit.kv_heads import plan_kv_merge
+from prunekit.data.batches import calibrate
+from prunekit.model.load import load_model
+from prunekit.model.scores import score_batches
+from prunekit.surgery import kv_fit as kv_merge
+from prunekit.surgery.kv import plan_kv_merge
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "examples/tiny_ocr/model"
@@ -74,14 +75,12 @@ def cut(args: argparse.Namespace) -> dict[str, Any]:
     folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
     result = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
     result["base"] = losses(folder, texts, args.test_tokens)
-    load = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prunekit.calibration import load_model; "
+    load = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prunekit.data.batches import load_model; "
     load += f"from prunekit.checkpoint import open_checkpoint; load_model(open_checkpoint({str(folder)!r}))"
     result["loading_the_model_mb"] = command("-c", load)[1]
     for way, flags in cut_flags(args, texts).items():
         out = args.runs / "kv" / way
-        seconds, peak = command(
-            "kv_cut.py", "--model", folder, "--out", out, "--kv-heads", 1, "--overwrite", *flags
-        )
+        seconds, peak = command("kv_cut.py", "--model", folder, "--out", out, "--kv-heads", 1, "--overwrite", *flags)
         result[way] = losses(out, texts, args.test_tokens) | {"seconds": seconds, "peak_mb": peak}
         add_excess(result, way)
         log(way, result[way])
@@ -159,15 +158,11 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
             parts = {"all of it": list(OFF), None: []}.get(part, [part])
             model = load_model(checkpoint)
             data = calibrate(model, checkpoint, calib, args.ablation_tokens, 512, 1024)
-            judged = {
-                name: calibrate(model, checkpoint, files[name], args.test_tokens, 512) for name in tests
-            }
+            judged = {name: calibrate(model, checkpoint, files[name], args.test_tokens, 512) for name in tests}
             with contextlib.ExitStack() as patches:
                 for name in parts:
                     patches.enter_context(mock.patch.multiple(kv_merge, **OFF[name]))
-                kv_merge.calibrate_merge(
-                    plan_kv_merge(checkpoint, kv_heads, "calibrated"), model, data, refine
-                )
+                kv_merge.calibrate_merge(plan_kv_merge(checkpoint, kv_heads, "calibrated"), model, data, refine)
             name = f"refined, {refine} steps" if refine else f"without {part}" if part else "all"
             result[case][name] = {
                 test: score_batches(model, [*each.fit, *each.held_out]) for test, each in judged.items()
@@ -208,8 +203,7 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
             with mock.patch.object(kv_merge, "SLOW", slow):
                 kv_merge.calibrate_merge(plan_kv_merge(checkpoint, 1, "calibrated"), model, data)
         result[name] = {
-            str(seen): score_batches(model, [*each.fit, *each.held_out])["loss"]
-            for seen, each in judged.items()
+            str(seen): score_batches(model, [*each.fit, *each.held_out])["loss"] for seen, each in judged.items()
         }
         log(name, result[name])
     return result
@@ -245,9 +239,7 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def train(
-    model: Path, out: Path, steps: int, flags: list[str], stop_at: float | None = None
-) -> list[dict[str, float]]:
+def train(model: Path, out: Path, steps: int, flags: list[str], stop_at: float | None = None) -> list[dict[str, float]]:
     """ms-swift's evaluations during an SFT into `out`, which is ended once eval_loss is at most `stop_at`."""
     words = [
         Path(sys.executable).parent / "swift",
@@ -272,9 +264,7 @@ def train(
             for row in found
         ]  # fmt: skip
 
-    if len(done := evaluations()) and (
-        done[-1]["step"] == steps or (stop_at and done[-1]["loss"] <= stop_at)
-    ):
+    if len(done := evaluations()) and (done[-1]["step"] == steps or (stop_at and done[-1]["loss"] <= stop_at)):
         return done
     out.mkdir(parents=True, exist_ok=True)
     (out / "logging.jsonl").unlink(missing_ok=True)
@@ -301,9 +291,7 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
         "--eval_strategy", "steps", "--eval_steps", "10", "--per_device_train_batch_size", "2", "--save_strategy", "no",
         "--optim", "adamw_torch", "--warmup_steps", "5",
     ]  # fmt: skip
-    base = train(
-        folder, args.runs / "kv/recovery-base", 1, [*flags, "--learning_rate", "0", "--eval_steps", "1"]
-    )[-1]
+    base = train(folder, args.runs / "kv/recovery-base", 1, [*flags, "--learning_rate", "0", "--eval_steps", "1"])[-1]
     wanted = base["loss"] + 0.3
     result: dict[str, Any] = {
         "base": base,
@@ -420,18 +408,14 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=list(PARTS), metavar="PART")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--tokens", type=int, default=65_536, help="of calibration (default: 65536)")
     parser.add_argument(
         "--ablation-tokens", type=int, default=16_384, help="the same, for the ablation (default: 16384)"
     )
-    parser.add_argument(
-        "--test-tokens", type=int, default=16_384, help="to judge on, of each kind (default: 16384)"
-    )
+    parser.add_argument("--test-tokens", type=int, default=16_384, help="to judge on, of each kind (default: 16384)")
     parser.add_argument("--refine", type=int, default=200, help="steps a layer (default: 200)")
     parser.add_argument("--recovery-steps", type=int, default=200, help="at most (default: 200)")
     parser.add_argument("--recovery-rate", default="3e-4", help="learning rate (default: 3e-4)")

@@ -215,17 +215,13 @@ def ner_data(folder: Path, rows: int = 2000) -> dict[str, Path]:
                     for column, entity in parts:
                         words = re.findall(r"\w+|[^\w\s]", person[column] if column else piece)
                         tokens += words
-                        tags += [
-                            f"{'I' if n else 'B'}-{entity}" if entity else "O" for n in range(len(words))
-                        ]
+                        tags += [f"{'I' if n else 'B'}-{entity}" if entity else "O" for n in range(len(words))]
                 out.write(json.dumps({"tokens": tokens, "ner_tags": tags}, ensure_ascii=False) + "\n")
     return paths
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs/bench"))
     folder = parser.parse_args().runs
     for name, path in write_texts(folder).items():

@@ -17,9 +17,9 @@ from pathlib import Path
 from materials import ner_data, rampart
 
 from prunekit.checkpoint import open_checkpoint, statistics, write_json
-from prunekit.deploy import Measuring, measure_served, served_table, where_zeros_save_nothing
-from prunekit.ner import evaluate, read_rows
 from prunekit.report import draw_f1
+from prunekit.serving.deploy import Measuring, measure_served, served_table, where_zeros_save_nothing
+from prunekit.tagger.ner import evaluate, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,9 +46,7 @@ def scan_layers(folder: Path, work: Path, data: Path, rows: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--work", type=Path, default=Path("runs/bench/ner"), help="folder of the stages")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning the dense model (default: 3)")
@@ -63,9 +61,7 @@ def main() -> None:
 
     packaged, data = rampart(args.runs / "rampart"), ner_data(args.runs)
     work, train = args.work, ["--dataset", data["ner-train"], "--report_to", "none", "--learning_rate"]
-    dense = run(
-        work / "dense", "ner_run.py", "--model", packaged, *train, 5e-5, "--num_train_epochs", args.epochs
-    )
+    dense = run(work / "dense", "ner_run.py", "--model", packaged, *train, 5e-5, "--num_train_epochs", args.epochs)
     scan = scan_layers(dense, work, data["ner-train"], args.scan_rows)
     layer = max(scan, key=lambda score: score["f1"])["layer"]
     dropped = work / f"without-{layer}"

@@ -23,15 +23,14 @@ import torch
 import transformers
 from materials import smollm2, write_texts
 
-from prunekit import report, weight_scores
-from prunekit.calibration import calibrate, draw_rows, encoder_of, load_model, read_calibration
+from prunekit import report
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
+from prunekit.data.batches import calibrate, draw_rows, encoder_of, read_calibration
 from prunekit.errors import PruneKitError, run_script
-from prunekit.evaluate import score_batches
-from prunekit.sparse_fit import refit
-from prunekit.sparse_settings import Dynamic, Gradual
-from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
-from prunekit.sparsity import (
+from prunekit.model.load import load_model
+from prunekit.model.scores import score_batches
+from prunekit.surgery import zeros_scores as weight_scores
+from prunekit.surgery.zeros import (
     Sparsification,
     Wish,
     apply_sparsify,
@@ -40,6 +39,9 @@ from prunekit.sparsity import (
     select,
     with_importance,
 )
+from prunekit.surgery.zeros_fit import refit
+from prunekit.training.zeros import DynamicSparsity, GradualPruning, KeepZeros
+from prunekit.training.zeros_settings import Dynamic, Gradual
 
 UNTRAINED = {  # name: (score, scope, importance, power), all at 50%
     "magnitude, global": ("magnitude", "global", None, 1),
@@ -196,9 +198,7 @@ class Bench:
         if name.startswith("cycles"):
             levels, model, seconds = Gradual(**zeros, events=args.events).levels(), self.model(), 0.0
             for cycle, level in enumerate(levels):
-                folder = self.sparsify_again(
-                    model, "cycles", Wish(**zeros | {"sparsity": level}, **wanda), refitted
-                )
+                folder = self.sparsify_again(model, "cycles", Wish(**zeros | {"sparsity": level}, **wanda), refitted)
                 after = self.losses(load_model(open_checkpoint(folder)))
                 first, end = (each * args.steps // len(levels) for each in (cycle, cycle + 1))
                 model, more = self.train(folder, KeepZeros(), end - first, first)
@@ -218,11 +218,7 @@ class Bench:
                 folder, callback, args.steps, teacher=self.model() if "distilled" in name else None
             )
             found["events"] = getattr(callback, "history", {}).get("events", [])
-        chosen = [
-            p
-            for name, p in model.named_parameters()
-            if p.ndim == 2 and re.search(f"layers.*({MODULES})", name)
-        ]
+        chosen = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(f"layers.*({MODULES})", name)]
         if callback:
             count = sum(int((weight == 0).sum()) for weight in chosen)
             found["sparsity"] = count / sum(weight.numel() for weight in chosen)
@@ -279,9 +275,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--calib-tokens", type=int, default=8192)
     parser.add_argument("--test-tokens", type=int, default=6144, help="of each kind of text")
@@ -297,19 +291,14 @@ def main() -> None:
 
     bench = Bench(args)
     retraining = {"modules": MODULES} | {
-        name: getattr(args, name)
-        for name in ("sparsity", "steps", "rows", "eval_rows", "events", "learning_rate")
+        name: getattr(args, name) for name in ("sparsity", "steps", "rows", "eval_rows", "events", "learning_rate")
     }
-    settings = {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens} | {
-        "retraining": retraining
-    }
+    settings = {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens} | {"retraining": retraining}
     result = {"model": "SmolLM2-135M-Instruct, bf16", "settings": settings}
     if args.json and args.json.exists():
         result = read_json(args.json)
         if result["settings"] != settings:
-            raise PruneKitError(
-                f"{args.json}: has other settings, {result['settings']}; move it, or repeat them"
-            )
+            raise PruneKitError(f"{args.json}: has other settings, {result['settings']}; move it, or repeat them")
     for part, names, measure in (
         ("untrained", UNTRAINED, bench.untrained),
         ("retrained", RETRAINED, bench.retrained),

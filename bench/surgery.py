@@ -71,9 +71,7 @@ def contenders(model: Path, work: Path) -> dict[str, list]:
     layers = len(layer_numbers(open_checkpoint(model), "text"))
     ends = [-1, *DROPPED, layers]
     slices = [
-        {"sources": [{"model": str(model), "layer_range": [a + 1, b]}]}
-        for a, b in zip(ends, ends[1:])
-        if a + 1 < b
+        {"sources": [{"model": str(model), "layer_range": [a + 1, b]}]} for a, b in zip(ends, ends[1:]) if a + 1 < b
     ]
     recipe = work / "mergekit.json"  # JSON is YAML
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
@@ -169,9 +167,7 @@ def machine(folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs = ROOT / "runs/bench"
     parser.add_argument(
         "models", type=Path, nargs="*", help="checkpoints (default: smollm2 and synthetic of materials.py)"

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from materials import smollm2, write_texts
 
-from prunekit.calibration import calibrate, load_model
 from prunekit.checkpoint import history, open_checkpoint, write_json
 from prunekit.critical import critical_parameters
-from prunekit.evaluate import score_batches
-from prunekit.head_rates import HeadRates, Rates, freeze_others, known_scores
+from prunekit.data.batches import calibrate
+from prunekit.model.load import load_model
+from prunekit.model.scores import score_batches
+from prunekit.training.head_rates import HeadRates, Rates, freeze_others, known_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 CUTS = {  # by name: what width_cut.py is told
@@ -81,9 +82,7 @@ class Bench:
 
     def cut(self, name: str, score: str = "activation", calibrated: bool = True) -> Path:
         """The folder of a cut, made by the script as a user makes it."""
-        out = self.work / f"{name}-{score}{'' if calibrated else '-uncalibrated'}".replace(" ", "-").replace(
-            "%", ""
-        )
+        out = self.work / f"{name}-{score}{'' if calibrated else '-uncalibrated'}".replace(" ", "-").replace("%", "")
         if not out.exists():
             command = [
                 sys.executable,
@@ -98,9 +97,7 @@ class Bench:
                 texts, tokens = self.texts["wikipedia-train"], self.args.tokens
                 command += ["--score", score, "--calib", texts, "--calib-tokens", tokens, "--max-length", 512]
             start = time.perf_counter()
-            subprocess.run(
-                [*map(str, command)], check=True, cwd=ROOT, stdout=sys.stderr, stderr=subprocess.DEVNULL
-            )
+            subprocess.run([*map(str, command)], check=True, cwd=ROOT, stdout=sys.stderr, stderr=subprocess.DEVNULL)
             print(f"{out.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         return out
 
@@ -138,9 +135,7 @@ class Bench:
     def rows(self, checkpoint, model) -> list[dict]:
         """Batches of one row of `length` tokens, the same for every way."""
         tokens = self.args.steps * self.args.length
-        data = calibrate(
-            model, checkpoint, self.texts["wikipedia-train"], 2 * tokens, self.args.length, batch_tokens=1
-        )
+        data = calibrate(model, checkpoint, self.texts["wikipedia-train"], 2 * tokens, self.args.length, batch_tokens=1)
         batches = [b for b in [*data.fit, *data.held_out] if b["input_ids"].shape[1] == self.args.length]
         return batches[-self.args.steps :]
 
@@ -200,9 +195,7 @@ class Bench:
         """Median seconds of prefill and decoding, and their ratio to the uncut model's: all models take turns."""
         if self.known("speed"):
             return
-        folders = {
-            name: self.cut(name, "magnitude", calibrated=False) for name in CUTS
-        }  # shapes are what counts
+        folders = {name: self.cut(name, "magnitude", calibrated=False) for name in CUTS}  # shapes are what counts
         models = {"uncut": load_model(self.base)}
         models |= {name: load_model(open_checkpoint(folder)) for name, folder in folders.items()}
         prompt = torch.randint(10, 10_000, (1, 512), generator=torch.Generator().manual_seed(0))
@@ -215,9 +208,7 @@ class Bench:
                     middle = time.perf_counter()
                     token = output.logits[:, -1:].argmax(-1)
                     for _ in range(self.args.decode):
-                        output = model(
-                            input_ids=token, past_key_values=output.past_key_values, use_cache=True
-                        )
+                        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
                         token = output.logits[:, -1:].argmax(-1)
                     if turn:  # the first warms up
                         times[name]["prefill"].append(middle - start)
@@ -225,9 +216,7 @@ class Bench:
         speed = {}
         for name, phases in times.items():
             speed[name] = (
-                {"kv_bytes_per_token": history(folders[name])[-1]["kv_bytes_per_token"]}
-                if name != "uncut"
-                else {}
+                {"kv_bytes_per_token": history(folders[name])[-1]["kv_bytes_per_token"]} if name != "uncut" else {}
             )
             for phase, seconds in phases.items():
                 ratios = [base / own for base, own in zip(times["uncut"][phase], seconds)]
@@ -241,7 +230,7 @@ class Bench:
 
 def draw(result: dict, path: Path) -> None:
     """Held-out loss untrained, by score, and after each recovery."""
-    from prunekit.report import LINES, MUTED, PALE, _figure, _save
+    from prunekit.report.figures import LINES, MUTED, PALE, _figure, _save
 
     figure, axes = _figure(2, 9.6, 3.6)
     left = {how: each["loss"] for how, each in result["untrained"]["removed"].items()}
@@ -266,9 +255,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--parts", nargs="+", default=["recover", "speed", "scores"])
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration (default: 2048)")

@@ -60,16 +60,12 @@ def main() -> None:
     try:
         build_offload()
     except Exception as error:
-        print(
-            f"setup: no zero2_offload and zero3_offload, which need g++, Python.h and CUDA's toolkit: {error!r:.300}"
-        )
+        print(f"setup: no zero2_offload and zero3_offload, which need g++, Python.h and CUDA's toolkit: {error!r:.300}")
     if importlib.util.find_spec("flash_attn") is None:
         try:
             fetch_flash_attention()
         except Exception as error:
-            print(
-                f"setup: trainings do without flash attention: no flash-attn, no kernel from the hub: {error!r:.300}"
-            )
+            print(f"setup: trainings do without flash attention: no flash-attn, no kernel from the hub: {error!r:.300}")
 
 
 if __name__ == "__main__":

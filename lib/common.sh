@@ -280,7 +280,7 @@ settle() {
     )
     if [ "$WORLD" -gt 1 ]; then device+=(--ddp_backend gloo); fi
   elif [ -z "$PLAIN" ]; then
-    found=" $(python -m prunekit.speedups) "
+    found=" $(python -m prunekit.training.speedups) "
     value_of attn_impl "${all[@]}"
     attention=$VALUE
     if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
@@ -343,7 +343,7 @@ refuse_lost_steps() {
   die "--torch_dtype $VALUE would round steps of --learning_rate $rate away: leave it out, or set DEEPSPEED=zero2"
 }
 
-# preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/preflight.py): KIND (sft, rlhf,
+# preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/training/preflight.py): KIND (sft, rlhf,
 # export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, and keeps LINE within the model's
 # positions. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
 preflight() {
@@ -355,7 +355,7 @@ preflight() {
     is_published && overwrite=1
   fi
   [ -z "$REUSE" ] || overwrite=1 # run_swift looks at what is there
-  found=$(python -m prunekit.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
+  found=$(python -m prunekit.training.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
     ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@" --swift "$kind" -- "${LINE[@]}")
   ENGINE_LENGTH=''
   while IFS='=' read -r name value; do
@@ -505,7 +505,7 @@ run_swift() {
   line=$(quoted "${command[@]}")
   from=$WORK
   [ -z "$REUSE" ] || [ -e "$WORK/command.sh" ] || [ ! -e "$OUTPUT" ] || from=$OUTPUT
-  found=$(python -m prunekit.provenance --of "$from" -- "${command[@]:2}")
+  found=$(python -m prunekit.checkpoint.provenance --of "$from" -- "${command[@]:2}")
   changed=$(head -n 1 <<< "$found")
   if [ ! -e "$from/command.sh" ] || [ "$(tail -n 1 "$from/command.sh")" = "$line" ]; then same=1; fi
   if [ -n "$changed" ]; then same=''; fi
@@ -537,7 +537,7 @@ run_swift() {
     fi
     [ -n "$same" ] ||
       die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
-    resume=$(python -m prunekit.publish --run "$WORK" --find-resume)
+    resume=$(python -m prunekit.training.publish --run "$WORK" --find-resume)
   fi
   if is_main_node; then
     tail -n 1 <<< "$found" > "$WORK/made_from.json.new"
@@ -586,7 +586,7 @@ export_merged() {
 publish() {
   { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
   mv "$WORK/publishing.new" "$WORK/publishing"
-  python -m prunekit.publish --run "$WORK" "$@" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
+  python -m prunekit.training.publish --run "$WORK" "$@" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
     --checkpoint "$CHECKPOINT" ${OVERWRITE:+--overwrite}
   clean_up
 }

@@ -1,4 +1,4 @@
-"""Distil by our loss (prunekit/distillation_loss.py) instead of ms-swift's. distil.sh loads this.
+"""Distil by our loss (prunekit/training/distillation_loss.py) instead of ms-swift's. distil.sh loads this.
 
     swift rlhf --rlhf_type gkd --external_plugins plugins/distillation.py ...
 
@@ -10,4 +10,4 @@ computed in fp32. Liger's own loss (--use_liger_kernel true) stays what it is.
 from swift.trainers.trainer_factory import TrainerFactory
 
 # By name: the trainer's imports take seconds, and a rollout server that loads this needs none.
-TrainerFactory.TRAINER_MAPPING["gkd"] = "prunekit.distillation_trainer.DistillationTrainer"
+TrainerFactory.TRAINER_MAPPING["gkd"] = "prunekit.training.distillation_trainer.DistillationTrainer"

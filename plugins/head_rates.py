@@ -16,7 +16,7 @@ from swift.optimizers import OptimizerCallback, optimizers_map
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.head_rates import HeadRates, Rates, freeze_others, known_scores
+from prunekit.training.head_rates import HeadRates, Rates, freeze_others, known_scores
 
 PRESETS = {"head_rates": {}, "active_heads": {"others": 0.0, "weak_share": 0.0}}
 

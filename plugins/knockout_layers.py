@@ -17,8 +17,8 @@ from swift.callbacks.base import TrainerCallback
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.layers import parse_numbers, plan_removal
-from prunekit.stacks import cut
+from prunekit.surgery.in_memory import cut
+from prunekit.surgery.layers import parse_numbers, plan_removal
 
 
 def parse_removal(text: str) -> dict[str, list[int]]:
@@ -27,9 +27,7 @@ def parse_removal(text: str) -> dict[str, list[int]]:
     for word in text.split():
         stack, _, listed = word.partition(":")
         if stack not in ("text", "vision") or stack in numbers or not listed:
-            raise PruneKitError(
-                f"PRUNEKIT_REMOVE: {word!r} names no layers; write it like 'text:3,7 vision:2'"
-            )
+            raise PruneKitError(f"PRUNEKIT_REMOVE: {word!r} names no layers; write it like 'text:3,7 vision:2'")
         numbers[stack] = parse_numbers([listed])
     return numbers
 

@@ -6,15 +6,15 @@
 
 For full training (--tuner_type full) of any kind: sft, rlhf --rlhf_type gkd or grpo, in one process or several by DDP or
 DeepSpeed ZeRO-2 (dynamic_sparsity: DDP only), resumed or not. The settings are the fields of `Gradual` and `Dynamic` in
-prunekit/sparse_training.py. What happened at each step is in sparsity.json in the output folder, and in W&B.
+prunekit/training/zeros.py. What happened at each step is in sparsity.json in the output folder, and in W&B.
 """
 
 import os
 
 from swift.callbacks import callbacks_map
 
-from prunekit.sparse_settings import Dynamic, Gradual, parse_settings
-from prunekit.sparse_training import DynamicSparsity, GradualPruning, KeepZeros
+from prunekit.training.zeros import DynamicSparsity, GradualPruning, KeepZeros
+from prunekit.training.zeros_settings import Dynamic, Gradual, parse_settings
 
 
 def settings(kind: type, variable: str):
@@ -22,9 +22,7 @@ def settings(kind: type, variable: str):
 
 
 callbacks_map["keep_zeros"] = lambda args, trainer: KeepZeros()
-callbacks_map["gradual_pruning"] = lambda args, trainer: GradualPruning(
-    settings(Gradual, "PRUNEKIT_GRADUAL"), trainer
-)
+callbacks_map["gradual_pruning"] = lambda args, trainer: GradualPruning(settings(Gradual, "PRUNEKIT_GRADUAL"), trainer)
 callbacks_map["dynamic_sparsity"] = lambda args, trainer: DynamicSparsity(
     settings(Dynamic, "PRUNEKIT_DYNAMIC"), trainer
 )

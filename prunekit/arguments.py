@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import PruneKitError
+from prunekit.errors import PruneKitError
 
 LARGEST = 10**15  # a number that integers of 64 bits and floats hold exactly, with room to add and multiply
 
@@ -72,9 +72,7 @@ def device(text: str) -> str:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         has = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]!r} is no device of this machine: choose from {has}"
-        ) from error
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no device of this machine: choose from {has}") from error
     if text == "meta":
         raise argparse.ArgumentTypeError("'meta' holds no values: choose cpu or cuda")
     return text

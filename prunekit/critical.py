@@ -9,9 +9,9 @@ all layers if heads were cut or merged, their MLPs if neurons were.
 import re
 from typing import Any
 
-from .arguments import Parser
-from .checkpoint import Checkpoint, history, layer_numbers, open_checkpoint
-from .errors import PruneKitError, run_script
+from prunekit.arguments import Parser
+from prunekit.checkpoint import Checkpoint, history, layer_numbers, open_checkpoint
+from prunekit.errors import PruneKitError, run_script
 
 
 def _beside(gone: list[int], before: int) -> tuple[set[int], list[int]]:
@@ -54,9 +54,7 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
     if blocks:
         parts.append(rf"{row.prefix}\d+\.(?:{'|'.join(map(re.escape, sorted(blocks)))})\.")
     if not parts:
-        raise PruneKitError(
-            f"{checkpoint.path}: pruning_info.json doesn't say where it was cut; use full_run.sh"
-        )
+        raise PruneKitError(f"{checkpoint.path}: pruning_info.json doesn't say where it was cut; use full_run.sh")
     return "^(?:" + "|".join(parts) + ")"
 
 

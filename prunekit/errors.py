@@ -11,9 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SECRET = re.compile(r"--(?:\w+[-_])?(?:token|key|secret|password)(=|$)")
-CONTROLS = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+"
-)  # a name may hold line ends and a terminal's commands
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # a name may hold line ends and a terminal's commands
 command: str | None = None  # the line that a user typed, where a script runs
 
 
@@ -66,9 +64,7 @@ def users_fault(error: BaseException) -> str | None:
         case PruneKitError():
             return str(error)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return (
-                f"{_name(error) or 'the files to write'}: the disk is full; make room or choose another disk"
-            )
+            return f"{_name(error) or 'the files to write'}: the disk is full; make room or choose another disk"
         case OSError() if _name(error) and error.strerror:
             return f"{_name(error)}: {error.strerror}"
         case UnicodeEncodeError() if re.search(r"[\ud800-\udfff]", error.object):
@@ -95,8 +91,6 @@ def quoted(words: list[str]) -> str:
     line, hide = [], False
     for word in words:
         secret = SECRET.match(word)
-        line.append(
-            "'***'" if hide else word[: secret.end()] + "'***'" if secret and secret[1] else shlex.quote(word)
-        )
+        line.append("'***'" if hide else word[: secret.end()] + "'***'" if secret and secret[1] else shlex.quote(word))
         hide = bool(secret and not secret[1])
     return " ".join(line)

@@ -16,14 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import PLUGINS
-from .arguments import Parser, device, finite_float, new_file, positive_int
-from .chat_templates import find_template, load_template
-from .checkpoint import Checkpoint, open_checkpoint, statistics, write_json
-from .errors import PruneKitError, run_script
-from .preflight import check_no_remote_code, check_rewards
-from .rows import Rows, check_messages, images_of, iterate, locate, problem_of_image
-from .swift_line import check_names
+from prunekit import PLUGINS
+from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
+from prunekit.checkpoint import Checkpoint, open_checkpoint, statistics, write_json
+from prunekit.checkpoint.remote_code import check_no_remote_code
+from prunekit.data.rows import Rows, check_messages, images_of, iterate, locate, problem_of_image
+from prunekit.data.templates import find_template, load_template
+from prunekit.errors import PruneKitError, run_script
+from prunekit.model.scores import score_batches
+from prunekit.msswift.line import check_names, check_rewards
 
 DEFAULT_PLUGINS = tuple(PLUGINS / name for name in ("qwen_vl_token_ids.py", "gpt2_model.py"))
 
@@ -96,67 +97,6 @@ def batches_by_length(encoded: list[dict], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def model_inputs(model, batch: dict[str, Any]) -> dict[str, Any]:
-    """A collated batch as arguments of the model's forward: on its device, no labels, no cache."""
-    not_inputs = ("labels", "text_position_ids", "loss_scale")  # the last two are for ms-swift's trainer
-    inputs = {key: value for key, value in batch.items() if key not in not_inputs}
-    moved = {key: value.to(model.device) for key, value in inputs.items() if hasattr(value, "to")}
-    return inputs | moved | {"use_cache": False}
-
-
-class _Final(Exception):
-    """Carries what enters the output head."""
-
-
-def final_states(model, batch: dict[str, Any]):
-    """What the output head gets for a batch: (batch, length, hidden). The head itself isn't run."""
-
-    def stop(_, inputs):
-        raise _Final(inputs[0])
-
-    with model.get_output_embeddings().register_forward_pre_hook(stop):
-        try:
-            model(**model_inputs(model, batch))
-        except _Final as reached:
-            return reached.args[0]
-    raise RuntimeError(f"{type(model).__name__} doesn't call its output head")
-
-
-def counted_states(states, labels):
-    """The states that predict a label other than -100, (n, hidden), their labels (n,) and their rows in the batch (n,)."""
-    labels = labels[:, 1:].to(states.device)
-    counted = labels != -100
-    return states[:, :-1][counted], labels[counted], counted.nonzero()[:, 0]
-
-
-def logits_in_parts(model, states):
-    """(slice, fp32 logits (part, vocabulary)) of states (n, hidden): parts that stay in a CPU's cache are twice as fast."""
-    import torch
-
-    head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    size = 128 if states.device.type == "cpu" else 2048
-    for start in range(0, len(states), size):
-        logits = head(states[start : start + size]).float()
-        yield slice(start, start + size), torch.tanh(logits / cap) * cap if cap else logits
-
-
-def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
-    import torch
-
-    right = total = 0
-    loss = 0.0
-    with torch.inference_mode():
-        for batch in batches:
-            states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
-            for part, logits in logits_in_parts(model, states):
-                right += int((logits.argmax(-1) == labels[part]).sum())
-                loss += float(torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum"))
-            total += len(labels)
-    return {"token_acc": right / total, "loss": loss / total}
-
-
 def encode_row(template, row: dict[str, Any], dataset: str) -> dict[str, Any] | None:
     """A row with its answer as a model's input; None if it is too long. PruneKitError if an image of it is damaged."""
     from swift.template import MaxLengthError
@@ -182,10 +122,7 @@ def encode_rows(engine, rows: Rows) -> list[dict[str, Any] | None]:
     from tqdm import tqdm
 
     engine.template.set_mode("train")
-    return [
-        encode_row(engine.template, row, rows.name)
-        for row in tqdm(rows, desc="encode", leave=False, disable=None)
-    ]
+    return [encode_row(engine.template, row, rows.name) for row in tqdm(rows, desc="encode", leave=False, disable=None)]
 
 
 def teacher_forced(engine, encoded: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
@@ -222,9 +159,7 @@ def generate(
     return [choice.message.content.strip() for choice in found], cut
 
 
-def score_answers(
-    answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]
-) -> dict[str, float]:
+def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> dict[str, float]:
     """Exact match, character error rate (edits per reference character) and, if rewards are named, their mean.
 
     `rewards` gives a weight to each reward that a loaded plugin registers in ms-swift; None (not applicable) counts 0,
@@ -241,9 +176,7 @@ def score_answers(
     }
     if rewards:
         columns = _columns(rows)
-        values = [
-            weight * sum(filter(None, orms[name]()(answers, **columns))) for name, weight in rewards.items()
-        ]
+        values = [weight * sum(filter(None, orms[name]()(answers, **columns))) for name, weight in rewards.items()]
         scores["reward"] = sum(values) / len(rows)
     return scores
 
@@ -309,8 +242,7 @@ def measure_model(
                 )
         found[name] = scores
         values = "  ".join(
-            f"{key} {value:d}" if isinstance(value, int) else f"{key} {value:.4f}"
-            for key, value in scores.items()
+            f"{key} {value:d}" if isinstance(value, int) else f"{key} {value:.4f}" for key, value in scores.items()
         )
         print(f"{model}  {name} ({len(rows)} rows)  {values}", flush=True)
     return found
@@ -327,9 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=positive_int, help="rows of each data set to use (default: all)")
     parser.add_argument("--no-generate", action="store_true", help="teacher-forced only")
-    parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=64, help="of a generated answer (default: 64)"
-    )
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="of a generated answer (default: 64)")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="rows (default: 64)")
     parser.add_argument("--device", type=device, help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -369,9 +299,7 @@ def main() -> None:
     for model, checkpoint, template in zip(args.model, checkpoints, templates):
         found = measure_model(model, template, datasets, rewards, args)
         gc.collect()  # an engine is a circle: it would stay beside the next one
-        results.append(
-            {"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found}
-        )
+        results.append({"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found})
         if args.json:
             write_json(args.json, results)
 

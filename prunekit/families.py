@@ -1,13 +1,13 @@
 """Where each architecture keeps its layers, heads, norms and taps: a table, not code.
 
-To add a family: add a row to `FAMILIES` and a tiny model to tests/tiny_models.py.
+To add a family: add a row to `FAMILIES` and a tiny model to tests/helpers/tiny_models.py.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import PruneKitError
-from .rules import COUNT, FACTOR, FLAG, NAMES, NUMBER, NUMBERS, OBJECT, TEXT, Keys, Values, broken, short
+from prunekit.errors import PruneKitError
+from prunekit.rules import COUNT, FACTOR, FLAG, NAMES, NUMBER, NUMBERS, OBJECT, TEXT, Keys, Values, broken, short
 
 # What may stand before a tensor's name, depending on release and on whether the model was saved with its head
 NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)\.)+"
@@ -25,9 +25,7 @@ class Stack:
     threshold: str | None = None  # config key: layers below this number are of another kind
     sparse_step: str | None = None  # config key: every n-th layer is a mixture of experts
     pattern: tuple[str, ...] = ()  # config keys, by precedence: every n-th layer attends fully
-    defaults: dict[str, Any] = field(
-        default_factory=dict
-    )  # what transformers takes where such a key is missing
+    defaults: dict[str, Any] = field(default_factory=dict)  # what transformers takes where such a key is missing
     fixed_if: str | None = None  # config flag that ties a layer's computation to its number
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
@@ -78,9 +76,7 @@ class Family:
     )
     causal: bool = True  # False: encoders, which have no KV cache
     positions: str = "max_position_embeddings"  # config key: tokens of a row
-    first_position: int = (
-        0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
-    )
+    first_position: int = 0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
     stacks: dict[str, Stack] = field(init=False)
 
     def __post_init__(self):
@@ -323,9 +319,7 @@ def check_config(config: Any) -> Family:
             problems += broken(part, Keys(_rules(family, stack), needed), where)
             for key in stack.per_layer:
                 if isinstance(part.get(key), list) and len(part[key]) != part[stack.count]:
-                    problems.append(
-                        f"{key} has {len(part[key])} items, {stack.count} is {short(part[stack.count])}"
-                    )
+                    problems.append(f"{key} has {len(part[key])} items, {stack.count} is {short(part[stack.count])}")
     if problems:
         raise PruneKitError(f"{problems[0]}; mend config.json or download it again")
     return family

@@ -6,10 +6,10 @@ python -m prunekit.inspect checkpoints/pruned [--json]
 import json
 from typing import Any
 
-from .arguments import Parser
-from .checkpoint import history, open_checkpoint, statistics
-from .errors import run_script
-from .model_card import ROWS
+from prunekit.arguments import Parser
+from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.checkpoint.card import ROWS
+from prunekit.errors import run_script
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -26,9 +26,7 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
 def describe(numbers: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     """A table of one checkpoint's `statistics` and its history."""
     lines = [f"{label:16}{numbers[key]:>16,}" for label, key in ROWS.items() if numbers[key] is not None]
-    lines += [
-        f"  {part:14}{count:>16,}" for part, count in numbers["parameters_by_component"].items() if count
-    ]
+    lines += [f"  {part:14}{count:>16,}" for part, count in numbers["parameters_by_component"].items() if count]
     for entry in entries:
         lines.append(f"{entry.get('time', '')}  {entry.get('stage', '?')}  from {entry.get('input', '?')}")
         lines += [f"    {key} {entry[key]}" for key in ("removed", "settings", "metrics") if entry.get(key)]
@@ -43,9 +41,7 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.folder)
     numbers, entries = statistics(checkpoint), history(checkpoint.path)
     if arguments.json:
-        print(
-            json.dumps({"model_type": checkpoint.family.model_type, **numbers, "history": entries}, indent=2)
-        )
+        print(json.dumps({"model_type": checkpoint.family.model_type, **numbers, "history": entries}, indent=2))
     else:
         print(f"{checkpoint.path}: {checkpoint.family.model_type}")
         print(describe(numbers, entries))

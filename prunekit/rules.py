@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import PruneKitError
+from prunekit.errors import PruneKitError
 
 LARGEST = 10**9  # more layers, heads, neurons, words or positions no model has
 LAYERS = 10**5

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .arguments import Parser
-from .checkpoint import history, read_json, statistics, write_json
-from .errors import PruneKitError, run_script
-from .report import draw_stages
-from .rules import REAL, TEXT, Items, Keys, Values, check
+from prunekit.arguments import Parser
+from prunekit.checkpoint import history, read_json, statistics, write_json
+from prunekit.errors import PruneKitError, run_script
+from prunekit.report import draw_stages
+from prunekit.rules import REAL, TEXT, Items, Keys, Values, check
 
 
 def line(folder: Path) -> str:
@@ -50,18 +50,14 @@ def read_evaluations(files: list[Path]) -> dict[str, dict[str, dict[str, float]]
     return scores
 
 
-def summarise(
-    stages: list[tuple[str, Path]], scores, dataset: str, seconds: Path | None
-) -> list[dict[str, Any]]:
+def summarise(stages: list[tuple[str, Path]], scores, dataset: str, seconds: Path | None) -> list[dict[str, Any]]:
     """A row for each stage; `token_acc` and `exact_match` are those on `dataset`, other data sets come by name."""
     rows = []
     for name, folder in stages:
         numbers = statistics(folder)
         measured = scores.get(str(folder.resolve()), {})
         if None in [measured.get(dataset, {}).get(key) for key in ("token_acc", "exact_match")]:
-            raise PruneKitError(
-                f"no evaluation of {folder} on {dataset}: run prunekit.evaluate --json on both first"
-            )
+            raise PruneKitError(f"no evaluation of {folder} on {dataset}: run prunekit.evaluate --json on both first")
         spent = seconds / name if seconds else None
         rows.append(
             {
@@ -102,12 +98,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--line", type=Path, metavar="FOLDER")
-    parser.add_argument(
-        "--stages", nargs="+", default=[], metavar="NAME=FOLDER", help="the first is the base model"
-    )
-    parser.add_argument(
-        "--evaluation", nargs="+", default=[], type=Path, help="files of prunekit.evaluate --json"
-    )
+    parser.add_argument("--stages", nargs="+", default=[], metavar="NAME=FOLDER", help="the first is the base model")
+    parser.add_argument("--evaluation", nargs="+", default=[], type=Path, help="files of prunekit.evaluate --json")
     parser.add_argument("--dataset", default="test", help="name of the data set that the table shows")
     parser.add_argument("--seconds", type=Path, help="folder with a file of seconds for each stage")
     parser.add_argument("--out", type=Path, help="folder for summary.json and stages.png")

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import save
+from helpers.paths import ROOT
+from helpers.tiny_models import save
 
-ROOT = Path(__file__).resolve().parents[1]
 # Started with nohup or in the background, these are ignored, and what the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -65,8 +65,6 @@ def script():
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", name]
-        return subprocess.run(
-            [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     return run

@@ -112,9 +112,7 @@ SPARSITY = [
     Mutant("(importance / largest) ** power", "(importance / largest)"),
     Mutant("max(1 - (importance", "max((importance"),
     Mutant("* sizes[i] % 1, reverse=True)", "* sizes[i] % 1)"),
-    Mutant(
-        "max(low, math.floor(Fraction(str(maximum)) * size))", "math.floor(Fraction(str(maximum)) * size)"
-    ),
+    Mutant("max(low, math.floor(Fraction(str(maximum)) * size))", "math.floor(Fraction(str(maximum)) * size)"),
     Mutant("max(low, min(high, math.floor(share)))", "min(high, math.floor(share))"),
     Mutant("if found[index] < most[index]][:missing]", "][:missing]"),
     Mutant("max(0.0, 1 - share", "max(0.0, share"),
@@ -124,13 +122,9 @@ SPARSITY = [
     Mutant("plan.importance.get(group, sum(known) / max(1, len(known)))", "plan.importance.get(group, 0.0)"),
     Mutant("[0.0] * len(names), count, least=least)", "[0.0] * len(names), count)"),
     Mutant("* count + Fraction(1, 2))", "* count)"),
-    Mutant(
-        'wish.score != "magnitude" and not torch.isfinite', 'wish.score == "magnitude" and not torch.isfinite'
-    ),
+    Mutant('wish.score != "magnitude" and not torch.isfinite', 'wish.score == "magnitude" and not torch.isfinite'),
     Mutant("RowCut(budgets[name], plan.weights[name].inputs)", "RowCut(budgets[name])"),
-    Mutant(
-        "RowCut(wish.pattern[0], w.inputs, wish.pattern[1])", "RowCut(wish.pattern[0], -1, wish.pattern[1])"
-    ),
+    Mutant("RowCut(wish.pattern[0], w.inputs, wish.pattern[1])", "RowCut(wish.pattern[0], -1, wish.pattern[1])"),
     Mutant("(cuts[name].mask(k) | (k == 0)).sum()", "cuts[name].mask(k).sum()"),
     Mutant('"sparsity": count / chosen', '"sparsity": count / parameters'),
     Mutant("sum(plan.zeros.values()) - plan.zeros_before", "sum(plan.zeros.values())"),
@@ -190,9 +184,7 @@ SPARSE_TRAINING = [
     Mutant("min(int(share * int(active.sum())), int(mask.sum()))", "int(share * int(active.sum()))"),
     Mutant('if e["step"] < state.global_step]', 'if e["step"] <= state.global_step]'),
     Mutant('if self.history["settings"] != asdict(self.settings):', "if False:"),
-    Mutant(
-        "value.masked_fill_(mask, 0)\n\n\nclass Gradual", "value.masked_fill_(mask, 1)\n\n\nclass Gradual"
-    ),
+    Mutant("value.masked_fill_(mask, 0)\n\n\nclass Gradual", "value.masked_fill_(mask, 1)\n\n\nclass Gradual"),
     Mutant("if self.settings.events > state.max_steps:", "if self.settings.events > state.max_steps + 1:"),
     Mutant("bool(args.greater_is_better) and not", "bool(args.greater_is_better) or not"),
     Mutant("quality >= dense * (1 - worse) if", "quality >= dense * (1 + worse) if"),
@@ -296,9 +288,7 @@ RANKING = [
         "isinstance(value, float) and not math.isfinite(value)",
         "isinstance(value, float) and math.isnan(value)",
     ),
-    Mutant(
-        "part / whole if part is not None and whole else None", "whole / part if part and whole else None"
-    ),
+    Mutant("part / whole if part is not None and whole else None", "whole / part if part and whole else None"),
     Mutant("-value if value is not None and", "value if value is not None and"),
     Mutant('return 0, -entry["relative_trained"]', 'return 0, entry["relative_trained"]'),
     Mutant("return 2, 0.0", "return 0, 0.0"),
@@ -308,7 +298,7 @@ RANKING = [
     Mutant("if key not in doubled}", "}"),
 ]
 
-EVALUATE = [
+SCORES = [
     Mutant("return states[:, :-1][counted]", "return states[:, 1:][counted]"),
     Mutant("labels = labels[:, 1:].to", "labels = labels[:, :-1].to"),
     Mutant("counted = labels != -100", "counted = labels > -200"),
@@ -320,6 +310,9 @@ EVALUATE = [
     Mutant("total += len(labels)", "total = len(labels)"),
     Mutant('"loss": loss / total', '"loss": loss / right'),
     Mutant('{"token_acc": right / total', '{"token_acc": 1.0'),
+]
+
+EVALUATE = [
     Mutant("order[start : start + batch_size]", "order[start : start + batch_size - 1]"),
     Mutant('row["messages"][:-1], images', 'row["messages"], images'),
     Mutant("message.content.strip()", "message.content.upper()"),
@@ -370,18 +363,19 @@ PUBLISH = [
 ]
 
 FILES: dict[str, tuple[str, list[Mutant]]] = {
-    "prunekit/heal.py": ("tests/test_heal.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
-    "prunekit/kv_merge.py": ("tests/test_kv_merge.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MERGE),
-    "prunekit/sparsity.py": ("tests/test_sparsity.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)", SPARSITY),
-    "prunekit/sparse_fit.py": ("tests/test_sparse_fit.py -k not (distilbert or bert or gemma3 or script or data)", SPARSE_FIT),
-    "prunekit/sparse_training.py": ("tests/test_sparse_training.py", SPARSE_TRAINING),
-    "prunekit/ranking.py": ("tests/test_ranking.py -k not wandb", RANKING),
-    "prunekit/publish.py": ("tests/test_publish.py", PUBLISH),
+    "prunekit/surgery/layers_fit.py": ("tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
+    "prunekit/surgery/kv_fit.py": ("tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MERGE),
+    "prunekit/surgery/zeros.py": ("tests/surgery/test_zeros.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)", SPARSITY),
+    "prunekit/surgery/zeros_fit.py": ("tests/surgery/test_zeros_fit.py -k not (distilbert or bert or gemma3 or script or data)", SPARSE_FIT),
+    "prunekit/training/zeros.py": ("tests/training/test_zeros.py", SPARSE_TRAINING),
+    "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not wandb", RANKING),
+    "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
+    "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),
     "prunekit/evaluate.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", EVALUATE),
-    "plugins/ocr_rewards.py": ("tests/test_ocr_rewards.py", OCR),
-    "plugins/head_rates.py": ("tests/test_plugins.py", HEAD_RATES),
-    "plugins/knockout_layers.py": ("tests/test_plugins.py", KNOCKOUT),
-    "plugins/sparsity.py": ("tests/test_plugins.py", SPARSITY_PLUGIN),
-    "plugins/qwen_vl_token_ids.py": ("tests/test_plugins.py", QWEN_IDS),
+    "plugins/ocr_rewards.py": ("tests/plugins/test_ocr_rewards.py", OCR),
+    "plugins/head_rates.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
+    "plugins/knockout_layers.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
+    "plugins/sparsity.py": ("tests/plugins/test_plugins.py", SPARSITY_PLUGIN),
+    "plugins/qwen_vl_token_ids.py": ("tests/plugins/test_plugins.py", QWEN_IDS),
     "plugins/gpt2_model.py": ("tests/test_evaluate.py -k known or exact", GPT2),
 }  # fmt: skip

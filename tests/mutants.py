@@ -115,9 +115,7 @@ def run_tests(tree: Path, tests: str, log: Path) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", default=[""], help="words of file names (default: all)")
     parser.add_argument("--only", nargs="+", type=int, help="numbers of mutants within these files")
     parser.add_argument("--show", action="store_true", help="print what pytest says")

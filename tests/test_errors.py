@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 
 from prunekit.errors import PruneKitError, quoted, run_script
 
@@ -26,9 +26,7 @@ def test_a_command_line_is_quoted_and_keeps_no_secrets(words, line):
 
 
 def test_only_a_script_has_a_command():
-    code = (
-        "from prunekit import errors; print(errors.command); errors.run_script(lambda: print(errors.command))"
-    )
+    code = "from prunekit import errors; print(errors.command); errors.run_script(lambda: print(errors.command))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     before, *after = done.stdout.splitlines()
     assert before == "None" and after[0].startswith("# run in ") and after[1].startswith("python -c ")

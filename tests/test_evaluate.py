@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from conftest import ROOT
+from helpers.paths import ROOT
+from helpers.tiny_models import load
+from helpers.tiny_taggers import save_tokenizer
 from PIL import Image
-from tiny_models import load
-from tiny_taggers import save_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from prunekit import evaluate as evaluation
-from prunekit.calibration import calibrate
 from prunekit.checkpoint import open_checkpoint
+from prunekit.data.batches import calibrate
 from prunekit.errors import PruneKitError
 
 SHORT, LONG = (
@@ -57,8 +57,7 @@ def evaluate(model, rows, folder):
         text=True,
         cwd=ROOT,
         # Of WANDB_MODE=offline a library of the trainer's speaks on stdout
-        env={name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-        | {"CUDA_VISIBLE_DEVICES": ""},
+        env={name: value for name, value in os.environ.items() if name != "WANDB_MODE"} | {"CUDA_VISIBLE_DEVICES": ""},
     )
 
 
@@ -105,9 +104,7 @@ def parrot(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token="[PAD]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="[EOS]", pad_token="[PAD]"
-    ).save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", pad_token="[PAD]").save_pretrained(folder)
     config = hf.GPT2Config(
         vocab_size=SIZE, n_embd=SIZE, n_layer=1, n_head=1, n_positions=128, tie_word_embeddings=False,
         eos_token_id=0, bos_token_id=0, pad_token_id=1,
@@ -198,10 +195,7 @@ def test_answers_are_given_to_the_questions_alone(parrot, tmp_path):
 
 
 def test_no_more_rows_than_the_limit_are_judged(parrot, tmp_path):
-    assert (
-        judged(parrot, tmp_path, [asked("cat"), asked("dog"), asked("dog")], "--limit", 2)["exact_match"]
-        == 0.5
-    )
+    assert judged(parrot, tmp_path, [asked("cat"), asked("dog"), asked("dog")], "--limit", 2)["exact_match"] == 0.5
 
 
 def test_without_generation_only_what_is_teacher_forced_is_said(parrot, tmp_path):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny_models import FAMILIES, VISION, build
+from helpers.tiny_models import FAMILIES, VISION, build
 
 from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
@@ -26,9 +26,7 @@ def test_every_stack_of_a_row_is_found_in_the_module_tree(family):
     modules = dict(build(family).named_modules())
     for stack, row in ROWS[family].stacks.items():
         layers = {int(m[1]) for name in modules if (m := re.fullmatch(rf"{row.prefix}(\d+)", name))}
-        assert len(layers) == (6 if stack == "vision" and family != "qwen2_vl" else 4 + (stack == "text")), (
-            stack
-        )
+        assert len(layers) == (6 if stack == "vision" and family != "qwen2_vl" else 4 + (stack == "text")), stack
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,9 +59,7 @@ def test_kv_bytes_are_those_of_a_real_cache(family, tiny):
 
 @pytest.mark.parametrize("family", VISION)
 def test_vision_depth_is_counted(family, tiny):
-    assert statistics(tiny(family))["vision_depth"] == len(
-        layer_numbers(open_checkpoint(tiny(family)), "vision")
-    )
+    assert statistics(tiny(family))["vision_depth"] == len(layer_numbers(open_checkpoint(tiny(family)), "vision"))
 
 
 @pytest.mark.parametrize("model_type", ["mamba", None, ["qwen3"]])

@@ -124,9 +124,7 @@ CHUNK = 1000  # rows that share a random generator, so that chunks can be drawn 
 def pictures(name: str, words: list[str], seed: int, chunk: int) -> np.ndarray:
     """Draw a data set's words number chunk * CHUNK and on. Returns uint8 (up to CHUNK, HEIGHT, WIDTH)."""
     rng = np.random.default_rng([seed, list(DATASETS).index(name), 1, chunk])
-    return np.stack(
-        [render(rng, word, DATASETS[name][3]) for word in words[chunk * CHUNK : (chunk + 1) * CHUNK]]
-    )
+    return np.stack([render(rng, word, DATASETS[name][3]) for word in words[chunk * CHUNK : (chunk + 1) * CHUNK]])
 
 
 def _image(name: str, number: int) -> str:
@@ -313,9 +311,7 @@ def accuracy(model, batches: Batches, name: str, seed: int) -> tuple[float, floa
     import torch
 
     words = _words(name, seed, frozenset())
-    drawn = np.concatenate(
-        [pictures(name, words, seed, chunk) for chunk in range(math.ceil(len(words) / CHUNK))]
-    )
+    drawn = np.concatenate([pictures(name, words, seed, chunk) for chunk in range(math.ceil(len(words) / CHUNK))])
     right = total = exact = 0
     model.eval()
     with torch.no_grad():
@@ -375,9 +371,7 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
             if word not in banned:
                 words.append(word)
         ease = min(1.0, step / steps / 0.4)
-        look = replace(
-            PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease, shift=PLAIN.shift * ease
-        )
+        look = replace(PLAIN, noise=PLAIN.noise * ease, rotation=PLAIN.rotation * ease, shift=PLAIN.shift * ease)
         drawn = np.stack([render(rng, word, look) for word in words])
         loss = net(**batches(words, drawn)).loss
         loss.backward()
@@ -390,9 +384,7 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
             line = f"step {step}/{steps} loss {loss.item():.4f} {time.time() - start:.0f} s"
             if step % 400 == 0 or step == steps - 1:
                 for name in ("val", "cyrillic_val", "rl_val"):
-                    line += "  {} token_acc {:.3f} exact {:.3f}".format(
-                        name, *accuracy(model, batches, name, seed)
-                    )
+                    line += "  {} token_acc {:.3f} exact {:.3f}".format(name, *accuracy(model, batches, name, seed))
             print(line, flush=True)
     if rank == 0:
         model = model.to(torch.bfloat16)
@@ -411,9 +403,7 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("data", "train"):
         command = commands.add_parser(name)

@@ -1,0 +1,1 @@
+"""Data sets: rows, chat templates, and batches of model inputs."""

@@ -1,0 +1,134 @@
+"""Rows of data sets, read once and checked while they are read: JSON lines or one JSON array, FILE or FILE#N."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from prunekit.errors import PruneKitError
+
+ROWS_CHECKED = 10_000
+
+LIKE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a whole file
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows, and the name of the data set that they are of."""
+
+    def __init__(self, name: str | Path, rows: Iterable[dict[str, Any]] = ()):
+        super().__init__(rows)
+        self.name = str(name)
+
+
+def is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def locate(name: str | Path) -> tuple[Path, int | None]:
+    """The file of a data set and how many of its first rows are meant (None: all), by ms-swift's FILE and FILE#N.
+
+    Raises PruneKitError for what is no file here: a hub's name, a folder, nothing.
+    """
+    name, count = str(name), None
+    if not is_file(name) and (numbered := re.fullmatch(r"(.*)#(\d{1,15})", name, re.DOTALL)):
+        name, count = numbered[1], int(numbered[2])
+    if not is_file(name):
+        raise PruneKitError(
+            f"dataset {repr(name[:300])[1:-1]} is not there: give a JSONL file, or download it if that is a hub's name"
+        )
+    return Path(name), count
+
+
+def _parse(raw: bytes) -> Any:
+    value = json.loads(raw.decode())
+    if SURROGATE.search(raw):  # half of a pair is no text: tokenizers fail on it
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def iterate(name: str | Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each row; where is like "dataset FILE line 3", to begin a message to the user with.
+
+    Raises PruneKitError for a file that can't be read, isn't UTF-8, isn't JSON or has no rows.
+    """
+    path, count = locate(name)
+    number, where = 0, f"dataset {path}"
+    try:
+        with path.open("rb") as file:
+            array = path.suffix == ".json" and file.read(64).lstrip().startswith(b"[")
+            file.seek(0)
+            for value in islice(_parse(file.read()) if array else file, count):
+                number, where = number + 1, f"dataset {path} {'row' if array else 'line'} {number + 1}"
+                if not array and not value.strip():
+                    raise PruneKitError(f"{where} is empty: rows look like {LIKE}")
+                yield where, value if array else _parse(value)
+    except UnicodeError:
+        raise PruneKitError(f"{where} is not UTF-8 text, or has half of a surrogate pair: convert it") from None
+    except (ValueError, RecursionError) as error:  # also numbers of 5000 digits, 5000 brackets
+        raise PruneKitError(f"{where} is not JSON ({error}): one JSON object per line") from None
+    except OSError as error:
+        raise PruneKitError(f"{where} cannot be read: {error.strerror}") from None
+    if number == 0:
+        raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
+
+
+def problem_of_image(image: object, decode: bool = False) -> str | None:
+    """What is wrong with the image of a row: a path, or {"path": ...}. URLs and base64 (long, without a dot) pass.
+
+    Without `decode` only the header is read, and of a file without its format's end all: most are so known as whole.
+    """
+    from PIL import Image
+
+    path = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(path, str) or "://" in path or path.startswith("data:"):
+        return None
+    if len(path) > 255 and "." not in path:
+        return None
+    file = Path(os.environ.get("ROOT_IMAGE_DIR", ""), path)
+    if not is_file(file):
+        return f"names an image that is not there: {path[:200]!r}"
+    try:
+        with Image.open(file) as picture, file.open("rb") as raw:
+            end = ENDS.get(picture.format or "")
+            with contextlib.suppress(OSError):  # a file shorter than that
+                raw.seek(-64, os.SEEK_END)
+            if decode or end is None or end not in raw.read():
+                picture.load()
+    except Exception as error:  # Pillow raises what it likes
+        words = str(error).replace(str(file), "it").splitlines() or [type(error).__name__]
+        return f"names an image that can't be read: {path[:200]!r} ({words[0][:200]})"
+    return None
+
+
+def images_of(row: dict[str, Any]) -> list[object]:
+    images = row.get("images")
+    return images if isinstance(images, list) else [images]
+
+
+def check_messages(where: str, row: object, columns: Iterable[str] = (), images: bool = True) -> None:
+    """PruneKitError for a row that isn't ms-swift's messages, lacks a column, or names an image that can't be read."""
+    problem = None
+    if not isinstance(row, dict):
+        problem = "is not a JSON object"
+    elif not isinstance(messages := row.get("messages"), list) or not messages:
+        problem = 'has no list "messages"'
+    elif not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
+        problem = 'has a message without "role" and "content"'
+    elif not all(isinstance(m["role"], str) and isinstance(m["content"], str | list | None) for m in messages):
+        problem = 'has a message whose "role" or "content" is no text'
+    elif missing := [column for column in columns if column not in row]:
+        problem = f'has no column "{missing[0]}"'
+    if problem:
+        raise PruneKitError(f"{where} {problem}: rows look like {LIKE}")
+    for image in images_of(row) if images else ():
+        if problem := problem_of_image(image):
+            raise PruneKitError(f"{where} {problem}")

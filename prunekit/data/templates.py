@@ -1,0 +1,142 @@
+"""Which of ms-swift's chat templates is a checkpoint's own.
+
+ms-swift knows the template of a folder that is named as on the hub (Qwen3-8B), or whose architecture has only one. A
+pruned checkpoint of Qwen3, Qwen2 or Llama lies in a folder of any name, and ms-swift gives up on it. Then the template
+is chosen that writes a chat as the checkpoint's own chat template does.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from prunekit.checkpoint import Checkpoint
+from prunekit.errors import PruneKitError
+
+ONE_TEMPLATE = {  # architectures with a single template in ms-swift, which needn't be imported (seconds) to find it
+    "qwen3_vl", "qwen3_vl_moe", "gemma3_text", "mistral", "gpt2", "bert", "roberta", "camembert", "distilbert",
+}  # fmt: skip
+CHAT = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+
+
+def _trained_with(folder: Path) -> str | None:
+    """The template in the args.json that ms-swift leaves in what it trained."""
+    try:
+        found = json.loads((folder / "args.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found.get("template") if isinstance(found, dict) else None
+
+
+def find_template(checkpoint: Checkpoint, model_type: str | None = None, adapter: Path | None = None) -> str | None:
+    """ms-swift's name of a checkpoint's chat template; None where ms-swift finds it by itself.
+
+    Raises PruneKitError if it can't be told: the checkpoint has no chat template and its architecture several.
+    """
+    model_type = model_type or checkpoint.config["model_type"]
+    if model_type in ONE_TEMPLATE:
+        return None
+    for folder in filter(None, (adapter, checkpoint.path)):
+        if found := _trained_with(folder):
+            return found
+    os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own
+    from rapidfuzz.distance import Levenshtein
+    from swift import get_template
+    from swift.model import MODEL_MAPPING, get_matched_model_meta
+
+    meta = get_matched_model_meta(str(checkpoint.path))
+    if meta is None or meta.model_type != model_type:
+        meta = MODEL_MAPPING.get(model_type)
+    if meta is None or meta.template or len(meta.candidate_templates) < 2:
+        return None
+    names = meta.candidate_templates
+    choose = f"choose one of {', '.join(names)} or default (TEMPLATE=, --template)"
+    processor = load_processor(checkpoint, model_type)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not (processor.chat_template or tokenizer.chat_template):
+        raise PruneKitError(f"{checkpoint.path}: has no chat template, and ms-swift several for {model_type}: {choose}")
+    # One turn of training, and one to be answered: templates may differ in either (<think>).
+    turns = [(CHAT, "train"), (CHAT[:1], "transformers")]
+    try:
+        wanted = [
+            processor.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=mode != "train", enable_thinking=False
+            )
+            for chat, mode in turns
+        ]
+    except Exception as error:  # it is a program, and may raise anything
+        raise PruneKitError(f"{checkpoint.path}: its chat template fails ({error}): mend it, or {choose}") from None
+
+    def likeness(name: str) -> float:
+        found = 0.0
+        try:
+            template = get_template(processor, max_length=100_000, template_type=name)
+            for (chat, mode), text in zip(turns, wanted, strict=True):
+                template.set_mode(mode)
+                written = tokenizer.decode(template.encode({"messages": chat})["input_ids"])
+                found += Levenshtein.normalized_similarity(written.strip(), text.strip())
+        except Exception:  # of a token that this tokenizer doesn't have, say: whatever it is, it isn't this one
+            return 0.0
+        return found
+
+    likely = {name: likeness(name) / len(turns) for name in names}
+    name = max(names, key=likely.__getitem__)  # the first of equals, in ms-swift's order
+    print(
+        f"{checkpoint.path}: chat template {name}, {likely[name]:.0%} like its own; TEMPLATE= (--template) chooses another",
+        file=sys.stderr,
+    )
+    return name
+
+
+@contextlib.contextmanager
+def tokenizer_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within the block, what a missing or damaged tokenizer raises becomes a PruneKitError."""
+    mend = "copy the tokenizer's files of the original model here"
+    try:
+        yield
+    except PruneKitError:
+        raise
+    except AssertionError:  # ms-swift's only one there
+        raise PruneKitError(
+            f"{checkpoint.path}: its tokenizer has neither a padding token nor one that ends a text: name one in "
+            "tokenizer_config.json"
+        ) from None
+    except Exception as error:  # tokenizers and transformers raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise PruneKitError(f"{checkpoint.path}: its tokenizer can't be loaded ({reason}): {mend}") from None
+
+
+def check_tokenizer_files(checkpoint: Checkpoint, tokenizer) -> None:
+    """PruneKitError if none of a tokenizer's files is there: transformers makes one up that knows no words."""
+    names = sorted({*type(tokenizer).vocab_files_names.values(), "tokenizer.json"})
+    if not any((checkpoint.path / name).is_file() for name in names):
+        raise PruneKitError(
+            f"{checkpoint.path}: has no tokenizer ({', '.join(names)}): copy the tokenizer's files of the original model here"
+        )
+
+
+def load_processor(checkpoint: Checkpoint, model_type: str | None = None):
+    """ms-swift's processor or tokenizer. PruneKitError if it isn't there, or damaged."""
+    from swift import get_processor
+
+    model_type = model_type or checkpoint.config["model_type"]
+    with tokenizer_errors(checkpoint):
+        processor = get_processor(str(checkpoint.path), model_type=model_type)
+        check_tokenizer_files(checkpoint, getattr(processor, "tokenizer", processor))
+    return processor
+
+
+def load_template(
+    checkpoint: Checkpoint, max_length: int | None, model_type: str | None = None, template: str | None = None
+):
+    """ms-swift's template of a checkpoint; `model_type` and `template` are ms-swift's names.
+
+    Raises as `find_template` and `load_processor`.
+    """
+    from swift import get_template
+
+    processor = load_processor(checkpoint, model_type)
+    name = template or find_template(checkpoint, model_type)
+    return get_template(processor, max_length=max_length, template_type=name)

@@ -1,0 +1,1 @@
+"""Which layers are cheap: scored in memory, searched, trained without them, ranked."""

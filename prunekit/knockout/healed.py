@@ -1,0 +1,124 @@
+"""Score removals with the seam they make healed, so that a choice is made for the model that will be trained."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from prunekit.data.batches import Calibration
+from prunekit.model.replay import find_stack, record_calls
+from prunekit.surgery.layers import check_healable, find_seams
+from prunekit.surgery.layers_fit import Projection, Sides, heal
+
+from .scanner import Scanner
+from .trained import BASELINE, Knockout
+
+
+class HealedScanner:
+    """A scanner whose model is healed after each cut, as `manual_select.py --heal` heals it.
+
+    A candidate is scored with the layer before its seam refitted; what is gone already was healed whole, the layers
+    behind the seams too. Raises PruneKitError for a family that can't be healed.
+    """
+
+    def __init__(self, scanner: Scanner, data: Calibration):
+        self.scanner, self.data = scanner, data
+        self.model, self.stacks = scanner.model, scanner.checkpoint.family.stacks
+        for index in range(len(scanner.batches)):
+            scanner.refer(index)  # to the uncut model, while it is
+        projections = [
+            Projection(layer, name)
+            for row in self.stacks.values()
+            for layer in getattr(*find_stack(self.model, row))
+            for name in (row.o, row.mlp[-1])
+        ]
+        parameters = [p for projection in projections for p in projection.parameters.values()]
+        self.uncut = [(parameter, parameter.data) for parameter in parameters]
+        self.healed: tuple[Knockout, ...] = ()
+
+    @contextlib.contextmanager
+    def uncut_weights(self) -> Iterator[None]:
+        """Within the block the model has its own weights, outside of it the refitted ones."""
+        refitted = [parameter.data for parameter, _ in self.uncut]
+        for parameter, data in self.uncut:
+            parameter.data = data
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(self.uncut, refitted):
+                parameter.data = data
+
+    def heal(self, gone: Sequence[Knockout]) -> None:
+        """Refit the model for this cut, from its own weights."""
+        if tuple(gone) == self.healed:
+            return
+        for parameter, data in self.uncut:
+            parameter.data = data.clone()
+        if gone and find_seams(plan := self.scanner.plan(gone)):
+            check_healable(plan)
+            heal(plan, self.model, self.data)
+        self.healed = tuple(gone)
+
+    def measure(
+        self,
+        gone: Sequence[Knockout],
+        candidates: Sequence[Knockout],
+        scored: Callable[[], None] = lambda: None,
+    ) -> list[dict[str, Any]]:
+        """What `Scanner.measure` returns, for every batch: the model healed after the cut, and each candidate's."""
+        self.heal(gone)
+        scanner, batches = self.scanner, range(len(self.scanner.batches))
+        with torch.inference_mode():
+            traces, room = [], scanner.state_bytes
+            scanner.state_bytes //= len(batches)  # all batches' states are kept at once
+            for index in batches:
+                with scanner.without(gone):
+                    traces.append(scanner.trace(scanner.batches[index], gone))
+            scanner.state_bytes = room
+            records = [
+                {
+                    "scores": {BASELINE: scanner.score(trace.final, index)},
+                    "influence": trace.influence,
+                    "seconds": trace.seconds,
+                }
+                for index, trace in enumerate(traces)
+            ]
+            for stack in self.stacks:
+                mine = sorted((k for k in candidates if k.stack == stack), key=lambda k: k.layer)
+                for candidate, start in self._refitted(stack, gone, mine):
+                    for index in batches:
+                        final = scanner.final_without(candidate, gone, traces[index], scanner.batches[index], start)
+                        scores = records[index]["scores"]
+                        scores[candidate.name] = scores[BASELINE] if final is None else scanner.score(final, index)
+                    scored()
+        return records
+
+    def _refitted(
+        self, stack: str, gone: Sequence[Knockout], candidates: Sequence[Knockout]
+    ) -> Iterator[tuple[Knockout, int]]:
+        """Each candidate while the layer before its seam is refitted, and the first position that is then changed."""
+        row, batches, sides = self.stacks[stack], [*self.data.fit, *self.data.held_out], None
+        judged = range(len(self.data.fit), len(batches))
+        kept = self.scanner.kept(stack, gone)
+        for candidate in candidates:
+            plan = self.scanner.plan([*gone, candidate])
+            seams = find_seams(plan)
+            if seams:
+                check_healable(plan)
+            if sides is None:
+                with self.uncut_weights():
+                    calls = record_calls(self.model, row, batches)
+                sides = Sides(plan, self.model, stack, batches, judged, calls)
+            seam = next((s for s in seams if s.stack == stack and candidate.layer in s.gone), None)
+            if seam is None:  # nothing is left before it
+                yield candidate, kept.index(candidate.layer)
+                continue
+            trial = sides.without(plan)
+            with self.uncut_weights():
+                targets = trial.targets(seam.before)
+            refit = trial.refit(seam.before, targets)
+            try:
+                yield candidate, kept.index(seam.before)
+            finally:
+                refit.take_back()

@@ -1,0 +1,250 @@
+"""What a knockout sweep found, as files: ranking.json, ranking.csv, pictures, a W&B run."""
+
+import csv
+import math
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prunekit.checkpoint import write_json
+from prunekit.rules import FLAG, LAYER, REAL, Items, Keys, Rule, check
+
+BASELINE = "baseline"
+HIGHER_IS_CHEAPER = ("token_acc",)  # of the predictors; of the others (loss, kl, block_influence) lower is
+NESTED = ("standard_error", "generation", "trained")  # in a removal: None, or a dict
+LEAST_FALL = 0.01  # of the baseline's token_acc, over a whole greedy path: below that its shape is noise
+LEAST_BEND = 0.1  # of the fall, above the chord: below that a path is straight
+
+
+_REMOVAL = Keys(
+    {
+        "stack": Rule("text or vision", lambda value: value in ("text", "vision")),
+        "layer": LAYER,
+        "relative": REAL,
+    },
+    needed=("stack", "layer"),
+)
+_NAME = Rule("a name like text-03", lambda value: bool(re.fullmatch(r"(?:text|vision)-\d{2,5}", str(value), re.ASCII)))
+_POINT = Keys({"removed": Items(_NAME), "relative": REAL}, needed=("removed",))
+_RANKING = Keys(
+    {
+        "removals": Items(_REMOVAL),
+        "greedy": Keys({"path": Items(_POINT), "healed": FLAG}, needed=("path",)),
+    },
+    needed=("removals",),
+)
+
+
+def check_shape(ranking: Any) -> None:
+    """PruneKitError if this isn't what `build_ranking` makes, in all that choosing layers reads of it."""
+    check(ranking, _RANKING, "the ranking isn't one that knockout_check.sh wrote (ranking.json)")
+
+
+def build_ranking(
+    scan: dict[str, Any] | None,
+    trained: Sequence[dict[str, Any]],
+    model: str,
+    settings: dict[str, Any],
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """The content of ranking.json, from a fast scan's result (None: there was none) and the trained knockouts'.
+
+    Every removal gets `relative`, its share of the baseline's token_acc: after training if it was trained, like the
+    baseline, else as scanned. It is None for what failed or has no number. Trained removals come first, best first;
+    then the others, cheapest by the scan's predictor first; at the end those without `relative`. `fingerprint` is the
+    model's: the ranking holds for no other.
+    """
+    scan, trained = _finite(scan), _finite(trained)
+    runs = {record["name"]: record for record in trained}
+    trained_baseline = runs.pop(BASELINE, None)
+    failed = trained_baseline is None or trained_baseline["error"]
+    trained_acc = None if failed else trained_baseline["token_acc"]
+    baseline = {**(scan["baseline"] if scan else {}), "trained": trained_baseline}
+    found = {entry["name"]: entry for entry in scan["removals"]} if scan else {}
+    for name, record in runs.items():
+        keys = ("name", "stack", "layer", "parameters")
+        found.setdefault(name, {key: record.get(key) for key in keys} | {"error": None})
+
+    removals = []
+    for name, entry in found.items():
+        run = runs.get(name)
+        scanned = _share(entry.get("token_acc"), baseline.get("token_acc"))
+        after = _share(run and run["token_acc"], trained_acc)
+        error = entry["error"] or (run and run["error"])
+        if run and not error and run["token_acc"] is None:
+            error = "its training ended without a number"
+        known = after is not None or _cost(scan, entry) is not None
+        removals.append(
+            entry
+            | {
+                "error": error,
+                "finalist": run is not None,
+                "trained": run,
+                "relative_scanned": scanned,
+                "relative_trained": after,
+                "relative": (scanned if after is None else after) if known and not error else None,
+            }
+        )
+    removals.sort(key=lambda entry: _order(scan, entry))
+
+    return {
+        "metric": "token_acc",
+        "predictor": scan and scan["predictor"],
+        "counts_suffix": scan["counts_suffix"] if scan else True,  # ms-swift's own token_acc counts it
+        "model": model,
+        "fingerprint": fingerprint,
+        "settings": settings,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "baseline": baseline,
+        "removals": removals,
+        "greedy": scan and scan.get("greedy") and _with_shares(scan["greedy"], scan["baseline"]),
+    }
+
+
+def finalists(scan: dict[str, Any], count: int | None) -> list[str]:
+    """Names of the `count` cheapest removals by the scan's predictor (None: all), cheapest first; never a failed one."""
+    scan = _finite(scan)
+    costs = {
+        entry["name"]: cost
+        for entry in scan["removals"]
+        if not entry["error"] and (cost := _cost(scan, entry)) is not None
+    }
+    return sorted(costs, key=lambda name: costs[name])[:count]
+
+
+def find_bend(points: Sequence[tuple[float, float]]) -> int | None:
+    """Index of the point from which quality falls faster: the one highest above the chord (Kneedle, Satopaa 2011).
+
+    Points are (parameters, token_acc), in the order of removal. None if there are fewer than four, if they hardly
+    fall, or if none lies clearly above the straight line from the first to the last.
+    """
+    if len(points) < 4:
+        return None
+    (size, best), (smallest, worst) = points[0], points[-1]
+    if size <= smallest or best - worst <= LEAST_FALL * best:
+        return None
+    heights = [(y - worst) / (best - worst) - (x - smallest) / (size - smallest) for x, y in points]
+    bend = max(range(len(points)), key=lambda index: heights[index])
+    return bend if heights[bend] >= LEAST_BEND else None
+
+
+def _with_shares(greedy: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """A greedy path with each point's shares of the baseline, and where it bends."""
+    path = [
+        point
+        | {
+            "relative": _share(point["token_acc"], baseline["token_acc"]),
+            "parameters_share": _share(point["parameters"], baseline["parameters"]),
+        }
+        for point in greedy["path"]
+    ]
+    measured = [index for index, point in enumerate(path) if point["token_acc"] is not None]
+    bend = find_bend([(path[index]["parameters"], path[index]["token_acc"]) for index in measured])
+    return greedy | {"path": path, "bend": None if bend is None else measured[bend]}
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
+
+
+def _cost(scan: dict[str, Any] | None, entry: dict[str, Any]) -> float | None:
+    """What the scan's predictor says of a removal, so that less is cheaper."""
+    value = entry.get(scan["predictor"]) if scan else None
+    return -value if value is not None and scan["predictor"] in HIGHER_IS_CHEAPER else value
+
+
+def _order(scan: dict[str, Any] | None, entry: dict[str, Any]) -> tuple[int, float]:
+    if entry["relative"] is None:
+        return 2, 0.0
+    if entry["relative_trained"] is not None:
+        return 0, -entry["relative_trained"]
+    return 1, _cost(scan, entry)
+
+
+def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
+    """Write OUT/ranking.json and ranking.csv and draw what there is to draw; each file is whole, or as before.
+
+    Returns the pictures.
+    """
+    from prunekit.report import draw_greedy, draw_knockout_curves, draw_ranking
+
+    write_json(out / "ranking.json", ranking)
+    rows = removal_rows(ranking)
+    draft = out / ".ranking.csv.new"
+    with draft.open("w", newline="", encoding="utf-8") as file:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    draft.replace(out / "ranking.csv")
+
+    pictures = []
+    records = [ranking["baseline"]["trained"], *(entry["trained"] for entry in ranking["removals"])]
+    for name, draw, wanted in (
+        ("ranking.png", draw_ranking, any(e["relative"] is not None for e in ranking["removals"])),
+        ("greedy.png", draw_greedy, ranking["greedy"] and len(ranking["greedy"]["path"]) > 1),
+        ("curves.png", draw_knockout_curves, any(record and record["curve"] for record in records)),
+    ):
+        if wanted:
+            draw(ranking, out / name)
+            pictures.append(out / name)
+    return pictures
+
+
+def removal_rows(ranking: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each removal as one flat row, in the ranking's order; curves are left out."""
+    doubled = ("trained_name", "trained_stack", "trained_layer", "trained_error")
+    rows = [{"name": entry["name"], "relative": entry["relative"]} | _flat(entry) for entry in ranking["removals"]]
+    return [{key: value for key, value in row.items() if key not in doubled} for row in rows]
+
+
+def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            row |= _flat(value, f"{prefix}{key}_")
+        elif not isinstance(value, list) and (value is not None or key not in NESTED):
+            row[prefix + key] = value
+    return row
+
+
+def log_to_wandb(ranking: dict[str, Any], pictures: Sequence[Path], group: str) -> None:
+    """One W&B run named knockout/ranking, with the removals, the greedy path and the pictures.
+
+    Project, mode and folder come from W&B's own environment variables. Whatever goes wrong there is one line on
+    stderr, and no error: the files have it all.
+    """
+    try:
+        import wandb
+
+        settings = wandb.Settings(console="off", silent=True)
+        with wandb.init(name="knockout/ranking", group=group, job_type="ranking", config=ranking["settings"],
+                        settings=settings) as run:  # fmt: skip
+            log: dict[str, Any] = {path.stem: wandb.Image(str(path)) for path in pictures}
+            log["removals"] = _wandb_table(removal_rows(ranking))
+            if ranking["greedy"]:
+                path = [point | {"removed": " ".join(point["removed"])} for point in ranking["greedy"]["path"]]
+                log["greedy_path"] = _wandb_table([_flat(point) for point in path])
+            run.log(log)
+    except Exception as error:  # W&B raises many kinds; none is worth a sweep
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: W&B has no ranking ({line}); see the files", file=sys.stderr)
+
+
+def _wandb_table(rows: list[dict[str, Any]]):
+    import wandb
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])

@@ -1,0 +1,178 @@
+"""Which layers are cheap? Train briefly without each of the finalists of a scan, and rank them all.
+
+    python -m prunekit.knockout.sweep --model checkpoints/base --out runs/knockout --finalists 10 -- SWIFT-ARGS
+
+`knockout_check.sh` calls this after `prunekit.scan`, with ms-swift's arguments after `--`. What OUT/scan/scan.json
+finds cheapest is trained; without a scan, everything is. The baseline, the whole model after the same short training,
+is a run like the others. Each finished run is a file under OUT/trained/runs at once, so that a killed sweep goes on
+where it was; ranking.json, ranking.csv and the figures are made anew after every run.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prunekit.arguments import Parser, natural, positive_int
+from prunekit.checkpoint import open_checkpoint, read_json
+from prunekit.checkpoint.provenance import made_from
+from prunekit.checkpoint.work_folder import claim_folder, fingerprint
+from prunekit.errors import PruneKitError, run_script
+
+from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
+from .trained import BASELINE, Knockout, Sweep, Training, plan_knockouts
+
+OURS = {"scan", "trained", "ranking.json", "ranking.csv", "ranking.png", "greedy.png", "curves.png"}
+
+
+def _finalists(text: str) -> int | None:
+    return None if text.lower() == "all" else natural(text)
+
+
+def read_scan(file: Path) -> dict[str, Any]:
+    """What a scan found. PruneKitError for a file that is damaged."""
+
+    def check(entry: dict[str, Any], *names: str) -> None:
+        numbers = [entry[key] for key in ("token_acc", "loss", "parameters", *names)]
+        if not all(number is None or type(number) in (int, float) for number in numbers):
+            raise TypeError
+
+    scan = read_json(file)
+    try:
+        check(scan["baseline"])
+        for entry in scan["removals"]:
+            check(entry, scan["predictor"], "parameters_saved")
+            Knockout(entry["stack"], int(entry["layer"])).name.index(entry["name"])
+            entry["error"], entry["decided"], entry["generation"]
+        for point in (scan["greedy"] or {"path": []})["path"]:
+            check(point)
+            " ".join(point["removed"])
+        " ".join([*scan["best"], scan["settings"]["fingerprint"]])
+        scan["counts_suffix"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PruneKitError(f"{file}: is no scan's result; remove it and run again") from None
+    return scan
+
+
+def choose_runs(runs: list[Knockout], scan: dict[str, Any] | None, count: int | None) -> list[Knockout]:
+    """The baseline and the `count` finalists of the scan (None: all that it could score); all runs without a scan."""
+    if count == 0:
+        return []
+    if scan is None:
+        return runs
+    best = scan["best"][:count] if count is not None else finalists(scan, None)
+    chosen = {run.name: run for run in runs}
+    return [chosen[name] for name in (BASELINE, *best) if name in chosen]
+
+
+def sweep_all(sweep: Sweep, runs: list[Knockout], scan: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+    """Do every run that isn't done; returns the ranking, which is on disk after every run."""
+    results = sweep.finished(runs)
+    todo = [run for run in runs if run.name not in results]
+    if results:
+        print(f"{len(results)} of {len(runs)} runs are done already")
+    settings = {"swift": list(sweep.training.arguments), "scan": scan and scan["settings"]}
+    model = sweep.training.model
+    of = fingerprint(open_checkpoint(model))
+
+    def write() -> dict[str, Any]:
+        ranking = build_ranking(scan, list(results.values()), str(model), settings, of)
+        write_ranking(out, ranking)
+        return ranking
+
+    with (
+        contextlib.closing(sweep.do_all(todo)) as done,
+        tqdm(total=len(runs), initial=len(results), desc="knockouts", unit="run", disable=not runs) as bar,
+    ):
+        for result in done:
+            results[result["name"]] = result
+            shown = result["error"] or f"token_acc {result['token_acc']:.4f}"
+            bar.write(f"{result['name']:>10}  {shown}  ({result['seconds']:.0f} s)", file=sys.stdout)
+            bar.update()
+            write()
+    return write()
+
+
+def main() -> None:
+    own, swift = sys.argv[1:], []
+    if "--" in own:
+        own, swift = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep; an unfinished one is continued")
+    parser.add_argument(
+        "--finalists",
+        type=_finalists,
+        default=10,
+        help="how many to train: a number, 0, or all (default: 10)",
+    )
+    parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
+    parser.add_argument("--vision", default="all", help="vision blocks, likewise")
+    parser.add_argument("--group", default="knockout", help="W&B group")
+    parser.add_argument("--gpus", default="", help="like 0,1,2,3; empty: CPU")
+    parser.add_argument(
+        "--jobs", type=positive_int, default=1, help="runs side by side; GPUs are shared out (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus-per-task",
+        type=natural,
+        default=1,
+        help="on a Ray cluster (RAY_ADDRESS), instead of --gpus and --jobs",
+    )
+    args = parser.parse_args(own)
+
+    checkpoint = open_checkpoint(args.model)
+    runs = plan_knockouts(checkpoint, args.text, args.vision)
+    gpus = [gpu for gpu in args.gpus.split(",") if gpu]
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if gpus and not on_cluster and len(gpus) % args.jobs:
+        raise PruneKitError(f"--jobs {args.jobs}: {len(gpus)} GPUs can't be shared out evenly among so many runs")
+    if args.out.exists() and (not args.out.is_dir() or not {path.name for path in args.out.iterdir()} <= OURS):
+        raise PruneKitError(f"{args.out}: is in use, and no sweep of knockouts; choose another OUT")
+
+    scan, model = None, fingerprint(checkpoint)
+    if (args.out / "scan" / "scan.json").exists():
+        scan = read_scan(args.out / "scan" / "scan.json")
+        if scan["settings"]["fingerprint"] != model:
+            raise PruneKitError(f"{args.out}: holds a scan of another model; choose another OUT or remove it")
+    runs = choose_runs(runs, scan, args.finalists)
+    training = Training(
+        checkpoint.path,
+        args.model_type or checkpoint.config["model_type"],
+        args.out / "trained",
+        tuple(swift),
+        args.group,
+    )
+    with contextlib.ExitStack() as held:
+        if runs:
+            # On other numbers of GPUs the same flags are other batches
+            each = args.gpus_per_task if on_cluster else len(gpus) // args.jobs
+            data = {name: found for name, found in made_from(swift).items() if name != "model"}
+            settings = {"fingerprint": model, "swift": swift, "data": data, "gpus_per_run": each}
+            held.enter_context(claim_folder(training.out, settings, "sweep of knockouts"))
+            shutil.rmtree(training.out / "work", ignore_errors=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        ranking = sweep_all(Sweep(training, gpus, args.jobs, args.gpus_per_task), runs, scan, args.out)
+        shutil.rmtree(training.out / "work", ignore_errors=True)
+    pictures = [args.out / name for name in ("ranking.png", "greedy.png", "curves.png") if (args.out / name).exists()]
+    log_to_wandb(ranking, pictures, args.group)
+    print(f"wrote {args.out / 'ranking.json'}, ranking.csv and {', '.join(path.name for path in pictures)}")
+    for entry in ranking["removals"]:
+        if entry["relative_trained"] is not None:
+            print(f"{entry['name']:>10}  {entry['relative_trained']:7.1%} of the baseline's token_acc, trained")
+    if (greedy := ranking["greedy"]) and greedy["bend"] is not None:
+        print(f"the greedy curve bends behind {' '.join(greedy['path'][greedy['bend']]['removed'])}")
+    trained = [ranking["baseline"]["trained"], *(entry["trained"] for entry in ranking["removals"])]
+    failed = [f"{run['name']}: {run['error']}" for run in trained if run and run["error"]]
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed:", *failed, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

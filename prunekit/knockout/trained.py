@@ -1,0 +1,366 @@
+"""Short trainings of a model without one of its layers: planned, run side by side or on a cluster, recorded.
+
+A run trains the whole checkpoint with the layer cut in memory (plugins/knockout_layers.py), in a process of its own:
+on a CPU a fork of a server that has ms-swift imported already, on GPUs one `swift sft` for each group of GPUs, and
+with RAY_ADDRESS set one or the other on any node of a Ray cluster.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import psutil
+
+from prunekit import PLUGINS
+from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint, read_json, statistics, write_json
+from prunekit.errors import PruneKitError
+from prunekit.surgery.layers import Removal, parse_numbers, plan_removal
+from prunekit.training.publish import read_log
+
+from . import cluster
+
+BASELINE = "baseline"
+OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
+EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)")
+PLUGIN = PLUGINS / "knockout_layers.py"
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """One run: the whole model, or the model without one layer of a stack."""
+
+    stack: str | None = None  # "text" or "vision"
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        return BASELINE if self.stack is None else f"{self.stack}-{self.layer:02d}"
+
+
+def plan_without(checkpoint: Checkpoint, gone: Sequence[Knockout]) -> Removal:
+    """The removal of all these layers together. Raises as `plan_removal`."""
+    by_stack = {stack: [k.layer for k in gone if k.stack == stack] for stack in ("text", "vision")}
+    return plan_removal(checkpoint, **by_stack)
+
+
+def plan_knockouts(checkpoint: Checkpoint, text: str, vision: str) -> list[Knockout]:
+    """The baseline, then one run for each layer named: "all", "none" or numbers and ranges like "0-3,10".
+
+    Raises PruneKitError for layers that can't be removed, before any run.
+    """
+    runs = [Knockout()]
+    for stack, wanted in (("text", text), ("vision", vision)):
+        if wanted.strip() in ("", "none"):
+            continue
+        if wanted.strip() == "all":
+            numbers = layer_numbers(checkpoint, stack) if stack in checkpoint.family.stacks else []
+        else:
+            numbers = parse_numbers(wanted.split())
+        for number in numbers:
+            plan_removal(checkpoint, **{stack: [number]})
+            runs.append(Knockout(stack, number))
+    return runs
+
+
+def merged_flag(arguments: list[str], flag: str, *values: str) -> list[str]:
+    """The arguments with one `flag` at their end: these values, then all that the flag had, however often it stood there.
+
+    ms-swift takes only a flag's last occurrence.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, flag.replace("_", "-"), nargs="*", action="extend", default=[], dest="given")
+    found, others = parser.parse_known_args(arguments)
+    return [*others, flag, *dict.fromkeys([*values, *found.given])]
+
+
+def _end_descendants(*_: Any) -> None:
+    """Kill all that descends from this process, and leave."""
+    while descendants := psutil.Process().children(recursive=True):
+        for process in descendants:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(descendants, timeout=1)
+    os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Wait for the death of the process that asked for this one, then end this one: the fork server outlives that."""
+    multiprocessing.parent_process().join()
+    _end_descendants()
+
+
+def _enter(environment: dict[str, str], log: str) -> None:
+    """Begin a run's process: its environment, its output into its log, and its end.
+
+    SIGTERM ends it with all its descendants, and so does the sweep's death, be it by kill -9. Ctrl-C is the sweep's.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_descendants)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform == "linux":
+        pr_set_child_subreaper = 36  # orphans among the descendants become children of this process
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+    os.environ.clear()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+def _train_in_this_process(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """Body of a forked process: ms-swift is imported already, so a run starts at once."""
+    _enter(environment, log)
+    try:
+        import torch
+        from swift import sft_main
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        sft_main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        _end_descendants()
+
+
+def _train_by_command(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """Body of a process that watches over `swift sft`: the trainers behind that wrapper outlive it otherwise."""
+    _enter(environment, log)
+    if subprocess.run(["swift", "sft", *arguments]).returncode:
+        _end_descendants()
+
+
+def _processes(preload: bool) -> Any:
+    """Makes processes by forking a server that holds nothing, or with `preload` what a training imports.
+
+    Of one kind for the whole life of this process.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["prunekit.knockout.preload"] if preload else [])
+    return forks
+
+
+def _last_line(log: Path) -> str:
+    """The line of a log that says most about a failure: the last of an exception, else the last that has a word.
+
+    Behind the exception torchrun prints a report of its own, which doesn't name it.
+    """
+    text = log.read_text(errors="replace").replace("\r", "\n") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line) and "wandb" not in line]
+    errors = [found[1] for line in lines if (found := EXCEPTION.fullmatch(line))]
+    return (errors or lines or ["no message"])[-1]
+
+
+def _finite(value: float) -> float | None:
+    """The number, or None for NaN and infinities, which JSON has not."""
+    return value if math.isfinite(value) else None
+
+
+def _step(record: dict[str, Any]) -> int:
+    return int(record["global_step/max_steps"].split("/")[0])
+
+
+def read_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's logging.jsonl says: token_acc and loss of the last evaluation, all evaluations, training losses.
+
+    `error` is None, or says that a loss or token_acc of the last evaluation is no number; all that is none is None.
+    """
+    curve = [record for record in log if "eval_token_acc" in record]
+    if not curve:
+        raise RuntimeError("the run ended without an evaluation: is eval_steps at most max_steps?")
+    last = {"loss": curve[-1]["eval_loss"], "token_acc": curve[-1]["eval_token_acc"]}
+    wrong = [name for name, value in last.items() if not math.isfinite(value)]
+    return {
+        "token_acc": _finite(last["token_acc"]),
+        "loss": _finite(last["loss"]),
+        "curve": [
+            {"step": _step(r), "token_acc": _finite(r["eval_token_acc"]), "loss": _finite(r["eval_loss"])}
+            for r in curve
+        ],
+        "training": [{"step": _step(r), "loss": _finite(r["loss"])} for r in log if "loss" in r],
+        "error": (
+            f"{wrong[0]} is {str(last[wrong[0]]).replace('nan', 'NaN')} at step {_step(curve[-1])}: "
+            "lower the learning rate, or train in bfloat16 or float32"
+            if wrong
+            else None
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all runs of a sweep have in common. Paths are those of every node."""
+
+    model: Path
+    model_type: str  # ms-swift's
+    out: Path
+    arguments: tuple[str, ...]  # for `swift sft`
+    group: str  # in W&B
+
+    def result(self, run: Knockout, gpus: list[str]) -> dict[str, Any]:
+        """Train and measure: the run's record. A run that fails has an "error" in it, and raises nothing."""
+        (self.out / "work").mkdir(parents=True, exist_ok=True)
+        # Where a node was given up that still lives, a run may go on there beside its second try.
+        work = Path(tempfile.mkdtemp(prefix=f"{run.name}-", dir=self.out / "work"))
+        started = time.time()
+        result = _empty_record(run)
+        try:
+            checkpoint = open_checkpoint(self.model)
+            if run.stack is not None:
+                checkpoint = plan_removal(checkpoint, **{run.stack: [run.layer]}).result
+            result["parameters"] = statistics(checkpoint)["parameters"]
+            self._train(run, work, gpus)
+            result |= read_curves(read_log(work / "swift"))
+        except (RuntimeError, OSError, PruneKitError) as error:
+            result["error"] = str(error)
+        result["seconds"] = round(time.time() - started, 1)
+        shutil.rmtree(work, ignore_errors=True)
+        return result
+
+    def _train(self, run: Knockout, work: Path, gpus: list[str]) -> None:
+        """Run ms-swift, which writes into `work`/swift. Raises RuntimeError with its last words if it fails."""
+        log = self.out / "logs" / f"{run.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        arguments = ["--model", str(self.model), "--model_type", self.model_type, *self.arguments]
+        arguments += ["--run_name", f"knockout/{run.name}", "--output_dir", str(work / "swift")]
+        arguments += ["--eval_strategy", "steps", "--save_strategy", "no"]
+        environment = os.environ | {"WANDB_RUN_GROUP": self.group}
+        for name in OF_TORCHRUN:
+            environment.pop(name, None)
+        if run.stack is not None:
+            arguments = merged_flag(arguments, "--external_plugins", str(PLUGIN))
+            arguments = merged_flag(arguments, "--callbacks", PLUGIN.stem)
+            environment["PRUNEKIT_REMOVE"] = f"{run.stack}:{run.layer}"
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+            environment["NPROC_PER_NODE"] = str(len(gpus))  # torchrun takes a free port
+        process = _processes(preload=not gpus).Process(
+            target=_train_by_command if gpus else _train_in_this_process,
+            args=(arguments, environment, str(log)),
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"{_last_line(log)} (exit code {process.exitcode}; see {log})")
+
+
+def _empty_record(run: Knockout) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": run.name} | asdict(run)
+    record |= {"parameters": None, "token_acc": None, "loss": None, "curve": [], "training": []}
+    return record | {"error": None, "seconds": 0.0}
+
+
+def _read_record(file: Path, run: Knockout) -> dict[str, Any] | None:
+    """A run's record, None if there is none. PruneKitError for a file that is damaged."""
+    if not file.exists():
+        return None
+    record = read_json(file)
+    like = _empty_record(run)
+    numbers = ("parameters", "token_acc", "loss", "seconds")
+    if not (
+        isinstance(record, dict)
+        and record.keys() >= like.keys()
+        and all(record[key] == like[key] for key in ("name", "stack", "layer"))
+        and all(record[key] is None or type(record[key]) in (int, float) for key in numbers)
+        and isinstance(record["error"], str | None)
+        and all(
+            isinstance(record[key], list) and all(isinstance(point, dict) and "step" in point for point in record[key])
+            for key in ("curve", "training")
+        )
+    ):
+        raise PruneKitError(f"{file}: is no record of {run.name}'s training; remove it and run again")
+    return record
+
+
+def _result_on_node(training: Training, run: Knockout) -> dict[str, Any]:
+    return training.result(run, [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu])
+
+
+class Sweep:
+    """Runs knockouts, each in a process of its own, and writes OUT/runs/NAME.json when one ends.
+
+    Without `gpus` on the CPU. With RAY_ADDRESS set, on that cluster with `gpus_per_task` each, and `gpus` and `jobs`
+    say nothing.
+    """
+
+    def __init__(self, training: Training, gpus: list[str], jobs: int, gpus_per_task: int = 0):
+        self.training, self.jobs, self.gpus_per_task = training, jobs, gpus_per_task
+        self.slots: SimpleQueue[list[str]] = SimpleQueue()
+        if len(gpus) % jobs:
+            raise PruneKitError(f"--jobs {jobs}: {len(gpus)} GPUs can't be shared out evenly among so many runs")
+        for job in range(jobs):
+            self.slots.put(gpus[job::jobs])
+        if not gpus:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    def result_file(self, run: Knockout) -> Path:
+        return self.training.out / "runs" / f"{run.name}.json"
+
+    def finished(self, runs: list[Knockout]) -> dict[str, dict[str, Any]]:
+        """Records by name of those among these runs that earlier sweeps here did. Failed ones aren't: do them again.
+
+        A run that trained to the end and came to NaN is finished: it would do so again.
+        """
+        records = {run.name: _read_record(self.result_file(run), run) for run in runs}
+        return {name: found for name, found in records.items() if found and (not found["error"] or found["curve"])}
+
+    def do_all(self, runs: list[Knockout]) -> Iterator[dict[str, Any]]:
+        """Do these runs; yields each one's record as it ends, on disk by then. Failed runs have an "error" in it.
+
+        To close the iterator early, as KeyboardInterrupt does, ends the runs that are going on; they leave no record.
+        """
+        (self.training.out / "runs").mkdir(parents=True, exist_ok=True)
+        pairs = self._on_cluster(runs) if os.environ.get("RAY_ADDRESS") else self._here(runs)
+        with contextlib.closing(pairs):
+            for run, result in pairs:
+                write_json(self.result_file(run), result)
+                yield result
+
+    def _on_cluster(self, runs: list[Knockout]) -> Iterator[tuple[Knockout, dict[str, Any]]]:
+        work = partial(_result_on_node, self.training)
+        with contextlib.closing(cluster.run_tasks(work, runs, gpus=self.gpus_per_task)) as tasks:
+            for run, result in tasks:
+                if isinstance(result, Exception):
+                    result = _empty_record(run) | {"error": f"{type(result).__name__}: {result}".splitlines()[0]}
+                yield run, result
+
+    def _here(self, runs: list[Knockout]) -> Iterator[tuple[Knockout, dict[str, Any]]]:
+        stopped = threading.Event()
+
+        def do(run: Knockout) -> dict[str, Any] | None:
+            gpus = self.slots.get()
+            try:
+                return None if stopped.is_set() else self.training.result(run, gpus)
+            finally:
+                self.slots.put(gpus)
+
+        pool = ThreadPoolExecutor(self.jobs)
+        futures = {pool.submit(do, run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            stopped.set()
+            deadline = time.monotonic() + 10
+            while wait([future for future in futures if not future.cancel()], timeout=0.1).not_done:
+                for process in multiprocessing.active_children():
+                    process.terminate() if time.monotonic() < deadline else process.kill()
+            pool.shutdown()

@@ -1,0 +1,1 @@
+"""A model in memory: loaded, run layer by layer, scored."""

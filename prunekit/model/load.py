@@ -1,0 +1,40 @@
+"""A checkpoint as a model in memory."""
+
+from pathlib import Path
+
+from prunekit.checkpoint import Checkpoint, statistics
+from prunekit.checkpoint.remote_code import check_no_remote_code
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: str | Path | None = None,
+):
+    """The checkpoint's own class from transformers, in evaluation mode.
+
+    Device: cuda if there is one. Dtype: bfloat16, several times faster than float32 on CPUs too; but float32 on a CPU
+    for models of less than 50M parameters. With `offload`, a folder for what has to be converted, the text layers stay
+    on disk (accelerate).
+    """
+    import torch
+    import transformers
+
+    check_no_remote_code(checkpoint.path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    small = device == "cpu" and statistics(checkpoint)["parameters"] < 50e6
+    names = checkpoint.config.get("architectures") or ["AutoModelForCausalLM"]
+    cls = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
+    dtype = getattr(torch, dtype or ("float32" if small else "bfloat16"))
+    if offload is None:
+        # Straight to its device: several processes at once would fill the host's memory with copies
+        return cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device}).eval()
+    from accelerate import init_empty_weights
+
+    from .offload import device_map
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    with init_empty_weights():
+        places = device_map(cls(config), checkpoint.family.text, device)
+    return cls.from_pretrained(checkpoint.path, dtype=dtype, device_map=places, offload_folder=str(offload)).eval()

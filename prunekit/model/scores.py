@@ -1,0 +1,65 @@
+"""What a causal model makes of a batch, without its output head or with it in parts: states, labels, token_acc and loss."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def model_inputs(model, batch: dict[str, Any]) -> dict[str, Any]:
+    """A collated batch as arguments of the model's forward: on its device, no labels, no cache."""
+    not_inputs = ("labels", "text_position_ids", "loss_scale")  # the last two are for ms-swift's trainer
+    inputs = {key: value for key, value in batch.items() if key not in not_inputs}
+    moved = {key: value.to(model.device) for key, value in inputs.items() if hasattr(value, "to")}
+    return inputs | moved | {"use_cache": False}
+
+
+class _Final(Exception):
+    """Carries what enters the output head."""
+
+
+def final_states(model, batch: dict[str, Any]):
+    """What the output head gets for a batch: (batch, length, hidden). The head itself isn't run."""
+
+    def stop(_, inputs):
+        raise _Final(inputs[0])
+
+    with model.get_output_embeddings().register_forward_pre_hook(stop):
+        try:
+            model(**model_inputs(model, batch))
+        except _Final as reached:
+            return reached.args[0]
+    raise RuntimeError(f"{type(model).__name__} doesn't call its output head")
+
+
+def counted_states(states, labels):
+    """The states that predict a label other than -100, (n, hidden), their labels (n,) and their rows in the batch (n,)."""
+    labels = labels[:, 1:].to(states.device)
+    counted = labels != -100
+    return states[:, :-1][counted], labels[counted], counted.nonzero()[:, 0]
+
+
+def logits_in_parts(model, states):
+    """(slice, fp32 logits (part, vocabulary)) of states (n, hidden): parts that stay in a CPU's cache are twice as fast."""
+    import torch
+
+    head = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    size = 128 if states.device.type == "cpu" else 2048
+    for start in range(0, len(states), size):
+        logits = head(states[start : start + size]).float()
+        yield slice(start, start + size), torch.tanh(logits / cap) * cap if cap else logits
+
+
+def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
+    import torch
+
+    right = total = 0
+    loss = 0.0
+    with torch.inference_mode():
+        for batch in batches:
+            states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
+            for part, logits in logits_in_parts(model, states):
+                right += int((logits.argmax(-1) == labels[part]).sum())
+                loss += float(torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum"))
+            total += len(labels)
+    return {"token_acc": right / total, "loss": loss / total}

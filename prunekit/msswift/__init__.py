@@ -1,0 +1,1 @@
+"""What is known of ms-swift without importing it."""

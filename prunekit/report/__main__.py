@@ -1,0 +1,5 @@
+from prunekit.errors import run_script
+
+from .figures import main
+
+run_script(main)

@@ -1,0 +1,1 @@
+"""What a checkpoint becomes for serving, and what that gains."""

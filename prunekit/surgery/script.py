@@ -1,0 +1,37 @@
+"""What all surgery scripts take from a user: a checkpoint to read, OUT, and how OUT is written."""
+
+import argparse
+
+from prunekit.arguments import Parser, positive_float
+from prunekit.checkpoint import Checkpoint, check_out, open_checkpoint
+
+
+def surgery_parser(usage: str) -> Parser:
+    """A parser with the arguments that all surgery scripts have. usage: the script's docstring."""
+    parser = Parser(description=usage)
+    parser.add_argument("--model", required=True, help="checkpoint folder to read")
+    parser.add_argument("--out", help="checkpoint folder to write; not needed with --dry-run")
+    parser.add_argument(
+        "--max-shard-gb", type=positive_float, help="largest weight file (default: sharded like the input)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
+    return parser
+
+
+def parse_surgery(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's arguments, with `max_shard_bytes` (None: sharded like the input). Ends the script without OUT."""
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.dry_run:
+        parser.error("--out is needed (or --dry-run)")
+    limit = arguments.max_shard_gb
+    arguments.max_shard_bytes = None if limit is None else int(min(limit, 1e9) * 1e9)
+    return arguments
+
+
+def open_input(arguments: argparse.Namespace) -> Checkpoint:
+    """The checkpoint to read. PruneKitError if it is none, or if OUT can't be used."""
+    checkpoint = open_checkpoint(arguments.model)
+    if arguments.out:
+        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+    return checkpoint

@@ -1,0 +1,446 @@
+"""Narrower layers: fewer attention heads and MLP neurons. Plan (pure), choose (by scores), then apply (bytes)."""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prunekit.checkpoint import (
+    DTYPE_BYTES,
+    TORCH_DTYPES,
+    Checkpoint,
+    float_bytes,
+    heads,
+    history_entry,
+    layer_numbers,
+    statistics,
+    write_checkpoint,
+)
+from prunekit.errors import PruneKitError
+from prunekit.families import configs
+
+SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
+ROUND = 8  # a share of the neurons is rounded to such multiples, which matrix units like
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a layer's attention or MLP, and where heads or neurons lie in it."""
+
+    layer: int
+    role: str  # q, k, v, o; `in` and `out` of neurons
+    axis: int
+    expert: int | None = None  # whose; None: no expert's, or those of all experts in one tensor
+    stacked: bool = False  # experts are its first axis
+    halves: int = 1  # 2: gate and up, one behind the other
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one layer keeps, by numbers in the input, rising. None: all of it."""
+
+    heads: list[int] | None = None
+    kv_heads: list[int] | None = None
+    neurons: list[list[int]] | None = None  # of each expert; one list where there are no experts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each head and neuron of a layer matters; more is more. numpy arrays."""
+
+    heads: Any  # (heads,)
+    neurons: Any  # (experts, neurons); (1, neurons) where there are no experts
+
+
+@dataclass(frozen=True)
+class WidthCut:
+    """What a cut will do. `result` can be written once `choose` has said which heads and neurons stay."""
+
+    source: Checkpoint
+    result: Checkpoint
+    heads: int | None  # query heads that each layer keeps; None: all
+    kv_heads: int | None  # KV heads that each layer keeps; None: all
+    neurons: dict[str, int]  # neurons that each MLP keeps, by config key
+    heads_masked: bool  # zeroed where they are read, not removed
+    neurons_masked: bool
+    notes: list[str]  # what the user should know, one line each
+    kept: dict[int, Kept] = field(default_factory=dict)  # by layer
+    scores: dict[int, Scores] = field(default_factory=dict)
+
+
+# --- where heads and neurons lie ---------------------------------------------------------------------------------------
+
+
+def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
+    """The text stack's tensors that have an axis of heads or neurons, by name. Fused q, k and v aren't among them."""
+    family, row = checkpoint.family, checkpoint.family.text
+    hidden = configs(checkpoint.config, row)[0][family.hidden]
+    block, _, out = row.mlp[-1].rpartition(".")
+    linears = {row.o: "o"} | dict.fromkeys(row.mlp[:-1], "in") | {row.mlp[-1]: "out"}
+    if row.qkv is None:
+        linears |= {row.q: "q", row.k: "k", row.v: "v"}
+    parts = {}
+    for name, tensor in checkpoint.tensors.items():
+        if not (match := re.match(rf"{row.prefix}(\d+)\.(.+)", name)):
+            continue
+        layer, rest = int(match[1]), match[2]
+        linear, _, kind = rest.rpartition(".")
+        expert = re.fullmatch(rf"{re.escape(block)}\.experts\.(?:(\d+)\.)?(\w+?)(?:\.weight)?", rest)
+        if row.experts and expert and expert[1]:
+            reads = expert[2] == out
+            parts[name] = Part(layer, "out" if reads else "in", int(reads), int(expert[1]))
+        elif row.experts and expert:
+            # Down projections are (experts, hidden, neurons), or turned, as some releases have them.
+            down = tensor if expert[2] == out else checkpoint.tensors[name.replace(expert[2], out)]
+            axis = 2 if down.shape[1] == hidden else 1
+            if expert[2] == out:
+                parts[name] = Part(layer, "out", axis, stacked=True)
+            else:
+                parts[name] = Part(layer, "in", 3 - axis, stacked=True, halves=2)
+        elif (role := linears.get(linear)) and kind == "weight":
+            rows = 1 if row.inputs_first else 0
+            parts[name] = Part(layer, role, 1 - rows if role in ("o", "out") else rows)
+        elif role in ("q", "k", "v", "in") and kind == "bias":
+            parts[name] = Part(layer, role, 0)
+    return parts
+
+
+def mlp_widths(checkpoint: Checkpoint, parts: dict[str, Part]) -> dict[str, int]:
+    """Neurons of each MLP, by the config key that says so: dense layers', experts'. PruneKitError if layers differ."""
+    row, widths = checkpoint.family.text, {}
+    for name, part in parts.items():
+        if part.role == "out":
+            key = row.experts if part.stacked or part.expert is not None else row.width
+            width = checkpoint.tensors[name].shape[part.axis]
+            if widths.setdefault(key, width) != width:
+                raise PruneKitError(f"{name}: {width} neurons, other layers have {widths[key]}; the folder is damaged")
+    return widths
+
+
+def narrow(array: Any, part: Part, kept: Sequence[int], unit: int = 1, zero: bool = False):
+    """An array of a part with only these heads (of `unit` rows or columns) or neurons; with `zero` the others are 0."""
+    import numpy as np
+
+    count = array.shape[part.axis] // part.halves
+    index = (np.asarray(kept, int)[:, None] * unit + np.arange(unit)).reshape(-1)
+    index = np.concatenate([index + half * count for half in range(part.halves)])
+    if not zero:
+        return array.take(index, part.axis)
+    at = tuple(index if axis == part.axis else slice(None) for axis in range(array.ndim))
+    result = np.zeros_like(array)
+    result[at] = array[at]
+    return result
+
+
+# --- plan --------------------------------------------------------------------------------------------------------------
+
+
+def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, groups: int | None, mask: bool):
+    """(query heads, KV heads) that each layer keeps; PruneKitError for numbers that can't be."""
+    family = checkpoint.family
+    count, kv_heads, _ = heads(checkpoint)
+    hidden = configs(checkpoint.config, family.text)[0][family.hidden]
+    size = count // kv_heads
+    if groups is not None:
+        if family.kv_heads is None:
+            raise PruneKitError(f"--kv-groups: {family.model_type} has no form with shared KV heads; use --heads")
+        if not 1 <= groups <= kv_heads:
+            raise PruneKitError(f"--kv-groups {groups}: the model has {kv_heads}; choose 1 to {kv_heads}")
+    elif size == 1 and family.kv_heads is not None:
+        groups = None  # every head has a KV head of its own, which goes with it
+    else:
+        groups = kv_heads
+    sizes = [1] if groups is None or family.kv_heads is None else range(1, size + 1)
+    each = range(1, count + 1) if groups is None or family.kv_heads is None else [groups]
+    allowed = sorted({number * n for number in each for n in sizes} - {count})
+    if not mask and family.removable_heads == "divisors":
+        allowed = [number for number in allowed if hidden % number == 0]
+    wanted, said = (size * groups, f"--kv-groups {groups}") if groups else (None, "")
+    if keep is not None:
+        wanted, said = keep, f"--heads {keep}"
+    elif share is not None:
+        said = f"--head-share {share}"
+        wanted = next((n for n in allowed if abs(n / count - share) < 0.005), None)  # 0.67 is two thirds
+    if wanted not in allowed:
+        why = f"{kv_heads} KV heads, each shared by {size}" if size > 1 else "a KV head for each"
+        if family.kv_heads is None:
+            why = "none of them shared"
+        if not mask and family.removable_heads == "divisors":
+            why += f", and transformers wants a divisor of {family.hidden} {hidden}"
+        raise PruneKitError(
+            f"{said}: the model has {count} attention heads ({why}); "
+            + (f"keep one of {', '.join(map(str, allowed))}" if allowed else "none can go")
+        )
+    return int(wanted), (int(wanted) if groups is None else groups)
+
+
+def _plan_neurons(widths: dict[str, int], keep: int | None, share: float | None) -> dict[str, int]:
+    if keep is not None and len(widths) > 1:
+        listed = " and ".join(f"{width} ({key})" for key, width in widths.items())
+        raise PruneKitError(f"--neurons {keep}: the model's MLPs have {listed}; use --neuron-share")
+    if share is not None and not 0 < share < 1:
+        raise PruneKitError(f"--neuron-share {share}: give a share to keep, between 0 and 1")
+    kept = {}
+    for key, width in widths.items():
+        step = ROUND if width % ROUND == 0 else 1
+        kept[key] = keep if share is None else max(step, round(width * share / step) * step)
+        if not 0 < kept[key] < width:
+            said = f"--neurons {keep}" if share is None else f"--neuron-share {share}"
+            raise PruneKitError(f"{said}: the model has {width} ({key}); keep 1 to {width - 1} of them")
+    return kept
+
+
+def plan_width(
+    checkpoint: Checkpoint,
+    heads_kept: int | None = None,
+    head_share: float | None = None,
+    neurons: int | None = None,
+    neuron_share: float | None = None,
+    kv_groups: int | None = None,
+    mask: bool = False,
+) -> WidthCut:
+    """Plan to keep so many attention heads and MLP neurons of each text layer, the same number in all of them.
+
+    Shares are those that stay. `kv_groups` keeps so many KV heads, each with its query heads. Every KV head keeps the
+    same number of query heads. With `mask`, and for heads of families whose head size is hidden / heads, what goes is
+    zeroed where it is read (o_proj, down_proj) and shapes stay. Raises PruneKitError for numbers that can't be. Reads
+    no weights and writes no file; which heads and neurons stay, `choose` decides.
+    """
+    family, row = checkpoint.family, checkpoint.family.text
+    cut_heads = any(value is not None for value in (heads_kept, head_share, kv_groups))
+    cut_neurons = neurons is not None or neuron_share is not None
+    if not cut_heads and not cut_neurons:
+        raise PruneKitError("nothing to cut; name what stays with --heads, --kv-groups or --neurons")
+    count, kv_count, head_dim = heads(checkpoint)
+    parts, notes = find_parts(checkpoint), []
+    _check_shapes(checkpoint, parts, count, kv_count, head_dim)
+    heads_masked = mask or family.removable_heads == "none"
+    keep = kv_keep = None
+    if cut_heads:
+        keep, kv_keep = _plan_heads(checkpoint, heads_kept, head_share, kv_groups, heads_masked)
+        if heads_masked:
+            why = "" if mask else f" ({family.model_type}: the size of a head is {family.hidden} / {family.heads})"
+            notes.append(f"heads are zeroed, not removed{why}: the model gets neither smaller nor faster by it")
+    kept = _plan_neurons(mlp_widths(checkpoint, parts), neurons, neuron_share) if cut_neurons else {}
+    if kept and mask:
+        notes.append("neurons are zeroed, not removed: the model gets neither smaller nor faster by it")
+
+    config, tensors = copy.deepcopy(checkpoint.config), dict(checkpoint.tensors)
+    for part in configs(config, row):
+        if cut_heads and not heads_masked:
+            part |= {family.heads: keep, family.kv_heads: kv_keep, family.head_dim: head_dim}
+        if not mask:
+            part |= kept
+    plan = WidthCut(checkpoint, checkpoint, keep, kv_keep, kept, heads_masked, mask, notes)
+    for name, part in parts.items():
+        if (number := _kept_number(plan, part)) and not _masks(plan, part):
+            unit = head_dim if part.role in "qkvo" else 1
+            shape = list(tensors[name].shape)
+            shape[part.axis] = number * unit * part.halves
+            tensors[name] = replace(tensors[name], shape=tuple(shape), compute=partial(_not_chosen, name))
+    return replace(plan, result=replace(checkpoint, config=config, tensors=tensors))
+
+
+def _check_shapes(checkpoint: Checkpoint, parts: dict[str, Part], count: int, kv_count: int, width: int) -> None:
+    wanted = {"q": count, "o": count, "k": kv_count, "v": kv_count}
+    for layer in layer_numbers(checkpoint, "text"):
+        roles = {part.role for part in parts.values() if part.layer == layer}
+        if not {"o", "in", "out"} <= roles or ("q" in roles) != ({"k", "v"} <= roles):
+            raise PruneKitError(
+                f"{checkpoint.path}: layer {layer} lacks projections of attention or MLP; the folder is damaged"
+            )
+    for name, part in parts.items():
+        tensor = checkpoint.tensors[name]
+        if tensor.dtype not in TORCH_DTYPES:
+            raise PruneKitError(f"{name}: {tensor.dtype}; only floating-point weights can be cut")
+        if part.role in wanted and tensor.shape[part.axis] != wanted[part.role] * width:
+            raise PruneKitError(
+                f"{name}: {list(tensor.shape)}, where {wanted[part.role]} heads of {width} have "
+                f"{wanted[part.role] * width}; copy or download it again"
+            )
+
+
+def _not_chosen(name: str):
+    raise ValueError(f"{name}: width.choose has yet to fill this plan")
+
+
+def _kept_number(plan: WidthCut, part: Part) -> int | None:
+    if part.role in ("in", "out"):
+        row = plan.source.family.text
+        return plan.neurons.get(row.experts if part.stacked or part.expert is not None else row.width)
+    return plan.kv_heads if part.role in ("k", "v") else plan.heads
+
+
+def _masks(plan: WidthCut, part: Part) -> bool:
+    return plan.neurons_masked if part.role in ("in", "out") else plan.heads_masked
+
+
+# --- scores and choice -------------------------------------------------------------------------------------------------
+
+
+def best(scores, number: int) -> list[int]:
+    """Numbers of the highest scores, rising; of equal ones, the first."""
+    return sorted((-scores).argsort(kind="stable")[:number].tolist())
+
+
+def keep_heads(scores, kv_count: int, plan: WidthCut) -> tuple[list[int], list[int]]:
+    """(query heads, KV heads) to keep of a layer. Every KV head kept keeps as many query heads as every other."""
+    import numpy as np
+
+    groups = np.asarray(scores, float).reshape(kv_count, -1)
+    if groups.shape[1] == 1 and plan.kv_heads in (plan.heads, kv_count):  # a KV head for each
+        kept = best(groups[:, 0], plan.heads)
+        return kept, (kept if plan.kv_heads == plan.heads else list(range(kv_count)))
+    kv_kept = best(groups.sum(1), plan.kv_heads)
+    each, size = plan.heads // plan.kv_heads, groups.shape[1]
+    return [group * size + head for group in kv_kept for head in best(groups[group], each)], kv_kept
+
+
+def keep(plan: WidthCut, scores: Scores) -> Kept:
+    """What a layer with these scores keeps."""
+    kv_count = heads(plan.source)[1]
+    kept_heads, kept_kv = keep_heads(scores.heads, kv_count, plan) if plan.heads else (None, None)
+    row = plan.source.family.text
+    number = plan.neurons.get(row.experts if len(scores.neurons) > 1 else row.width)
+    neurons = [best(each, number) for each in scores.neurons] if number else None
+    return Kept(kept_heads, kept_kv, neurons)
+
+
+def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, Scores]:
+    """Scores by the weights alone, by layer.
+
+    A head's is the Frobenius norm of what it makes of a layer's input, O_h V_h, which no change of V's basis changes; a
+    neuron's is the product of the norms of its weights in all projections.
+    """
+    import numpy as np
+
+    row = checkpoint.family.text
+    count, kv_count, width = heads(checkpoint)
+    parts, scores = find_parts(checkpoint), {}
+    by_layer: dict[int, list[str]] = {}
+    for name, part in parts.items():
+        by_layer.setdefault(part.layer, []).append(name)
+
+    def weight(layer: int, linear: str):
+        name = rf"{row.prefix}{layer}\.{re.escape(linear)}\.weight"
+        array = checkpoint.read_array(next(n for n in checkpoint.tensors if re.fullmatch(name, n)))
+        return array.T if row.inputs_first else array
+
+    for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):
+        o = weight(layer, row.o).reshape(-1, count, width)
+        v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
+        v = v.reshape(kv_count, width, -1)
+        inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
+        outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
+        norms: dict[int, Any] = {}
+        for name in by_layer[layer]:
+            part = parts[name]
+            if part.role not in ("in", "out") or checkpoint.tensors[name].shape[1:] == ():
+                continue
+            array = checkpoint.read_array(name)
+            for expert, each in enumerate(array) if part.stacked else [(part.expert or 0, array)]:
+                axis = part.axis - part.stacked
+                squares = np.square(each).sum(axis=1 - axis).reshape(part.halves, -1)
+                norms[expert] = norms.get(expert, 1.0) * np.sqrt(squares).prod(0)
+        neurons = np.stack([norms[expert] for expert in sorted(norms)])
+        scores[layer] = Scores(np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0)), neurons)
+    return scores
+
+
+Change = Callable[[str, Any], Any]  # (name, array) -> array: a refit of a tensor, before it is cut
+
+
+def choose(plan: WidthCut, scores: dict[int, Scores], changes: dict[str, list[Change]] | None = None) -> WidthCut:
+    """The plan with its tensors: each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
+    kept = {layer: keep(plan, each) for layer, each in scores.items()}
+    parts, changes = find_parts(plan.source), changes or {}
+    tensors = dict(plan.result.tensors)
+    for name in {**parts, **changes}:
+        part = parts.get(name)
+        cut = part and _kept_number(plan, part) and (not _masks(plan, part) or part.role in ("o", "out"))
+        if cut or name in changes:
+            compute = partial(
+                _written, plan, name, part if cut else None, part and kept[part.layer], changes.get(name, [])
+            )
+            tensors[name] = replace(tensors[name], compute=compute)
+    return replace(plan, result=replace(plan.result, tensors=tensors), kept=kept, scores=scores)
+
+
+def _written(plan: WidthCut, name: str, part: Part | None, kept: Kept, changes: Iterable[Change]) -> memoryview:
+    import numpy as np
+
+    source = plan.source
+    tensor = source.tensors[name]
+    if changes:
+        array = source.read_array(name)
+    else:  # bits, whatever they mean
+        array = np.frombuffer(source.read_bytes(name), f"<u{DTYPE_BYTES[tensor.dtype]}").reshape(tensor.shape)
+    for change in changes:
+        array = change(name, array)
+    if part:
+        zero = _masks(plan, part)
+        if part.role in ("in", "out"):
+            of = partial(narrow, zero=zero)
+            if part.stacked:
+                each = replace(part, axis=part.axis - 1)
+                array = np.stack([of(a, each, k) for a, k in zip(array, kept.neurons, strict=True)])
+            else:
+                array = of(array, part, kept.neurons[part.expert or 0])
+        else:
+            numbers = kept.kv_heads if part.role in ("k", "v") else kept.heads
+            array = narrow(array, part, numbers, heads(source)[2], zero)
+    if changes:
+        return float_bytes(array, tensor.dtype, name)
+    return memoryview(np.ascontiguousarray(array)).cast("B")
+
+
+def removed_heads(plan: WidthCut) -> list[list[int]]:
+    """The heads that each layer loses, numbered as in the input."""
+    count = heads(plan.source)[0]
+    return [[h for h in range(count) if h not in plan.kept[layer].heads] for layer in sorted(plan.kept)]
+
+
+def apply_width(
+    plan: WidthCut,
+    out: str | Path,
+    score: str,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
+
+    `calibration` is what the entry shall say of it: settings and metrics. Besides what every entry has, it says which
+    heads each layer lost (`heads_removed`, numbered as in the input) and what all of them scored (`head_scores`).
+    """
+    before, after = statistics(plan.source), statistics(plan.result)
+    removed: dict[str, Any] = {}
+    if plan.heads:
+        removed["heads"] = before["num_attention_heads"] - plan.heads
+        if not plan.heads_masked and plan.kv_heads < before["num_key_value_heads"]:
+            removed["kv_heads"] = before["num_key_value_heads"] - plan.kv_heads
+    widths = mlp_widths(plan.source, find_parts(plan.source))
+    removed |= {key: widths[key] - number for key, number in plan.neurons.items()}
+    masked = ["heads"] * bool(plan.heads and plan.heads_masked)
+    masked += ["neurons"] * bool(plan.neurons and plan.neurons_masked)
+    entry = history_entry(
+        "width_cut",
+        plan.source.path,
+        before,
+        after,
+        removed=removed,
+        metrics=calibration and calibration["metrics"],
+        settings={"score": score, "masked": masked} | (calibration["settings"] if calibration else {}),
+    )
+    if plan.heads:
+        entry["heads_removed"] = removed_heads(plan)
+        entry["head_scores"] = [
+            [float(f"{score:.4g}") for score in plan.scores[layer].heads] for layer in sorted(plan.scores)
+        ]
+    write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
+    return entry

@@ -1,0 +1,323 @@
+"""Narrow layers on calibration data: score heads and neurons, and refit what reads those that stay.
+
+Layer by layer, each on what the cut ones before it give: heads are scored and cut, o_proj is refitted to the uncut
+model's state behind attention; then neurons are scored and cut, and down_proj is refitted to its state behind the
+layer, or to make up for a part of the error that comes in. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
+zeroed where the output projection reads it, and `width.choose` writes the smaller tensors.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from copy import copy
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from prunekit.checkpoint import heads
+from prunekit.data.batches import Calibration
+from prunekit.errors import PruneKitError
+from prunekit.families import Stack
+from prunekit.model.replay import find_stack, record_calls
+from prunekit.model.scores import counted_states, final_states, logits_in_parts, score_batches
+
+from .layers import Removal
+from .layers_fit import Fit, Sides, states_between
+from .width import Change, Scores, WidthCut, choose, keep, magnitudes
+
+MADE_UP = 0.25  # of the error that comes in: all of it asks too much of what is left, and none lets errors add up
+
+
+class Layer:
+    """Where a layer's heads and neurons are read, in memory."""
+
+    def __init__(self, module: nn.Module, row: Stack, count: int, width: int):
+        self.row, self.count, self.width = row, count, width
+        self.o = module.get_submodule(row.o)
+        self.attention = module.get_submodule(row.q.rpartition(".")[0])  # returns its distributions, if eager
+        block, _, out = row.mlp[-1].rpartition(".")
+        mlp = module.get_submodule(block) if block else module
+        self.experts = None if hasattr(mlp, out) else mlp.experts
+        self.out = getattr(mlp, out) if self.experts is None else None
+
+    def columns(self, linear: nn.Module) -> torch.Tensor:
+        """A projection's weight as (outputs, inputs)."""
+        return linear.weight.T.float() if self.row.inputs_first else linear.weight.float()
+
+    def expert_features(self, mask: torch.Tensor, arguments) -> Iterator[tuple[int, torch.Tensor]]:
+        """(expert, its neurons' activations (tokens routed to it, neurons)) of a call of the experts."""
+        states, chosen = arguments[0].flatten(0, -2), arguments[1]
+        counted = mask.to(states.device).flatten()
+        for expert in range(len(self.experts.gate_up_proj)):
+            rows = states[(chosen == expert).any(-1) & counted]
+            gate, up = nn.functional.linear(rows, self.experts.gate_up_proj[expert]).chunk(2, -1)
+            yield expert, (self.experts.act_fn(gate) * up).float()
+
+
+# --- scores ------------------------------------------------------------------------------------------------------------
+
+
+def focus(weights: torch.Tensor, score: str) -> torch.Tensor:
+    """How far attention distributions are from uniform ones, 0 to 1: (batch, heads, queries).
+
+    weights: (batch, heads, queries, keys). `entropy`: 1 - H / log n over the n keys that a query sees, close to Voita's
+    confidence (1905.09418); `variance`: that of the weights over that of a one-hot distribution.
+    """
+    weights = weights.float()
+    seen = (weights > 0).sum(-1).clamp_min(2)
+    if score == "entropy":
+        return 1 + torch.special.xlogy(weights, weights).sum(-1) / seen.log()
+    return (weights.square().sum(-1) - 1 / seen) / (1 - 1 / seen)
+
+
+class Student:
+    """The cut stack's fitting rows, of which one layer is run to see what is in it."""
+
+    def __init__(self, sides: Sides, batches: list[dict]):
+        self.sides, self.rows = sides, sides.judged.start
+        self.masks = [batch["attention_mask"].bool() for batch in batches[: self.rows]]
+
+    def watch(self, number: int, *hooks: Any) -> None:
+        """Run layer `number`. A hook is (module, function(mask, inputs, output)): called for each batch's tokens."""
+        self.sides.student.step(number)
+        some = copy(self.sides.student)
+        some.calls, some.states, some.added = (x[: self.rows] for x in (some.calls, some.states, some.added))
+
+        def call(function: Callable, masks: Iterator[torch.Tensor], _, inputs, output) -> None:
+            function(next(masks), inputs, output)
+
+        with contextlib.ExitStack() as stack:
+            for module, function in hooks:
+                stack.enter_context(module.register_forward_hook(partial(call, function, iter(self.masks))))
+            some.step(number + 1, keep=False)
+
+
+def head_scores(layer: Layer, student: Student, number: int, score: str) -> np.ndarray:
+    """(heads,) by activation, entropy or variance."""
+    total: Any = 0.0
+    tokens = 0
+
+    def moments(mask, inputs, output):
+        nonlocal total
+        x = inputs[0][mask.to(inputs[0].device)].float().unflatten(-1, (layer.count, layer.width))
+        total = total + torch.einsum("nhi,nhj->hij", x, x)
+
+    def distributions(mask, inputs, output):
+        nonlocal total, tokens
+        weights = output[1]
+        if weights is None:
+            raise PruneKitError(f"--score {score}: this model's attention doesn't give its distributions")
+        mask = mask.to(weights.device).clone()
+        mask[:, 0] = False  # a first token sees itself alone
+        total = total + (focus(weights, score) * mask[:, None]).sum((0, 2))
+        tokens += int(mask.sum())
+
+    if score != "activation":
+        student.watch(number, (layer.attention, distributions))
+        return (total / max(tokens, 1)).cpu().numpy()
+    student.watch(number, (layer.o, moments))
+    columns = layer.columns(layer.o).unflatten(1, (layer.count, layer.width))
+    written = (torch.einsum("ohi,ohj->hij", columns, columns) * total).sum((1, 2))
+    return written.clamp_min(0).sqrt().cpu().numpy()
+
+
+def neuron_scores(layer: Layer, student: Student, number: int) -> np.ndarray:
+    """(experts, neurons): root mean square of what each writes, times a constant."""
+    if layer.experts is None:
+        totals = [0.0]
+
+        def squares(mask, inputs, output):
+            totals[0] = totals[0] + inputs[0][mask.to(inputs[0].device)].float().square().sum(0)
+
+        student.watch(number, (layer.out, squares))
+        norms = layer.columns(layer.out).norm(dim=0)[None]
+    else:
+        totals = [0.0] * len(layer.experts.gate_up_proj)
+
+        def squares(mask, inputs, output):
+            for expert, x in layer.expert_features(mask, inputs):
+                totals[expert] = totals[expert] + x.square().sum(0)
+
+        student.watch(number, (layer.experts, squares))
+        norms = layer.experts.down_proj.float().norm(dim=1)
+    return (torch.stack(totals).sqrt() * norms).cpu().numpy()
+
+
+def taylor(
+    model: nn.Module, row: Stack, layers: list[Layer], batches: list[dict], quiet: bool | None = None
+) -> dict[int, Scores]:
+    """First-order importance of the uncut model's heads and neurons: E[(sum of gradient * value)^2], by layer.
+
+    Molchanov et al. 2019 (1906.10771), of a gate on each head or neuron, with a row of the data as the sample; a batch
+    for experts, whose neurons are only seen through the gradient of down_proj.
+    """
+    heads_of: list[Any] = [0.0] * len(layers)
+    neurons_of: list[Any] = [0.0] * len(layers)
+    entered: dict[tuple[int, str], torch.Tensor] = {}
+
+    def enter(key: tuple[int, str], _, inputs) -> None:
+        inputs[0].retain_grad()
+        entered[key] = inputs[0]
+
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    with contextlib.ExitStack() as undo, torch.enable_grad():
+        for parameter, before in zip(model.parameters(), wanted):
+            undo.callback(parameter.requires_grad_, before)
+            parameter.requires_grad_(False)
+        embedding = model.get_input_embeddings()
+        undo.enter_context(embedding.register_forward_hook(lambda _, inputs, output: output.requires_grad_()))
+        for number, layer in enumerate(layers):
+            modules = [("heads", layer.o)] + ([("neurons", layer.out)] if layer.experts is None else [])
+            for what, module in modules:
+                undo.enter_context(module.register_forward_pre_hook(partial(enter, (number, what))))
+            if layer.experts is not None:
+                layer.experts.down_proj.requires_grad_(True)
+        for batch in tqdm(batches, desc="gradients", leave=False, disable=quiet):
+            states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
+            leaf = states.detach().requires_grad_()
+            for part, logits in logits_in_parts(model, leaf):
+                nn.functional.cross_entropy(logits, labels[part], reduction="sum").backward()
+            states.backward(leaf.grad)
+            for number, layer in enumerate(layers):
+                x = entered[number, "heads"]
+                gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.count, layer.width))
+                heads_of[number] = heads_of[number] + gates.sum((1, 3)).square().sum(0)
+                if layer.experts is None:
+                    x = entered[number, "neurons"]
+                    squares = (x.grad.float() * x.detach().float()).sum(1).square().sum(0)[None]
+                else:
+                    down = layer.experts.down_proj
+                    squares = (down.grad.float() * down.detach().float()).sum(1).square()
+                    down.grad = None
+                neurons_of[number] = neurons_of[number] + squares
+            entered.clear()
+    return {
+        number: Scores(one.cpu().numpy(), other.cpu().numpy())
+        for number, (one, other) in enumerate(zip(heads_of, neurons_of))
+    }
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def gate(layer: Layer, plan: WidthCut, scores: Scores, neurons: bool) -> Any:
+    """Zero the heads (or neurons) that these scores don't keep where they are read; returns the hook, if there is one."""
+    kept = keep(plan, scores)
+    if neurons and layer.experts is not None:
+        for expert, numbers in enumerate(kept.neurons):
+            gone = torch.ones(layer.experts.down_proj.shape[-1], dtype=torch.bool)
+            gone[numbers] = False
+            layer.experts.down_proj[expert][:, gone.to(layer.experts.down_proj.device)] = 0
+        return None
+    module, numbers, unit = (layer.out, kept.neurons[0], 1) if neurons else (layer.o, kept.heads, layer.width)
+    count = layer.columns(module).shape[1] // unit
+    mask = torch.zeros(count, dtype=module.weight.dtype, device=module.weight.device)
+    mask[numbers] = 1
+    mask = mask.repeat_interleave(unit)
+    return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
+
+
+def _reachable(targets: list[torch.Tensor], uncut: list, cut: list, made_up: float) -> list[torch.Tensor]:
+    """Targets less what isn't made up for of the difference of states that come in (None where nothing came before)."""
+    return [
+        target if state is None else target.float() - (1 - made_up) * (state.float() - own.float())
+        for target, state, own in zip(targets, uncut, cut, strict=True)
+    ]
+
+
+def as_change(fit: Fit) -> Change:
+    """A fit as a change of the tensors that hold its projection."""
+    solution, projection = fit.solution.cpu(), fit.projection.alone()
+    return lambda name, array: projection.changed(name, torch.from_numpy(array), solution).numpy()
+
+
+@torch.no_grad()
+def calibrate_width(
+    plan: WidthCut,
+    model: nn.Module,
+    data: Calibration,
+    score: str,
+    quiet: bool | None = None,
+    made_up: float = 1.0,
+) -> tuple[WidthCut, dict[str, float]]:
+    """Choose what stays by `score` on calibration data, and refit the projections that read it.
+
+    Neurons have no attention distributions: by entropy or variance of heads, they are scored by activation. `model` is
+    the uncut one; it isn't fit for use afterwards. `made_up` is the share of the error that comes into a layer that its
+    refits make up for: all of it asks much of what is left, less of it lets errors add up. Returns the plan with its
+    tensors, and the loss on the held-out rows, `held_out_loss_uncut` and `held_out_loss`; none for encoders, which predict no next token. Families with norms
+    behind their projections are cut and not refitted. Raises PruneKitError for scores that aren't finite, or that an
+    encoder can't have.
+    """
+    family, row = plan.source.family, plan.source.family.text
+    count, _, width = heads(plan.source)
+    if score == "taylor" and not family.causal:
+        raise PruneKitError(f"--score taylor: needs labels, {family.model_type} has none here; choose another")
+    if score in ("entropy", "variance"):
+        model.set_attn_implementation("eager")
+    batches = [*data.fit, *data.held_out]
+    judged = range(len(data.fit), len(batches))
+    owner, attribute = find_stack(model, row)
+    layers = [Layer(layer, row, count, width) for layer in getattr(owner, attribute)]
+    losses = {}
+    if family.causal:
+        losses["held_out_loss_uncut"] = score_batches(model, data.held_out)["loss"]
+    known: dict[int, Scores] = {}
+    if score == "magnitude":
+        known = magnitudes(plan.source, quiet)
+    elif score == "taylor":
+        known = taylor(model, row, layers, data.fit, quiet)
+    unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
+    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
+    student = Student(sides, batches)
+    refits = row.plain_residual and family.causal
+    scores: dict[int, Scores] = {}
+    changes: dict[str, list[Change]] = {}
+
+    def refit(number: int, name: str, targets: list[torch.Tensor], behind_attention: bool) -> None:
+        fit = sides.fit(number, (name,), targets, behind_attention)
+        if fit.left < fit.before:
+            fit.apply()
+            pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
+            for tensor in filter(re.compile(pattern).fullmatch, plan.source.tensors):
+                changes.setdefault(tensor, []).append(as_change(fit))
+
+    with contextlib.ExitStack() as gates, tqdm(total=len(layers), desc="narrow", disable=quiet) as progress:
+        for number, layer in enumerate(layers):
+            if refits:
+                for side in (sides.teacher, sides.student):
+                    side.step(number)
+                entered = list(sides.teacher.states), list(sides.student.states)
+                between, behind = sides.targets_between(number)
+            each = known.get(number)
+            of_heads, of_neurons = (each.heads, each.neurons) if each else (np.zeros(count), np.zeros((1, 0)))
+            if plan.heads:
+                of_heads = of_heads if each else head_scores(layer, student, number, score)
+                _check_finite(plan, number, of_heads)
+                gates.enter_context(gate(layer, plan, Scores(of_heads, np.zeros((1, 0))), neurons=False))
+                if refits:
+                    refit(number, row.o, _reachable(between, *entered, made_up), behind_attention=True)
+            if plan.neurons:
+                of_neurons = of_neurons if each else neuron_scores(layer, student, number)
+                _check_finite(plan, number, of_neurons)
+                if hook := gate(layer, plan, Scores(of_heads, of_neurons), neurons=True):
+                    gates.enter_context(hook)
+            scores[number] = Scores(of_heads, of_neurons)
+            if refits:
+                with states_between(sides.layers[number], row) as own:
+                    sides.student.step(number + 1, keep=False)
+                refit(number, row.mlp[-1], _reachable(behind, between, own, made_up), behind_attention=False)
+            progress.update()
+        if family.causal:
+            losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
+    return choose(plan, scores, changes=changes), losses
+
+
+def _check_finite(plan: WidthCut, number: int, values: np.ndarray) -> None:
+    if not math.isfinite(float(np.abs(values).sum())):
+        raise PruneKitError(f"{plan.source.path}: layer {number} has scores that are not finite; try --dtype float32")

@@ -1,0 +1,408 @@
+"""Unstructured sparsity: which weights of a checkpoint become zero, and the checkpoint with these zeros.
+
+Magnitudes are read tensor by tensor, so no model is ever in memory; other scores come from prunekit/surgery/zeros_scores.py.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prunekit.checkpoint import (
+    TORCH_DTYPES,
+    Checkpoint,
+    history_entry,
+    layer_numbers,
+    statistics,
+    write_checkpoint,
+)
+from prunekit.checkpoint.provenance import check_ranking
+from prunekit.errors import PruneKitError
+from prunekit.families import Family, Stack, configs
+from prunekit.knockout.ranking import check_shape
+
+SCORES = ("magnitude", "wanda", "gradient")
+SCOPES = ("global", "layer", "row")
+LEAST_WEIGHT = 1e-9  # of a layer in sharing out: what the others can't take goes even to the most important
+NO_GAIN = (
+    "zeros in dense weight files save neither space nor time: every one is stored and multiplied. They pay where files "
+    "are compressed, or with a runtime that skips them"
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a weight matrix stands in the model, and which of its axes are the inputs."""
+
+    stack: str | None = None
+    layer: int | None = None
+    inputs: int = -1
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for; exactly one of threshold, sparsity and pattern (zeros, of) is there."""
+
+    threshold: float | None = None
+    sparsity: float | None = None
+    pattern: tuple[int, int] | None = None
+    scope: str = "global"
+    score: str = "magnitude"
+    modules: str | None = None
+    power: float = 1.0
+    maximum: float = 0.95  # of a layer, where budgets follow importance
+
+
+@dataclass(frozen=True)
+class Sparsification:
+    """What will become zero: `result` computes its tensors, with their zeros, when they are written (after `select`)."""
+
+    source: Checkpoint
+    wish: Wish
+    weights: dict[str, Weight]
+    importance: dict[tuple[str, int], float] | None = None
+    result: Checkpoint | None = None
+    zeros: dict[str, int] = field(default_factory=dict)  # after it, by tensor
+    zeros_before: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: math.prod(self.source.tensors[name].shape) for name in self.weights}
+
+
+def parse_pattern(text: str) -> tuple[int, int]:
+    """(zeros, group) of a pattern N:M, of which N in M neighbours are kept: (2, 4) for 2:4."""
+    numbers = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    kept, group = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 0 < kept < group:
+        raise PruneKitError(f"--pattern {text[:40]}: write it N:M, of M neighbours N are kept, like 2:4")
+    return group - kept, group
+
+
+def _projection(row: Stack) -> re.Pattern[str]:
+    """Of a stack: names of its layers' projections, those of a mixture of experts included."""
+    plain = "|".join(re.escape(name) for name in sorted({row.q, row.k, row.v, row.o, *row.mlp}))
+    block = re.escape(row.mlp[-1].rpartition(".")[0])
+    linear = "|".join(sorted({name.rpartition(".")[2] for name in row.mlp} | {"gate_up_proj"}))
+    return re.compile(
+        rf"{row.prefix}(\d+)\.(?:(?:{plain})\.weight|{block}\.experts\.(?:\d+\.)?(?:{linear})(?:\.weight)?)"
+    )
+
+
+def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | None, int | None] | None]:
+    """What says of a matrix's name if it is chosen, and of which stack and layer it is (None, None: of none).
+
+    Chosen are the layers' projections in whose names the regex `modules` is found (None: all). Embeddings, output heads,
+    routers and whatever else is no layer's projection must match it from end to end. PruneKitError for a bad regex.
+    """
+    try:
+        wanted = re.compile(modules or "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise PruneKitError(f"--modules {modules[:80]!r}: not a regular expression ({error})") from None
+    projections = {stack: _projection(row) for stack, row in family.stacks.items()}
+
+    def choose(name: str) -> tuple[str | None, int | None] | None:
+        for stack, pattern in projections.items():
+            if match := pattern.fullmatch(name):
+                return (stack, int(match[1])) if wanted.search(name) else None
+        return (None, None) if modules and wanted.fullmatch(name) else None
+
+    return choose
+
+
+def choose_weights(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Weight]:
+    """The weight matrices to sparsify, by name: what `chooser` chooses. PruneKitError if that is nothing."""
+    family, chosen = checkpoint.family, {}
+    choose = chooser(family, modules)
+    for stack in family.stacks:
+        layer_numbers(checkpoint, stack)  # raises if the folder is damaged
+    for name, tensor in checkpoint.tensors.items():
+        if len(tensor.shape) < 2 or not (found := choose(name)):
+            continue
+        stack, layer = found
+        axis = _input_axis(checkpoint, family.stacks[stack], name, tensor.shape) if stack else -1
+        chosen[name] = Weight(stack, layer, axis)
+        if tensor.dtype not in TORCH_DTYPES:
+            raise PruneKitError(f"{name}: has dtype {tensor.dtype}; leave it out with --modules")
+    if not chosen:
+        some = next(filter(chooser(family, None), checkpoint.tensors))
+        raise PruneKitError(f"--modules {modules[:80]!r}: matches no weight; they are named like {some}")
+    return chosen
+
+
+def _input_axis(checkpoint: Checkpoint, row: Stack, name: str, shape: tuple[int, ...]) -> int:
+    if row.inputs_first:
+        return -2
+    if len(shape) < 3:
+        return -1
+    # All experts in one: releases differ in the order of the axes, so the hidden size has to tell
+    hidden = configs(checkpoint.config, row)[0][checkpoint.family.hidden]
+    reads_hidden = row.mlp[-1].rpartition(".")[2] not in name
+    return -1 if (shape[-1] == hidden) == reads_hidden or shape[-1] == shape[-2] else -2
+
+
+def plan_sparsify(checkpoint: Checkpoint, wish: Wish) -> Sparsification:
+    """Plan to zero weights as wished. Raises PruneKitError for numbers out of range, wishes that contradict each other,
+    and weights that don't divide into the pattern's groups. Reads no weights and writes no file."""
+    given = [name for name in ("threshold", "sparsity", "pattern") if getattr(wish, name) is not None]
+    if len(given) != 1:
+        raise PruneKitError("give one of --sparsity, --threshold and --pattern")
+    if wish.sparsity is not None and not 0 < wish.sparsity < 1:
+        raise PruneKitError(f"--sparsity {wish.sparsity}: a share of the weights, between 0 and 1")
+    if wish.threshold is not None and not 0 < wish.threshold < math.inf:
+        raise PruneKitError(f"--threshold {wish.threshold}: a positive number; scores below it become zero")
+    if not 0 < wish.maximum <= 1:
+        raise PruneKitError(f"--max-sparsity {wish.maximum}: a share of a layer's weights, above 0, at most 1")
+    if not 0 < wish.power < math.inf:
+        raise PruneKitError(f"--power {wish.power}: a positive number")
+    weights = choose_weights(checkpoint, wish.modules)
+    if wish.pattern:
+        for name, weight in weights.items():
+            inputs = checkpoint.tensors[name].shape[weight.inputs]
+            if inputs % wish.pattern[1]:
+                raise PruneKitError(
+                    f"{name}: its {inputs} inputs don't divide into groups of {wish.pattern[1]}; "
+                    "leave it out with --modules"
+                )
+    return Sparsification(checkpoint, wish, weights)
+
+
+def allocate(
+    sizes: Sequence[int],
+    importances: Sequence[float],
+    total: int,
+    power: float = 1.0,
+    maximum: float = 1.0,
+    least: Sequence[int] | None = None,
+) -> list[int]:
+    """How many weights of each group become zero: `total` in all, exactly, whatever the importances.
+
+    Each group's ratio is proportional to 1 - (importance / largest importance) ** power, but at most `maximum` and at
+    least `least` weights (what is zero already). What is over because groups are full goes to the others. Raises
+    PruneKitError if `total` is less than all that is zero already, more than the groups can take, or if an importance is
+    negative or no number.
+    """
+    least = least or [0] * len(sizes)
+    if not all(0 <= importance < math.inf for importance in importances):
+        raise PruneKitError("layer importances must be finite numbers, none below 0")
+    most = [max(low, math.floor(Fraction(str(maximum)) * size)) for low, size in zip(least, sizes, strict=True)]
+    if not sum(least) <= total <= sum(most):
+        share, reach = total / sum(sizes), sum(least) if total < sum(least) else sum(most)
+        what = "are zero already" if total < sum(least) else "at most can be, with --max-sparsity as it is"
+        raise PruneKitError(f"a sparsity of {share:.2%} can't be met: {reach / sum(sizes):.2%} {what}")
+    largest = max(importances) or 1.0
+    weights = [max(1 - (importance / largest) ** power, LEAST_WEIGHT) for importance in importances]
+
+    def counts(scale: float) -> list[int]:
+        shares = (scale * weight * size for weight, size in zip(weights, sizes))
+        return [max(low, min(high, math.floor(share))) for low, high, share in zip(least, most, shares)]
+
+    low, high = 0.0, 2 / LEAST_WEIGHT
+    for _ in range(100):  # floats lie no closer then
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(counts(middle)) <= total else (low, middle)
+    found = counts(low)
+    # What is missing is less than one weight of each group, but where shares of many groups become whole at once
+    order = sorted(range(len(sizes)), key=lambda i: low * weights[i] * sizes[i] % 1, reverse=True)
+    while missing := total - sum(found):
+        for index in [index for index in order if found[index] < most[index]][:missing]:
+            found[index] += 1
+    return found
+
+
+def knockout_importance(checkpoint: Checkpoint, ranking: Any) -> dict[tuple[str, int], float]:
+    """Importance of each layer from a ranking.json: the share of the baseline's token_acc that its removal costs.
+
+    A layer without which the model couldn't be measured is as important as can be (1). PruneKitError if the ranking
+    is no such file, of another model, or lacks a layer.
+    """
+    check_shape(ranking)
+    check_ranking(checkpoint, ranking)
+    shares = {(entry["stack"], entry["layer"]): entry.get("relative") for entry in ranking["removals"]}
+    found = {layer: 1.0 if share is None else min(1.0, max(0.0, 1 - share)) for layer, share in shares.items()}
+    for stack in {stack for stack, _ in found}:
+        if stack not in checkpoint.family.stacks:
+            raise PruneKitError(f"--ranking: has a stack {stack!r}, {checkpoint.family.model_type} has none")
+    return found
+
+
+def _layers(plan: Sparsification) -> dict[Any, list[str]]:
+    groups = defaultdict(list)
+    for name, weight in plan.weights.items():
+        groups[None if weight.layer is None else (weight.stack, weight.layer)].append(name)
+    return groups
+
+
+def check_shared_out(wish: Wish) -> None:
+    """PruneKitError if there is no budget that layers' importance could share out."""
+    if wish.sparsity is None or wish.scope == "global":
+        raise PruneKitError("--layer-importance shares out a --sparsity by layers: --scope layer or row")
+
+
+def with_importance(plan: Sparsification, importance: Mapping[tuple[str, int], float]) -> Sparsification:
+    """The plan with budgets that follow layers' importance. PruneKitError if a layer has none, or there is no budget."""
+    check_shared_out(plan.wish)
+    for group in _layers(plan):
+        if group is not None and group not in importance:
+            raise PruneKitError(f"no importance is known of {group[0]} layer {group[1]}; scan it, too")
+    return replace(plan, importance=dict(importance))
+
+
+def _budgets(plan: Sparsification, total: int, zeros: dict[str, int]) -> dict[str, int]:
+    """Zeros of each tensor: the same share of all, or of all in a layer whose budget follows its importance."""
+    sizes, groups = plan.sizes, {None: list(plan.weights)}
+    counts = [total]
+    if plan.importance is not None:
+        groups = _layers(plan)
+        known = [plan.importance[group] for group in groups if group is not None]
+        importances = [plan.importance.get(group, sum(known) / max(1, len(known))) for group in groups]
+        counts = allocate(
+            [sum(sizes[name] for name in names) for names in groups.values()],
+            importances,
+            total,
+            plan.wish.power,
+            plan.wish.maximum,
+            [sum(zeros[name] for name in names) for names in groups.values()],
+        )
+    budgets: dict[str, int] = {}
+    for names, count in zip(groups.values(), counts, strict=True):
+        least = [zeros[name] for name in names]
+        shares = allocate([sizes[name] for name in names], [0.0] * len(names), count, least=least)
+        budgets |= dict(zip(names, shares, strict=True))
+    return budgets
+
+
+def tensor_bytes(values) -> memoryview:
+    """A torch tensor's values as they are in a file."""
+    import torch
+
+    return memoryview(values.view(-1).view(torch.uint8).numpy())
+
+
+# Of a tensor's name and values: its scores, both in the checkpoint's layout
+Scores = Callable[[str, Any], Any]
+
+
+def magnitude(name: str, values):
+    return values.abs()
+
+
+def select(plan: Sparsification, scores: Scores = magnitude) -> Sparsification:
+    """The plan with its cuts made: `result` computes its zeros when it is written, and `zeros` counts them.
+
+    Reads the chosen weights two to four times, a tensor at a time. Raises PruneKitError if the sparsity can't be met.
+    """
+    import torch
+
+    from .zeros_pick import Cut, RowCut, find_cuts, sort_keys
+
+    wish, sizes = plan.wish, plan.sizes
+
+    def keys_of(name: str, values=None):
+        values = plan.source.read(name) if values is None else values
+        found = scores(name, values)
+        if wish.score != "magnitude" and not torch.isfinite(found).all():
+            raise PruneKitError(f"{name}: its {wish.score} scores aren't finite; try --dtype float32")
+        return sort_keys(found, values)
+
+    def all_keys(what: str) -> Iterator[tuple[str, Any]]:
+        for name in tqdm(plan.weights, desc=what, leave=False, disable=None):
+            yield name, keys_of(name)
+
+    zeros = {
+        name: int((plan.source.read(name) == 0).sum())
+        for name in tqdm(plan.weights, desc="count zeros", leave=False, disable=None)
+    }
+    if wish.sparsity is not None:
+        count = sum(sizes.values())
+        total = math.floor(Fraction(str(wish.sparsity)) * count + Fraction(1, 2))
+        allocate([count], [0.0], total, least=[sum(zeros.values())])  # raises if it can't be met
+    if wish.threshold is not None:
+        key = int(sort_keys(torch.tensor(wish.threshold), torch.tensor(1.0)))
+        cuts = dict.fromkeys(plan.weights, Cut(key))
+    elif wish.pattern:
+        cuts = {name: RowCut(wish.pattern[0], w.inputs, wish.pattern[1]) for name, w in plan.weights.items()}
+    elif wish.scope == "global":
+        cuts = find_cuts(partial(all_keys, "select"), total)
+    else:
+        budgets, cuts = _budgets(plan, total, zeros), {}
+        for name, keys in all_keys("select"):
+            if wish.scope == "row":
+                cuts[name] = RowCut(budgets[name], plan.weights[name].inputs)
+            else:
+                cuts |= find_cuts(lambda name=name, keys=keys: [(name, keys)], budgets[name])
+
+    def compute(name: str) -> memoryview:
+        values = plan.source.read(name)
+        values.masked_fill_(cuts[name].mask(keys_of(name, values)), 0)
+        return tensor_bytes(values)
+
+    after = {name: cut.count for name, cut in cuts.items()}
+    if wish.sparsity is None:  # then only the masks can say it
+        after = {name: int((cuts[name].mask(k) | (k == 0)).sum()) for name, k in all_keys("count anew")}
+    tensors = plan.source.tensors | {
+        name: replace(plan.source.tensors[name], compute=partial(compute, name)) for name in plan.weights
+    }
+    result = replace(plan.source, tensors=tensors)
+    return replace(plan, result=result, zeros=after, zeros_before=sum(zeros.values()))
+
+
+def sparsity_record(zeros: Mapping[str, int], sizes: Mapping[str, int], parameters: int) -> dict[str, Any]:
+    """What a history says of sparsity: zeros, their share of the chosen weights and of all parameters, and by tensor."""
+    count, chosen = sum(zeros.values()), sum(sizes.values())
+    return {
+        "zeros": count,
+        "weights": chosen,
+        "sparsity": count / chosen,
+        "of_all_parameters": count / parameters,
+        "tensors": {name: zeros[name] / sizes[name] for name in zeros},
+    }
+
+
+def apply_sparsify(
+    plan: Sparsification,
+    out: str | Path,
+    overwrite: bool = False,
+    max_shard_bytes: int | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a selected plan's checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
+
+    `calibration` is what the entry shall say of it: settings and metrics.
+    """
+    numbers, wish = statistics(plan.source), plan.wish
+    settings = {key: value for key, value in vars(wish).items() if value is not None}
+    if wish.pattern:
+        settings["pattern"] = f"{wish.pattern[1] - wish.pattern[0]}:{wish.pattern[1]}"
+    unused = ([] if plan.importance else ["power", "maximum"]) + ([] if wish.sparsity else ["scope"])
+    settings = {key: value for key, value in settings.items() if key not in unused}
+    entry = history_entry(
+        "sparsify",
+        plan.source.path,
+        numbers,
+        numbers,
+        removed={"weights": sum(plan.zeros.values()) - plan.zeros_before},
+        metrics=calibration and calibration["metrics"],
+        settings=settings | (calibration["settings"] if calibration else {}),
+    )
+    entry["sparsity"] = sparsity_record(plan.zeros, plan.sizes, numbers["parameters"])
+    write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
+    return entry
+
+
+def measure(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Any]:
+    """`sparsity_record` of what is zero in a checkpoint's chosen weights now, read a tensor at a time."""
+    weights = choose_weights(checkpoint, modules)
+    zeros = {
+        name: int((checkpoint.read(name) == 0).sum())
+        for name in tqdm(weights, desc="count zeros", leave=False, disable=None)
+    }
+    sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in weights}
+    return sparsity_record(zeros, sizes, statistics(checkpoint)["parameters"])

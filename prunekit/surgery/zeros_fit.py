@@ -1,0 +1,255 @@
+"""Refit the weights that stay where others became zero, so that each projection writes what it did before.
+
+Which weights stay is given. Each output of a projection is then a least squares problem over its own weights, in
+calibration activations: all of a matrix are solved at once by conjugate gradients, and for each the step is taken that
+leaves least on held-out rows, so few data can't make it worse there. (That weights may change after others are zeroed
+is the idea of optimal brain surgery; SparseGPT, 2301.00774, does it in one sweep along the columns. With the zeros
+given, the exact problem is no dearer: 2401.02938 solves it by ADMM.) Layer by layer, and in a layer attention's inputs
+before what reads them, each on what the refitted ones before it give.
+"""
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from prunekit.checkpoint import TORCH_DTYPES
+from prunekit.data.batches import Calibration
+from prunekit.errors import PruneKitError
+from prunekit.families import Stack
+from prunekit.model.replay import record_calls
+from prunekit.model.scores import score_batches
+
+from .layers import Removal
+from .layers_fit import Sides
+from .zeros import Sparsification, tensor_bytes
+from .zeros_scores import EXPERT, place, plain_name, watch_inputs
+
+STEPS = 10  # of conjugate gradients: more of them gain nothing, and cost as much as the forward passes
+MADE_UP = 0.25  # of the error that comes in: all asks too much of what is left, none lets errors add up
+
+
+class Moments:
+    """Second moments of what matrices read, over tokens, by expert (None: of a plain projection): (inputs, inputs).
+
+    own: of the sparse model's values with themselves. wanted: of the values that are wanted, with the sparse model's.
+    """
+
+    def __init__(self) -> None:
+        self.own: dict[int | None, Any] = defaultdict(float)
+        self.wanted: dict[int | None, Any] = defaultdict(float)
+
+    def add(self, values: torch.Tensor, wanted: torch.Tensor, expert: int | None) -> None:
+        """values, wanted: (tokens, inputs)."""
+        self.own[expert] += values.T @ values
+        self.wanted[expert] += wanted.T @ values
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.own.values())).device
+
+    def finite(self) -> bool:
+        return all(torch.isfinite(each).all() for each in (*self.own.values(), *self.wanted.values()))
+
+    def of(self, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.own[expert], self.wanted[expert]
+
+
+def fit_rows(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    fit: tuple[torch.Tensor, torch.Tensor],
+    judge: tuple[torch.Tensor, torch.Tensor],
+    steps: int = STEPS,
+) -> torch.Tensor:
+    """The weights that stay, refitted: row by row nearest to what the whole row writes of the values that are wanted.
+
+    weight, kept: (outputs, inputs), kept is False where a weight is zero. fit, judge: own and wanted `Moments` of the
+    data to fit on, and of those that choose the step of conjugate gradients (with Jacobi's preconditioner, from the
+    weights as they are), each output for itself.
+    """
+    (own, wanted), (own_judge, wanted_judge) = fit, judge
+    aim = weight @ wanted_judge
+    kept = kept.to(weight.dtype)
+
+    def missing(found: torch.Tensor) -> torch.Tensor:
+        return ((found @ own_judge - 2 * aim) * found).sum(-1, keepdim=True)
+
+    def ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+        return torch.where(below > 0, above / below.clamp_min(1e-38), 0)
+
+    diagonal = own.diagonal()
+    scale = ratio(torch.ones_like(diagonal), diagonal)
+    found = weight * kept
+    best, least = found, missing(found)
+    rest = (weight @ wanted - found @ own) * kept
+    along = scaled = rest * scale
+    size = (rest * scaled).sum(-1, keepdim=True)
+    for _ in range(steps):
+        through = (along @ own) * kept
+        length = ratio(size, (along * through).sum(-1, keepdim=True))
+        found = found + length * along
+        rest = rest - length * through
+        scaled = rest * scale
+        before, size = size, (rest * scaled).sum(-1, keepdim=True)
+        along = scaled + ratio(size, before) * along
+        left = missing(found)
+        best, least = torch.where(left < least, found, best), torch.minimum(left, least)
+    return best
+
+
+def _turn(row: Stack, name: str) -> int:
+    """When a projection's input is there: before attention, behind it, before the MLP, before what it writes with."""
+    plain, expert = name.removesuffix(".weight"), EXPERT.match(name)
+    last = expert[3].startswith("down") if expert else plain == row.mlp[-1]
+    return 3 if last else 0 if plain in (row.q, row.k, row.v) else 1 if plain == row.o else 2
+
+
+class Layer:
+    """A layer's chosen weights, and the moments of what they read."""
+
+    def __init__(self, sides: Sides, number: int, names: dict[str, str]):
+        """names: of the chosen weights, relative to the layer, by those of the checkpoint."""
+        self.sides, self.number, self.module = sides, number, sides.layers[number]
+        self.turns: dict[int, list[str]] = defaultdict(list)
+        for name, relative in names.items():
+            self.turns[_turn(sides.row, relative)].append(name)
+        self.readers, self.read = {}, {turn: [] for turn in self.turns}
+        for turn, each in self.turns.items():
+            name = names[each[0]]
+            expert = EXPERT.match(name)
+            self.readers[turn] = self.module.get_submodule(expert[1] if expert else name.removesuffix(".weight"))
+        sides.teacher.step(number)
+        sides.student.step(number)
+        with contextlib.ExitStack() as hooks:
+            for turn, module in self.readers.items():
+                hook = module.register_forward_pre_hook(partial(self._keep, turn), with_kwargs=True)
+                hooks.callback(hook.remove)
+            sides.teacher.step(number + 1)
+
+    def _keep(self, turn: int, _, inputs: tuple, kwargs: dict) -> None:
+        self.read[turn].append(next(iter((*inputs, *kwargs.values()))).flatten(0, -2))
+
+    def moments(self, turn: int) -> tuple[Moments, Moments]:
+        """Of what the sparse model's layer reads there now: on the rows to fit on, and on those that judge."""
+        sides, index = self.sides, -1
+        fit, judge = Moments(), Moments()
+
+        def mask() -> torch.Tensor:
+            nonlocal index
+            index += 1
+            return sides.batches[index]["attention_mask"]
+
+        def seen(part: str | None, expert: int | None, values: torch.Tensor, tokens: torch.Tensor) -> None:
+            if part is not None and (part == "down_proj") != (turn == 3):
+                return
+            wanted = values
+            if part != "down_proj":  # what the dense model's experts hold inside isn't kept
+                wanted = torch.lerp(values, self.read[turn][index][tokens].float(), MADE_UP)
+            (judge if index in sides.judged else fit).add(values, wanted, expert)
+
+        hook = watch_inputs(self.readers[turn], mask, seen)
+        sides.student.step(self.number + 1, keep=False)
+        hook.remove()
+        del self.read[turn]
+        return fit, judge
+
+
+def _reaching(model: nn.Module, row: Stack, batches: list[dict]) -> list[tuple[dict, tuple]]:
+    """(batch, call of the stack) of those that reach it: rows without images don't reach a vision tower."""
+    return [(batch, call) for batch in batches for call in record_calls(model, row, [batch])]
+
+
+def _relative_names(plan: Sparsification, stack: str, row: Stack) -> dict[int, dict[str, str]]:
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, weight in plan.weights.items():
+        if weight.stack == stack:
+            found[weight.layer][name] = re.sub(rf"{row.prefix}{weight.layer}\.", "", name, count=1)
+    return dict(sorted(found.items()))
+
+
+def _zeroed(plan: Sparsification, name: str) -> torch.Tensor:
+    """A chosen weight with its zeros, otherwise as it was."""
+    tensor = plan.result.tensors[name]
+    return torch.frombuffer(tensor.compute(), dtype=getattr(torch, TORCH_DTYPES[tensor.dtype])).view(tensor.shape)
+
+
+def _refitted(layer: Layer, plan: Sparsification, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's new values of a layer's weights, which the model then has, too."""
+    parameters = dict(layer.module.named_parameters())
+    for turn in sorted(layer.turns):
+        fit, judge = layer.moments(turn)
+        if not (fit.finite() and judge.finite()):
+            raise PruneKitError(f"layer {layer.number} reads what isn't finite; try --dtype float32")
+        for name in layer.turns[turn]:
+            values, kept = plan.source.read(name), _zeroed(plan, name) != 0
+            rows = [each.movedim(plan.weights[name].inputs, -1) for each in (values, kept)]
+            if values.ndim == 3:
+                experts = list(range(len(values)))
+            else:
+                rows, expert = [each[None] for each in rows], EXPERT.match(names[name])
+                experts = [int(expert[2]) if expert else None]
+            fitted = [
+                fit_rows(weight.float(), stays, fit.of(expert), judge.of(expert)).cpu()
+                for weight, stays, expert in zip(*(each.to(fit.device) for each in rows), experts)
+            ]
+            found = torch.stack(fitted).movedim(-1, plan.weights[name].inputs).reshape(values.shape)
+            found = found.to(values.dtype)
+            # In 16 bits a weight could become zero, too
+            found = torch.where(kept & ((found == 0) | ~torch.isfinite(found)), values, found)
+            parameter, part = place(parameters, names[name])
+            target = parameter[part]
+            target.copy_(found if target.shape == found.shape else found.transpose(-1, -2))
+            yield name, found
+
+
+@torch.no_grad()
+def refit(
+    plan: Sparsification, model: nn.Module, data: Calibration, quiet: bool | None = None
+) -> tuple[Sparsification, dict[str, float]]:
+    """The selected plan with the weights that stay refitted, and the loss on the held-out rows.
+
+    `model` is the dense one; it ends up sparse. Refitted are the weights of layers; what else was chosen keeps its
+    values. The losses are `held_out_loss_dense` and `held_out_loss`; none for encoders, which predict no next token.
+    Memory: beside the model the chosen weights, two states per token, and of one layer what its matrices read. Raises
+    PruneKitError for activations that aren't finite.
+    """
+    family, losses = plan.source.family, {}
+    if family.causal:
+        losses["held_out_loss_dense"] = score_batches(model, data.held_out)["loss"]
+    # Towers first: what they give is what the text layers read
+    names = {stack: _relative_names(plan, stack, row) for stack, row in reversed(family.stacks.items())}
+    names = {stack: chosen for stack, chosen in names.items() if chosen}
+    reached = {
+        stack: [_reaching(model, family.stacks[stack], part) for part in (data.fit, data.held_out)] for stack in names
+    }
+    for stack, parts in reached.items():
+        if not all(parts):
+            raise PruneKitError(
+                f"--refit: too few calibration rows reach the {stack} layers (have they images?); give more, or leave "
+                "these out with --modules"
+            )
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, weight in plan.weights.items():
+        if weight.stack is None and (found := place(parameters, plain_name(name))):
+            found[0][found[1]].copy_(_zeroed(plan, name))
+    unchanged = Removal(plan.source, plan.source, {stack: [] for stack in names}, [], [])
+    tensors = dict(plan.result.tensors)
+    with tqdm(total=sum(map(len, names.values())), desc="refit", disable=quiet) as progress:
+        for stack, (fit, held_out) in reached.items():
+            batches, calls = map(list, zip(*fit, *held_out))
+            sides = Sides(unchanged, model, stack, batches, range(len(fit), len(batches)), calls)
+            for number, chosen in names[stack].items():
+                for name, values in _refitted(Layer(sides, number, chosen), plan, chosen):
+                    tensors[name] = replace(tensors[name], compute=partial(tensor_bytes, values))
+                progress.update()
+    if family.causal:
+        losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
+    return replace(plan, result=replace(plan.result, tensors=tensors)), losses

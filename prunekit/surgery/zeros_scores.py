@@ -1,0 +1,262 @@
+"""Scores of single weights, and of layers, that need a model in memory and calibration data.
+
+wanda     |W| * norm of its input over the tokens (Sun et al., 2306.11695)
+gradient  |W| * norm of its gradient over the batches (GBLM-Pruner, 2311.04902, without its activation term)
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from prunekit.checkpoint import Checkpoint
+from prunekit.data.batches import Calibration
+from prunekit.errors import PruneKitError
+from prunekit.families import NAME_PREFIX
+from prunekit.model.replay import find_stack
+from prunekit.model.scores import counted_states, final_states, logits_in_parts, model_inputs
+
+from .zeros import Scores, Weight
+
+EXPERT = re.compile(r"(.*\.experts)\.(?:(\d+)\.)?(\w+?)(?:\.weight)?$")
+
+
+def plain_name(name: str) -> str:
+    return re.sub(NAME_PREFIX, "", name)
+
+
+def _batches(data: Calibration, what: str) -> Iterator[dict[str, Any]]:
+    yield from tqdm([*data.fit, *data.held_out], desc=what, leave=False, disable=None)
+
+
+def _run(checkpoint: Checkpoint, model: nn.Module, batch: dict[str, Any]) -> None:
+    if checkpoint.family.causal:
+        final_states(model, batch)  # the head isn't run
+    else:
+        inputs = model_inputs(model, batch)
+        del inputs["use_cache"]
+        model(**inputs)
+
+
+def text_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(n,): which of the flattened tokens count: all but padding, or all where the values aren't of text tokens."""
+    count = values.shape[:-1].numel()
+    if count != mask.numel():
+        return torch.arange(count, device=values.device)
+    return mask.flatten().nonzero()[:, 0].to(values.device)
+
+
+def _tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(tokens, width) in fp32, without padding."""
+    return values.flatten(0, -2)[text_tokens(values, mask)].float()
+
+
+def _expert_inputs(experts: nn.Module, values: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one expert's two projections read: (tokens, hidden), (tokens, width), for the tokens routed to it."""
+    first, _ = (getattr(experts, name)[expert] for name in ("gate_up_proj", "down_proj"))
+    out = values @ first if getattr(experts, "is_transposed", False) else values @ first.T
+    gate, up = out.chunk(2, dim=-1)
+    return values, experts.act_fn(gate) * up
+
+
+def watch_inputs(module: nn.Module, mask: Callable[[], torch.Tensor], seen: Callable[..., None]) -> Any:
+    """Hook a module: at each call `seen(part, number, values, tokens)` gets what its weights read; returns the handle.
+
+    values: (n, inputs) in fp32; tokens: (n,), which of the flattened tokens they are. Left out is padding, which
+    `mask()`, asked once a call, tells. Of a linear module part and number are None. Of stacked experts part is
+    gate_up_proj or down_proj, and the values are of the tokens routed to expert `number`.
+    """
+
+    def linear(_, inputs: tuple) -> None:
+        tokens = text_tokens(inputs[0], mask())
+        seen(None, None, inputs[0].flatten(0, -2)[tokens].float(), tokens)
+
+    def routed(_, inputs: tuple, kwargs: dict) -> None:
+        given = dict(zip(("hidden_states", "top_k_index"), inputs)) | kwargs
+        states, chosen = given["hidden_states"].flatten(0, -2), given["top_k_index"].flatten(0, -2)
+        tokens = text_tokens(states, mask())
+        for number in range(len(module.down_proj)):
+            mine = tokens[(chosen[tokens] == number).any(-1)]
+            read = _expert_inputs(module, states[mine], number)
+            for part, values in zip(("gate_up_proj", "down_proj"), read):
+                seen(part, number, values.float(), mine)
+
+    if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+        return module.register_forward_pre_hook(routed, with_kwargs=True)
+    return module.register_forward_pre_hook(linear)
+
+
+def input_norms(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[str, torch.Tensor]:
+    """By tensor: the norm of each input over all tokens but padding, (inputs,), for stacked experts (experts, inputs).
+
+    An expert's are over the tokens routed to it. Raises PruneKitError for a tensor whose inputs can't be watched.
+    """
+    squares: dict[str, torch.Tensor] = {}
+    mask = torch.empty(0)
+    watched = {plain_name(name).removesuffix(".weight") for name in weights}
+    watched |= {expert[1] for name in watched if (expert := EXPERT.match(name))}
+
+    def add(name: str, module: nn.Module, part: str | None, number: int | None, values, _) -> None:
+        total = values.square().sum(0)
+        if part is None:
+            squares[name] = squares.get(name, 0) + total
+        else:
+            empty = total.new_zeros(len(module.down_proj), len(total))
+            squares.setdefault(f"{name}.{part}", empty)[number] += total
+
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for name, module in model.named_modules():
+            if (name := plain_name(name)) in watched:
+                hooks.callback(watch_inputs(module, lambda: mask, partial(add, name, module)).remove)
+        for batch in _batches(data, "activations"):
+            mask = batch["attention_mask"]
+            _run(checkpoint, model, batch)
+
+    norms = {}
+    for name in weights:
+        plain, expert = plain_name(name), EXPERT.match(plain_name(name))
+        if plain.removesuffix(".weight") in squares:
+            found = squares[plain.removesuffix(".weight")]
+        elif expert:
+            part = "down_proj" if expert[3].startswith("down") else "gate_up_proj"
+            found = squares.get(f"{expert[1]}.{part}")
+            found = found[int(expert[2])] if found is not None and expert[2] else found
+        else:
+            found = None
+        if found is None:
+            raise PruneKitError(f"{name}: reads nothing of this data, or can't be watched; leave it out with --modules")
+        norms[name] = found.sqrt().cpu()
+    return norms
+
+
+def wanda(checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]) -> Scores:
+    """Scores by Wanda, with the dense model's activations. Memory: one number per input of each matrix."""
+    norms = input_norms(checkpoint, model, data, weights)
+
+    def score(name: str, values: torch.Tensor) -> torch.Tensor:
+        norm = norms[name]
+        shape = [
+            *norm.shape[:-1],
+            *([norm.shape[-1], 1] if weights[name].inputs == -2 else [1, norm.shape[-1]]),
+        ]
+        return values.float().abs() * norm.view(shape)
+
+    return score
+
+
+def gradient_norms(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[str, torch.Tensor]:
+    """By tensor, in the checkpoint's layout: root mean square of its weights' gradients over the batches, in fp32.
+
+    The loss is that of next tokens. Raises PruneKitError for encoders. Memory: the gradients and their squares.
+    """
+    if not checkpoint.family.causal:
+        raise PruneKitError(
+            f"gradients are those of a causal language model's loss, which {checkpoint.family.model_type} has not; "
+            "take another score"
+        )
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    places = {name: place(parameters, plain_name(name)) for name in weights}
+    if lost := [name for name, found in places.items() if found is None]:
+        raise PruneKitError(f"{lost[0]}: not found in the model; leave it out with --modules")
+    trained = {id(parameter): parameter for parameter, _ in places.values()}
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    squares = {key: torch.zeros_like(parameter, dtype=torch.float32) for key, parameter in trained.items()}
+    count = 0
+    for batch in _batches(data, "gradients"):
+        states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
+        losses = (
+            nn.functional.cross_entropy(logits, labels[part], reduction="sum")
+            for part, logits in logits_in_parts(model, states)
+        )
+        (sum(losses) / len(labels)).backward()
+        count += 1
+        for key, parameter in trained.items():
+            if parameter.grad is not None:
+                squares[key] += parameter.grad.float().square()
+                parameter.grad = None
+    model.requires_grad_(False)
+    norms = {}
+    for name, (parameter, part) in places.items():
+        if not squares[id(parameter)].any():
+            raise PruneKitError(f"{name}: no gradient of this data reaches it; leave it out with --modules")
+        norm = (squares[id(parameter)][part] / count).sqrt().cpu()
+        # Releases differ in the order of stacked experts' axes
+        norms[name] = norm if norm.shape == checkpoint.tensors[name].shape else norm.transpose(-1, -2)
+    return norms
+
+
+def place(parameters: dict[str, nn.Parameter], plain: str) -> tuple[nn.Parameter, Any] | None:
+    """(parameter, part of it) that a checkpoint's tensor is in memory, where experts are stacked."""
+    if plain in parameters:
+        return parameters[plain], ...
+    if not (expert := EXPERT.match(plain)) or not expert[2]:
+        return None
+    block, number, linear = expert[1], int(expert[2]), expert[3]
+    if linear.startswith("down"):
+        return parameters[f"{block}.down_proj"], number
+    both = parameters[f"{block}.gate_up_proj"]
+    half = both.shape[1] // 2
+    return both, (number, slice(0, half) if linear.startswith("gate") else slice(half, None))
+
+
+def gradient(checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]) -> Scores:
+    """Scores by gradient. Raises as `gradient_norms`."""
+    norms = gradient_norms(checkpoint, model, data, weights)
+    return lambda name, values: values.float().abs() * norms[name]
+
+
+def gradient_importance(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[tuple[str, int], float]:
+    """Importance of each layer: the mean of its weights' gradient scores."""
+    scores = gradient(checkpoint, model, data, weights)
+    sums: dict[tuple[str, int], list[float]] = {}
+    for name, weight in weights.items():
+        if weight.layer is not None:
+            found = scores(name, checkpoint.read(name))
+            total = sums.setdefault((weight.stack, weight.layer), [0.0, 0])
+            total[0] += float(found.double().sum())
+            total[1] += found.numel()
+    return {layer: total / count for layer, (total, count) in sums.items()}
+
+
+def activation_importance(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[tuple[str, int], float]:
+    """Importance of each layer: 1 - cosine of what enters and what leaves it, mean over tokens (ShortGPT, 2403.03853)."""
+    totals: dict[tuple[str, int], list[float]] = {}
+    mask = torch.empty(0)
+
+    def watch(layer: tuple[str, int], module: nn.Module, inputs: tuple, kwargs: dict, output: Any) -> None:
+        before = inputs[0] if inputs else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        distance = 1 - nn.functional.cosine_similarity(_tokens(before, mask), _tokens(after, mask), dim=-1)
+        total = totals.setdefault(layer, [0.0, 0])
+        total[0] += float(distance.sum())
+        total[1] += len(distance)
+
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for stack in {weight.stack for weight in weights.values() if weight.stack}:
+            owner, attribute = find_stack(model, checkpoint.family.stacks[stack])
+            for number, layer in enumerate(getattr(owner, attribute)):
+                hook = layer.register_forward_hook(partial(watch, (stack, number)), with_kwargs=True)
+                hooks.callback(hook.remove)
+        for batch in _batches(data, "activations"):
+            mask = batch["attention_mask"]
+            _run(checkpoint, model, batch)
+    return {layer: max(0.0, total / count) for layer, (total, count) in totals.items()}
+
+
+IMPORTANCE = {"gradient": gradient_importance, "activation": activation_importance}
+SCORES_OF = {"wanda": wanda, "gradient": gradient}

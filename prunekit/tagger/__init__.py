@@ -1,0 +1,1 @@
+"""Token classifiers (named entities) on encoders."""

@@ -1,0 +1,369 @@
+"""Refuse bad input in a second, before a stage writes anything or touches a GPU.
+
+    python -m prunekit.training.preflight --model checkpoints/base --out checkpoints/recovered --swift sft -- --dataset train.jsonl
+
+Every launcher calls this first. What follows `--` is the whole line that ms-swift will get, the user's own flags last.
+Prints one line that names the mistake and the mend, and exits 2; or answers, and exits 0:
+
+    MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the user names another
+    TEMPLATE=                     the model's chat template; empty where ms-swift finds it by itself
+    MAX_LENGTH=, COMPLETION_LENGTH=   what --max_length and --max_completion_length must be; empty: as they are
+    ENGINE_LENGTH=                vLLM's max_model_len; empty without vLLM
+    FREE_PORTS=                   as many as --free-ports asks for: 41001,41002
+
+Libraries may print lines of their own in between.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from prunekit.arguments import Parser, natural, positive_float
+from prunekit.checkpoint import (
+    Checkpoint,
+    check_out,
+    layer_numbers,
+    open_checkpoint,
+    read_header,
+    read_json,
+    statistics,
+)
+from prunekit.checkpoint.provenance import check_base
+from prunekit.checkpoint.remote_code import check_no_remote_code
+from prunekit.data.rows import ROWS_CHECKED, check_messages, is_file, iterate, locate
+from prunekit.data.templates import find_template
+from prunekit.errors import PruneKitError, run_script
+from prunekit.families import NAME_PREFIX
+from prunekit.msswift.line import check_line, check_names, check_rewards, parse
+
+from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
+
+DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"}
+ENVIRONMENT = (  # what ms-swift reads as whole numbers
+    "NPROC_PER_NODE", "NNODES", "MAX_PIXELS", "MIN_PIXELS", "VIDEO_MAX_PIXELS", "VIDEO_MIN_PIXELS", "FPS_MAX_FRAMES",
+    "FPS_MIN_FRAMES", "IMAGE_MAX_TOKEN_NUM", "IMAGE_MIN_TOKEN_NUM", "VIDEO_MAX_TOKEN_NUM", "VIDEO_MIN_TOKEN_NUM",
+)  # fmt: skip
+HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
+
+
+def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
+    """Check that a data set holds ms-swift messages rows and that their images can be read (its first 10,000 rows).
+
+    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are tables and texts. Raises
+    PruneKitError naming the line, and for files that ms-swift can't read.
+    """
+    path = Path(re.sub(r"#\d+$", "", name))
+    local = is_file(name) or is_file(path)
+    if not local and HUB_DATASET.fullmatch(str(path)) and path.suffix not in DATA_FILES and not path.parent.exists():
+        return
+    file, _ = locate(name)
+    if file.suffix not in DATA_FILES:
+        raise PruneKitError(f"dataset {file}: ms-swift reads {', '.join(sorted(DATA_FILES))}; convert it, or rename it")
+    if file.suffix not in (".jsonl", ".json"):
+        return
+    for where, row in islice(iterate(name), ROWS_CHECKED):
+        check_messages(where, row, columns)
+
+
+def check_environment() -> int:
+    """How many processes ms-swift will start; PruneKitError for numbers in its environment that are none."""
+    for name in ENVIRONMENT:
+        value = os.environ.get(name) or "1"
+        if not re.fullmatch(r"0*[1-9]\d{0,14}", value, re.ASCII):
+            raise PruneKitError(f"{name}={value[:80]!r} is no whole number above 0: unset it, or give one")
+    folder = os.environ.get("ROOT_IMAGE_DIR")
+    if folder and not Path(folder).is_dir():
+        raise PruneKitError(f"ROOT_IMAGE_DIR={folder}: no such folder; unset it, or name the one that images are in")
+    return int(os.environ.get("NPROC_PER_NODE") or 1) * int(os.environ.get("NNODES") or 1)
+
+
+def open_here(name: Path) -> Checkpoint:
+    """open_checkpoint, but a hub's name is refused and its folder in the cache named: ms-swift asks another hub for it."""
+    checkpoint = open_checkpoint(name)
+    if not name.exists():
+        raise PruneKitError(f"{name}: ms-swift would fetch it from a hub again; give its folder, {checkpoint.path}")
+    return checkpoint
+
+
+def check_adapter(folder: Path, base: Checkpoint) -> None:
+    """Check that a LoRA adapter is whole, and that its matrices fit those weights of the base that it names."""
+    if not (folder / "adapter_config.json").is_file():
+        raise PruneKitError(f"{folder} holds no adapter (adapter_config.json): give the folder that lora.sh wrote")
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise PruneKitError(f"{folder / 'adapter_config.json'}: names no peft_type; train the adapter again")
+    tensors = read_header(folder / "adapter_model.safetensors")
+    if not tensors:
+        raise PruneKitError(f"{folder / 'adapter_model.safetensors'}: holds no tensors; train the adapter again")
+
+    def plain(name: str) -> str:
+        return re.sub(NAME_PREFIX, "", name)
+
+    weights = {plain(name): tensor.shape for name, tensor in base.tensors.items()}
+    layers = {stem: len(layer_numbers(base, stem)) for stem in base.family.stacks}
+    for name, tensor in tensors.items():
+        if not (found := re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])(?:\.\w+)?\.weight", name)):
+            continue
+        module, side = found.groups()
+        for stack, count in layers.items():
+            if (number := re.match(base.family.stacks[stack].prefix + r"(\d+)\.", module)) and int(number[1]) >= count:
+                raise PruneKitError(
+                    f"{folder}: trained for {stack} layer {number[1]}, of which {base.path} has {count}: give the MODEL that lora.sh had"
+                )
+        shape = weights.get(plain(module) + ".weight")
+        if shape is None or len(shape) != 2:
+            continue
+        outputs, inputs = shape[::-1] if base.family.text.inputs_first else shape
+        width, wanted = (tensor.shape[-1], inputs) if side == "A" else (tensor.shape[0], outputs)
+        if width != wanted:
+            raise PruneKitError(
+                f"{folder}: trained for {module} of {width} {'inputs' if side == 'A' else 'outputs'}, "
+                f"{base.path} has {wanted}: give the MODEL that lora.sh had"
+            )
+
+
+def check_targets(targets: Iterable[str], base: Checkpoint) -> None:
+    """Check that one of an adapter's target modules at least is a module of the base."""
+    modules = {part for name in base.tensors for part in _endings(name.rpartition(".")[0])}
+    if not any(target in modules or target.startswith("all-") for target in targets):
+        text = base.family.text
+        names = dict.fromkeys(name.rpartition(".")[2] for name in (text.q, text.k, text.v, text.o, *text.mlp))
+        raise PruneKitError(
+            f"--target_modules {' '.join(targets)[:80]}: {base.path} has no such module: give all-linear, or names like "
+            f"{' '.join(names)}, one by one"
+        )
+
+
+def _endings(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _tokens(folder: Path) -> dict[int, str] | None:
+    """Tokens by id, of a folder's tokenizer.json; None if there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        found = read_json(folder / "tokenizer.json")
+        vocabulary = found["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
+            tokens = {number: token for number, (token, _) in enumerate(vocabulary)}
+        else:
+            tokens = {number: token for token, number in vocabulary.items()}
+        return tokens | {token["id"]: token["content"] for token in found.get("added_tokens") or ()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PruneKitError(f"{folder / 'tokenizer.json'}: no tokenizer that can be read; copy it again") from None
+
+
+def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Check that a teacher says the same by a token's number as the student, and sees images as it does.
+
+    It gets the student's own inputs. Heads of different sizes are no fault, which rounding up the vocabulary makes:
+    ms-swift's loss and ours fill the shorter one up.
+    """
+    files = [each.path / "tokenizer.json" for each in (student, teacher)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        mine, theirs = _tokens(student.path), _tokens(teacher.path)
+        other = [n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]] if mine and theirs else []
+        if other:
+            raise PruneKitError(
+                f"{teacher.path}: another vocabulary than {student.path}'s: token {other[0]} is {theirs[other[0]]!r}, not "
+                f"{mine[other[0]]!r}; a teacher needs the student's tokenizer"
+            )
+        sizes = [(each.config.get("text_config") or each.config).get("vocab_size") for each in (student, teacher)]
+        if not (mine and theirs) and sizes[0] != sizes[1]:
+            raise PruneKitError(
+                f"{teacher.path}: a vocabulary of {sizes[1]} tokens, {student.path} has {sizes[0]}; a teacher needs the student's tokenizer"
+            )
+    sees, shows = student.config.get("vision_config"), teacher.config.get("vision_config")
+    if isinstance(sees, dict):
+        if not isinstance(shows, dict):
+            raise PruneKitError(f"{teacher.path}: sees no images, {student.path} does: give a teacher of its kind")
+        for key in ("patch_size", "spatial_merge_size", "temporal_patch_size"):
+            if sees.get(key) != shows.get(key):
+                raise PruneKitError(
+                    f"{teacher.path}: cuts images by {key} {shows.get(key)}, {student.path} by {sees.get(key)}: give a teacher of its kind"
+                )
+
+
+def check_best(swift: argparse.Namespace) -> None:
+    """Check that a training by this line can name a best checkpoint: one that was evaluated as it was saved."""
+    evaluated = swift.val_dataset or swift.cached_val_dataset or swift.split_dataset_ratio
+    if not evaluated or swift.eval_strategy == "no":
+        raise PruneKitError("CHECKPOINT=best: nothing is evaluated; give a VAL_DATASET, or set CHECKPOINT=last")
+    saves, evals = swift.save_strategy, swift.eval_strategy or swift.save_strategy
+    if saves == "best":
+        return
+    every = swift.eval_steps or swift.save_steps
+    if evals != saves or (saves == "steps" and every % swift.save_steps):
+        raise PruneKitError(
+            f"CHECKPOINT=best: it is evaluated every {every:g} steps and saved every {swift.save_steps:g} ({evals}, {saves}); "
+            "give the same --eval_steps and --save_steps, or set CHECKPOINT=last"
+        )
+
+
+def _can_bind(port: int, reuse: bool) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        try:
+            probe.bind(("", port))
+        except PermissionError:
+            raise PruneKitError(f"port {port} is not for users: choose one above 1023") from None
+        except OSError:
+            return False
+        return True
+
+
+def check_port(port: str | int, patience: float = 70) -> None:
+    """Check that ms-swift gets a local TCP port, which it takes on all interfaces and without SO_REUSEADDR.
+
+    Where it can't, it takes the next one without a word, and nobody finds its server. So the connections of a server
+    that has just ended are waited for (a minute, `patience` seconds at most).
+    """
+    if not (str(port).isascii() and str(port).isdigit() and 0 < int(port) < 65536):
+        raise PruneKitError(f"port {port} is none: give a number from 1 to 65535")
+    end = time.monotonic() + patience
+    while not _can_bind(int(port), reuse=False):
+        if not _can_bind(int(port), reuse=True) or time.monotonic() > end:
+            raise PruneKitError(f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)")
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that are free now, all different, and below those that the system gives to others meanwhile."""
+    ports = random.sample(range(20000, 32000), 1000)
+    return list(islice((port for port in ports if _can_bind(port, reuse=False)), count))
+
+
+def check_disk(out: Path, size: int, factor: float = 1) -> None:
+    """Check that `out` can be made, and that its file system has `factor` times `size` bytes (the model's) free."""
+    folder = next(parent for parent in out.resolve().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PruneKitError(f"{out} cannot be made: {folder} is no folder that you may write to")
+    free = shutil.disk_usage(folder).free
+    if free < size * factor:
+        raise PruneKitError(
+            f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {size * factor / 1e9:.1f} GB ({factor:g} times "
+            f"the model's {size / 1e9:.2f} GB: checkpoints with optimizer states, and the result): make room"
+        )
+
+
+def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint) -> Lengths:
+    """The lengths for a merged line of ms-swift's (see lengths.py); says what it takes back, and checks the engine."""
+    get = vars(swift).get
+    generates = get("rlhf_type") == "grpo" or (get("rlhf_type") == "gkd" and swift.lmbda > 0)
+    completion = get("response_length") or get("max_new_tokens") or get("max_completion_length")
+    vllm = bool(generates and swift.use_vllm)
+    engine = swift.vllm_max_model_len if vllm else None
+    found = choose_lengths(checkpoint.config, swift.max_length, completion if generates else None, vllm, engine)
+    if swift.max_length and found.max_length:
+        print(
+            f"--max_length {found.max_length}: the model has no more positions"
+            f"{' with room for an answer' if generates else ''}; longer rows are left out",
+            file=sys.stderr,
+        )
+    if found.completion:
+        print(f"--max_completion_length {found.completion}: the model has no more positions", file=sys.stderr)
+    memory = gpu_bytes() if vllm and swift.vllm_mode == "colocate" else None
+    if memory and not checkpoint.config.get("sliding_window"):
+        sizes, gpus = statistics(checkpoint), swift.vllm_tensor_parallel_size
+        share = swift.vllm_gpu_memory_utilization
+        weights = 2 * sizes["parameters"]
+        if warning := check_engine(weights, sizes["kv_bytes_per_token"], found.engine, memory, share, gpus):
+            print(f"warning: {warning}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--reuse-out", action="store_true", help="OUT may exist: the stage continues in it")
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
+    parser.add_argument(
+        "--needed-columns", nargs="+", default=[], help="columns that rows of the line's --dataset must have"
+    )
+    parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
+    parser.add_argument("--template", help="ms-swift's; default: the one that is most like the checkpoint's own")
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="which one of the training will be published")
+    parser.add_argument("--port", action="append", default=[])
+    parser.add_argument("--free-ports", type=natural, default=0, help="answer with so many ports that are free")
+    parser.add_argument(
+        "--disk-factor", type=positive_float, default=1.1, help="free space needed, in sizes of the model"
+    )
+    parser.add_argument("--swift", choices=("sft", "rlhf", "export"), default="sft", help="whose line follows --")
+    flags, line = sys.argv[1:], []
+    if "--" in flags:
+        flags, line = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
+    args = parser.parse_args(flags)
+    swift = parse(args.swift, line)
+    get = vars(swift).get
+    check_line(args.swift, swift, check_environment())
+    if args.checkpoint == "best" and args.swift != "export" and not args.reuse_out:
+        check_best(swift)
+    plugins = [Path(plugin) for plugin in swift.external_plugins]
+    model_type, template = swift.model_type or args.model_type, swift.template or args.template
+    check_names(model_type, template, plugins)
+    if get("teacher_model"):
+        args.teacher = Path(swift.teacher_model)
+
+    checkpoint = open_here(args.model)
+    teacher = open_here(args.teacher) if args.teacher else checkpoint
+    for each in (checkpoint, teacher):
+        check_no_remote_code(each.path)
+    if not checkpoint.family.causal:  # an unknown family is refused: publishing needs to know it
+        raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py does")
+    if teacher is not checkpoint:
+        check_teacher(checkpoint, teacher)
+    if get("target_modules") and swift.tuner_type == "lora" and not swift.target_regex:
+        check_targets(swift.target_modules, checkpoint)
+    if args.adapter:
+        check_adapter(args.adapter, checkpoint)
+    if not swift.columns:  # ms-swift renames columns: rows are left to it
+        for dataset in [*swift.dataset, *swift.val_dataset]:
+            check_dataset(dataset, args.needed_columns)
+        for dataset in get("chord_sft_dataset") or ():
+            check_dataset(dataset)
+    check_rewards(get("reward_funcs") or (), plugins)
+    if get("optimizer") in ("head_rates", "active_heads"):
+        from .head_rates import Rates  # torch: seconds
+
+        settings = Rates.parse(os.environ.get("HEAD_RATES", ""))
+        if swift.optimizer == "head_rates":
+            settings.check_dtype(str(swift.torch_dtype))
+    for port in args.port:
+        check_port(port)
+    if not args.reuse_out:
+        check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
+    check_disk(args.out, checkpoint.nbytes, args.disk_factor)
+    lengths = decide_lengths(swift, checkpoint) if args.swift != "export" else Lengths()
+    if args.adapter:
+        check_base(checkpoint, args.adapter)  # last: it may warn, and a refusal is one line
+    with contextlib.redirect_stdout(sys.stderr):
+        template = template or find_template(checkpoint, model_type, args.adapter)
+    answers = {
+        "MODEL_TYPE": model_type or checkpoint.config["model_type"],
+        "TEACHER_TYPE": teacher.config["model_type"],
+        "TEMPLATE": template,
+        "MAX_LENGTH": lengths.max_length,
+        "COMPLETION_LENGTH": lengths.completion,
+        "ENGINE_LENGTH": lengths.engine,
+        "FREE_PORTS": ",".join(map(str, free_ports(args.free_ports))),
+    }
+    for name, value in answers.items():
+        print(f"{name}={'' if value is None else value}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,318 @@
+"""Publish what a training run wrote as a clean checkpoint: weights, config, tokenizer, history, and nothing else.
+
+    python -m prunekit.training.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered --stage full_run
+
+--run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
+published lies elsewhere (as `swift export` writes it). A LoRA's adapter is published as an adapter folder. If --run
+holds a made_from.json (prunekit.provenance), the base must be the model that is in it. With --find-resume nothing is
+written: the checkpoint that an interrupted run can resume from is printed, if there is one.
+"""
+
+import copy
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prunekit.arguments import Parser
+from prunekit.checkpoint import (
+    BUFFERS,
+    TORCH_DTYPES,
+    Checkpoint,
+    Tensor,
+    check_out,
+    fingerprint,
+    float_bytes,
+    history,
+    history_entry,
+    is_tied,
+    new_folder,
+    open_checkpoint,
+    read_header,
+    read_json,
+    statistics,
+    write_checkpoint,
+    write_records,
+)
+from prunekit.checkpoint.provenance import ADAPTER_FILES, run_record
+from prunekit.errors import PruneKitError, run_script
+from prunekit.families import NAME_PREFIX
+from prunekit.rules import REAL
+
+RECORDS = ("logging.jsonl", "command.sh", "sparsity.json")
+TRAINING = (  # of ms-swift's args.json, what says most about a training
+    "tuner_type", "rlhf_type", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim", "optimizer",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "torch_dtype", "bf16", "fp16", "callbacks",
+    "lora_rank", "lora_alpha", "reward_funcs", "beta", "lmbda", "seed",
+)  # fmt: skip
+OF_LORA = ("lora_rank", "lora_alpha")
+
+
+def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
+    """Full name by name without the prefixes in which base models and models with a head differ."""
+    return {re.sub(NAME_PREFIX, "", name): name for name in checkpoint.tensors if not BUFFERS.match(name)}
+
+
+def _check_same_tensors(source: Checkpoint, base: Checkpoint, layers_only: bool) -> None:
+    names = re.compile(base.family.text.prefix if layers_only else "")
+    ours, theirs = (
+        {plain: name for plain, name in _by_plain_name(each).items() if names.match(name)} for each in (source, base)
+    )
+    optional = re.compile(base.family.tied if is_tied(base) else r"(?!)")
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            if not optional.fullmatch(name):
+                has, lacks = (base, source) if name in theirs else (source, base)
+                raise PruneKitError(f"{lacks.path}: has no {name}, which {has.path} has; is --base the model trained?")
+        elif (mine := source.tensors[ours[name]].shape) != (shape := base.tensors[theirs[name]].shape):
+            raise PruneKitError(
+                f"{source.path}: {name} is {list(mine)}, in {base.path} {list(shape)}; is --base the model trained?"
+            )
+
+
+def _cast(source: Checkpoint, name: str, dtype: str) -> memoryview:
+    return float_bytes(source.read_array(name), dtype, name)
+
+
+def _with_dtypes(source: Checkpoint, base: Checkpoint, dtype: str | None) -> tuple[dict[str, Tensor], str]:
+    """The source's tensors in the dtypes of the base (or all floating ones in `dtype`), and the commonest dtype."""
+    names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+    if dtype is not None and dtype not in names:
+        raise PruneKitError(f"dtype {dtype!r}: choose one of {', '.join(names)}")
+    theirs = _by_plain_name(base)
+    counts = Counter(tensor.dtype for tensor in base.tensors.values() if tensor.dtype in TORCH_DTYPES)
+    common = names[dtype] if dtype else counts.most_common(1)[0][0]
+    tensors = {}
+    for name, tensor in source.tensors.items():
+        twin = theirs.get(re.sub(NAME_PREFIX, "", name))
+        wanted = base.tensors[twin].dtype if twin and not dtype else common
+        if tensor.dtype != wanted and {tensor.dtype, wanted} <= TORCH_DTYPES.keys():
+            tensor = replace(tensor, dtype=wanted, compute=partial(_cast, source, name, wanted))
+        tensors[name] = tensor
+    return tensors, TORCH_DTYPES[common]
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = dtype
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+
+
+def publish(
+    source_folder: str | Path,
+    out: str | Path,
+    base: str | Path,
+    stage: str,
+    metrics: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    extra_files: Iterable[str | Path] = (),
+    overwrite: bool = False,
+    new_head: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Turn a training output folder into a clean checkpoint OUT, atomically; returns the new history entry.
+
+    Weights come from `source_folder`, in the dtypes that `base` has (or all floating ones in `dtype`, a torch name).
+    config.json comes from `base`: a trainer's own has its traces (use_cache off, another dtype). Side files come from
+    `source_folder`, and from `base` where they are missing there; `extra_files` are copied too. History is that of
+    `base` plus an entry for `stage`. `new_head` is what config.json shall say of a head that the base hasn't. Raises
+    PruneKitError unless the source has exactly the tensors of the base (copies of tied weights may be there or not;
+    with a new head: exactly its layers), and as `write_checkpoint` does.
+    """
+    base, source = open_checkpoint(base), open_checkpoint(source_folder)
+    check_out(out, source.path, base.path, overwrite=overwrite)
+    _check_same_tensors(source, base, layers_only=new_head is not None)
+    tensors, common = _with_dtypes(source, base, dtype)
+    config = copy.deepcopy(base.config) | {"architectures": source.config.get("architectures")}
+    config |= new_head or {}
+    _set_dtype(config, common)
+    result = replace(source, config=config, tensors=tensors)
+    entry = history_entry(stage, base.path, statistics(base), statistics(result), None, metrics, settings)
+    write_checkpoint(result, out, entry, overwrite, None, map(Path, extra_files), fallback=base.path)
+    return entry
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The parsable lines of a run's logging.jsonl; a killed run may have torn the last one."""
+    lines = []
+    if (run / "logging.jsonl").exists():
+        for line in (run / "logging.jsonl").read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                lines.append(record)
+    return lines
+
+
+def log_until(log: list[dict[str, Any]], checkpoint: Path) -> list[dict[str, Any]]:
+    """The lines of a log that tell of a checkpoint-N: all if it is the last, else those of steps up to N."""
+    steps = [str(record.get("global_step/max_steps")).partition("/")[0] for record in log]
+    reached = [int(step) if re.fullmatch("[0-9]{1,18}", step) else None for step in steps]
+    number = checkpoint.name.removeprefix("checkpoint-")
+    if not number.isdigit() or int(number) >= max(filter(None, reached), default=0):
+        return log
+    return [record for record, step in zip(log, reached) if step is not None and step <= int(number)]
+
+
+def final_metrics(log: list[dict[str, Any]]) -> dict[str, float]:
+    """The last finite value of each number in a log."""
+    merged = {key: value for record in log for key, value in record.items()}
+    return {k: v for k, v in merged.items() if REAL.holds(v)}
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object of a run's folder; None if it isn't there, torn or something else."""
+    try:
+        found = read_json(file)
+    except PruneKitError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def whole_checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoint-N folders of a run by N that have a whole trainer_state.json: the Trainer writes it last."""
+    found = {folder.name.removeprefix("checkpoint-"): folder for folder in run.glob("checkpoint-*")}
+    return {
+        int(number): folder
+        for number, folder in found.items()
+        if re.fullmatch("[0-9]{1,18}", number) and _read_object(folder / "trainer_state.json") is not None
+    }
+
+
+def find_checkpoint(run: Path, which: str = "last") -> tuple[Path, str]:
+    """The last or best whole checkpoint-N of an ms-swift run folder, and why it; one with weights of its own is itself.
+
+    `best` is what the last line of logging.jsonl names. Raises PruneKitError if it isn't there, whole.
+    """
+    if (run / "config.json").exists():
+        return run, "the only one"
+    whole = whole_checkpoints(run)
+    if not whole:
+        raise PruneKitError(f"{run}: no finished checkpoint-N here; look at the end of its log, then train again")
+    if which != "best":
+        return whole[max(whole)], "the last"
+    named = Path(str((read_log(run) or [{}])[-1].get("best_model_checkpoint"))).name
+    best = next((folder for folder in whole.values() if folder.name == named), None)
+    if not best:
+        raise PruneKitError(
+            f"{run}: its logging.jsonl names no best checkpoint that is there; publish the last by CHECKPOINT=last"
+        )
+    return best, "the best"
+
+
+def training_settings(folder: Path) -> dict[str, Any]:
+    """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of very many."""
+    state, found = _read_object(folder / "trainer_state.json"), _read_object(folder / "args.json") or {}
+    if state is None:
+        return {}
+    unused = () if found.get("tuner_type") == "lora" else OF_LORA
+    settings = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
+    settings |= {name: found.get(name) for name in TRAINING if name not in unused}
+    settings["world_size"] = found.get("global_world_size")
+    factors = [settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
+    if all(type(factor) is int for factor in factors):
+        settings["global_batch"] = math.prod(factors)
+    return {name: value for name, value in settings.items() if value not in (None, False, [], "")}
+
+
+def publish_adapter(
+    source_folder: Path,
+    out: str | Path,
+    base: str | Path,
+    stage: str,
+    metrics: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    extra_files: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Copy an adapter (adapter_config.json and adapter_model.safetensors) to OUT, atomically, with a history and a card.
+
+    The history is the base's, and an entry that says by its `input_fingerprint` which model alone the adapter fits.
+    """
+    weights = read_header(source_folder / "adapter_model.safetensors")  # raises PruneKitError if torn
+    base = open_checkpoint(base)
+    numbers, need = statistics(base), sum(tensor.nbytes for tensor in weights.values())
+    size = {
+        "adapter_parameters": sum(math.prod(tensor.shape) for tensor in weights.values()),
+        "adapter_bytes": need,
+    }
+    entry = history_entry(stage, base.path, numbers, numbers | size, None, metrics, settings)
+    with new_folder(out, overwrite, need) as folder:
+        for file in [*(source_folder / name for name in ADAPTER_FILES), *extra_files]:
+            shutil.copyfile(file, folder / file.name)
+        lora = read_json(folder / "adapter_config.json")
+        write_records(folder, base.config, numbers, [*history(base.path), entry], adapter=lora)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="ms-swift run folder, or a checkpoint folder")
+    parser.add_argument("--weights", type=Path, help="folder with the weights (default: what --run holds)")
+    parser.add_argument("--base", help="checkpoint that was trained")
+    parser.add_argument("--out", help="checkpoint folder to write")
+    parser.add_argument("--stage", help="name for the history")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument("--dtype", choices=tuple(TORCH_DTYPES.values()), help="of the weights (default: the base's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
+    parser.add_argument("--find-resume", action="store_true", help="print where to resume, and stop")
+    arguments = parser.parse_args()
+    run = arguments.run
+    if arguments.find_resume:
+        whole = whole_checkpoints(run)
+        print(whole[max(whole)] if whole else "")
+        return
+    if not (arguments.base and arguments.out and arguments.stage):
+        parser.error("--base, --out and --stage are needed to publish")
+    origin = run_record(run) or {}
+    if "model" in origin and [record["fingerprint"] for record in origin["model"]] != [
+        fingerprint(open_checkpoint(arguments.base))
+    ]:
+        raise PruneKitError(
+            f"{arguments.base} has changed since {run} began, so that it isn't what was trained: put that back, or set "
+            "RESTART=1 to train what is there now"
+        )
+    folder, why = find_checkpoint(arguments.weights or run, arguments.checkpoint)
+    records = [run / name for name in RECORDS if (run / name).is_file()]
+    settings = {"checkpoint": folder.name, "chosen": why} | training_settings(folder)
+    settings |= {name: found for name, found in origin.items() if name != "model"}
+    metrics = final_metrics(log_until(read_log(run), folder)) or None
+    if (folder / "adapter_config.json").is_file():
+        publish_adapter(
+            folder,
+            arguments.out,
+            arguments.base,
+            arguments.stage,
+            metrics,
+            settings,
+            records,
+            arguments.overwrite,
+        )
+        print(f"published the adapter {folder} as {arguments.out}")
+        return
+    entry = publish(
+        folder,
+        arguments.out,
+        arguments.base,
+        arguments.stage,
+        metrics=metrics,
+        settings=settings,
+        dtype=arguments.dtype,
+        extra_files=records,
+        overwrite=arguments.overwrite,
+    )
+    print(f"published {folder} as {arguments.out} ({entry['parameters']:,} parameters)")
+
+
+if __name__ == "__main__":
+    run_script(main)

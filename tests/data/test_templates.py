@@ -1,0 +1,106 @@
+"""A checkpoint in a folder of any name is taught with the chat template that it was trained with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+ASSISTANT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+HYBRID = CHATML.replace("m.content", "('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content")
+HYBRID += ASSISTANT + "{% if add_generation_prompt and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+HEADERS = (
+    "<|begin_of_text|>{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content"
+    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chatting(tiny, tmp_path):
+    """chatting(family, chat_template, name) is a copy of a tiny checkpoint with a tokenizer that has this template."""
+
+    def make(family, chat_template, name="pruned"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in tiny(family).iterdir():
+            (folder / file.name).symlink_to(file)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
+        trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        tokenizer.train_from_iterator(["a chat"], trainer)
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+        fast.chat_template = chat_template
+        fast.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def find(folder):
+    """What preflight says: (exit code, template, messages)."""
+    command = [sys.executable, "-m", "prunekit.training.preflight", "--model", folder, "--out", folder.parent / "out"]
+    result = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"LOG_LEVEL": "ERROR"},
+    )
+    answers = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+    return result.returncode, answers.get("TEMPLATE"), result.stderr
+
+
+@pytest.mark.parametrize(
+    "family, chat_template, name",
+    [
+        ("qwen3", HYBRID, "qwen3"),
+        ("qwen3", CHATML + ASSISTANT, "qwen3_nothinking"),
+        ("qwen3", CHATML + ASSISTANT.replace("assistant\n", "assistant\n<think>\n"), "qwen3_thinking"),
+        ("qwen2", SYSTEM + CHATML + ASSISTANT, "qwen2_5"),
+        ("llama", HEADERS, "llama3"),
+    ],
+)  # fmt: skip
+def test_the_template_is_the_one_that_writes_as_the_checkpoints_own(family, chat_template, name, chatting):
+    code, found, said = find(chatting(family, chat_template))
+    assert (code, found) == (0, name), said
+    assert f"chat template {name}, " in said
+
+
+def test_what_the_training_said_comes_before_what_looks_alike(chatting):
+    folder = chatting("qwen3", HYBRID)
+    (folder / "args.json").write_text(json.dumps({"template": "qwen3_thinking"}))
+    assert find(folder)[:2] == (0, "qwen3_thinking")
+
+
+def test_a_name_of_the_hub_is_left_to_swift(chatting):
+    assert find(chatting("qwen3", HYBRID, "Qwen3-8B"))[:2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    "chat_template, message",
+    [
+        (None, "has no chat template, and ms-swift several"),
+        ("{{ raise_exception('no') }}", "its chat template fails"),
+    ],
+)
+def test_a_template_that_cant_be_told_is_asked_for_in_one_line(chat_template, message, chatting):
+    code, _, said = find(chatting("llama", chat_template))
+    assert code == 2
+    assert message in said.splitlines()[-1] and "TEMPLATE=" in said.splitlines()[-1]
+
+
+def test_architectures_of_one_template_are_those_that_swift_has_one_for():
+    from swift.model import MODEL_MAPPING
+
+    from prunekit.data.templates import ONE_TEMPLATE
+
+    for name in ONE_TEMPLATE & MODEL_MAPPING.keys():
+        meta = MODEL_MAPPING[name]
+        assert meta.template or len(meta.candidate_templates) == 1, name

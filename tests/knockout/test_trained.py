@@ -1,0 +1,456 @@
+"""Trained knockouts: what is planned, how a run trains, what is recorded, what an end before time leaves."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import transformers as hf
+from helpers.paths import ROOT
+from helpers.tiny_models import KV4, TEXT
+from PIL import Image
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.knockout import sweep as knockout
+from prunekit.knockout import trained as trained_knockouts
+from prunekit.knockout.trained import (
+    Knockout,
+    Sweep,
+    Training,
+    merged_flag,
+    plan_knockouts,
+    read_curves,
+)
+from prunekit.surgery.layers import apply_removal, plan_removal
+
+READER = ROOT / "examples" / "tiny_ocr" / "model"
+FLAGS = [
+    *("--use_cpu", "true", "--torch_dtype", "float32", "--fp16", "false", "--bf16", "false"),
+    *("--gradient_checkpointing", "true", "--dataloader_num_workers", "0", "--check_model", "false"),
+    *("--add_version", "false", "--seed", "42", "--report_to", "none", "--tuner_type", "full"),
+    *("--freeze_vit", "false", "--freeze_aligner", "false", "--gradient_accumulation_steps", "1"),
+    *("--per_device_train_batch_size", "4", "--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1"),
+    *("--learning_rate", "1e-3"),
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Messages with images, for the embedded reader."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for number in range(12):
+        Image.effect_noise((192, 32), 20 * number).save(folder / f"{number}.png")
+        question = {"role": "user", "content": "<image>Read the text."}
+        answer = {"role": "assistant", "content": "abc"[number % 3] * 4}
+        rows.append({"messages": [question, answer], "images": [str(folder / f"{number}.png")]})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def reader(pictures, tmp_path_factory):
+    """How to train the embedded reader, a Qwen3-VL, for two steps."""
+    arguments = (
+        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "qwen_vl_token_ids.py"),
+        "--dataset", str(pictures), "--val_dataset", str(pictures),
+    )  # fmt: skip
+    return Training(READER, "qwen3_vl", tmp_path_factory.mktemp("reader"), arguments, "group")
+
+
+@pytest.fixture(scope="module")
+def texter(tmp_path_factory):
+    """How to train a tiny Qwen3 for two steps."""
+    folder = tmp_path_factory.mktemp("texter")
+    hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT | KV4 | {"vocab_size": 300})).save_pretrained(folder / "model")
+    hf.AutoTokenizer.from_pretrained(READER).save_pretrained(folder / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * n}]}
+        for n in range(1, 9)
+    ]
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    arguments = (*FLAGS, "--template", "qwen3", "--dataset", str(data), "--val_dataset", str(data))
+    return Training(folder / "model", "qwen3", folder / "out", arguments, "group")
+
+
+@pytest.mark.parametrize(
+    "family, stack, layer", [("reader", "text", 1), ("reader", "vision", 3), ("texter", "text", 2)]
+)
+def test_a_knockout_in_memory_trains_as_the_checkpoint_cut_on_disk(family, stack, layer, request, tmp_path):
+    training = request.getfixturevalue(family)
+    apply_removal(plan_removal(open_checkpoint(training.model), **{stack: [layer]}), tmp_path / "cut")
+    on_disk = replace(training, model=tmp_path / "cut").result(Knockout(), [])
+    in_memory = training.result(Knockout(stack, layer), [])
+    assert on_disk["error"] is None and len(on_disk["training"]) == 2
+    assert {key: in_memory[key] for key in ("curve", "training", "parameters", "error")} == {
+        key: on_disk[key] for key in ("curve", "training", "parameters", "error")
+    }
+
+
+def test_a_knockout_trains_a_lora_and_keeps_the_users_callbacks(reader, tmp_path):
+    plugin = tmp_path / "user_callback_for_test.py"
+    plugin.write_text(
+        "from pathlib import Path\n"
+        "from swift.callbacks import callbacks_map\n"
+        "from swift.callbacks.base import TrainerCallback\n"
+        "class Counter(TrainerCallback):\n"
+        "    def on_train_begin(self, args, state, control, model, **kwargs):\n"
+        "        layers = {n.split('.layers.')[1].split('.')[0] for n, _ in model.named_parameters() if '.layers.' in n}\n"
+        f"        Path({str(tmp_path / 'seen')!r}).write_text(f'{{type(model).__name__}} {{len(layers)}}')\n"
+        "callbacks_map['counter'] = Counter\n"
+    )
+    plugins = (str(ROOT / "plugins" / "qwen_vl_token_ids.py"), str(plugin))
+    more = ("--tuner_type", "lora", "--callbacks", "counter", "--external_plugins", *plugins)
+    result = replace(reader, arguments=(*reader.arguments, *more)).result(Knockout("text", 3), [])
+    assert result["error"] is None
+    assert (tmp_path / "seen").read_text().split()[1] == "7"
+    assert "Peft" in (tmp_path / "seen").read_text()
+
+
+def test_no_temporary_checkpoint_is_left(reader):
+    assert not list(reader.out.rglob("*.safetensors"))
+
+
+def test_a_failed_run_names_the_reason_and_its_log(reader):
+    result = replace(reader, arguments=(*reader.arguments, "--no_such_flag", "1")).result(Knockout(), [])
+    assert "no_such_flag" in result["error"]
+    assert str(reader.out / "logs" / "baseline.log") in result["error"]
+
+
+# --- what is planned ---
+
+
+@pytest.fixture
+def checkpoint(tiny):
+    return open_checkpoint(tiny("qwen3_vl"))
+
+
+def test_all_means_the_baseline_and_every_layer(checkpoint):
+    names = [run.name for run in plan_knockouts(checkpoint, "all", "all")]
+    assert names == ["baseline", *(f"text-{i:02d}" for i in range(5)), *(f"vision-{i:02d}" for i in range(6))]
+
+
+def test_ranges_and_none_choose_layers(checkpoint):
+    names = [run.name for run in plan_knockouts(checkpoint, "1-2,4", "none")]
+    assert names == ["baseline", "text-01", "text-02", "text-04"]
+
+
+def test_a_layer_out_of_range_is_refused_before_any_run(checkpoint):
+    with pytest.raises(PruneKitError, match="5"):
+        plan_knockouts(checkpoint, "5", "none")
+
+
+def test_names_sort_in_the_order_of_layers():
+    names = [Knockout("text", layer).name for layer in (2, 10)]
+    assert names == sorted(names)
+
+
+# --- how a run is called, and what is read from it ---
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--callbacks", "mine", "other", "--seed", "-1"],
+        ["--callbacks=mine", "--seed", "-1", "--callbacks", "other"],
+        ["--seed", "-1", "--callbacks", "mine", "--callbacks", "ours", "other"],
+    ],
+)
+def test_a_flag_that_the_user_gave_is_merged_with_ours(given):
+    assert merged_flag(given, "--callbacks", "ours") == [
+        "--seed",
+        "-1",
+        "--callbacks",
+        "ours",
+        "mine",
+        "other",
+    ]
+
+
+def test_a_flag_is_found_by_its_other_spelling():
+    merged = merged_flag(["--external-plugins", "a.py", "--x"], "--external_plugins", "b.py")
+    assert merged == ["--x", "--external_plugins", "b.py", "a.py"]
+
+
+def test_the_last_line_of_a_log_that_is_no_wandb_message_tells_the_failure(tmp_path):
+    (tmp_path / "log").write_text("step 1\nValueError: no such flag\nwandb: find logs at x\n\n")
+    assert trained_knockouts._last_line(tmp_path / "log") == "ValueError: no such flag"
+
+
+TORCHRUN = """\
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "train.py", line 3, in <module>
+[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB
+E1124 10:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:988] failed (exitcode: 1) local_rank: 1
+Traceback (most recent call last):
+  File "torchrun", line 8, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\x20
+============================================================
+sft.py FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+  exitcode  : 1 (pid: 7)
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (TORCHRUN, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("step 1\nKilled\n=======\n", "Killed"),
+        ("KeyError: 'RANK'\n[INFO:swift] 90%\r100%\n", "KeyError: 'RANK'"),
+        ("", "no message"),
+    ],
+)
+def test_the_exception_behind_a_failure_is_found_in_its_log(tmp_path, text, said):
+    (tmp_path / "log").write_text(text)
+    assert trained_knockouts._last_line(tmp_path / "log") == said
+
+
+SHOW = "import json, os, sys; open(os.environ['SEEN'], 'w').write(json.dumps(dict(os.environ)))"
+
+
+def test_a_run_doesn_t_wait_for_the_nodes_and_ports_of_other_trainings(texter, tmp_path, monkeypatch):
+    (tmp_path / "swift").write_text(f"#!{sys.executable}\n{SHOW}\nsys.exit('ValueError: enough')\n")
+    (tmp_path / "swift").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE"):
+        monkeypatch.setenv(name, "7")
+    result = texter.result(Knockout(), ["4", "5"])
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert result["error"].startswith("ValueError: enough (exit code 1")
+    assert (seen["NPROC_PER_NODE"], seen["CUDA_VISIBLE_DEVICES"]) == ("2", "4,5")
+    assert not {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} & seen.keys()
+
+
+def evaluation(step, **values):
+    return {"global_step/max_steps": f"{step}/4"} | {f"eval_{key}": value for key, value in values.items()}
+
+
+def test_a_run_records_its_evaluations_and_training_losses():
+    log = [
+        {"global_step/max_steps": "1/4", "loss": 3.0},
+        evaluation(2, loss=2.0, token_acc=0.5),
+        evaluation(4, loss=1.0, token_acc=0.75),
+        {"last_model_checkpoint": None},
+    ]
+    assert read_curves(log) == {
+        "token_acc": 0.75,
+        "loss": 1.0,
+        "curve": [{"step": 2, "token_acc": 0.5, "loss": 2.0}, {"step": 4, "token_acc": 0.75, "loss": 1.0}],
+        "training": [{"step": 1, "loss": 3.0}],
+        "error": None,
+    }
+
+
+def test_a_loss_of_nan_is_an_error_and_null_in_the_record():
+    record = read_curves([evaluation(2, loss=1.0, token_acc=0.5), evaluation(4, loss=float("nan"), token_acc=0.1)])
+    assert record["error"].startswith("loss is NaN at step 4")
+    assert record["loss"] is None and record["curve"][1]["loss"] is None
+    assert "NaN" not in json.dumps(record | {"error": None})
+
+
+# --- sweeps ---
+
+
+class StubTraining(Training):
+    """Trainings that only write the log that ms-swift would write; those of layer 0 fail, of layer 1 diverge."""
+
+    def _train(self, run, work, gpus):
+        if run.layer == 0:
+            raise RuntimeError("CUDA out of memory")
+        (work / "swift").mkdir()
+        loss = float("nan") if run.layer == 1 else 1.0
+        (work / "swift" / "logging.jsonl").write_text(json.dumps(evaluation(4, loss=loss, token_acc=0.5)))
+
+
+@pytest.fixture
+def sweep(tiny, tmp_path):
+    return Sweep(StubTraining(tiny("qwen3_vl"), "qwen3_vl", tmp_path, (), "group"), [], 2)
+
+
+RUNS = [Knockout(), *(Knockout("text", layer) for layer in range(3))]
+
+
+def test_each_record_is_on_disk_when_its_run_has_ended(sweep):
+    for record in sweep.do_all(RUNS):
+        assert json.loads((sweep.training.out / "runs" / f"{record['name']}.json").read_text()) == record
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(sweep):
+    records = {record["name"]: record for record in sweep.do_all(RUNS)}
+    assert records["text-00"]["error"] == "CUDA out of memory"
+    assert records["text-01"]["error"].startswith("loss is NaN")
+    assert records["text-02"]["error"] is None and len(records) == 4
+
+
+def test_a_restart_repeats_failed_runs_and_no_finished_ones(sweep):
+    list(sweep.do_all(RUNS))
+    assert sorted(sweep.finished(RUNS)) == ["baseline", "text-01", "text-02"]
+
+
+def test_gpus_are_shared_out_among_jobs(sweep):
+    slots = Sweep(sweep.training, ["0", "1", "2", "3"], 2).slots
+    assert [slots.get() for _ in range(2)] == [["0", "2"], ["1", "3"]]
+
+
+def test_gpus_are_shared_out_evenly_or_not_at_all(sweep):
+    with pytest.raises(PruneKitError, match="evenly"):
+        Sweep(sweep.training, ["0", "1", "2"], 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda record: "{", lambda record: "null", lambda record: "{}", lambda record: json.dumps([record]),
+        lambda record: json.dumps(record | {"curve": 3}), lambda record: json.dumps(record | {"token_acc": "1"}),
+        lambda record: json.dumps(record | {"name": "text-04"}), lambda record: json.dumps(record | {"error": 5}),
+        lambda record: json.dumps({key: value for key, value in record.items() if key != "training"}),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_of_a_run_is_named_in_one_line(sweep, damage):
+    [record] = sweep.do_all(RUNS[:1])
+    file = sweep.result_file(RUNS[0])
+    file.write_text(damage(record))
+    with pytest.raises(PruneKitError, match="baseline.json") as refused:
+        sweep.finished(RUNS)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
+    """The embedded reader, trained for real: without its first layer it hardly reads, without one in the middle it does."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "tiny_ocr" / "tiny_ocr.py", "data", "--out", tmp_path / "data"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, count in (("train", 64), ("val", 40)):
+        rows = (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()[:count]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    arguments = (
+        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "qwen_vl_token_ids.py"), "--learning_rate", "1e-4",
+        "--max_steps", "4", "--eval_steps", "4", "--per_device_eval_batch_size", "40",
+        "--dataset", str(tmp_path / "train.jsonl"), "--val_dataset", str(tmp_path / "val.jsonl"),
+    )  # fmt: skip
+    sweep = Sweep(Training(READER, "qwen3_vl", tmp_path / "out", arguments, "group"), [], 1)
+    runs = [Knockout(), *(Knockout("text", layer) for layer in (0, 1, 6))]
+    ranking = knockout.sweep_all(sweep, runs, None, tmp_path / "out")
+    assert [entry["name"] for entry in ranking["removals"]] == ["text-06", "text-01", "text-00"]
+    best, _, worst = (entry["relative"] for entry in ranking["removals"])
+    assert best > 0.9 > 0.7 > worst
+
+
+# --- sweeps that end before time ---
+
+SWEEP = """
+import contextlib, json, sys
+from pathlib import Path
+from prunekit.errors import run_script
+from prunekit.knockout.trained import Knockout, Sweep, Training
+
+def main():
+    spec = json.loads(sys.argv[1])
+    training = Training(Path(spec["model"]), spec["model_type"], Path(spec["out"]), tuple(spec["arguments"]), "group")
+    sweep = Sweep(training, spec["gpus"], 1)
+    runs = [Knockout(), Knockout("text", 2), Knockout("text", 3)]
+    todo = [run for run in runs if run.name not in sweep.finished(runs)]
+    print("sweep: todo", *[run.name for run in todo], flush=True)
+    with contextlib.closing(sweep.do_all(todo)) as done:
+        for record in done:
+            print("sweep:", record["name"], record["error"], flush=True)
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+def start_sweep(training, gpus=(), **environment):
+    spec = {"model": str(training.model), "model_type": training.model_type, "out": str(training.out)}
+    spec |= {"arguments": training.arguments, "gpus": gpus}
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, json.dumps(spec)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def said_by(sweep):
+    """The lines of the script above; libraries print to the same stream."""
+    return (line.removeprefix("sweep: ").strip() for line in sweep.stdout if line.startswith("sweep: "))
+
+
+def ctrl_c(sweep):
+    os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does
+
+
+def kill_9(sweep):
+    sweep.kill()
+
+
+@pytest.mark.parametrize("end, code", [(ctrl_c, 130), (kill_9, -9)])
+@pytest.mark.ci
+def test_a_sweep_ended_keeps_what_is_done_and_the_same_command_does_the_rest(end, code, texter, tmp_path):
+    training = replace(texter, out=tmp_path)
+    sweep = start_sweep(training)
+    lines = said_by(sweep)
+    assert [next(lines), next(lines)] == ["todo baseline text-02 text-03", "baseline None"]
+    time.sleep(0.5)  # into the next training
+    end(sweep)
+    assert sweep.wait(timeout=20) == code
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["baseline.json"]
+    assert not left_running(str(tmp_path))
+    again = start_sweep(training)
+    assert list(said_by(again)) == ["todo text-02 text-03", "text-02 None", "text-03 None"]
+    assert again.wait(timeout=20) == 0
+
+
+def left_running(word, within=10):
+    """The processes with this word in their command line or environment that are still there after `within` s."""
+    end = time.monotonic() + within
+    while left := [p for p in psutil.process_iter() if p.pid != os.getpid() and word in said(p)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def said(process):
+    with contextlib.suppress(psutil.Error):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return " ".join([*process.cmdline(), *process.environ().values()])
+    return ""
+
+
+@pytest.mark.parametrize("end", [ctrl_c, kill_9])
+def test_a_sweep_ended_on_gpus_leaves_no_trainer_behind_swift(end, tiny, tmp_path):
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "swift"
+    stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT / "tests/helpers" / "stub_swift.py"}" "$@"\n')
+    stub.chmod(0o755)
+    training = Training(tiny("qwen3_vl"), "qwen3_vl", tmp_path / "out", (), "group")
+    calls = tmp_path / "calls"
+    sweep = start_sweep(
+        training,
+        ["0"],
+        STUB_CALLS=str(calls),
+        STUB_HANG_AT="1",
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    )
+    while not (calls.exists() and '"hang"' in calls.read_text()) and sweep.poll() is None:
+        time.sleep(0.1)
+    end(sweep)
+    sweep.wait(timeout=20)
+    assert not left_running(str(calls))
+    assert not list((tmp_path / "out" / "runs").iterdir())

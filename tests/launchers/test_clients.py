@@ -1,0 +1,183 @@
+"""Checkpoints that we cut, in programs that others wrote: vLLM and mergekit, from an environment of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+from helpers.paths import ROOT
+from helpers.tiny_models import TEXT
+from helpers.tiny_taggers import save_tagger
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_layers_fit import write_texts
+from test_tiny_ocr import MODEL, tiny_ocr
+
+from prunekit.checkpoint import open_checkpoint, statistics
+
+pytestmark = [pytest.mark.clients, pytest.mark.slow]
+
+# Two of what vLLM asks on CPUs: heads of 32 or more, and no mixture of sliding and full attention
+WIDE = TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "initializer_range": 0.2}
+WORDS = tiny_ocr._words("test", 0, frozenset())
+
+
+@pytest.fixture(scope="session")
+def clients():
+    """The programs of an environment with vLLM and mergekit, which is made on first use (minutes)."""
+    done = subprocess.run(["bash", "lib/rehearsal.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        pytest.skip(" ".join(done.stderr.splitlines()[-2:]))
+    assert done.returncode == 0, done.stderr
+    return ROOT / ".venv-rehearsal/bin"
+
+
+def save_tiny_ocr_with_wide_heads(folder):
+    """The embedded model with head_dim 32 instead of 16, and the same function.
+
+    Each half of a head, which RoPE turns against the other, is padded with zeros from 8 to 16. The square of
+    rope_theta gives the first 8 the old frequencies, the norms' weight makes up for the mean over twice as many and
+    for the scale of the scores.
+    """
+    processor, model = hf.AutoProcessor.from_pretrained(MODEL), {}
+    for name, values in load_file(MODEL / "model.safetensors").items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_norm.weight", "k_norm.weight")):
+            halves = values.reshape(-1, 2, 8, *values.shape[1:])
+            values = torch.cat([halves, torch.zeros_like(halves)], 2).reshape(-1, *values.shape[1:])
+        elif name.endswith("self_attn.o_proj.weight"):
+            halves = values.reshape(len(values), -1, 2, 8)
+            values = torch.cat([halves, torch.zeros_like(halves)], 3).reshape(len(values), -1)
+        model[name] = values.float() / 2**0.5 if name.endswith("k_norm.weight") else values.float()
+    config = json.loads((MODEL / "config.json").read_text()) | {"dtype": "float32"}
+    config["text_config"]["head_dim"] = 32
+    config["text_config"]["rope_parameters"] |= {"rope_theta": 1e8, "mrope_section": [12, 2, 2]}
+    processor.save_pretrained(folder)
+    save_file(model, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def cut_folders(tmp_path_factory):
+    """{(family, cut): folder} for models with fewer layers, these with one KV head, and some with narrower layers."""
+    root = tmp_path_factory.mktemp("cut")
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE)).save_pretrained(root / "llama")
+    hf.Qwen3ForCausalLM(hf.Qwen3Config(**WIDE)).save_pretrained(root / "qwen3")
+    save_tiny_ocr_with_wide_heads(root / "qwen3_vl")
+    folders = {}
+    for family, layers in {"llama": [1, 3], "qwen3": [0, 2], "qwen3_vl": [6, "--vision", 3]}.items():
+        fewer, mqa = folders[family, "layers"], folders[family, "mqa"] = (
+            root / f"{family}-1",
+            root / f"{family}-2",
+        )
+        drop = ["manual_select.py", "--model", root / family, "--out", fewer, "--text", *layers]
+        merge = ["kv_cut.py", "--model", fewer, "--out", mqa, "--kv-heads", 1]
+        if family == "qwen3_vl":  # the one that has a tokenizer
+            merge += ["--calib", write_texts(root / "texts.jsonl"), "--refine", 4]
+        commands = [drop, merge]
+        if family != "qwen3":  # qwen3_vl has its attention
+            narrow = folders[family, "narrow"] = root / f"{family}-3"
+            shares = ["--head-share", 0.5, "--neuron-share", 0.5]
+            commands += [["width_cut.py", "--model", root / family, "--out", narrow, *shares]]
+        for command in commands:
+            subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def prompts(cut_folders, tmp_path_factory):
+    """{family: what vLLM is asked}: random tokens for text models, pictures of words to read for Qwen3-VL."""
+    generator = torch.Generator().manual_seed(0)
+    text = [{"prompt_token_ids": torch.randint(5, 100, (n,), generator=generator).tolist()} for n in (3, 10, 40)]
+    processor = hf.AutoProcessor.from_pretrained(MODEL)
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tiny_ocr.PROMPT}]}]
+    prompt = processor.apply_chat_template(message, add_generation_prompt=True)
+    folder, images = tmp_path_factory.mktemp("pictures"), []
+    for number, picture in enumerate(tiny_ocr.pictures("test", WORDS, 0, 0)[:8]):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+        images.append({"prompt": prompt, "image": str(folder / f"{number}.png")})
+    return {"llama": text, "qwen3": text, "qwen3_vl": images}
+
+
+@pytest.fixture(scope="session")
+def from_vllm(clients, cut_folders, prompts, tmp_path_factory):
+    """{(family, cut): tokens that vLLM generates for each prompt}, all by one process."""
+    root = tmp_path_factory.mktemp("vllm")
+    requests = {str(folder): prompts[family] for (family, _), folder in cut_folders.items()}
+    (root / "requests.json").write_text(json.dumps(requests))
+    command = [
+        clients / "python",
+        ROOT / "tests/helpers/vllm_generate.py",
+        root / "requests.json",
+        root / "answers.json",
+    ]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads((root / "answers.json").read_text())
+    return {key: answers[str(folder)] for key, folder in cut_folders.items()}
+
+
+def by_transformers(folder, prompts):
+    """The tokens that transformers generates greedily for each prompt."""
+    auto = hf.AutoModelForImageTextToText if "image" in prompts[0] else hf.AutoModelForCausalLM
+    model, answers = auto.from_pretrained(folder, dtype=torch.float32).eval(), []
+    for prompt in prompts:
+        if "image" in prompt:
+            processor = hf.AutoProcessor.from_pretrained(folder)
+            inputs = processor(text=prompt["prompt"], images=Image.open(prompt["image"]), return_tensors="pt")
+        else:
+            inputs = {"input_ids": torch.tensor([prompt["prompt_token_ids"]])}
+        out = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        answers.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize(
+    "family, cut",
+    [(family, cut) for family in ("llama", "qwen3", "qwen3_vl") for cut in ("layers", "mqa")]
+    + [("llama", "narrow"), ("qwen3_vl", "narrow")],
+)
+def test_vllm_generates_what_transformers_does(family, cut, cut_folders, prompts, from_vllm):
+    assert from_vllm[family, cut] == by_transformers(cut_folders[family, cut], prompts[family])
+
+
+def test_vllm_reads_pictures_with_fewer_layers(cut_folders, from_vllm):
+    tokenizer = hf.AutoTokenizer.from_pretrained(MODEL)
+    read = [text.partition("<|im_end|>")[0] for text in tokenizer.batch_decode(from_vllm["qwen3_vl", "layers"])]
+    assert sum(text == word for text, word in zip(read, WORDS)) >= 4
+
+
+def test_mergekit_cuts_layers_into_the_same_checkpoint(clients, tiny, tmp_path):
+    slices = [{"sources": [{"model": str(tiny("llama")), "layer_range": [n, n + 1]}]} for n in (0, 2, 4)]
+    (tmp_path / "merge.yml").write_text(json.dumps({"slices": slices, "merge_method": "passthrough"}))
+    merge = [clients / "mergekit-yaml", "merge.yml", "theirs", "--no-copy-tokenizer", "--no-write-model-card"]
+    subprocess.run(merge, cwd=tmp_path, check=True, capture_output=True)
+    drop = [ROOT / "manual_select.py", "--model", tiny("llama"), "--out", "ours", "--text", "1", "3"]
+    subprocess.run([sys.executable, *drop], cwd=tmp_path, check=True, capture_output=True)
+    ours, theirs = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "theirs")
+    assert ours.tensors.keys() == theirs.tensors.keys() and statistics(ours) == statistics(theirs)
+    assert all(ours.read_bytes(name) == theirs.read_bytes(name) for name in ours.tensors)
+
+
+def test_int8_of_torchao_is_near_and_loads_in_plain_transformers(clients, tmp_path, script, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(clients.parent / "torchao"))
+    source = save_tagger("camembert", tmp_path / "source")
+    done = script("deploy.py", "--model", source, "--out", tmp_path / "out", "--format", "torchao-int8")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    code = """
+import sys, torch
+from transformers import AutoModelForTokenClassification as Auto
+models = [Auto.from_pretrained(folder).eval() for folder in sys.argv[1:]]
+ids = torch.arange(5, 45).view(2, 20)
+with torch.inference_mode():
+    ours, theirs = (model(input_ids=ids).logits for model in models)
+types = {type(module.weight).__name__ for module in models[0].modules() if isinstance(module, torch.nn.Linear)}
+print(float((ours - theirs).abs().max() / theirs.abs().max()), *sorted(types))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    difference, *types = done.stdout.split()
+    assert 0 < float(difference) < 0.05 and "Int8Tensor" in types

@@ -1,0 +1,224 @@
+"""What is served computes what the checkpoint computes, or nearly so, and is measured as it is served."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from helpers.paths import ROOT
+from helpers.tiny_models import load
+from helpers.tiny_taggers import save_tagger, save_tokenizer, write_rows
+
+from prunekit.checkpoint import history, open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.serving.deploy import (
+    Measuring,
+    check_measurable,
+    choose_format,
+    deploy,
+    format_of,
+    measure_served,
+    served_table,
+    where_zeros_save_nothing,
+)
+from prunekit.serving.run import load_served, mean_loss, measure, pad
+from prunekit.tagger.ner import evaluate, read_rows
+
+ROWS = [list(range(5, 30)), list(range(40, 47)), list(range(20, 33))]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """served(family, format): a tiny token classifier in that format, and the checkpoint it was made from."""
+    root, made = tmp_path_factory.mktemp("served"), {}
+
+    def folders(family, form):
+        if family not in made:
+            made[family] = save_tagger(family, root / family)
+        if (family, form) not in made:
+            out = root / f"{family}-{form}"
+            deploy(open_checkpoint(made[family]), out, form)
+            made[family, form] = out
+        return made[family, form], made[family]
+
+    return folders
+
+
+def copy_of(folder):
+    """An export that writes the file of a model exported before."""
+    return lambda _, file: shutil.copyfile(folder / "model.onnx", file)
+
+
+@pytest.mark.parametrize("family", ["bert", "camembert", "distilbert"])
+def test_onnx_equals_torch_for_any_batch_and_length(family, served):
+    folder, source = served(family, "onnx")
+    session, model = onnxruntime.InferenceSession(folder / "model.onnx"), load(source)
+    for rows in (ROWS, ROWS[:1], [row[:1] for row in ROWS]):
+        inputs = pad(rows)
+        (ours,) = session.run(["logits"], inputs)
+        with torch.inference_mode():
+            theirs = model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.numpy()
+        counted = inputs["attention_mask"].astype(bool)
+        np.testing.assert_allclose(ours[counted], theirs[counted], atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_decoder_as_onnx_gives_the_same_loss(tiny, tmp_path):
+    deploy(open_checkpoint(tiny("llama")), tmp_path / "out", "onnx")
+    losses = [mean_loss(load_served(folder), ROWS, 0) for folder in (tiny("llama"), tmp_path / "out")]
+    model, total = load(tiny("llama")), 0.0
+    with torch.inference_mode():
+        for row in ROWS:
+            ids = torch.tensor([row])
+            total += float(model(input_ids=ids, labels=ids).loss) * (len(row) - 1)
+    assert losses == pytest.approx([total / sum(len(row) - 1 for row in ROWS)] * 2, abs=1e-5)
+
+
+def test_int8_is_near_small_and_tells_its_story(served):
+    folder, source = served("bert", "onnx-int8")
+    inputs = pad(ROWS)
+    counted = inputs["attention_mask"].astype(bool)
+    ours, theirs = (load_served(each)(inputs)[counted] for each in (folder, source))
+    assert 0 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
+    (entry,) = history(folder)
+    assert (entry["stage"], entry["settings"], entry["input"]) == (
+        "deploy",
+        {"format": "onnx-int8"},
+        str(source),
+    )
+    assert entry["bytes"] == (folder / "model.onnx").stat().st_size
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "config.json", "model.onnx", "pruning_info.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert "onnxruntime.InferenceSession" in (folder / "README.md").read_text()
+
+
+def test_the_table_holds_what_files_and_plain_evaluation_say(served, tmp_path, script):
+    (int8, source), data = served("bert", "onnx-int8"), write_rows(tmp_path / "rows.jsonl")
+    done = script("deploy.py", "--model", source, int8, "--dataset", data, "--length", 16, "--batches", 1, 4,
+                  "--seconds", 0.1, "--rounds", 1, "--json", tmp_path / "table.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert (first["format"], second["format"]) == ("float32", "onnx-int8")
+    assert first["f1"] == evaluate(source, read_rows(data))["f1"]
+    assert second["bytes"] == (int8 / "model.onnx").stat().st_size
+    assert (first["zeros"], second["zeros"]) == (0.0, None)
+    assert first["peak_memory"] > second["peak_memory"] + 50e6  # torch alone is more than that
+    for row in (first, second):
+        assert list(row["batches"]) == ["1", "4"]
+        for size, times in row["batches"].items():
+            assert times["throughput"] == pytest.approx(int(size) / times["latency"])
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["model", str(source), str(int8)]
+
+
+def test_it_says_where_zeros_save_nothing():
+    times = {"1": {"latency": 1.0}, "32": {"latency": 9.0}}
+    dense = {"model": "dense", "bytes": 100, "zeros": 0.0, "batches": times}
+    sparse, small = (
+        {**dense, "model": "sparse", "zeros": 0.15},
+        {**dense, "model": "int8", "bytes": 26, "zeros": None},
+    )
+    (line,) = where_zeros_save_nothing([dense, sparse, small])
+    assert line.startswith("sparse: 15.0% of its layers' weights are zero, and that saves nothing here")
+    assert "1.00" in line
+
+
+def test_a_killed_export_leaves_nothing_half_and_the_next_one_cleans_up(served, tmp_path, monkeypatch):
+    folder, source = served("bert", "onnx")
+    command = [sys.executable, "deploy.py", "--model", source, "--out", tmp_path / "out"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("out.partial-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [path.name[:12] for path in tmp_path.iterdir()] == ["out.partial-"]
+    monkeypatch.setattr("prunekit.serving.deploy.export_onnx", copy_of(folder))
+    deploy(open_checkpoint(source), tmp_path / "out", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_that_computes_something_else_as_onnx_is_not_written(served, tmp_path, monkeypatch):
+    other, source = served("distilbert", "onnx")[0], served("bert", "onnx")[1]
+    monkeypatch.setattr("prunekit.serving.deploy.export_onnx", copy_of(other))
+    with pytest.raises(PruneKitError, match="as ONNX it computes something else"):
+        deploy(open_checkpoint(source), tmp_path / "out", "onnx-int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_format_follows_the_size(tiny, monkeypatch):
+    checkpoint = open_checkpoint(tiny("llama"))
+    assert choose_format(checkpoint, None) == "onnx-int8"
+    monkeypatch.setattr("prunekit.serving.deploy.ONNX_LIMIT", 1000)
+    assert choose_format(checkpoint, None) == "torchao-int8"
+    with pytest.raises(PruneKitError, match="--format onnx: .* more than an ONNX file holds"):
+        choose_format(checkpoint, "onnx")
+    with pytest.raises(PruneKitError, match="qwen3_vl has a vision tower"):
+        choose_format(open_checkpoint(tiny("qwen3_vl")), None)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"length": 65}, "--length 65: .* has 64 positions"),
+        ({"length": 0}, "--length 0: choose 1 or more"),
+        ({"sizes": (1, 0)}, "--batches 0: choose 1 or more"),
+        ({"rounds": 0}, "--rounds 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message, served, tmp_path):
+    how = Measuring(write_rows(tmp_path / "rows.jsonl"), length=16)
+    with pytest.raises(PruneKitError, match=message):
+        check_measurable([served("bert", "onnx")[0]], replace(how, **change))
+
+
+def test_bad_input_ends_with_one_line_before_anything_is_written(served, tmp_path, script):
+    (tmp_path / "a.txt").write_text("acme B-ORG\n")
+    arguments = ["--model", served("bert", "onnx")[1], "--length", 16, "--out", tmp_path / "out"]
+    done = script("deploy.py", *arguments, "--dataset", tmp_path / "a.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: dataset {tmp_path}/a.txt: its tag B-ORG is none of the model's labels")
+    done = script("deploy.py", *arguments[:2], "--out", arguments[1], "--overwrite")
+    assert done.returncode == 2 and "is or holds the input" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_without_weights_and_a_decoder_on_tagged_rows_are_refused(tiny, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PruneKitError, match="no config.json with model"):
+        format_of(tmp_path)
+    how = Measuring(write_rows(tmp_path / "rows.jsonl"), length=16)
+    with pytest.raises(PruneKitError, match="messages"):
+        check_measurable([tiny("llama")], how)
+    with pytest.raises(PruneKitError, match="neither a token classifier nor a decoder"):
+        check_measurable([tiny("bert")], how)
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(served, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
+    )
+    with pytest.raises(PruneKitError, match=r"torchao is not installed: pip install -e '.\[deploy\]'"):
+        deploy(open_checkpoint(served("bert", "onnx")[1]), tmp_path / "out", "torchao-int8")
+    assert not list(tmp_path.iterdir())
+
+
+def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunekit.serving.deploy._measure_once", measure)  # in this process
+    folder = shutil.copytree(tiny("llama"), tmp_path / "llama")
+    save_tokenizer(folder)
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "ana is in oslo"}\n{"text": "bo at rome"}\n' * 3)
+    (row,) = measure_served([folder], Measuring(data, length=8, sizes=(1,), seconds=0.01, rounds=1), quiet=True)
+    assert 3 < row["loss"] < 8  # random weights: about log(128)
+    assert "LOSS" in served_table([row]).splitlines()[0]

@@ -1,0 +1,147 @@
+"""Merging KV heads: exact where heads are equal, and nothing else is touched."""
+
+import json
+
+import pytest
+import torch
+from helpers.tiny_models import FAMILIES, build, load, logits
+from safetensors.torch import load_file, save_file
+
+from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES as ROWS
+from prunekit.surgery.kv import apply_kv_merge, merge_heads, plan_kv_merge
+
+SHARED = [family for family in FAMILIES if ROWS[family].kv_heads]
+PROJECTIONS = (".self_attn.k_proj.", ".self_attn.v_proj.")
+
+
+def cut(folder, out, kv_heads, method="mean"):
+    return apply_kv_merge(plan_kv_merge(open_checkpoint(folder), kv_heads, method), out)
+
+
+def text_config(model):
+    return model.config.get_text_config()
+
+
+def head_dim_of(model):
+    config = text_config(model)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+@pytest.mark.parametrize("method", ["mean", "first"])
+@pytest.mark.parametrize("family", SHARED)
+def test_merging_equal_heads_keeps_the_output(family, method, tmp_path):
+    model = build(family)
+    head_dim = head_dim_of(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(p in name for p in PROJECTIONS):
+                heads = parameter.view(-1, head_dim, *parameter.shape[1:])
+                heads.copy_(heads[: len(heads) // 2].repeat_interleave(2, dim=0))
+    model.save_pretrained(tmp_path / "in")
+    cut(tmp_path / "in", tmp_path / "out", text_config(model).num_key_value_heads // 2, method)
+    assert torch.allclose(logits(load(tmp_path / "out")), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_one_head_is_left_and_loads(family, tiny, tmp_path):
+    cut(tiny(family), tmp_path / "out", 1)
+    model = load(tmp_path / "out")
+    assert text_config(model).num_key_value_heads == 1
+    assert torch.isfinite(logits(model)).all()
+    assert statistics(tmp_path / "out")["parameters"] == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_other_tensors_keep_their_bytes(family, tiny, tmp_path):
+    cut(tiny(family), tmp_path / "out", 1)
+    before, after = (
+        load_file(tiny(family) / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if any(p in name for p in PROJECTIONS)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_of_each_group_is_taken_in_fp32_and_rounded_once(dtype, own, tmp_path):
+    folder, name = own("qwen3"), "model.layers.0.self_attn.v_proj.weight"
+    tensors = {key: value.to(dtype) for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    cut(folder, tmp_path / "out", 2)
+    heads = tensors[name].to(torch.promote_types(dtype, torch.float32)).view(2, 2, 16, 32)
+    expected = ((heads[:, 0] + heads[:, 1]) / 2).to(dtype).view(32, 32)
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name], expected)
+
+
+def test_first_keeps_the_first_head_of_each_group():
+    bias = torch.arange(8.0)
+    assert merge_heads(bias, 2, 2, "first").tolist() == [0, 1, 4, 5]
+
+
+def test_biases_are_merged_with_their_heads(tiny, tmp_path):
+    cut(tiny("qwen2"), tmp_path / "out", 2)
+    name = "model.layers.0.self_attn.k_proj.bias"
+    before, after = (
+        load_file(tiny("qwen2") / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    assert torch.allclose(after[name], before[name].view(2, 2, -1).mean(1).flatten())
+
+
+def test_weights_in_bf16_stay_in_bf16(tmp_path):
+    build("qwen3_vl").to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    cut(tmp_path / "in", tmp_path / "out", 2)
+    assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"BF16"}
+
+
+def test_a_sharded_checkpoint_stays_sharded(tiny, tmp_path):
+    folder = tiny("qwen3", max_shard_size="50KB")
+    cut(folder, tmp_path / "out", 1)
+    count = len(list(folder.glob("*.safetensors")))
+    assert count > 1 and len(list((tmp_path / "out").glob("*.safetensors"))) == count
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+@pytest.mark.parametrize(
+    "family, kv_heads, message",
+    [
+        ("qwen3", 3, r"--kv-heads 3: the model has 4 KV heads; choose one of 1, 2$"),
+        ("qwen3", 8, "choose one of 1, 2"),
+        ("qwen3", 0, "choose one of 1, 2"),
+        ("qwen3", -1, "choose one of 1, 2"),
+        ("qwen3", 4, "has 4 already; nothing to merge"),
+        ("gpt2", 1, "gpt2: has no form with fewer KV heads"),
+        ("bert", 1, "bert: has no form with fewer KV heads"),
+    ],
+)
+def test_impossible_merges_are_refused(family, kv_heads, message, tiny):
+    with pytest.raises(PruneKitError, match=message):
+        plan_kv_merge(open_checkpoint(tiny(family)), kv_heads)
+
+
+def test_a_config_that_contradicts_the_weights_is_refused(own):
+    folder = own("qwen3")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 8}))
+    with pytest.raises(
+        PruneKitError,
+        match=r"k_proj.weight is \[64, 32\], by config.json \(num_key_value_heads, head_dim\) it would be \[32",
+    ):
+        plan_kv_merge(open_checkpoint(folder), 2)
+
+
+def test_script_cuts_and_records_history(tiny, tmp_path, script):
+    done = script("kv_cut.py", "--model", tiny("qwen3_vl"), "--out", tmp_path / "out", "--kv-heads", 1)
+    assert done.returncode == 0, done.stderr
+    (entry,) = history(tmp_path / "out")
+    assert entry["kv_bytes_per_token"] * 4 == entry["kv_bytes_per_token_before"]
+    assert entry["settings"] == {"kv_heads": 1, "method": "mean"}
+
+
+def test_script_ends_with_one_line_on_bad_input(tiny, tmp_path, script):
+    done = script("kv_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--kv-heads", 3)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --kv-heads 3: the model has 2 KV heads; choose one of 1\n"

@@ -1,0 +1,561 @@
+"""Dropping layers: the result is what transformers computes with these layers skipped, bit for bit."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.paths import ROOT
+from helpers.tiny_models import FAMILIES, VISION, build, load, logits
+from safetensors.torch import load_file, save_file
+
+from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES as ROWS
+from prunekit.surgery.layers import (
+    apply_removal,
+    cautions,
+    choose_from_ranking,
+    parse_numbers,
+    place_taps,
+    plan_removal,
+)
+
+EXAMPLE = ROOT / "examples/tiny_ocr/model"
+
+
+def module_list(model, stack):
+    """A model's layers, found without prunekit's table."""
+    ends = (".blocks",) if stack == "vision" else (".layers", ".layer", ".h")
+    (found,) = (m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and f".{n}".endswith(ends))
+    return found
+
+
+def skip(model, stack, numbers):
+    """Make these layers identities, in place."""
+    for number in numbers:
+        layer = module_list(model, stack)[number]
+
+        def forward(hidden_states, *args, original=layer.forward, **kwargs):
+            result = original(hidden_states, *args, **kwargs)
+            return (hidden_states, *result[1:]) if isinstance(result, tuple) else hidden_states
+
+        layer.forward = forward
+    return model
+
+
+def delete(model, numbers):
+    """Delete text layers, so that DeepStack's features enter the first layers that are left."""
+    layers = module_list(model, "text")
+    for number in sorted(numbers, reverse=True):
+        del layers[number]
+    return model
+
+
+def cut(folder, out, **kwargs):
+    return apply_removal(plan_removal(open_checkpoint(folder), **kwargs), out)
+
+
+def edit_config(folder, edit):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+
+
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_has_a_tiny_model():
+    assert set(FAMILIES) == set(ROWS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", [[3], [0, 2], [3, 4]], ids=str)
+def test_logits_equal_those_with_text_layers_skipped(family, text, tiny, tmp_path):
+    cut(tiny(family), tmp_path / "out", text=text)
+    reference = build(family)
+    reference = delete(reference, text) if ROWS[family].taps else skip(reference, "text", text)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+
+
+@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("vision", [[0], [1], [0, 3]], ids=str)
+def test_logits_equal_those_with_vision_blocks_skipped(family, vision, tiny, tmp_path):
+    cut(tiny(family), tmp_path / "out", vision=vision)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(skip(build(family), "vision", vision)))
+
+
+def test_layers_do_something_in_every_tiny_model():
+    for family in FAMILIES:
+        for stack in ROWS[family].stacks:
+            model = build(family)
+            assert not torch.allclose(logits(model), logits(skip(model, stack, [2])), atol=1e-4), (
+                family,
+                stack,
+            )
+
+
+def test_text_and_vision_are_cut_at_once(tiny, tmp_path):
+    cut(tiny("qwen3_vl"), tmp_path / "out", text=[1, 4], vision=[2, 5])
+    reference = delete(skip(build("qwen3_vl"), "vision", [2, 5]), [1, 4])
+    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+
+
+@pytest.mark.parametrize("family, prefix", [("gpt2", "transformer."), ("bert", "bert."), ("distilbert", "distilbert.")])
+def test_base_models_saved_without_their_prefix_are_cut(family, prefix, own, tmp_path):
+    folder = own(family)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {k.removeprefix(prefix): v for k, v in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    cut(folder, tmp_path / "out", text=[1])
+    assert torch.equal(logits(load(tmp_path / "out")), logits(skip(build(family), "text", [1])))
+
+
+def test_the_flat_config_of_older_releases_is_cut(own, tmp_path):
+    folder = own("qwen2_vl")
+
+    def flatten(config):
+        text = config.pop("text_config")
+        config |= {k: v for k, v in text.items() if k not in ("model_type", "layer_types")}
+
+    edit_config(folder, flatten)
+    cut(folder, tmp_path / "out", text=[1])
+    assert torch.equal(logits(load(tmp_path / "out")), logits(skip(build("qwen2_vl"), "text", [1])))
+
+
+def test_text_keys_written_twice_change_together(own, tmp_path):
+    folder = own("qwen2_5_vl")
+    edit_config(folder, lambda config: config.update(num_hidden_layers=5, layer_types=list("abcde")))
+    cut(folder, tmp_path / "out", text=[0])
+    config = read_config(tmp_path / "out")
+    assert (config["num_hidden_layers"], config["text_config"]["num_hidden_layers"]) == (4, 4)
+    assert config["layer_types"] == list("bcde")
+
+
+# --- per-layer config ------------------------------------------------------------------------------------------------
+
+
+def test_layer_types_shrink_with_their_layers(tiny, tmp_path):
+    cut(tiny("gemma3_text"), tmp_path / "out", text=[0, 3])
+    assert read_config(tmp_path / "out")["layer_types"] == [
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ]
+
+
+def test_layer_types_implied_by_a_pattern_are_written_out(own, tmp_path):
+    folder = own("gemma3_text")
+    edit_config(folder, lambda config: config.pop("layer_types"))
+    cut(folder, tmp_path / "out", text=[1])
+    assert torch.equal(logits(load(tmp_path / "out")), logits(skip(build("gemma3_text"), "text", [1])))
+
+
+@pytest.mark.parametrize(
+    "family, stack, key, kwargs, expected",
+    [
+        ("gemma3_text", None, "sliding_window_pattern", {"text": [1]}, None),
+        ("qwen2", None, "max_window_layers", {"text": [1]}, 4),
+        ("qwen2_5_vl", "vision_config", "fullatt_block_indexes", {"vision": [1]}, []),
+    ],
+)
+def test_a_key_left_to_its_default_means_the_same_after_the_cut(family, stack, key, kwargs, expected, own, tmp_path):
+    folder = own(family)
+
+    def leave_out(config):
+        part = config[stack] if stack else config
+        for name in (key, "_" + key, "layer_types"):
+            part.pop(name, None)
+
+    edit_config(folder, leave_out)
+    reference = skip(load(folder), *next((name, numbers) for name, numbers in kwargs.items()))
+    cut(folder, tmp_path / "out", **kwargs)
+    config = read_config(tmp_path / "out")
+    assert (config[stack] if stack else config).get(key) == expected
+    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+
+
+def test_max_window_layers_counts_the_layers_left_below_it(own, tmp_path):
+    folder = own("qwen2")
+    edit_config(folder, lambda config: config.pop("layer_types"))
+    cut(folder, tmp_path / "out", text=[0, 3])
+    assert read_config(tmp_path / "out")["max_window_layers"] == 1
+    assert torch.equal(logits(load(tmp_path / "out")), logits(skip(build("qwen2"), "text", [0, 3])))
+
+
+def test_full_attention_blocks_keep_their_kind(tiny, tmp_path):
+    cut(tiny("qwen2_5_vl"), tmp_path / "out", vision=[0, 4])
+    assert read_config(tmp_path / "out")["vision_config"]["fullatt_block_indexes"] == [0]
+
+
+def test_sparse_step_becomes_a_list_of_dense_layers(tiny, tmp_path):
+    cut(tiny("qwen3_moe"), tmp_path / "out", text=[0])
+    config = read_config(tmp_path / "out")
+    assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [0, 1, 3])
+
+
+def test_other_config_keys_stay_as_they_are(tiny, tmp_path):
+    cut(tiny("qwen3_vl"), tmp_path / "out", text=[3])
+    before, after = read_config(tiny("qwen3_vl")), read_config(tmp_path / "out")
+    before["text_config"]["num_hidden_layers"] = 4
+    assert after == before
+
+
+def test_layers_that_scale_by_their_number_are_refused_unless_last(own):
+    folder = own("gpt2")
+    edit_config(folder, lambda config: config.update(scale_attn_by_inverse_layer_idx=True))
+    checkpoint = open_checkpoint(folder)
+    assert plan_removal(checkpoint, text=[4]).removed == {"text": [4]}
+    with pytest.raises(PruneKitError, match="only the last ones"):
+        plan_removal(checkpoint, text=[1])
+
+
+# --- DeepStack -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "taps, kept, expected",
+    [
+        ([1, 3, 4], [0, 1, 2, 3, 4, 5], [1, 3, 4]),  # nothing removed
+        ([1, 3, 4], [0, 1, 2, 4, 5], [1, 2, 4]),  # a removed tap goes to the block before it
+        ([1, 3, 4], [2, 3, 4, 5], [2, 3, 4]),  # none before: the first one
+        ([1, 3, 4], [0, 1, 3, 4, 5], [1, 3, 4]),  # an untapped block removed
+        ([1, 3, 4], [0, 1, 2], [0, 1, 2]),  # taps at the end squeeze forward
+        ([1, 3, 4], [3, 4, 5], [3, 4, 5]),  # as many blocks as taps
+        ([1, 3, 4], [0, 1, 4, 5], [0, 1, 4]),  # the block before is taken: the least movement
+        ([2, 3], [0, 1, 3, 4], [1, 3]),
+        ([5, 11, 17], [i for i in range(24) if i not in (5, 10, 11)], [4, 9, 17]),
+    ],
+)
+def test_taps_are_placed(taps, kept, expected):
+    assert place_taps(taps, kept) == expected
+
+
+def test_taps_are_placed_with_the_least_movement_there_is():
+    for size in (4, 5, 6):
+        for kept in itertools.combinations(range(7), size):
+            for taps in itertools.combinations(range(7), 3):
+                wished = [max(sum(block <= tap for block in kept) - 1, 0) for tap in taps]
+                placed = [kept.index(block) for block in place_taps(taps, kept)]
+                assert placed == sorted(set(placed))
+                cost = min(sum(abs(a - b) for a, b in zip(p, wished)) for p in itertools.combinations(range(size), 3))
+                assert sum(abs(a - b) for a, b in zip(placed, wished)) == cost
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("vision", [[3], [5], [3, 4], [1, 2], [0, 1, 2]], ids=str)
+def test_mergers_get_the_blocks_their_taps_moved_to(family, vision, tiny, tmp_path):
+    plan = plan_removal(open_checkpoint(tiny(family)), vision=vision)
+    apply_removal(plan, tmp_path / "out")
+    reference = skip(build(family), "vision", vision)
+    reference.model.visual.deepstack_visual_indexes = [after for _, after in plan.taps]
+    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+
+
+def test_taps_can_be_named(tiny, tmp_path):
+    cut(tiny("qwen3_vl"), tmp_path / "out", vision=[1], taps=[0, 2, 5])
+    assert read_config(tmp_path / "out")["vision_config"]["deepstack_visual_indexes"] == [0, 1, 4]
+
+
+def test_a_tap_is_dropped_with_its_merger(tiny, tmp_path):
+    cut(tiny("qwen3_vl"), tmp_path / "out", vision=[1, 2, 3, 4], drop_taps=[1])
+    reference = skip(build("qwen3_vl"), "vision", [1, 2, 3, 4])
+    visual = reference.model.visual
+    visual.deepstack_visual_indexes = [0, 5]
+    del visual.deepstack_merger_list[1]
+    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"vision": [0, 1, 2, 3]}, r"--drop-taps 2$"),
+        ({"text": [0, 1, 2]}, r"first 3 text layers, 2 would be left.*--drop-taps 2$"),
+        ({"vision": [1], "taps": [0, 1, 2]}, r"--taps 0 1 2: name 3 different vision blocks that are kept"),
+        ({"vision": [1], "taps": [0, 2]}, r"--taps 0 2: name 3"),
+        ({"vision": [1], "drop_taps": [3]}, r"--drop-taps 3: the mergers are 0 to 2"),
+    ],
+)
+def test_taps_without_a_place_are_refused(kwargs, message, tiny):
+    with pytest.raises(PruneKitError, match=message):
+        plan_removal(open_checkpoint(tiny("qwen3_vl")), **kwargs)
+
+
+@pytest.mark.parametrize("taps", [[1, 3, 6], [1, 1, 4], [3, 1, 4], ["1"], None], ids=str)
+def test_taps_that_transformers_would_silently_skip_are_refused(taps, own):
+    folder = own("qwen3_vl")
+    edit_config(folder, lambda config: config["vision_config"].update(deepstack_visual_indexes=taps))
+    with pytest.raises(PruneKitError, match="deepstack_visual_indexes"):
+        open_checkpoint(folder)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family, kwargs, message",
+    [
+        ("llama", {"text": [5]}, "--text 5: the model has text layers 0 to 4"),
+        ("llama", {"text": [-1]}, "--text -1"),
+        ("llama", {"text": [2, 2]}, "--text 2: given twice"),
+        ("llama", {"text": range(5)}, "--text: names all 5 text layers; leave at least one"),
+        ("llama", {"vision": [1]}, "--vision: llama has no vision blocks"),
+        ("llama", {"drop_taps": [1]}, "llama has no DeepStack taps"),
+        ("llama", {}, "nothing to remove; name text layers with --text"),
+        ("qwen2_vl", {"vision": [4]}, "--vision 4: the model has vision blocks 0 to 3"),
+    ],
+)
+def test_impossible_removals_are_refused(family, kwargs, message, tiny):
+    with pytest.raises(PruneKitError, match=message):
+        plan_removal(open_checkpoint(tiny(family)), **{k: list(v) for k, v in kwargs.items()})
+
+
+def test_numbers_and_ranges_are_parsed():
+    assert parse_numbers(["4-7,10", "12"]) == [4, 5, 6, 7, 10, 12]
+
+
+@pytest.mark.parametrize("word", ["x", "7-4", "-1", "1.5", "1--2", "9" * 30])
+def test_words_that_are_no_numbers_are_refused(word):
+    with pytest.raises(PruneKitError, match="no layer number"):
+        parse_numbers([word])
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_script_cuts_prints_sizes_and_records_history(tiny, tmp_path, script):
+    model, out = tiny("qwen3_vl"), tmp_path / "out"
+    done = script(
+        "manual_select.py",
+        "--model",
+        model,
+        "--out",
+        out,
+        "--text",
+        "1,3-4",
+        "--vision",
+        "3",
+        "--drop-taps",
+        "2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tap 1: moves from block 3 to block 2" in done.stdout and "KV bytes/token" in done.stdout
+    (entry,) = history(out)
+    assert entry["removed"] == {"text": [1, 3, 4], "vision": [3], "taps": [[1, 1], [3, 2], [4, None]]}
+    assert entry["parameters_before"] == statistics(model)["parameters"]
+    assert entry["parameters"] == statistics(out)["parameters"] == load(out).num_parameters()
+
+
+def test_script_refuses_a_second_run_and_keeps_the_first(tiny, tmp_path, script):
+    arguments = ("--model", tiny("llama"), "--out", tmp_path / "out", "--text")
+    assert script("manual_select.py", *arguments, "1").returncode == 0
+    again = script("manual_select.py", *arguments, "2")
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"error: {tmp_path}/out: exists; choose another OUT or pass --overwrite\n",
+    )
+    assert history(tmp_path / "out")[0]["removed"] == {"text": [1]}
+
+
+def test_script_overwrites_when_told(tiny, tmp_path, script):
+    arguments = ("--model", tiny("llama"), "--out", tmp_path / "out", "--overwrite", "--text")
+    assert [script("manual_select.py", *arguments, n).returncode for n in "12"] == [0, 0]
+    assert history(tmp_path / "out")[0]["removed"] == {"text": [2]}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_script_writes_nothing_on_a_dry_run(tiny, tmp_path, script):
+    done = script("manual_select.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--text", "1", "--dry-run")
+    assert done.returncode == 0 and "nothing written" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_script_ends_with_one_line_and_writes_nothing_on_bad_input(tiny, tmp_path, script):
+    done = script("manual_select.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--text", "9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --text 9: the model has text layers 0 to 4; number them as in the input\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_surgery_does_not_import_torch():
+    code = "import sys, manual_select; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def ranking(*entries) -> dict:
+    names = ("stack", "layer", "relative")
+    return {"removals": [dict(zip(names, entry)) | {"name": f"{entry[0]}-{entry[1]}"} for entry in entries]}
+
+
+def chosen(tiny, removals, **limits) -> list[tuple[str, int]]:
+    entries = choose_from_ranking(open_checkpoint(tiny("qwen3_vl")), removals, **limits)
+    return [(entry["stack"], entry["layer"]) for entry in entries]
+
+
+def test_a_ranking_gives_what_keeps_enough_of_the_baseline(tiny):
+    removals = ranking(("text", 3, 1.0), ("vision", 2, 0.96), ("text", 4, 0.94), ("text", 1, None))
+    assert chosen(tiny, removals, max_fraction=1.0) == [("text", 3), ("vision", 2)]
+
+
+def test_a_ranking_gives_no_more_layers_than_allowed(tiny):
+    removals = ranking(("text", 3, 1.0), ("vision", 2, 0.99))
+    assert chosen(tiny, removals, max_layers=1, max_fraction=1.0) == [("text", 3)]
+
+
+def test_a_ranking_gives_no_more_parameters_than_allowed(tiny):
+    removals = ranking(("text", 3, 1.0), ("text", 2, 1.0), ("vision", 2, 1.0))
+    checkpoint = open_checkpoint(tiny("qwen3_vl"))
+    one = plan_removal(checkpoint, text=[3]).result
+    fraction = 1 - statistics(one)["parameters"] / statistics(checkpoint)["parameters"]
+    assert chosen(tiny, removals, max_fraction=fraction) == [("text", 3)]
+
+
+def test_a_ranking_never_empties_a_stack_or_leaves_a_tap_without_a_block(tiny):
+    removals = ranking(*(("text", i, 1.0) for i in range(5)), *(("vision", i, 1.0) for i in range(6)))
+    picked = chosen(tiny, removals, max_layers=99, max_fraction=1.0)
+    assert [stack for stack, _ in picked].count("text") == 2 and [stack for stack, _ in picked].count("vision") == 3
+
+
+def test_a_ranking_goes_on_behind_what_keeps_too_little(tiny):
+    removals = ranking(("text", 3, 0.9), ("text", 2, 1.0))  # trained ones first, then scanned ones
+    assert chosen(tiny, removals, max_fraction=1.0) == [("text", 2)]
+
+
+def greedy(*steps, healed=False) -> dict:
+    """A ranking with a path of (stack, layer, relative); alone, every layer keeps all."""
+    names = [f"{stack}-{layer:02d}" for stack, layer, _ in steps]
+    path = [{"removed": names[:count], "relative": share} for count, share in enumerate((1.0, *(s[2] for s in steps)))]
+    return ranking(("vision", 5, 1.0)) | {"greedy": {"healed": healed, "path": path, "bend": None}}
+
+
+def test_a_greedy_path_is_followed_as_long_as_it_keeps_enough(tiny):
+    path = greedy(("text", 3, 0.99), ("vision", 2, 0.95), ("text", 1, 0.94), ("text", 2, 0.96))
+    assert chosen(tiny, path, max_fraction=1.0) == [("text", 3), ("vision", 2)]
+
+
+def test_a_greedy_path_ends_at_the_most_layers(tiny):
+    path = greedy(("text", 3, 0.99), ("vision", 2, 0.98), ("vision", 3, 0.97))
+    assert chosen(tiny, path, max_layers=2, max_fraction=1.0) == [("text", 3), ("vision", 2)]
+
+
+def test_a_greedy_path_ends_where_it_would_take_too_many_parameters(tiny):
+    path = greedy(("vision", 3, 0.99), ("text", 3, 0.98), ("vision", 2, 0.97))
+    checkpoint = open_checkpoint(tiny("qwen3_vl"))
+    two = statistics(plan_removal(checkpoint, vision=[2, 3]).result)["parameters"]
+    fraction = 1 - two / statistics(checkpoint)["parameters"]
+    assert chosen(tiny, path, max_fraction=fraction) == [("vision", 3)]
+
+
+def test_a_greedy_path_ends_where_its_value_is_missing(tiny):
+    assert chosen(tiny, greedy(("text", 3, 0.99), ("text", 2, None)), max_fraction=1.0) == [("text", 3)]
+
+
+def test_independent_removals_can_be_asked_for_despite_a_path(tiny):
+    picked = chosen(tiny, greedy(("text", 3, 0.99)), max_fraction=1.0, independent=True)
+    assert picked == [("vision", 5)]
+
+
+def test_a_greedy_path_of_another_model_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="has a text-20, the model has not"):
+        chosen(tiny, greedy(("text", 20, 1.0)))
+
+
+def test_a_ranking_without_a_path_is_taken_one_by_one(tiny):
+    assert chosen(tiny, ranking(("text", 3, 1.0)) | {"greedy": None}, max_fraction=1.0) == [("text", 3)]
+
+
+def select(script, tiny, tmp_path, content, *flags):
+    (tmp_path / "ranking.json").write_text(json.dumps(content))
+    done = script("manual_select.py", "--model", tiny("qwen3_vl"), "--dry-run", "--max-fraction", 1,
+                  "--from-ranking", tmp_path / "ranking.json", *flags)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_script_says_of_a_path_that_its_layers_go_together(tiny, tmp_path, script):
+    output = select(script, tiny, tmp_path, greedy(("text", 3, 0.99), ("vision", 2, 0.97)))
+    assert "vision   2  keeps 97.0% of the baseline with all above removed, too" in output
+    assert "alone" not in output
+
+
+def test_the_script_says_of_independent_layers_that_they_were_removed_alone(tiny, tmp_path, script):
+    output = select(script, tiny, tmp_path, greedy(("text", 3, 0.99)), "--independent")
+    assert "vision   5  keeps 100.0% of the baseline when removed alone" in output
+
+
+@pytest.mark.parametrize("healed", [False, True])
+def test_the_script_asks_for_healing_if_the_path_was_healed(healed, tiny, tmp_path, script):
+    output = select(script, tiny, tmp_path, greedy(("text", 3, 0.99), healed=healed))
+    assert ("--heal" in output) == healed
+
+
+def test_a_ranking_where_nothing_qualifies_says_what_to_lower(tiny):
+    with pytest.raises(PruneKitError, match="--keep-above"):
+        chosen(tiny, ranking(("text", 3, 0.5)))
+
+
+def test_a_ranking_of_another_model_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="ranking of this model"):
+        chosen(tiny, ranking(("text", 20, 1.0)))
+
+
+def test_the_script_drops_what_a_ranking_says(tiny, tmp_path, script):
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking(("text", 3, 1.0))))
+    done = script("manual_select.py", "--model", tiny("qwen3_vl"), "--out", tmp_path / "out",
+                  "--from-ranking", tmp_path / "ranking.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert open_checkpoint(tmp_path / "out").config["text_config"]["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    "text, vision, named",
+    [
+        ([1, 2, 3, 4, 5], [], "5 of 8 text layers"),
+        ([0], [2, 3], "2 of 6 vision layers"),
+        ([1, 2, 3], [2, 3], "3 of 8 text layers and 2 of 6 vision layers"),
+    ],
+)
+def test_more_than_a_quarter_at_once_is_warned_of(text, vision, named):
+    (said,) = cautions(plan_removal(open_checkpoint(EXAMPLE), text, vision))
+    assert said.startswith(f"{named} at once")
+
+
+def test_more_than_ten_layers_are_warned_of_whatever_their_share(monkeypatch):
+    plan = plan_removal(open_checkpoint(EXAMPLE), [2, 7], [4])
+    assert cautions(plan) == []
+    monkeypatch.setattr("prunekit.surgery.layers.MOST_LAYERS", 2)
+    assert cautions(plan)[0].startswith("2 of 8 text layers and 1 of 6 vision layers at once")
+
+
+def test_the_script_warns_in_the_terminal_and_in_the_history(script, tmp_path):
+    done = script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", "1-5")
+    assert done.returncode == 0 and done.stderr.startswith("warning: 5 of 8 text layers at once")
+    assert history(tmp_path / "out")[-1]["warnings"] == [done.stderr.removeprefix("warning: ").strip()]
+
+
+def test_its_command_can_be_repeated_from_the_folder(script, tmp_path):
+    script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "one two", "--text", "3")
+    command = tmp_path / "command.sh"
+    (tmp_path / "one two" / "command.sh").rename(command)
+    shutil.move(tmp_path / "one two", tmp_path / "first")
+    subprocess.run(
+        ["bash", command],
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    first, again = (read_config(tmp_path / name) for name in ("first", "one two"))
+    assert first == again and (tmp_path / "one two/command.sh").read_text() == command.read_text()

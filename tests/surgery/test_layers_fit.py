@@ -1,0 +1,466 @@
+"""Healing: what linear least squares can give back is given back, and nothing is ever made worse."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from helpers.paths import ROOT
+from helpers.tiny_models import FAMILIES, TEXT, build, load, logits
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.checkpoint.provenance import data_record
+from prunekit.data.batches import Calibration, calibrate, encoder_of, read_calibration
+from prunekit.data.rows import Rows
+from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES as ROWS
+from prunekit.model.load import load_model
+from prunekit.model.replay import find_stack, record_calls
+from prunekit.model.scores import score_batches
+from prunekit.surgery import layers_fit as healing
+from prunekit.surgery.in_memory import removed
+from prunekit.surgery.layers import apply_removal, check_healable, find_seams, plan_removal
+from prunekit.surgery.layers_fit import UNLABELLED, LeastSquares, Projection, Sides, heal, states_between
+
+HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
+CAUSAL = [family for family in HEALABLE if ROWS[family].causal]
+
+
+def text_batches(count, seed=0, rows=8, length=12):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(5, 100, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0  # one padded row a batch
+        labels = torch.where(mask == 1, ids, -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def data(fit=6, held_out=2):
+    return Calibration(text_batches(fit), text_batches(held_out, seed=1), tokens=(fit + held_out) * 90)
+
+
+def self_labelled(model, calibration):
+    """The same data with the model's own answers as labels: then the uncut model has the lowest loss there is."""
+    for batch in [*calibration.fit, *calibration.held_out]:
+        with torch.no_grad():
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            answers = model(**inputs, use_cache=False).logits.argmax(-1).roll(1, dims=1)
+        batch["labels"] = torch.where(batch["attention_mask"] == 1, answers, -100)
+    return calibration
+
+
+def test_least_squares_find_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(3, 5, generator=generator)
+    fit = LeastSquares()
+    for _ in range(4):
+        x = torch.randn(20, 5, generator=generator)
+        fit.add(x, x @ truth.T, torch.rand(20, generator=generator) + 0.1)
+    torch.testing.assert_close(fit.solve(1e-7), truth, atol=1e-4, rtol=0)
+
+
+def test_the_share_that_is_left_is_that_of_the_residuals():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 4, generator=generator), torch.randn(50, 3, generator=generator)
+    weight, solution = torch.rand(50, generator=generator), torch.randn(3, 4, generator=generator)
+    fit = LeastSquares()
+    fit.add(x, y, weight)
+    residual = ((y - x @ solution.T).square().sum(1) * weight).sum() / (y.square().sum(1) * weight).sum()
+    assert fit.left(solution) == pytest.approx(float(residual), rel=1e-4)
+
+
+def test_the_ridge_draws_as_much_in_whatever_unit_inputs_are():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 4, generator=generator), torch.randn(50, 3, generator=generator)
+    found = []
+    for unit in (1.0, 100.0):
+        fit = LeastSquares()
+        fit.add(x * unit, y, torch.ones(50))
+        found.append(fit.solve(0.3) * unit)
+    exact = torch.linalg.solve(x.T @ x + 0.3 * (x.square().sum(0).mean()) * torch.eye(4), x.T @ y).T
+    torch.testing.assert_close(found[0], exact, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "mlp.c_proj"), ("llama", "self_attn.o_proj")])
+@torch.no_grad()
+def test_a_projection_writes_what_its_weights_make_of_its_features(family, name):
+    layer = getattr(*find_stack(build(family), ROWS[family].text))[1]
+    projection = Projection(layer, name)
+    x = torch.randn(2, 3, projection.module.weight.shape[0 if projection.inputs_first else 1])
+    weights = projection.module.weight if projection.inputs_first else projection.module.weight.T
+    if projection.bias:
+        weights = torch.cat([weights, projection.module.bias[None]])
+    written = projection.features(x, None) @ weights
+    torch.testing.assert_close(written, projection.module(x).flatten(0, 1))
+
+
+@torch.no_grad()
+def test_the_state_behind_attention_is_what_came_in_and_what_attention_writes(tiny):
+    model = load(tiny("llama"))
+    layer, written, came = model.model.layers[2], [], []
+    layer.self_attn.register_forward_hook(lambda *call: written.append(call[2][0]))
+    layer.register_forward_pre_hook(lambda _, inputs: came.append(inputs[0]))
+    with states_between(layer, ROWS["llama"].text) as states:
+        model(**text_batches(1)[0])
+    torch.testing.assert_close(states, [came[0] + written[0]])
+
+
+@pytest.mark.parametrize("stack", ["text", "vision"])
+def test_tokens_count_by_what_they_predict_and_all_states_alike(stack):
+    """One over the square of its wanted state, and of text, in part where no label is predicted, nothing for padding."""
+    sides, state = object.__new__(Sides), torch.randn(2, 5, 3)
+    sides.stack = stack
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 5, 6, -100, -100]])
+    sides.batches = [
+        {},
+        {"labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])},
+    ]
+    counts = torch.tensor([[UNLABELLED, 1, 1, 1, UNLABELLED], [1, 1, UNLABELLED, 0, 0]])
+    if stack == "vision":
+        counts = torch.ones(2, 5)
+    wanted = [float(c / s.square().sum()) for c, s in zip(counts.flatten(), state.flatten(0, 1))]
+    assert sides.weight(1, state).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert UNLABELLED == 0.1
+
+
+def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
+    model = build("gpt2")
+    with torch.no_grad():
+        block = model.transformer.h[2]
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            projection.weight.zero_()
+        block.attn.c_proj.bias.zero_()
+        block.mlp.c_proj.bias.normal_(generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(tmp_path / "model")
+    before = logits(model)
+    plan = plan_removal(open_checkpoint(tmp_path / "model"), text=[2])
+    calibration = self_labelled(model, data())
+    cut, _ = heal(plan, model, calibration)
+    apply_removal(cut, tmp_path / "healed")
+    apply_removal(plan, tmp_path / "unhealed")
+    unhealed = (logits(load(tmp_path / "unhealed")) - before).abs().max()
+    assert unhealed > 0.5
+    assert (logits(load(tmp_path / "healed")) - before).abs().max() < 0.05 * unhealed
+
+
+def sides_of(model, folder, calibration, gone):
+    """The sides of a llama that loses these layers."""
+    plan = plan_removal(open_checkpoint(folder), text=gone)
+    batches = [*calibration.fit, *calibration.held_out]
+    judged = range(len(calibration.fit), len(batches))
+    calls = record_calls(model, ROWS["llama"].text, batches)
+    return Sides(plan, model, "text", batches, judged, calls)
+
+
+def fit_of_layer_before(tiny, calibration):
+    """The fit of o_proj before a seam of llama."""
+    sides = sides_of(load(tiny("llama")), tiny("llama"), calibration, [2])
+    return sides.fit(1, (sides.row.o,), sides.targets(1))
+
+
+@torch.inference_mode()
+def test_the_ridge_is_the_one_that_leaves_least_on_the_rows_that_judge(tiny, monkeypatch):
+    calibration, alone = data(), {}
+    for ridge in (0.01, 1.0, 100.0):
+        monkeypatch.setattr(healing, "RIDGES", (ridge,))
+        alone[ridge] = fit_of_layer_before(tiny, calibration)
+    monkeypatch.setattr(healing, "RIDGES", tuple(alone))
+    chosen = fit_of_layer_before(tiny, calibration)
+    best = min(alone, key=lambda ridge: alone[ridge].left)
+    assert (chosen.ridge, chosen.left) == (best, alone[best].left)
+    assert torch.equal(chosen.solution, alone[best].solution)
+    assert len({fit.left for fit in alone.values()}) == 3
+
+
+@torch.inference_mode()
+def test_what_is_fitted_knows_nothing_of_the_rows_that_judge(tiny, monkeypatch):
+    monkeypatch.setattr(healing, "RIDGES", (1.0,))
+    one, other = (
+        fit_of_layer_before(tiny, Calibration(text_batches(3), text_batches(2, seed=seed), 1)) for seed in (1, 2)
+    )
+    assert torch.equal(one.solution, other.solution)
+    assert one.before != other.before and one.left != other.left
+
+
+@torch.inference_mode()
+def test_a_fit_that_leaves_more_than_there_was_is_not_applied(tiny, monkeypatch):
+    model = load(tiny("llama"))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    sides = sides_of(model, tiny("llama"), data(), [2])
+    monkeypatch.setattr(LeastSquares, "left", lambda self, solution: 1.5)
+    refit = sides.refit(1, sides.targets(1))
+    assert (refit.changes, refit.undo, refit.jump_left) == ([], [], 1.0)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@torch.inference_mode()
+def test_of_a_jump_is_left_what_the_last_fit_leaves_of_what_the_first_found(tiny, monkeypatch):
+    fits, fit = [], Sides.fit
+    monkeypatch.setattr(Sides, "fit", lambda *arguments: fits.append(fit(*arguments)) or fits[-1])
+    sides = sides_of(load(tiny("llama")), tiny("llama"), data(), [2])
+    refit = sides.refit(1, sides.targets(1))
+    assert len(fits) == 2 and fits[1].before < 0.99 * fits[0].before
+    assert refit.jump_left == pytest.approx(min(fits[1].left, fits[1].before) / fits[0].before)
+
+
+def test_a_seam_behind_refits_taken_back_is_healed_as_if_they_had_not_been_tried(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT | {"num_hidden_layers": 7})).save_pretrained(tmp_path)
+    # Of layer 0, layers 2 and 3, layer 4 and layer 6; only layer 4, the one before the second seam, is accepted
+    losses = iter([1.0, 2.0, 2.0, 0.5, 2.0])
+    monkeypatch.setattr(healing, "score_batches", lambda *_: {"loss": next(losses)})
+    model, calibration = load(tmp_path), data()
+    _, seams = heal(plan_removal(open_checkpoint(tmp_path), text=[1, 5]), model, calibration)
+    assert [seam["refitted"] for seam in seams] == [[], [4]]
+    alone = load(tmp_path)
+    with torch.inference_mode():
+        sides = sides_of(alone, tmp_path, calibration, [1, 5])
+        sides.refit(4, sides.targets(4))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, tmp_path):
+    model = load(tiny(family))
+    calibration = self_labelled(model, data())
+    plan, seams = heal(plan_removal(open_checkpoint(tiny(family)), text=[1, 3]), model, calibration)
+    apply_removal(plan, tmp_path / "out")
+    loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
+    assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
+    assert any(seam["refitted"] for seam in seams), "nothing was healed, so that nothing was tested"
+
+
+def picture_batches(count, seed):
+    """A picture of 8 by 16 patches among 12 tokens, one row a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(5, 100, (1, 12), generator=generator)
+        ids = torch.cat([ids[:, :2], torch.tensor([[122] + [120] * 32 + [123]]), ids[:, 2:]], 1)
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": torch.where(ids < 100, ids, -100),
+                "pixel_values": torch.randn(128, 96, generator=generator),
+                "image_grid_thw": torch.tensor([[1, 8, 16]]),
+                "mm_token_type_ids": (ids == 120).int(),
+            }
+        )
+    return batches
+
+
+def test_both_stacks_of_one_model_are_healed_each_on_its_own_states(tiny, tmp_path):
+    model = load(tiny("qwen3_vl"))
+    calibration = self_labelled(model, Calibration(picture_batches(12, 0), picture_batches(4, 1), 700))
+    plan = plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[2], vision=[2])
+    plan, seams = heal(plan, model, calibration)
+    assert [(seam["stack"], seam["layer"]) for seam in seams] == [("vision", 1), ("text", 1)]
+    assert all(seam["refitted"] for seam in seams)
+    apply_removal(plan, tmp_path / "out")
+    loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
+    assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_loss_on_held_out_rows_never_rises(family, tiny):
+    model = load(tiny(family))
+    plan = plan_removal(open_checkpoint(tiny(family)), text=[1, 3])
+    calibration = self_labelled(model, data())
+    with removed(model, plan):
+        unhealed = score_batches(model, calibration.held_out)["loss"]
+    _, seams = heal(plan, model, calibration)
+    losses = [unhealed, *(seam["loss_after"] for seam in seams)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_only_output_projections_of_refitted_layers_change(family, tiny):
+    checkpoint = open_checkpoint(tiny(family))
+    model = load(tiny(family))
+    plan, seams = heal(plan_removal(checkpoint, text=[1, 3]), model, self_labelled(model, data()))
+    row = checkpoint.family.text
+    kept = [0, 2, 4]
+    refitted = [kept.index(layer) for seam in seams for layer in seam["refitted"]]
+    outputs = "|".join(re.escape(name) for name in (row.o, row.mlp[-1], row.mlp[-1].rpartition(".")[0] + ".experts"))
+    allowed = rf"{row.prefix}(?:{'|'.join(map(str, refitted))})\.(?:{outputs})\b.*"
+    changed = [name for name, tensor in plan.result.tensors.items() if tensor.compute]
+    assert changed and all(re.fullmatch(allowed, name) for name in changed)
+
+
+def test_a_refit_that_does_not_gain_leaves_the_model_as_it_was(tiny, monkeypatch):
+    model = load(tiny("llama"))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(LeastSquares, "solve", lambda self, ridge: torch.full_like(self.xy.T, 5.0))
+    monkeypatch.setattr(LeastSquares, "left", lambda self, solution: 0.5)  # as if it were good on the held-out rows
+    plan, seams = heal(plan_removal(open_checkpoint(tiny("llama")), text=[1, 3]), model, self_labelled(model, data()))
+    assert [seam["refitted"] for seam in seams] == [[], []]
+    assert not any(tensor.compute for tensor in plan.result.tensors.values())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_healing_twice_from_the_same_files_gives_the_same_bytes(tiny, tmp_path):
+    for name in ("one", "two"):
+        model = load(tiny("qwen3"))
+        plan, _ = heal(plan_removal(open_checkpoint(tiny("qwen3")), text=[2]), model, self_labelled(model, data()))
+        apply_removal(plan, tmp_path / name)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_stacked_experts_are_changed_alike_in_both_orientations():
+    layer = build("qwen3_moe").model.layers[3]
+    projection = healing.Projection(layer, "mlp.down_proj")
+    value = torch.randn(4, 32, 16)
+    solution = torch.randn(32, 32)
+    changed = projection.changed("mlp.experts.down_proj", value, solution)
+    turned = projection.changed("mlp.experts.down_proj", value.transpose(1, 2), solution)
+    torch.testing.assert_close(changed, turned.transpose(1, 2))
+    torch.testing.assert_close(changed[2], projection.changed("mlp.experts.2.down_proj.weight", value[2], solution))
+
+
+def test_runs_of_removed_layers_are_one_seam(tiny):
+    seams = find_seams(plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[1, 2], vision=[0, 4, 5]))
+    assert [(s.stack, s.before, s.gone) for s in seams] == [("vision", 3, (4, 5)), ("text", 0, (1, 2))]
+
+
+def test_layers_behind_a_seam_belong_to_it_up_to_the_next(tiny):
+    seams = find_seams(plan_removal(open_checkpoint(tiny("qwen3_vl")), vision=[1, 4]))
+    assert [(s.before, s.behind) for s in seams] == [(0, (2,)), (3, (5,))]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(HEALABLE)))
+def test_families_with_norms_behind_their_projections_are_refused(family, tiny):
+    with pytest.raises(PruneKitError, match=f"--heal: {family} has norms"):
+        check_healable(plan_removal(open_checkpoint(tiny(family)), text=[1]))
+
+
+def test_a_cut_with_no_layer_before_it_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="no layer is left before"):
+        check_healable(plan_removal(open_checkpoint(tiny("llama")), text=[0, 1]))
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([], "is empty"),
+        ([{"text": "a"}] * 4, "has 4 rows"),
+        ([{"text": "a"}] * 5 + [{"messages": []}], "line 6: rows must all be"),
+        ([{"text": "a"}] * 5 + [{"text": " "}], "line 6 has no text"),
+        ([{"text": 3}] * 5, "line 1 has no text"),
+        ([{"messages": []}] * 5, 'no list "messages"'),
+        ([[1]] * 5, "line 1: rows must all be"),
+    ],
+)
+def test_bad_rows_are_named(lines, message, tmp_path):
+    file = tmp_path / "calib.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(PruneKitError, match=message):
+        read_calibration(file)
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "calib.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(PruneKitError, match="line 2 is not JSON"):
+        read_calibration(tmp_path / "calib.jsonl")
+
+
+EXAMPLE = ROOT / "examples" / "tiny_ocr" / "model"
+
+
+def write_texts(path, count=60):
+    path.write_text("".join(json.dumps({"text": f"row {i} " * (1 + i % 7)}) + "\n" for i in range(count)))
+    return path
+
+
+def test_texts_become_batches_within_their_limits(tmp_path):
+    checkpoint = open_checkpoint(EXAMPLE)
+    file = write_texts(tmp_path / "texts.jsonl")
+    calibration = calibrate(load_model(checkpoint), checkpoint, file, max_tokens=600, max_length=20, batch_tokens=64)
+    batches = [*calibration.fit, *calibration.held_out]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == calibration.tokens
+    assert 600 <= calibration.tokens < 620
+    assert all(batch["input_ids"].numel() <= 64 and batch["input_ids"].shape[1] <= 20 for batch in batches)
+
+
+def test_padding_is_no_label(tmp_path):
+    checkpoint = open_checkpoint(EXAMPLE)
+    calibration = calibrate(load_model(checkpoint), checkpoint, write_texts(tmp_path / "texts.jsonl"))
+    batch = calibration.fit[0]
+    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+
+
+def test_the_script_heals_and_says_so(tmp_path, script):
+    file = write_texts(tmp_path / "texts.jsonl")
+    done = script(
+        "manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", 3, "--heal", "--calib", file
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "text seam behind layer 2:" in done.stdout
+    entry = json.loads((tmp_path / "out" / "pruning_info.json").read_text())["history"][-1]
+    assert entry["settings"]["heal"] == str(file)
+    assert entry["settings"]["calibration_data"] == [data_record(file)]
+    assert entry["seams"][0]["removed"] == [3]
+    assert entry["metrics"]["held_out_loss"] <= entry["metrics"]["held_out_loss_unhealed"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text", 1, "--heal"], "--heal and --calib need each other"),
+        (["--text", 1, "--calib", "x.jsonl"], "--heal and --calib need each other"),
+        (["--text", 1, "--heal", "--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["--text", 0, "--heal", "--calib", "nowhere.jsonl"], "no layer is left before"),
+    ],
+)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
+    done = script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_vision_blocks_are_not_healed_on_rows_without_images(tiny):
+    folder = tiny("qwen3_vl")
+    with pytest.raises(PruneKitError, match="has an image"):
+        heal(plan_removal(open_checkpoint(folder), vision=[5]), load(folder), data(), quiet=True)
+
+
+def test_messages_for_an_encoder_are_refused(tiny):
+    with pytest.raises(PruneKitError, match="camembert is an encoder, for which messages have no form"):
+        encoder_of(open_checkpoint(tiny("camembert")), Rows("", [{"messages": []}]), 64)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
+    """The embedded model reads; without two text layers and a vision block it misreads, healed it misreads less."""
+    done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()[:400]
+    (tmp_path / "calib.jsonl").write_text("\n".join(rows) + "\n")
+    done = script(
+        "manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", 5, 7, "--vision", 4,
+        "--heal", "--calib", tmp_path / "calib.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seams = json.loads((tmp_path / "out" / "pruning_info.json").read_text())["history"][-1]["seams"]
+    assert {seam["stack"] for seam in seams if seam["refitted"]} == {"text", "vision"}
+    checkpoint = open_checkpoint(tmp_path / "out")
+    shutil.copy(tmp_path / "data" / "val.jsonl", tmp_path / "val.jsonl")
+    fresh = calibrate(load_model(checkpoint), checkpoint, tmp_path / "val.jsonl", max_tokens=6000)
+    batches = [*fresh.fit, *fresh.held_out]
+    healed = score_batches(load_model(checkpoint), batches)["loss"]
+    model = load_model(open_checkpoint(EXAMPLE))
+    base = score_batches(model, batches)["loss"]
+    with removed(model, plan_removal(open_checkpoint(EXAMPLE), text=[5, 7], vision=[4])):
+        unhealed = score_batches(model, batches)["loss"]
+    assert unhealed - healed > 0.3 * (unhealed - base)

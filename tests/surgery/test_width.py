@@ -1,0 +1,369 @@
+"""Narrower layers: what is removed is as if zeroed, what is left loads anywhere, and bad numbers are refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from helpers.tiny_models import FAMILIES, TEXT, load, logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_kv import head_dim_of, text_config
+from test_layers_fit import data, self_labelled, text_batches, write_texts
+
+from prunekit.checkpoint import heads, history, open_checkpoint, statistics
+from prunekit.data.batches import calibrate
+from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES as ROWS
+from prunekit.model.load import load_model
+from prunekit.model.replay import find_stack
+from prunekit.model.scores import score_batches
+from prunekit.surgery.width import SCORES, WidthCut, apply_width, choose, keep_heads, magnitudes, plan_width
+from prunekit.surgery.width_fit import Layer, calibrate_width, focus, taylor
+
+REMOVABLE = [family for family in FAMILIES if ROWS[family].removable_heads != "none"]
+CAUSAL = [family for family in FAMILIES if ROWS[family].causal]
+EXAMPLE = "examples/tiny_ocr/model"
+
+
+def cut(folder, out, score="magnitude", **wanted):
+    checkpoint = open_checkpoint(folder)
+    plan = choose(plan_width(checkpoint, **wanted), magnitudes(checkpoint))
+    apply_width(plan, out, score)
+    return plan
+
+
+def zeroed(folder, plan):
+    """The uncut model with what the plan removes zeroed where o_proj and down_proj read it, by hand."""
+    model, row = load(folder), plan.source.family.text
+    count, kv_count, width = heads(plan.source)
+    owner, attribute = find_stack(model, row)
+    for number, module in enumerate(getattr(owner, attribute)):
+        kept, layer = plan.kept[number], Layer(module, row, count, width)
+        axis = 0 if row.inputs_first else 1
+        with torch.no_grad():
+            for head in range(count) if kept.heads is not None else ():
+                if head not in kept.heads:
+                    layer.o.weight.narrow(axis, head * width, width).zero_()
+            for expert, neurons in enumerate(kept.neurons or ()):
+                weight = layer.out.weight if layer.experts is None else layer.experts.down_proj[expert]
+                gone = [i for i in range(weight.shape[axis]) if i not in neurons]
+                weight.index_fill_(axis, torch.tensor(gone), 0)
+    return model
+
+
+@pytest.mark.parametrize("family", REMOVABLE)
+def test_a_model_without_heads_gives_what_it_gives_with_them_zeroed(family, tiny, tmp_path):
+    plan = cut(tiny(family), tmp_path / "out", head_share=0.5)
+    model = load(tmp_path / "out")
+    assert text_config(model).num_attention_heads * 2 == text_config(load(tiny(family))).num_attention_heads
+    assert head_dim_of(model) == heads(plan.source)[2]
+    torch.testing.assert_close(logits(model), logits(zeroed(tiny(family), plan)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", REMOVABLE)
+def test_a_model_without_kv_groups_gives_what_it_gives_with_their_heads_zeroed(family, tiny, tmp_path):
+    kv_heads = heads(open_checkpoint(tiny(family)))[1]
+    plan = cut(tiny(family), tmp_path / "out", kv_groups=kv_heads // 2)
+    assert statistics(tmp_path / "out")["num_key_value_heads"] == kv_heads // 2
+    model = load(tmp_path / "out")
+    torch.testing.assert_close(logits(model), logits(zeroed(tiny(family), plan)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_neurons_gives_what_it_gives_with_them_zeroed(family, tiny, tmp_path):
+    plan = cut(tiny(family), tmp_path / "out", neuron_share=0.5)
+    after, before = statistics(tmp_path / "out"), statistics(tiny(family))
+    assert after["neurons"] * 2 == before["neurons"] and after["parameters"] < before["parameters"]
+    model = load(tmp_path / "out")
+    torch.testing.assert_close(logits(model), logits(zeroed(tiny(family), plan)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_masked_model_keeps_its_shapes_and_gives_what_zeroed_heads_give(family, tiny, tmp_path):
+    plan = cut(tiny(family), tmp_path / "out", head_share=0.5, neuron_share=0.5, mask=True)
+    expected = logits(zeroed(tiny(family), plan))
+    assert torch.equal(logits(load(tmp_path / "out")), expected)
+    assert statistics(tmp_path / "out") == statistics(tiny(family))
+
+
+MEASURED = [(family, "activation") for family in CAUSAL]
+MEASURED += [(family, score) for family in ("llama", "gpt2", "qwen3_moe") for score in SCORES if score != "activation"]
+
+
+@pytest.mark.parametrize("family, score", MEASURED)
+def test_what_is_written_has_the_held_out_loss_that_was_measured(family, score, tiny, tmp_path):
+    checkpoint, calibration = open_checkpoint(tiny(family)), data(fit=4, held_out=1)
+    plan = plan_width(checkpoint, head_share=0.5, neuron_share=0.5)
+    plan, losses = calibrate_width(plan, load(tiny(family)), calibration, score)
+    apply_width(plan, tmp_path / "out", score)
+    loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
+    assert loss == pytest.approx(losses["held_out_loss"], rel=1e-5)
+    changed = [name for name, tensor in plan.result.tensors.items() if tensor.compute]
+    assert changed
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CAUSAL])
+@pytest.mark.parametrize("score", ["activation", "entropy"])
+def test_encoders_are_scored_on_data_and_not_refitted(family, score, tiny, tmp_path):
+    checkpoint = open_checkpoint(tiny(family))
+    plan = plan_width(checkpoint, heads_kept=2, neuron_share=0.5)
+    plan, losses = calibrate_width(plan, load(tiny(family)), data(fit=2, held_out=1), score)
+    apply_width(plan, tmp_path / "out", score)
+    assert losses == {}
+    expected = logits(zeroed(tiny(family), plan))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, atol=1e-5, rtol=0)
+
+
+def test_refits_bring_the_model_nearer_to_the_uncut_one(tiny, tmp_path):
+    checkpoint, calibration = open_checkpoint(tiny("llama")), self_labelled(load(tiny("llama")), data())
+    wanted = {"head_share": 0.5, "neuron_share": 0.5}
+    plan, losses = calibrate_width(plan_width(checkpoint, **wanted), load(tiny("llama")), calibration, "magnitude")
+    cut(tiny("llama"), tmp_path / "out", **wanted)
+    unrefitted = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
+    assert losses["held_out_loss_uncut"] < losses["held_out_loss"] < unrefitted
+    changed = {name.split(".", 3)[3] for name, tensor in plan.result.tensors.items() if tensor.compute}
+    assert {"self_attn.o_proj.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight"} <= changed
+
+
+def test_refitted_masks_stay_exact_zeros(tiny, tmp_path):
+    checkpoint, model = open_checkpoint(tiny("gpt2")), load(tiny("gpt2"))
+    plan = plan_width(checkpoint, heads_kept=2, neuron_share=0.5, mask=True)
+    plan, _ = calibrate_width(plan, model, self_labelled(load(tiny("gpt2")), data()), "activation")
+    apply_width(plan, tmp_path / "out", "activation")
+    tensors, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny("gpt2")))
+    for layer, kept in plan.kept.items():
+        heads_read = tensors[f"transformer.h.{layer}.attn.c_proj.weight"].view(4, -1)
+        assert [head for head in range(4) if heads_read[head].any()] == kept.heads
+        neurons = tensors[f"transformer.h.{layer}.mlp.c_proj.weight"].any(1).nonzero()[:, 0].tolist()
+        assert neurons == kept.neurons[0]
+    name = "transformer.h.2.attn.c_proj.weight"
+    assert not torch.equal(tensors[name].view(4, -1)[plan.kept[2].heads], before[name].view(4, -1)[plan.kept[2].heads])
+
+
+@pytest.mark.parametrize("score", ["activation", "taylor"])
+def test_what_is_never_used_goes_first(score, tiny):
+    """Head 2's values and neuron 5's gate are 0: nothing that they write matters."""
+    model = load(tiny("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight[16:] = 0  # KV head 1: of query heads 2 and 3
+            layer.self_attn.o_proj.weight[:, 16:32] = 0  # head 1
+            layer.mlp.down_proj.weight[:, 5] = 0
+    plan = plan_width(open_checkpoint(tiny("llama")), kv_groups=1, neurons=47)
+    plan, _ = calibrate_width(plan, model, data(fit=2, held_out=1), score)
+    assert all(kept.kv_heads == [0] and kept.heads == [0, 1] for kept in plan.kept.values())
+    assert all(5 not in kept.neurons[0] for kept in plan.kept.values())
+
+
+def test_taylor_is_the_gradient_of_a_gate_on_each_head_and_neuron(tiny):
+    model, row = load(tiny("llama")), ROWS["llama"].text
+    layers = [Layer(layer, row, 4, 16) for layer in model.model.layers]
+    batch = text_batches(1, rows=1)[0]
+    scores = taylor(model, row, layers, [batch])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    gates = [torch.ones(64), torch.ones(48)]
+    gates = [gate.requires_grad_() for gate in gates]
+    for module, gate in zip((layers[3].o, layers[3].out), gates):
+        module.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,))
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    labels = batch["labels"][:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].transpose(1, 2), labels, ignore_index=-100, reduction="sum"
+    )
+    loss.backward()
+    heads_of = gates[0].grad.view(4, 16).sum(1).square().numpy()
+    assert np.allclose(scores[3].heads, heads_of, rtol=1e-3)
+    assert np.allclose(scores[3].neurons[0], gates[1].grad.square().numpy(), rtol=1e-3, atol=1e-9)
+
+
+def test_distributions_are_scored_from_uniform_to_one_hot():
+    uniform, one_hot = torch.full((1, 1, 1, 8), 1 / 8), torch.eye(8)[None, None, :1]
+    for score in ("entropy", "variance"):
+        assert focus(uniform, score).item() == pytest.approx(0, abs=1e-5)
+        assert focus(one_hot, score).item() == pytest.approx(1, abs=1e-5)
+        masked = torch.tensor([0.25] * 4 + [0.0] * 4)[None, None, None]
+        assert focus(masked, score).item() == pytest.approx(0, abs=1e-5)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_kv_group_keeps_as_many_heads_and_the_best_of_them(drawn):
+    size, kv_count = drawn.draw(st.integers(1, 4)), drawn.draw(st.integers(1, 4))
+    kv_kept, each = drawn.draw(st.integers(1, kv_count)), drawn.draw(st.integers(1, size))
+    scores = drawn.draw(st.lists(st.floats(0, 1), min_size=size * kv_count, max_size=size * kv_count))
+    plan = WidthCut(None, None, kv_kept * each, kv_kept, {}, False, False, [])
+    heads_kept, groups = keep_heads(scores, kv_count, plan)
+    assert heads_kept == sorted(heads_kept) and len(heads_kept) == kv_kept * each and len(groups) == kv_kept
+    assert [head // size for head in heads_kept] == [group for group in groups for _ in range(each)]
+    for group in groups:
+        mine = [scores[head] for head in heads_kept if head // size == group]
+        others = [scores[h] for h in range(group * size, (group + 1) * size) if h not in heads_kept]
+        assert min(mine) >= max(others, default=0)
+
+
+def test_heads_with_a_kv_head_each_take_it_along(tmp_path):
+    config = hf.LlamaConfig(**TEXT | {"num_key_value_heads": 4}, head_dim=16)
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    plan = cut(tmp_path / "in", tmp_path / "out", heads_kept=2)
+    numbers = statistics(tmp_path / "out")
+    assert (numbers["num_attention_heads"], numbers["num_key_value_heads"]) == (2, 2)
+    model = load(tmp_path / "out")
+    torch.testing.assert_close(logits(model), logits(zeroed(tmp_path / "in", plan)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", [family for family in REMOVABLE if not ROWS[family].vision])
+def test_generation_with_a_cache_goes_on_as_without(family, tiny, tmp_path):
+    cut(tiny(family), tmp_path / "out", kv_groups=1, neuron_share=0.5)
+    model = load(tmp_path / "out")
+    ids = torch.randint(5, 100, (1, 6), generator=torch.Generator().manual_seed(0))
+    arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids, use_cache=True, **arguments), model.generate(ids, use_cache=False, **arguments)
+    )
+
+
+def test_bits_of_what_stays_are_the_inputs(tiny, tmp_path):
+    plan = cut(tiny("qwen3"), tmp_path / "out", head_share=0.5, neuron_share=0.5)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny("qwen3"), tmp_path / "out"))
+    for layer, kept in plan.kept.items():
+        q = before[f"model.layers.{layer}.self_attn.q_proj.weight"].view(8, 16, -1)[kept.heads]
+        assert torch.equal(after[f"model.layers.{layer}.self_attn.q_proj.weight"], q.reshape(-1, 32))
+        up = before[f"model.layers.{layer}.mlp.up_proj.weight"][kept.neurons[0]]
+        assert torch.equal(after[f"model.layers.{layer}.mlp.up_proj.weight"], up)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(re.search(r"\.(?:[qo]_proj|gate_proj|up_proj|down_proj)\.", name) for name in changed)
+
+
+def test_stacked_experts_of_older_releases_are_cut_along_their_own_axes(own, tmp_path):
+    """(experts, width, hidden) and (experts, hidden, width): the same cut, turned."""
+    folder = own("qwen3_vl_moe")
+    file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+    cut(folder, tmp_path / "one", neuron_share=0.5)
+    save_file(turned, file, {"format": "pt"})
+    cut(folder, tmp_path / "two", neuron_share=0.5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(two[n], t.mT if ".experts." in n else t) for n, t in one.items())
+
+
+def test_cutting_what_was_masked_changes_nothing(tiny, tmp_path):
+    """By the weights, heads that are zeroed go first: mask, train what is left, then remove."""
+    cut(tiny("llama"), tmp_path / "masked", head_share=0.5, neuron_share=0.5, mask=True)
+    cut(tmp_path / "masked", tmp_path / "out", head_share=0.5, neuron_share=0.5)
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(tmp_path / "masked")), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "family, wanted, message",
+    [
+        ("llama", {}, "nothing to cut"),
+        ("llama", {"heads_kept": 3}, r"--heads 3: .*2 KV heads, each shared by 2.*keep one of 2$"),
+        ("qwen3", {"heads_kept": 6}, r"--heads 6: .*keep one of 4$"),
+        ("llama", {"heads_kept": 0}, "--heads 0: "),
+        ("llama", {"heads_kept": 4}, "--heads 4: "),
+        ("llama", {"heads_kept": -2}, "--heads -2: "),
+        ("llama", {"head_share": 0.75}, r"--head-share 0.75: "),
+        ("llama", {"head_share": 1.5}, r"--head-share 1.5: "),
+        ("llama", {"head_share": float("nan")}, "--head-share nan: "),
+        ("llama", {"kv_groups": 3}, "--kv-groups 3: the model has 2; choose 1 to 2"),
+        ("llama", {"kv_groups": 2}, "--kv-groups 2: "),
+        ("llama", {"kv_groups": 1, "heads_kept": 3}, "--heads 3: .*keep one of 1, 2$"),
+        ("gpt2", {"kv_groups": 2}, "--kv-groups: gpt2 has no form with shared KV heads"),
+        ("gpt2", {"heads_kept": 4}, "keep one of 1, 2, 3$"),
+        ("llama", {"neurons": 48}, r"--neurons 48: the model has 48 \(intermediate_size\); keep 1 to 47"),
+        ("llama", {"neurons": 0}, "--neurons 0: "),
+        ("llama", {"neuron_share": 0.0}, "--neuron-share 0.0: give a share to keep"),
+        ("llama", {"neuron_share": 1.0}, "--neuron-share 1.0: "),
+        ("qwen3_moe", {"neurons": 8}, r"48 \(intermediate_size\) and 16 \(moe_intermediate_size\)|16 .* and 48"),
+    ],
+)  # fmt: skip
+def test_impossible_cuts_are_refused(family, wanted, message, tiny):
+    with pytest.raises(PruneKitError, match=message):
+        plan_width(open_checkpoint(tiny(family)), **wanted)
+
+
+def test_transformers_refuses_llamas_whose_heads_dont_divide_hidden_and_so_do_we(tmp_path):
+    config = hf.LlamaConfig(**TEXT | {"num_attention_heads": 8, "num_key_value_heads": 1}, head_dim=16)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    with pytest.raises(PruneKitError, match=r"a divisor of hidden_size 32\); keep one of 1, 2, 4$"):
+        plan_width(checkpoint, heads_kept=6)
+    assert plan_width(checkpoint, heads_kept=6, mask=True).heads == 6
+
+
+def test_a_config_that_contradicts_the_weights_is_refused(own):
+    path = own("qwen3") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 8}))
+    with pytest.raises(
+        PruneKitError, match=r"by config.json \(num_key_value_heads, head_dim\) it would be \[32, 32\]; mend"
+    ):
+        plan_width(open_checkpoint(path.parent), heads_kept=4)
+
+
+def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script):
+    file = write_texts(tmp_path / "texts.jsonl")
+    done = script(
+        "width_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--head-share", 0.5, "--neuron-share", 0.75,
+        "--calib", file, "--calib-tokens", 600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"held-out loss \d+\.\d+ -> \d+\.\d+", done.stdout)
+    (entry,) = history(tmp_path / "out")
+    assert entry["removed"] == {"heads": 4, "intermediate_size": 64}
+    assert entry["settings"]["score"] == "activation" and entry["settings"]["masked"] == []
+    assert [len(row) for row in entry["heads_removed"]] == [4] * 8
+    assert [len(row) for row in entry["head_scores"]] == [8] * 8
+    assert (entry["neurons_before"], entry["neurons"]) == (256, 192)
+    assert "| attention heads | 8 | 4 | -50.0% |" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "heads.png").stat().st_size > 5_000
+
+
+def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
+    file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EXAMPLE)
+    done = script(
+        "width_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--heads", 4, "--calib", file, "--calib-tokens", 600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = {}
+    for made_up in (1.0, 0.25):
+        model = load_model(checkpoint)
+        calibration = calibrate(model, checkpoint, file, 600)
+        plan = plan_width(checkpoint, heads_kept=4)
+        found = calibrate_width(plan, model, calibration, "activation", made_up=made_up)[1]
+        losses[made_up] = found["held_out_loss"]
+    assert losses[1.0] != losses[0.25]
+    (entry,) = history(tmp_path / "out")
+    assert entry["settings"]["made_up"] == min(losses, key=losses.get)
+    assert entry["metrics"]["held_out_loss"] == pytest.approx(min(losses.values()), abs=1e-3)
+
+
+def test_the_script_says_that_masks_save_no_time(tiny, tmp_path, script):
+    done = script("width_cut.py", "--model", tiny("bert"), "--out", tmp_path / "out", "--heads", 2)
+    assert done.returncode == 0, done.stderr
+    assert "heads are zeroed, not removed (bert" in done.stdout and "nor faster" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--heads", 3], "--heads 3: the model has 4 attention heads"),
+        (["--heads", 2, "--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
+        (["--heads", 2, "--score", "taylor"], "--score taylor needs --calib"),
+        (["--heads", 2, "--head-share", 0.5], "not allowed with"),
+    ],
+)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tiny, tmp_path, script):
+    done = script("width_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing(tiny, tmp_path, script):
+    done = script("width_cut.py", "--model", tiny("llama"), "--neuron-share", 0.5, "--dry-run")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "dry run: nothing written")

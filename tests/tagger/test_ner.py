@@ -1,0 +1,343 @@
+"""Token classifiers: words and their tags stay together, students learn from teachers, and what is written loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+import torch
+import transformers as hf
+from helpers.paths import ROOT
+from helpers.tiny_models import load
+from helpers.tiny_taggers import FAMILIES, LABELS, LETTERS, save_tagger, save_tokenizer, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from prunekit.checkpoint import history, open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.serving.run import load_served, pad
+from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.tagger.ner import (
+    Data,
+    Row,
+    check_teacher,
+    encode,
+    entity_scores,
+    evaluate,
+    join,
+    labels_of,
+    load_tokenizer,
+    main,
+    matching_layers,
+    read_rows,
+)
+from prunekit.training.publish import publish
+
+pytestmark = pytest.mark.usefixtures("plain_trainer")
+
+QUICK = ("--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", 8)
+
+
+@pytest.fixture(scope="session")
+def tagger(tmp_path_factory):
+    """tagger(family): the folder of a tiny token classifier, made on first use. Read only."""
+    root, made = tmp_path_factory.mktemp("taggers"), {}
+
+    def folder(family: str):
+        if family not in made:
+            made[family] = save_tagger(family, root / family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", count=64)
+
+
+@pytest.fixture
+def ner_run(monkeypatch):
+    """ner_run(*arguments): the script in this process, which has its imports done."""
+    spec = spec_from_file_location("ner_run", ROOT / "ner_run.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ner_run.py", *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+def student_of(folder, out, gone=(1,)):
+    apply_removal(plan_removal(open_checkpoint(folder), text=gone), out)
+    return out
+
+
+def test_scores_are_seqevals_of_a_case_worked_by_hand():
+    truth = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "O", "O"]]
+    said = [["B-PER", "O", "O", "B-LOC"], ["O", "B-LOC", "B-PER", "O"]]
+    scores = entity_scores(truth, said)  # 4 said, 2 of them right (half a name is none); 3 there
+    assert (scores["precision"], scores["recall"]) == (0.5, pytest.approx(2 / 3))
+    assert scores["f1"] == pytest.approx(4 / 7)
+    assert scores["entities"]["LOC"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 2}
+    assert scores["entities"]["PER"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tagger):
+    return load_tokenizer(tagger("bert"))
+
+
+words = st.lists(
+    st.tuples(st.text(LETTERS, min_size=1, max_size=12), st.sampled_from(list(LABELS.values()))), min_size=1
+)
+
+
+@given(words, st.integers(8, 40))
+def test_no_word_is_lost_or_counted_twice_however_a_row_is_cut(tokenizer, pairs, max_length):
+    row = Row(*map(list, zip(*pairs)))
+    features, truth = encode([row], tokenizer, LABELS, max_length)
+    assert max(len(feature["input_ids"]) for feature in features) <= max_length
+    labels = [label for feature in features for label in feature["labels"] if label != -100]
+    assert truth == [row.tags]
+    assert join(labels, LABELS, truth) == [row.tags]
+
+
+def test_a_words_label_stands_at_its_first_sub_word(tokenizer):
+    (feature,), _ = encode([Row(["ana", "is"], ["B-PER", "O"])], tokenizer, LABELS, 64)
+    assert feature["labels"] == [-100, 3, -100, -100, 0, -100, -100]  # [CLS] a ##n ##a i ##s [SEP]
+
+
+def test_conll_and_jsonl_give_the_same_rows(rows, tmp_path):
+    conll = tmp_path / "rows.conll"
+    text = "-DOCSTART- -X- O\n\n"
+    for row in read_rows(rows):
+        text += "".join(f"{word}\tNN {tag}\n" for word, tag in zip(row.words, row.tags)) + "\n"
+    conll.write_text(text.rstrip("\n"))  # the last sentence has no empty line behind it
+    assert read_rows(conll) == read_rows(rows)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.jsonl", '{"tokens": ["a"], "ner_tags": ["O", "O"]}', "line 1: 1 tokens and 2 ner_tags"),
+        ("a.jsonl", '{"tokens": ["a"], "ner_tags": [1]}', 'line 1: needs "tokens" and "ner_tags"'),
+        ("a.jsonl", '{"tokens": ["a"], "ner_tags": ["PER"]}', "line 1: 'PER' is no tag"),
+        ("a.jsonl", "{", "line 1 is not JSON"),
+        ("a.jsonl", "[]", 'line 1: needs "tokens"'),
+        ("a.txt", "ana B-PER\nis\n", "line 2: one column"),
+        ("a.txt", "\n\n", "is empty"),
+        ("a.txt", "ana \udcff", "is not UTF-8"),
+    ],
+)
+def test_bad_rows_are_named_with_their_line(name, text, message, tmp_path):
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(PruneKitError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_student_is_matched_with_what_its_next_layer_saw_in_the_teacher():
+    def entry(before, removed):
+        return {"num_hidden_layers_before": before, "removed": removed}
+
+    gone = [entry(6, None), entry(6, {"text": [1, 4]}), entry(4, {"text": [0]})]  # 2, 3 and 5 are left
+    assert matching_layers(gone, 6, 3) == [(1, 3), (2, 5), (3, 6)]
+    assert matching_layers([], 6, 3) == [(1, 2), (2, 4), (3, 6)]
+    assert matching_layers([entry(12, {"text": [3]})], 6, 4) == [(1, 2), (2, 3), (3, 4), (4, 6)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_each_family_is_cut_distilled_and_loaded_by_plain_transformers(
+    family, tagger, rows, tmp_path, ner_run
+):
+    student = student_of(tagger(family), tmp_path / "student")
+    ner_run("--model", student, "--teacher", tagger(family), "--out", tmp_path / "out", "--dataset", rows,
+            "--val-dataset", rows, "--hidden-weight", 1, "--max_steps", 4, "--learning_rate", 1e-2, *QUICK)  # fmt: skip
+    model = load(tmp_path / "out")
+    assert (model.config.num_hidden_layers, model.config.id2label) == (2, LABELS)
+    stages = history(tmp_path / "out")
+    assert [entry["stage"] for entry in stages] == ["manual_select", "ner"]
+    assert stages[-1]["metrics"]["f1"] == pytest.approx(evaluate(tmp_path / "out", read_rows(rows))["f1"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "student"]
+    pickles = [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    assert not pickles and (tmp_path / "out/curves.png").is_file()
+
+
+def test_distillation_alone_brings_a_student_nearer_to_its_teacher(tagger, rows, tmp_path, script):
+    teacher, student = tagger("bert"), student_of(tagger("bert"), tmp_path / "student")
+    done = script("ner_run.py", "--model", student, "--teacher", teacher, "--hard-share", 0, "--out", tmp_path / "out",
+                  "--dataset", rows, "--num_train_epochs", 6, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(teacher)
+    features, _ = encode(read_rows(rows), tokenizer, LABELS, 64)
+    batch = pad([feature["input_ids"] for feature in features])
+
+    def divergence(folder):
+        mask = torch.from_numpy(batch["attention_mask"]).bool()
+        ours, theirs = (torch.from_numpy(load_served(each)(batch))[mask].log_softmax(-1) for each in (folder, teacher))
+        return float(torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True))
+
+    assert divergence(tmp_path / "out") < 0.2 * divergence(student)
+
+
+def test_labels_are_learned(tagger, rows, tmp_path, ner_run):
+    ner_run("--model", tagger("distilbert"), "--out", tmp_path / "out", "--dataset", rows, "--num_train_epochs", 15,
+            "--learning_rate", 5e-3, *QUICK)  # fmt: skip
+    unseen = read_rows(write_rows(tmp_path / "test.jsonl", seed=1))
+    assert evaluate(tagger("distilbert"), unseen)["f1"] < 0.3 < 0.75 < evaluate(tmp_path / "out", unseen)["f1"]
+
+
+def test_zeros_are_kept_where_they_are(tagger, rows, tmp_path, ner_run):
+    folder = student_of(tagger("bert"), tmp_path / "sparse")
+    weights = load_file(folder / "model.safetensors")
+    for name, values in weights.items():
+        if "encoder.layer" in name and values.dim() == 2:
+            values[values.abs() < values.abs().median()] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    ner_run(
+        "--model",
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--dataset",
+        rows,
+        "--max_steps",
+        3,
+        "--keep-zeros",
+        *QUICK,
+    )
+    for name, values in load_file(tmp_path / "out/model.safetensors").items():
+        zeros = weights[name] == 0
+        if values.dim() == 2 and zeros.any() and "embeddings" not in name:
+            assert not values[zeros].any() and not torch.equal(values, weights[name]), name
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertForTokenClassification"])
+def test_a_new_head_is_for_the_datas_labels_on_the_old_layers(architecture, tmp_path, ner_run):
+    torch.manual_seed(0)
+    config = hf.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=64, num_labels=5)  # fmt: skip
+    getattr(hf, architecture)(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    (tmp_path / "a.txt").write_text("ana B-WHO\nin O\nrome B-WHERE\n")
+    ner_run("--model", tmp_path / "base", "--out", tmp_path / "out", "--dataset", tmp_path / "a.txt", "--new-head",
+            "--max_steps", 1, "--learning_rate", 0, *QUICK)  # fmt: skip
+    model = load(tmp_path / "out")
+    assert list(model.config.id2label.values()) == ["O", "B-WHERE", "I-WHERE", "B-WHO", "I-WHO"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    layer = "bert.encoder.layer.1.output.dense.weight"
+    assert torch.equal(before[layer], after[layer])
+    assert not torch.equal(before.get("classifier.weight", torch.zeros(1)), after["classifier.weight"])
+
+
+def test_a_killed_run_leaves_no_out_and_the_same_command_goes_on(tagger, rows, tmp_path, ner_run, capsys):
+    arguments = ["--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", rows, "--max_steps", 40,
+                 "--save_strategy", "steps", "--save_steps", 1, *QUICK]  # fmt: skip
+    command = [sys.executable, "ner_run.py", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "out.run/checkpoint-3").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(PruneKitError, match="other settings"):
+        ner_run(*arguments, "--learning_rate", 1e-3)
+    ner_run(*arguments)
+    assert "resuming from" in capsys.readouterr().out
+    load(tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_models_are_compared_in_a_table_a_json_and_a_picture(tagger, rows, tmp_path, monkeypatch, capsys):
+    folders = [str(tagger("bert")), str(tagger("distilbert"))]
+    monkeypatch.setattr(
+        sys, "argv",
+        ["ner", "--model", *folders, "--dataset", str(rows), "--json", f"{tmp_path}/a.json", "--figure", f"{tmp_path}/a.png"],
+    )  # fmt: skip
+    main()
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert [result["model"] for result in results] == folders
+    assert capsys.readouterr().out.count("precision") == 2
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, script):
+    (tmp_path / "a.txt").write_text("acme B-ORG\n")
+    done = script("ner_run.py", "--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", tmp_path / "a.txt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: dataset {tmp_path}/a.txt: its tag B-ORG is none of the model's labels (B-LOC, B-PER, I-LOC, I-PER, O); "
+        "rename the tags, or train a new head: ner_run.py --new-head\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hard-share", 2], "--hard-share 2: choose 0 to 1"),
+        (["--temperature", 0], "--temperature 0: choose"),
+        (["--max-length", 65], "--max-length 65: choose 8 to 64"),
+        (["--no_such_flag", 1], "--no_such_flag: neither"),
+        (["--save_strategy", "no"], "--save_strategy no"),
+        (["--output_dir", "x"], "--output_dir: is"),
+        (["--val-dataset", "missing.jsonl"], "missing.jsonl is not there"),
+        (["--keep-zeros", *QUICK], "no trained weight is zero"),
+    ],
+)
+def test_bad_arguments_are_refused_and_nothing_is_left(arguments, message, tagger, rows, tmp_path, ner_run):
+    with pytest.raises(PruneKitError, match=message):
+        ner_run("--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", rows, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_used_out_and_a_decoder_are_refused(tagger, tiny, rows, tmp_path, ner_run):
+    with pytest.raises(PruneKitError, match="exists; choose another OUT"):
+        ner_run("--model", tagger("bert"), "--out", tagger("roberta"), "--dataset", rows)
+    with pytest.raises(PruneKitError, match="llama is no encoder; full_run.sh trains it"):
+        ner_run("--model", tiny("llama"), "--out", tmp_path / "out", "--dataset", rows)
+    with pytest.raises(PruneKitError, match="no token classifier; train it with ner_run.py --new-head"):
+        ner_run("--model", tiny("bert"), "--out", tmp_path / "out", "--dataset", rows)
+
+
+def test_a_teacher_of_other_labels_or_sizes_is_refused(tagger):
+    student = open_checkpoint(tagger("bert"))
+    wide = replace(student, config=student.config | {"hidden_size": 64})
+    with pytest.raises(PruneKitError, match="hidden_size 64, the student's is 32; leave out --hidden-weight"):
+        check_teacher(wide, student, LABELS, hidden=True)
+    check_teacher(wide, student, LABELS, hidden=False)
+    swapped = {**LABELS, 1: LABELS[3], 3: LABELS[1]}
+    with pytest.raises(PruneKitError, match="its labels are not the student's"):
+        check_teacher(wide, student, swapped, hidden=False)
+
+
+def test_a_new_head_does_not_excuse_other_layers(tagger, tmp_path):
+    student = student_of(tagger("bert"), tmp_path / "student")
+    with pytest.raises(PruneKitError, match=r"has no encoder\.layer\.2"):
+        publish(student, tmp_path / "out", tagger("bert"), "ner", new_head={})
+
+
+def test_labels_of_rows_are_a_whole_scheme():
+    assert labels_of([Row(["a"], ["I-B"]), Row(["a"], ["B-A"])]) == dict(enumerate(["O", "B-A", "I-A", "B-B", "I-B"]))
+
+
+def test_predictions_go_back_to_their_words_through_batches(tagger, rows):
+    folder, tokenizer = tagger("bert"), load_tokenizer(tagger("bert"))
+    data = Data(*encode(read_rows(rows), tokenizer, LABELS, 8), LABELS)
+    run, alone = load_served(folder), []
+    for feature in data.features:
+        best = run(pad([feature["input_ids"]]))[0].argmax(-1)
+        alone += [int(b) for b, label in zip(best, feature["labels"]) if label != -100]
+    from prunekit.serving.run import predict_labels
+
+    assert predict_labels(run, data.features, 0, size=7) == alone

@@ -1,0 +1,187 @@
+"""Our loss inside ms-swift's GKD trainer: that it is what runs, and what it says of a bad start."""
+
+import json
+import os
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.paths import ROOT
+from test_distillation_loss import bucketed, pair, reference
+
+TEACHER = ROOT / "examples/tiny_ocr/model"
+ROWS = [
+    {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in ("ab", "Qikv9")
+]
+
+
+@pytest.fixture(scope="module")
+def trainer_module():
+    import prunekit.training.distillation_trainer as module
+
+    return module
+
+
+def trainer(**settings) -> SimpleNamespace:
+    return SimpleNamespace(gkd_logits_topk=None, beta=1.0, temperature=1.0, **settings)
+
+
+def frames(labels: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(student logits, teacher logits), (2, 12, vocabulary), and labels of which the given ones count."""
+    student, teacher = (logits.unflatten(0, (2, 12)) for logits in pair())
+    whole = torch.full((2, 12), -100)
+    for row, places in zip(whole, labels):
+        row[places] = 1
+    return student, teacher, whole
+
+
+def test_the_position_before_each_label_is_what_counts(trainer_module):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    output = TeacherOutput(full_logits=teacher, labels=labels)
+    found = trainer_module.DistillationTrainer._compute_jsd_loss(trainer(), student, output, labels)
+    places = [(0, 2), (0, 3), (1, 10)]
+    wanted = reference(
+        torch.stack([student[place] for place in places]).log_softmax(-1),
+        torch.stack([teacher[place] for place in places]).log_softmax(-1),
+        1.0,
+    )
+    assert found.item() == pytest.approx(wanted.item() / 3, rel=1e-5)
+
+
+def test_a_servers_top_k_counts_with_its_tail_and_without_positions_that_it_left_out(trainer_module):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    top = teacher.log_softmax(-1).topk(8)
+    log_probs = top.values.clone()
+    log_probs[0, 3] = -torch.inf
+    output = TeacherOutput(topk_logprobs=log_probs, topk_indices=top.indices, labels=labels)
+    found = trainer_module.DistillationTrainer._compute_jsd_loss(trainer(), student, output, labels)
+    wanted = sum(
+        reference(bucketed(student[place], top.indices[place]), bucketed(teacher[place], top.indices[place]), 1.0)
+        for place in ((0, 2), (1, 10))
+    )
+    assert found.item() == pytest.approx(wanted.item() / 2, rel=1e-4)
+
+
+def test_a_longer_padded_vocabulary_is_left_out(trainer_module):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    longer = torch.cat([teacher, torch.full((2, 12, 7), 50.0)], -1)
+    losses = [
+        trainer_module.DistillationTrainer._compute_jsd_loss(
+            trainer() if k is None else SimpleNamespace(gkd_logits_topk=k, beta=1.0, temperature=1.0),
+            student,
+            TeacherOutput(full_logits=each, labels=labels),
+            labels,
+        )
+        for each in (teacher, longer)
+        for k in (None, 8)
+    ]
+    assert losses[:2] == losses[2:]
+
+
+def test_another_ms_swift_is_refused(trainer_module, monkeypatch):
+    def renamed(self, student_logits, teacher_output, labels, chunk_size):
+        pass
+
+    monkeypatch.setattr(trainer_module.GKDTrainer, "_compute_jsd_loss", renamed)
+    with pytest.raises(trainer_module.PruneKitError, match="install ms-swift 4.6"):
+        trainer_module._check_hook()
+
+
+def test_an_ms_swift_that_does_not_call_it_is_refused(trainer_module, monkeypatch):
+    monkeypatch.setattr(trainer_module.GKDTrainer, "compute_loss", lambda self, model, inputs: None)
+    with pytest.raises(trainer_module.PruneKitError, match="install ms-swift 4.6"):
+        trainer_module._check_hook()
+
+
+@pytest.fixture
+def logged(trainer_module, monkeypatch):
+    """logged(loss, earlier): log a loss as a trainer does, after `earlier` ones."""
+    module = trainer_module
+    monkeypatch.setattr(module.GKDTrainer, "log", lambda self, logs, *_: self.state.log_history.append(logs))
+
+    def log(loss: float, earlier: tuple[float, ...] = ()) -> None:
+        one = module.DistillationTrainer.__new__(module.DistillationTrainer)
+        one.accelerator = SimpleNamespace(is_main_process=True)
+        one.state = SimpleNamespace(log_history=[{"loss": each} for each in earlier])
+        one.log({"loss": loss})
+
+    return log
+
+
+def test_a_first_loss_over_the_limit_warns(logged, capsys):
+    logged(0.93)
+    assert "starts at a loss of 0.93" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss, earlier", [(0.7, ()), (0.93, (0.7,))])
+def test_a_good_start_and_later_losses_do_not_warn(logged, capsys, loss, earlier):
+    logged(loss, earlier)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_warning_is_in_wandb(logged, monkeypatch):
+    import wandb
+
+    said = SimpleNamespace(summary={}, alerts=[])
+    said.alert = lambda title, text, level: said.alerts.append(text)
+    monkeypatch.setattr(wandb, "run", said)
+    logged(0.93)
+    assert "0.93" in said.summary["warning"] and said.alerts == [said.summary["warning"]]
+
+
+@pytest.mark.slow
+def test_ms_swift_trains_by_our_loss(tmp_path):
+    """Its first logged loss is that of the teacher's top 8 and the tail, by the plain formula."""
+    from transformers import AutoModelForImageTextToText
+
+    from prunekit.checkpoint import open_checkpoint
+    from prunekit.data.batches import encoder_of
+    from prunekit.data.rows import Rows
+    from prunekit.surgery.layers import apply_removal, plan_removal
+
+    apply_removal(plan_removal(open_checkpoint(TEACHER), [0]), tmp_path / "student")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = f"""
+        --rlhf_type gkd --teacher_model {TEACHER} --teacher_model_type qwen3_vl --model {tmp_path / "student"}
+        --model_type qwen3_vl --lmbda 0 --beta 1 --temperature 0.9 --gkd_logits_topk 8 --max_completion_length 8
+        --dataset {data} --split_dataset_ratio 0 --tuner_type full --check_model false --add_version false
+        --use_cpu true --torch_dtype float32 --fp16 false --bf16 false --gradient_checkpointing false
+        --dataloader_num_workers 0 --gradient_accumulation_steps 1 --per_device_train_batch_size 2
+        --max_steps 2 --logging_steps 1 --save_strategy no --report_to none --learning_rate 1e-5
+        --output_dir {tmp_path / "run"}
+        --external_plugins {ROOT}/plugins/qwen_vl_token_ids.py {ROOT}/plugins/distillation.py
+    """
+    done = subprocess.run(
+        [shutil.which("swift"), "rlhf", *flags.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    logged = json.loads((tmp_path / "run/logging.jsonl").read_text().splitlines()[0])["loss"]
+
+    models = [
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (tmp_path / "student", TEACHER)
+    ]
+    encoder = encoder_of(open_checkpoint(TEACHER), Rows("rows", ROWS), 512)
+    encoder.see(models[0])
+    batch = dict(encoder.collate([encoder.encode(row) for row in ROWS]))
+    counted = batch.pop("labels")[:, 1:] != -100
+    with torch.no_grad():
+        student, teacher = (model(**batch).logits[:, :-1][counted] / 0.9 for model in models)
+    top = teacher.topk(8)
+    ours = reference(bucketed(student, top.indices), bucketed(teacher, top.indices), 1.0) / counted.sum()
+    blind = reference(student.gather(-1, top.indices).log_softmax(-1), top.values.log_softmax(-1), 1.0) / counted.sum()
+    assert abs(ours - blind) > 0.5
+    assert logged == pytest.approx(ours.item(), rel=1e-3)
+    assert f"starts at a loss of {logged:.2f}" in done.stdout + done.stderr
