@@ -71,9 +71,8 @@ class Family:
     kv_heads: str | None = "num_key_value_heads"  # None: no form with shared KV heads
     head_dim: str | None = "head_dim"  # None: always hidden / heads
     head_dim_default: int | None = None  # None: hidden / heads
-    removable_heads: str = (
-        "any"  # counts that transformers and vLLM load: any, divisors of hidden, or none: head_dim isn't read
-    )
+    # Head counts that transformers and vLLM load: any, divisors of hidden, or none: head_dim isn't read
+    removable_heads: str = "any"
     causal: bool = True  # False: encoders, which have no KV cache
     positions: str = "max_position_embeddings"  # config key: tokens of a row
     first_position: int = 0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
@@ -112,7 +111,7 @@ _QWEN_VL = replace(_QWEN, defaults={"max_window_layers": 80}, config="text_confi
 _QWEN_MOE = Stack(
     _TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step", experts="moe_intermediate_size"
 )
-_VIT = {
+_VIT: dict[str, Any] = {
     "prefix": _VISUAL + r"blocks\.",
     "count": "depth",
     "config": "vision_config",
@@ -133,7 +132,7 @@ _BERT = Stack(
     plain_residual=False,
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
 )
-_ENCODER = {
+_ENCODER: dict[str, Any] = {
     "kv_heads": None,
     "head_dim": None,
     "removable_heads": "none",
@@ -216,7 +215,10 @@ FAMILIES: dict[str, Family] = {
                 count="n_layer",
                 per_layer=(),
                 fixed_if="scale_attn_by_inverse_layer_idx",
-                **dict.fromkeys(("q", "k", "v", "qkv"), "attn.c_attn"),
+                q="attn.c_attn",
+                k="attn.c_attn",
+                v="attn.c_attn",
+                qkv="attn.c_attn",
                 o="attn.c_proj",
                 mlp=("mlp.c_fc", "mlp.c_proj"),
                 width="n_inner",
@@ -282,7 +284,7 @@ TOP = {"architectures": NAMES, "id2label": Values(TEXT), "tie_word_embeddings": 
 
 def _rules(family: Family, stack: Stack) -> dict[str, Any]:
     """The rules of one stack's keys."""
-    rules = dict.fromkeys(stack.per_layer, NAMES) | dict.fromkeys(stack.numbers, NUMBERS)
+    rules: dict[Any, Any] = dict.fromkeys(stack.per_layer, NAMES) | dict.fromkeys(stack.numbers, NUMBERS)
     sizes: tuple[str | None, ...] = (stack.count, *stack.pattern)
     if stack is family.text:
         sizes += (family.heads, family.kv_heads, family.head_dim, family.hidden, stack.width, stack.experts)
@@ -313,7 +315,7 @@ def check_config(config: Any) -> Family:
             problems.append(f"{stack.config}{'.' * bool(stack.config)}{stack.count} is missing")
         for part in parts:
             where = "" if part is config else stack.config
-            needed = (stack.count,)
+            needed: tuple[str, ...] = (stack.count,)
             if stack is family.text and part is parts[0]:  # the one that counts
                 needed += (family.heads, family.hidden)
             problems += broken(part, Keys(_rules(family, stack), needed), where)
