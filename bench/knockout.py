@@ -29,7 +29,6 @@ import torch
 from materials import smollm2, write_texts
 from transformers import AutoModelForCausalLM
 
-from prunekit import report
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
 from prunekit.knockout.scanner import Job, load_scanner
@@ -37,6 +36,7 @@ from prunekit.knockout.search import HealedScan, Scan, describe, find_path
 from prunekit.knockout.trained import Sweep, Training, plan_knockouts
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
+from prunekit.report import style
 from prunekit.surgery.in_memory import removed
 from prunekit.surgery.layers import apply_removal, plan_removal
 from prunekit.surgery.layers_fit import heal
@@ -413,13 +413,13 @@ WAYS = {
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """What predicts trained knockouts, and what sets chosen in five ways cost."""
-    figure, axes = report._figure(3, 12.6, 3.6)
+    figure, axes = style.new_figure(3, 12.6, 3.6)
     cases = result["predict"].items()
     for axis, (name, case) in zip(axes[0], cases):
         trained = [entry["trained"] for entry in case["removals"].values()]
         scanned = [entry["token_acc"] for entry in case["removals"].values()]
-        axis.plot([0, 1], [0, 1], color=report.GRID, linewidth=1)
-        axis.scatter(scanned, trained, s=14, color=report.LINES[0])
+        axis.plot([0, 1], [0, 1], color=style.GRID, linewidth=1)
+        axis.scatter(scanned, trained, s=14, color=style.LINES[0])
         axis.set_title(f"{name}: Spearman {case['spearman']['token_acc']:.3f}")
         axis.set_xlabel("token_acc without a layer, scanned")
         axis.set_ylabel("trained")
@@ -427,7 +427,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xlim(0, top)
         axis.set_ylim(0, top)
     axis, rows = axes[0][2], result["sets"]["rows"]
-    for colour, (way, label) in zip((*report.LINES, report.MUTED), WAYS.items()):
+    for colour, (way, label) in zip((*style.LINES, style.MUTED), WAYS.items()):
         mine = [row for row in rows if row["chosen_by"] == way]
         counts = [row["layers_removed"] for row in mine]
         axis.plot(
@@ -440,13 +440,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
         healed = [row["loss_healed"]["wikipedia-test"] for row in mine if "loss_healed" in row]
         axis.plot(counts[: len(healed)], healed, "o--", markersize=3, color=colour)
-    axis.axhline(result["sets"]["base"]["wikipedia-test"], color=report.INK, linewidth=0.8, linestyle=":")
+    axis.axhline(result["sets"]["base"]["wikipedia-test"], color=style.INK, linewidth=0.8, linestyle=":")
     axis.set_title("SmolLM2: loss of sets (dashed: healed)")
     axis.set_xlabel("layers removed of 30")
     axis.set_xticks([3, 5, 8])
     axis.set_ylim(top=min(axis.get_ylim()[1], 6.5))
     axis.legend(frameon=False, fontsize=7)
-    report._save(figure, path)
+    style.save_figure(figure, path)
 
 
 PARTS = {"speed": speed, "memory": memory, "race": race, "predict": predict, "sets": sets}

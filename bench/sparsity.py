@@ -23,12 +23,12 @@ import torch
 import transformers
 from materials import smollm2, write_texts
 
-from prunekit import report
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate, draw_rows, encoder_of, read_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
+from prunekit.report import style
 from prunekit.surgery import zeros_scores as weight_scores
 from prunekit.surgery.zeros import (
     Sparsification,
@@ -245,9 +245,9 @@ class Distillation(transformers.Trainer):
 
 def draw(result: dict, path: Path) -> None:
     """Excess loss: left untrained, right after retraining (and before it, where all was pruned at once)."""
-    figure, axes = report._figure(2, 14, 4.2)
+    figure, axes = style.new_figure(2, 14, 4.2)
     names = [name for name in UNTRAINED if name in result["untrained"]]
-    for shift, colour, test in ((-0.2, report.LINES[0], "wikipedia-test"), (0.2, report.PALE, "docstrings")):
+    for shift, colour, test in ((-0.2, style.LINES[0], "wikipedia-test"), (0.2, style.PALE, "docstrings")):
         costs = [result["untrained"][name][test] - result["base"][test] for name in names]
         places = [place + shift for place in range(len(names))]
         axes[0][0].barh(places, costs, height=0.38, color=colour, label=test)
@@ -261,9 +261,9 @@ def draw(result: dict, path: Path) -> None:
         after = found["wikipedia-test"] - result["base"]["wikipedia-test"]
         if name.startswith("one shot"):
             before = found["before"]["wikipedia-test"] - result["base"]["wikipedia-test"]
-            right.plot([before, after], [place, place], color=report.PALE, zorder=1)
-            right.scatter(before, place, color=report.KEY, label="pruned" if name == "one shot" else None)
-        right.scatter(after, place, color=report.FREE, label="trained" if place == 0 else None)
+            right.plot([before, after], [place, place], color=style.PALE, zorder=1)
+            right.scatter(before, place, color=style.KEY, label="pruned" if name == "one shot" else None)
+        right.scatter(after, place, color=style.FREE, label="trained" if place == 0 else None)
         right.annotate(f"{math.expm1(after):+.0%} ppl", (after, place), (6, 5), fontsize=8,
                        textcoords="offset points")  # fmt: skip
     share = result["settings"]["retraining"]["sparsity"]
@@ -271,7 +271,7 @@ def draw(result: dict, path: Path) -> None:
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
     right.legend(frameon=False, fontsize=8, loc="lower right")
-    report._save(figure, path)
+    style.save_figure(figure, path)
 
 
 def main() -> None:

@@ -230,9 +230,9 @@ class Bench:
 
 def draw(result: dict, path: Path) -> None:
     """Held-out loss untrained, by score, and after each recovery."""
-    from prunekit.report.figures import LINES, MUTED, PALE, _figure, _save
+    from prunekit.report.style import LINES, MUTED, PALE, new_figure, save_figure
 
-    figure, axes = _figure(2, 9.6, 3.6)
+    figure, axes = new_figure(2, 9.6, 3.6)
     left = {how: each["loss"] for how, each in result["untrained"]["removed"].items()}
     axes[0][0].barh(list(left), list(left.values()), color=LINES[0], height=0.6)
     axes[0][0].set_title("6 of 9 heads, 75% of neurons, untrained")
@@ -251,7 +251,7 @@ def draw(result: dict, path: Path) -> None:
         axis.set_xlim(left=result["base"] * 0.95)
         axis.set_xlabel("held-out loss; dashed: uncut")
         axis.grid(axis="y", visible=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:

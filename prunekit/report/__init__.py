@@ -1,26 +1,12 @@
 """Pictures of what happened: knockout rankings, training curves, the way of a model through its stages."""
 
-from .figures import (
-    COOL,
-    LINES,
-    PALE,
-    WARM,
-    draw_curves,
-    draw_f1,
-    draw_greedy,
-    draw_heads,
-    draw_knockout_curves,
-    draw_quality,
-    draw_ranking,
-    draw_sparsity,
-    draw_stages,
-)
+from .knockout import draw_greedy, draw_knockout_curves, draw_ranking
+from .stages import draw_stages
+from .surgery import draw_heads, draw_sparsity
+from .tagger import draw_f1
+from .training import draw_curves, draw_quality
 
 __all__ = [
-    "COOL",
-    "LINES",
-    "PALE",
-    "WARM",
     "draw_curves",
     "draw_f1",
     "draw_greedy",

@@ -4,17 +4,10 @@ import json
 
 import pytest
 
-from prunekit import report
 from prunekit.errors import PruneKitError
 from prunekit.knockout.ranking import build_ranking, finalists
-from prunekit.report.figures import (
-    _series,
-    draw_curves,
-    draw_greedy,
-    draw_knockout_curves,
-    draw_ranking,
-    draw_stages,
-)
+from prunekit.report import draw_curves, draw_greedy, draw_knockout_curves, draw_ranking, draw_stages, knockout
+from prunekit.report.training import _series
 from prunekit.summary import summarise, table
 
 PNG = b"\x89PNG"
@@ -64,7 +57,7 @@ def made_ranking(layers=8, trained=3, generation=True):
 def axes(monkeypatch, tmp_path):
     """axes(draw, ranking): the axes of the figure that this draws."""
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(knockout, "save_figure", lambda figure, path: figures.append(figure))
 
     def drawn(draw, ranking):
         draw(ranking, tmp_path / "figure.png")

@@ -1,0 +1,192 @@
+"""Pictures of a ranking: what each removal costs, the greedy path, the curves of trained knockouts."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .style import COOL, GRID, INK, KEY, LINES, MUTED, PALE, WARM, new_figure, save_figure, share_colour
+
+
+def _token_acc(ranking: dict[str, Any]) -> str:
+    return f"token_acc, {'with' if ranking['counts_suffix'] else 'without'} the template's suffix"
+
+
+def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
+    """What removing each layer leaves of the baseline's token_acc, a panel per stack, with lines at 95% and 90%.
+
+    Bars are what the scan found, with its standard error, and diamonds what was left after the training; bars are
+    trained values where there was no scan. What leaves less than 60% is a stub with its number.
+    """
+    from matplotlib.lines import Line2D
+
+    stacks = sorted({removal["stack"] for removal in ranking["removals"]})
+    by_stack = [
+        sorted((r for r in ranking["removals"] if r["stack"] == stack), key=lambda r: r["layer"]) for stack in stacks
+    ]
+    widths = [max(3.6, 0.14 * len(removals)) for removals in by_stack]
+    figure, axes = new_figure(len(stacks), 1.5 + sum(widths), 3.6, width_ratios=widths)
+    scanned_any = any(removal["relative_scanned"] is not None for removal in ranking["removals"])
+    trained_any = any(removal["relative_trained"] is not None for removal in ranking["removals"])
+    baseline = ranking["baseline"] if scanned_any else ranking["baseline"]["trained"]
+
+    def values(removal: dict[str, Any]) -> tuple[float | None, float | None]:
+        """Height of the bar, place of the diamond."""
+        trained = removal["relative_trained"]
+        return (removal["relative_scanned"], trained) if scanned_any else (trained, None)
+
+    drawn = [value for removal in ranking["removals"] for value in values(removal) if value is not None]
+    low, high = min(0.88, *drawn), max(1.0, *drawn)
+    floor = max(math.floor((low - 0.02) * 20) / 20, 0.6)
+    stub = floor + 0.03 * (1 - floor)
+    for axis, stack, removals, width in zip(axes[0], stacks, by_stack, widths):
+        labelled = len(removals) <= 16
+        for position, removal in enumerate(removals):
+            bar, diamond = values(removal)
+            if removal["relative"] is None:
+                axis.text(position, stub, "failed", rotation=90, ha="center", va="bottom", color=KEY, fontsize=7)
+                continue
+            top = floor
+            if bar is not None:
+                top = max(bar, stub)
+                axis.bar(
+                    position, top - floor, bottom=floor, color=share_colour(bar), width=0.72,
+                    hatch="" if bar > floor else "/////", edgecolor="white", linewidth=0,
+                )  # fmt: skip
+                error = (removal.get("standard_error") or {}).get("token_acc")
+                if scanned_any and error and bar > floor:
+                    error /= baseline["token_acc"]
+                    axis.errorbar(position, bar, error, color=INK, linewidth=0.8)
+                    top += error
+            if diamond is not None:
+                axis.plot(
+                    position, max(diamond, stub), marker="D", markersize=5 if labelled else 4,
+                    color=share_colour(diamond), markeredgecolor=INK, markeredgewidth=0.8,
+                )  # fmt: skip
+                top = max(top, max(diamond, stub) + 0.025 * (1 - floor))
+            lines = [f"{bar * 100:.1f}"] if bar is not None and (labelled or bar < floor) else []
+            if diamond is not None and (labelled or diamond < floor):
+                lines.append(f"◆{diamond * 100:.1f}")
+            axis.annotate(
+                "\n".join(reversed(lines)) if labelled else " ".join(lines),
+                (position, top), xytext=(0, 1.5), textcoords="offset points",
+                ha="center", va="bottom", fontsize=7 if labelled else 6, color=INK, rotation=0 if labelled else 90,
+            )  # fmt: skip
+        for line, label in ((0.95, "95%"), (0.90, "90%")):
+            axis.axhline(line, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+            axis.annotate(
+                label, (1, line), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points",
+                fontsize=7, color=MUTED, va="center",
+            )  # fmt: skip
+        step = math.ceil(0.21 * len(removals) / width)
+        axis.set_xticks(range(0, len(removals), step), [str(r["layer"]) for r in removals[::step]])
+        axis.set_xlim(-0.6, len(removals) - 0.4)
+        axis.set_ylim(floor, high + (high - floor) * 0.16)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.grid(axis="x", visible=False)
+        axis.set_title(f"{stack} {'layers' if stack == 'text' else 'blocks'}")
+        axis.set_xlabel("removed, not trained (± standard error)" if scanned_any else "removed, then trained briefly")
+    if scanned_any and trained_any:
+        mark = Line2D([], [], marker="D", linestyle="", markersize=5, color="white", markeredgecolor=INK)
+        axes[0][-1].legend([mark], ["after a brief training"], frameon=False, fontsize=8, loc="lower right",
+                           bbox_to_anchor=(1, 1), borderaxespad=0.2)  # fmt: skip
+    axes[0][0].set_ylabel(
+        f"{_token_acc(ranking)}\nshare of the baseline's ({baseline['token_acc']:.3f})", linespacing=1.4
+    )
+    save_figure(figure, path)
+
+
+def draw_greedy(ranking: dict[str, Any], path: Path) -> None:
+    """Quality against the parameters kept along the greedy path; what went at each point stands above it."""
+    greedy, baseline = ranking["greedy"], ranking["baseline"]
+    points = [point for point in greedy["path"] if point["token_acc"] is not None]
+    width = max(6.0, 1.4 + 0.2 * len(points))
+    figure, axes = new_figure(1, width, 4.2)
+    axis = axes[0][0]
+    kept = [point["parameters_share"] for point in points]
+    axis.plot(
+        kept, [point["token_acc"] for point in points], color=LINES[0], marker="o", markersize=4, label="token_acc"
+    )  # fmt: skip
+    generated = [point for point in points if (point["generation"] or {}).get("exact_match") is not None]
+    if generated:
+        axis.plot(
+            [point["parameters_share"] for point in generated],
+            [point["generation"]["exact_match"] for point in generated],
+            color=LINES[2], marker="s", markersize=3.5, label="exact match of generated answers",
+        )  # fmt: skip
+    if greedy["bend"] is not None:
+        bend = greedy["path"][greedy["bend"]]
+        axis.plot(
+            bend["parameters_share"], bend["token_acc"], linestyle="", marker="o", markersize=12,
+            markerfacecolor="none", markeredgecolor=KEY, markeredgewidth=1.6,
+            label=f"the bend: {len(bend['removed'])} removed, {bend['parameters_share']:.1%} kept",
+        )  # fmt: skip
+    for share in (0.95, 0.90):
+        axis.axhline(share * baseline["token_acc"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.annotate(
+            f"{share:.0%}", (1, share * baseline["token_acc"]), xycoords=("axes fraction", "data"),
+            xytext=(2, 0), textcoords="offset points", fontsize=7, color=MUTED, va="center",
+        )  # fmt: skip
+
+    span = (kept[0] - kept[-1]) or 0.01
+    axis.set_xlim(kept[0] + 0.03 * span, kept[-1] - 0.03 * span)
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, -0.02), high)
+    # Names stand in a row above, moved apart where points are close (vision blocks are small), a thin line from each.
+    apart = 0.16 / (width - 1.2) * 1.06 * span
+    places: list[float] = []
+    for share in kept[1:]:
+        places.append(min(share, places[-1] - apart) if places else share)
+    places = [max(place, kept[-1] + apart * left) for left, place in enumerate(reversed(places))][::-1]
+    for before, point, place in zip(points, points[1:], places):
+        gone = "+".join(name for name in point["removed"] if name not in before["removed"])
+        axis.annotate(
+            gone, (point["parameters_share"], point["token_acc"]), xytext=(place, 1.03),
+            textcoords=axis.get_xaxis_transform(), rotation=90, ha="center", va="bottom", fontsize=7,
+            color=INK, annotation_clip=False, arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.8},
+        )  # fmt: skip
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if span > 0.05 else f"{value:.1%}")
+    how = "healed after each removal" if greedy["healed"] else "not trained"
+    axis.set_xlabel(f"parameters kept, {how}; above: what goes at each point")
+    axis.set_ylabel(_token_acc(ranking))
+    axis.legend(edgecolor="none", fontsize=8, loc="lower left")
+    save_figure(figure, path)
+
+
+def draw_knockout_curves(ranking: dict[str, Any], path: Path) -> None:
+    """Training and evaluation loss of the trained knockouts: a key layer's spikes at the start. Diverged ones show.
+
+    The key layers (below 90% of the baseline) have colours of their own, at most eight of them, worst first; with more
+    than ten runs in all, the others are one grey.
+    """
+    trained = [entry for entry in ranking["removals"] if entry["trained"] and entry["trained"]["curve"]]
+    trained.sort(key=lambda entry: (entry["relative_trained"] is None, entry["relative_trained"] or 0))
+    key = [entry for entry in trained if entry["relative_trained"] is not None and entry["relative_trained"] < 0.90][:8]
+    others = [entry for entry in trained if entry not in key]
+    many = len(trained) >= 10
+    runs = [*zip(key, WARM), *zip(others, [PALE] * len(others) if many else COOL)]
+    lines = []
+    for entry, colour in runs:
+        share = entry["relative_trained"]
+        lines.append((entry["trained"], colour, entry["name"] + (f" ({share:.1%})" if share is not None else "")))
+    baseline = ranking["baseline"]["trained"]
+    if baseline and baseline["curve"]:
+        lines.append((baseline, INK, "baseline"))
+
+    figure, axes = new_figure(2, 10.2, 3.6)
+    handles = {}
+    for axis, curve, title in zip(axes[0], ("training", "curve"), ("training loss", "evaluation loss")):
+        for record, colour, label in lines:
+            points = [(p["step"], p["loss"]) for p in record[curve] if p["loss"] is not None]
+            pale, base = colour == PALE, colour == INK
+            (line,) = axis.plot(
+                [step for step, _ in points], [loss for _, loss in points], color=colour,
+                linewidth=1.0 if pale else 1.6, linestyle="--" if base else "-", zorder=1.5 if pale else 2 + base,
+                marker="o" if len(points) < 12 and not pale else None, markersize=3,
+            )  # fmt: skip
+            handles.setdefault(f"{len(others)} others" if pale else label, line)
+        axis.set_xlim(left=0)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside right upper")
+    save_figure(figure, path)
