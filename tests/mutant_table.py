@@ -87,7 +87,7 @@ KV_MERGE = [
     Mutant("(rest / all_of_it).backward()", "(-rest / all_of_it).backward()"),
     Mutant("if index not in sides.judged]", "if index in sides.judged]"),
     Mutant("CORRECTED * (x.to(e.device) - e)", "CORRECTED * (e - x.to(e.device))"),
-    Mutant("needed = count // plan.kv_heads * head_dim", "needed = head_dim"),
+    Mutant("needed = of_text.kv // plan.kv_heads * of_text.dim", "needed = of_text.dim"),
     Mutant("if missing < best[0]:", "if missing < best[0] or fit_gains is False:"),
     Mutant("torch.stack(turns).amax(0) <= SLOW", "torch.stack(turns).amax(0) > SLOW"),
     Mutant(

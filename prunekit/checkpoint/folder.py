@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunekit import errors
 from prunekit.errors import PruneKitError
@@ -331,16 +331,16 @@ def _check_agreement(checkpoint: Checkpoint) -> None:
 def _said_shapes(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, int], str]]:
     """Of each projection of a text layer: its shape by the config, and the keys that say so."""
     family, row = checkpoint.family, checkpoint.family.text
-    count, kv_heads, width = heads(checkpoint)
+    query, kv, dim = heads(checkpoint)
     config = configs(checkpoint.config, row)[0]
     hidden, head_dim = config[family.hidden], family.head_dim or family.hidden
-    said: dict[str, tuple[tuple[int, int], str]] = {row.o: ((hidden, count * width), f"{family.heads}, {head_dim}")}
+    said: dict[str, tuple[tuple[int, int], str]] = {row.o: ((hidden, query * dim), f"{family.heads}, {head_dim}")}
     if row.qkv:
-        said[row.qkv] = (((count + 2 * kv_heads) * width, hidden), f"{family.heads}, {family.hidden}")
+        said[row.qkv] = (((query + 2 * kv) * dim, hidden), f"{family.heads}, {family.hidden}")
     else:
-        said[row.q] = ((count * width, hidden), f"{family.heads}, {head_dim}")
+        said[row.q] = ((query * dim, hidden), f"{family.heads}, {head_dim}")
         keys = f"{family.kv_heads or family.heads}, {head_dim}"
-        said |= dict.fromkeys((row.k, row.v), ((kv_heads * width, hidden), keys))
+        said |= dict.fromkeys((row.k, row.v), ((kv * dim, hidden), keys))
     block = row.mlp[-1].rpartition(".")[0]
     for key, names in {
         row.width: row.mlp,
@@ -830,14 +830,22 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else f"{a}" for a, b in runs)
 
 
-def heads(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """(attention heads, KV heads, head_dim) of the text stack. Families without shared KV heads have as many of both."""
+class Heads(NamedTuple):
+    """How many heads of queries, and of keys and values, a layer's attention has, and how wide each is."""
+
+    query: int
+    kv: int  # as many as of queries in families without shared KV heads
+    dim: int
+
+
+def heads(checkpoint: Checkpoint) -> Heads:
+    """Those of the text stack."""
     family = checkpoint.family
     config = configs(checkpoint.config, family.text)[0]
     count = config[family.heads]
     kv_heads = (family.kv_heads and config.get(family.kv_heads)) or count
     head_dim = (family.head_dim and config.get(family.head_dim)) or family.head_dim_default
-    return count, kv_heads, head_dim or config[family.hidden] // count
+    return Heads(count, kv_heads, head_dim or config[family.hidden] // count)
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -874,7 +882,7 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
         part = next((part for part, pattern in patterns.items() if pattern and re.match(pattern, name)), "other")
         parts[part] += math.prod(tensor.shape)
     layers = len(layer_numbers(checkpoint, "text"))
-    count, kv_heads, head_dim = heads(checkpoint)
+    of_text = heads(checkpoint)
     config = configs(checkpoint.config, family.text)[0]
     return {
         "parameters": sum(parts.values()),
@@ -882,9 +890,9 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "num_hidden_layers": layers,
         "vision_depth": len(layer_numbers(checkpoint, "vision")) if family.vision else None,
-        "num_attention_heads": count,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
+        "num_attention_heads": of_text.query,
+        "num_key_value_heads": of_text.kv,
+        "head_dim": of_text.dim,
         "neurons": config.get(family.text.experts or family.text.width) or 4 * config[family.hidden],
-        "kv_bytes_per_token": 2 * layers * kv_heads * head_dim * 2 if family.causal else 0,
+        "kv_bytes_per_token": 2 * layers * of_text.kv * of_text.dim * 2 if family.causal else 0,
     }

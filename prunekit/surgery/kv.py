@@ -55,7 +55,7 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
     if family.kv_heads is None:
         raise PruneKitError(f"{family.model_type}: has no form with fewer KV heads than query heads; nothing to merge")
     layers = layer_numbers(checkpoint, "text")
-    count, present, head_dim = heads(checkpoint)
+    _, present, head_dim = heads(checkpoint)
     divisors = [n for n in range(1, present) if present % n == 0]
     if kv_heads == present:
         raise PruneKitError(f"--kv-heads {kv_heads}: the model has {present} already; nothing to merge")

@@ -552,14 +552,14 @@ def calibrate_merge(
     dimensions, or refining a family that has norms behind its projections.
     """
     family, row = plan.source.family, plan.source.family.text
-    _, count, head_dim = heads(plan.source)
+    of_text = heads(plan.source)
     if refine_steps and not row.plain_residual:
         raise PruneKitError(
             f"--refine: {family.model_type} has norms behind attention, which it can't fit; leave it out"
         )
     batches = [*data.fit, *data.held_out]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in data.fit)
-    needed = count // plan.kv_heads * head_dim
+    needed = of_text.kv // plan.kv_heads * of_text.dim
     if tokens < needed:
         raise PruneKitError(
             f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise --calib-tokens"
@@ -572,7 +572,7 @@ def calibrate_merge(
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
-            attention = Attention(layer, row, count, head_dim)
+            attention = Attention(layer, row, of_text.kv, of_text.dim)
             came, wanted = original_attention(layer, row, sides.teacher, number)
             entered = enter(layer, attention, sides.student, number)
             wanted = [

@@ -143,7 +143,7 @@ def narrow(array: Any, part: Part, kept: Sequence[int], unit: int = 1, zero: boo
 def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, groups: int | None, mask: bool):
     """(query heads, KV heads) that each layer keeps; PruneKitError for numbers that can't be."""
     family = checkpoint.family
-    count, kv_heads, _ = heads(checkpoint)
+    count, kv_heads = heads(checkpoint)[:2]
     hidden = configs(checkpoint.config, family.text)[0][family.hidden]
     size = count // kv_heads
     if groups is not None:
@@ -216,9 +216,9 @@ def plan_width(
     cut_neurons = neurons is not None or neuron_share is not None
     if not cut_heads and not cut_neurons:
         raise PruneKitError("nothing to cut; name what stays with --heads, --kv-groups or --neurons")
-    count, kv_count, head_dim = heads(checkpoint)
+    head_dim = heads(checkpoint).dim
     parts, notes = find_parts(checkpoint), []
-    _check_shapes(checkpoint, parts, count, kv_count, head_dim)
+    _check_shapes(checkpoint, parts)
     heads_masked = mask or family.removable_heads == "none"
     keep = kv_keep = None
     if cut_heads:
@@ -246,7 +246,8 @@ def plan_width(
     return replace(plan, result=replace(checkpoint, config=config, tensors=tensors))
 
 
-def _check_shapes(checkpoint: Checkpoint, parts: dict[str, Part], count: int, kv_count: int, width: int) -> None:
+def _check_shapes(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
+    count, kv_count, width = heads(checkpoint)
     wanted = {"q": count, "o": count, "k": kv_count, "v": kv_count}
     for layer in layer_numbers(checkpoint, "text"):
         roles = {part.role for part in parts.values() if part.layer == layer}
@@ -303,7 +304,7 @@ def keep_heads(scores, kv_count: int, plan: WidthCut) -> tuple[list[int], list[i
 
 def keep(plan: WidthCut, scores: Scores) -> Kept:
     """What a layer with these scores keeps."""
-    kv_count = heads(plan.source)[1]
+    kv_count = heads(plan.source).kv
     kept_heads, kept_kv = keep_heads(scores.heads, kv_count, plan) if plan.heads else (None, None)
     row = plan.source.family.text
     number = plan.neurons.get(row.experts if len(scores.neurons) > 1 else row.width)
@@ -393,7 +394,7 @@ def _written(plan: WidthCut, name: str, part: Part | None, kept: Kept, changes: 
                 array = of(array, part, kept.neurons[part.expert or 0])
         else:
             numbers = kept.kv_heads if part.role in ("k", "v") else kept.heads
-            array = narrow(array, part, numbers, heads(source)[2], zero)
+            array = narrow(array, part, numbers, heads(source).dim, zero)
     if changes:
         return float_bytes(array, tensor.dtype, name)
     return memoryview(np.ascontiguousarray(array)).cast("B")
@@ -401,7 +402,7 @@ def _written(plan: WidthCut, name: str, part: Part | None, kept: Kept, changes: 
 
 def removed_heads(plan: WidthCut) -> list[list[int]]:
     """The heads that each layer loses, numbered as in the input."""
-    count = heads(plan.source)[0]
+    count = heads(plan.source).query
     return [[h for h in range(count) if h not in plan.kept[layer].heads] for layer in sorted(plan.kept)]
 
 

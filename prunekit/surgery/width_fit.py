@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from prunekit.checkpoint import heads
+from prunekit.checkpoint import Heads, heads
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack
@@ -36,8 +36,8 @@ MADE_UP = 0.25  # of the error that comes in: all of it asks too much of what is
 class Layer:
     """Where a layer's heads and neurons are read, in memory."""
 
-    def __init__(self, module: nn.Module, row: Stack, count: int, width: int):
-        self.row, self.count, self.width = row, count, width
+    def __init__(self, module: nn.Module, row: Stack, heads: Heads):
+        self.row, self.heads = row, heads
         self.o = module.get_submodule(row.o)
         self.attention = module.get_submodule(row.q.rpartition(".")[0])  # returns its distributions, if eager
         block, _, out = row.mlp[-1].rpartition(".")
@@ -104,7 +104,7 @@ def head_scores(layer: Layer, student: Student, number: int, score: str) -> np.n
 
     def moments(mask, inputs, output):
         nonlocal total
-        x = inputs[0][mask.to(inputs[0].device)].float().unflatten(-1, (layer.count, layer.width))
+        x = inputs[0][mask.to(inputs[0].device)].float().unflatten(-1, (layer.heads.query, layer.heads.dim))
         total = total + torch.einsum("nhi,nhj->hij", x, x)
 
     def distributions(mask, inputs, output):
@@ -121,7 +121,7 @@ def head_scores(layer: Layer, student: Student, number: int, score: str) -> np.n
         student.watch(number, (layer.attention, distributions))
         return (total / max(tokens, 1)).cpu().numpy()
     student.watch(number, (layer.o, moments))
-    columns = layer.columns(layer.o).unflatten(1, (layer.count, layer.width))
+    columns = layer.columns(layer.o).unflatten(1, (layer.heads.query, layer.heads.dim))
     written = (torch.einsum("ohi,ohj->hij", columns, columns) * total).sum((1, 2))
     return written.clamp_min(0).sqrt().cpu().numpy()
 
@@ -185,7 +185,7 @@ def taylor(
             states.backward(leaf.grad)
             for number, layer in enumerate(layers):
                 x = entered[number, "heads"]
-                gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.count, layer.width))
+                gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.heads.query, layer.heads.dim))
                 heads_of[number] = heads_of[number] + gates.sum((1, 3)).square().sum(0)
                 if layer.experts is None:
                     x = entered[number, "neurons"]
@@ -214,7 +214,7 @@ def gate(layer: Layer, plan: WidthCut, scores: Scores, neurons: bool) -> Any:
             gone[numbers] = False
             layer.experts.down_proj[expert][:, gone.to(layer.experts.down_proj.device)] = 0
         return None
-    module, numbers, unit = (layer.out, kept.neurons[0], 1) if neurons else (layer.o, kept.heads, layer.width)
+    module, numbers, unit = (layer.out, kept.neurons[0], 1) if neurons else (layer.o, kept.heads, layer.heads.dim)
     count = layer.columns(module).shape[1] // unit
     mask = torch.zeros(count, dtype=module.weight.dtype, device=module.weight.device)
     mask[numbers] = 1
@@ -255,7 +255,7 @@ def calibrate_width(
     encoder can't have.
     """
     family, row = plan.source.family, plan.source.family.text
-    count, _, width = heads(plan.source)
+    of_text = heads(plan.source)
     if score == "taylor" and not family.causal:
         raise PruneKitError(f"--score taylor: needs labels, {family.model_type} has none here; choose another")
     if score in ("entropy", "variance"):
@@ -263,7 +263,7 @@ def calibrate_width(
     batches = [*data.fit, *data.held_out]
     judged = range(len(data.fit), len(batches))
     owner, attribute = find_stack(model, row)
-    layers = [Layer(layer, row, count, width) for layer in getattr(owner, attribute)]
+    layers = [Layer(layer, row, of_text) for layer in getattr(owner, attribute)]
     losses = {}
     if family.causal:
         losses["held_out_loss_uncut"] = score_batches(model, data.held_out)["loss"]
@@ -295,7 +295,7 @@ def calibrate_width(
                 entered = list(sides.teacher.states), list(sides.student.states)
                 between, behind = sides.targets_between(number)
             each = known.get(number)
-            of_heads, of_neurons = (each.heads, each.neurons) if each else (np.zeros(count), np.zeros((1, 0)))
+            of_heads, of_neurons = (each.heads, each.neurons) if each else (np.zeros(of_text.query), np.zeros((1, 0)))
             if plan.heads:
                 of_heads = of_heads if each else head_scores(layer, student, number, score)
                 _check_finite(plan, number, of_heads)

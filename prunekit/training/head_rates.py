@@ -126,12 +126,12 @@ class HeadRates:
     ):
         """`scores`: (layers, heads); without them, the norms of what the heads' weights make of their input."""
         self.settings, self.row = settings, checkpoint.family.text
-        self.count, self.kv_count, self.width = heads(checkpoint)
+        self.heads = heads(checkpoint)
         owner, attribute = find_stack(model, self.row)
-        self.layers = [_find(layer, self.row, self.kv_count * self.width) for layer in getattr(owner, attribute)]
+        self.layers = [_find(layer, self.row, self.heads.kv * self.heads.dim) for layer in getattr(owner, attribute)]
         for parameter in self.parameters():
             settings.check_dtype(str(parameter.dtype).removeprefix("torch."))
-        if scores is not None and [len(row) for row in scores] != [self.count] * len(self.layers):
+        if scores is not None and [len(row) for row in scores] != [self.heads.query] * len(self.layers):
             scores = None
         self.scores = scores
         self._before: dict[nn.Parameter, torch.Tensor] = {}
@@ -151,12 +151,12 @@ class HeadRates:
         return [torch.tensor(row) for row in self._state(optimizer)["rates"]]
 
     def _pruned(self, layer: Layer) -> torch.Tensor:
-        return (layer.o.by_head(layer.o.parameter, self.count) == 0).flatten(1).all(1).cpu()
+        return (layer.o.by_head(layer.o.parameter, self.heads.query) == 0).flatten(1).all(1).cpu()
 
     def _norms(self, layer: Layer) -> torch.Tensor:
-        o = layer.o.by_head(layer.o.parameter, self.count)
-        v = layer.v.by_head(layer.v.parameter, self.kv_count)
-        outer = (v @ v.mT).repeat_interleave(self.count // self.kv_count, 0)
+        o = layer.o.by_head(layer.o.parameter, self.heads.query)
+        v = layer.v.by_head(layer.v.parameter, self.heads.kv)
+        outer = (v @ v.mT).repeat_interleave(self.heads.query // self.heads.kv, 0)
         return ((o @ o.mT) * outer).sum((1, 2)).cpu()
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class HeadRates:
             for number, layer in enumerate(self.layers):
                 scores = torch.tensor(self.scores[number]) if self.scores else self._norms(layer)
                 rows.append(rate_heads(scores, self._pruned(layer), self.settings).tolist())
-            group[KEY] = {"rates": rows, "gradients": [[0.0] * self.count for _ in rows], "steps": 0}
+            group[KEY] = {"rates": rows, "gradients": [[0.0] * self.heads.query for _ in rows], "steps": 0}
         return group[KEY]
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class HeadRates:
         """Add up (gradient * weight)^2 of every head, and rate them anew when it's time."""
         for number, layer in enumerate(self.layers):
             if (gradient := layer.o.parameter.grad) is not None:
-                gates = layer.o.by_head(gradient.float() * layer.o.parameter, self.count).sum((1, 2))
+                gates = layer.o.by_head(gradient.float() * layer.o.parameter, self.heads.query).sum((1, 2))
                 sums = torch.tensor(state["gradients"][number]) + gates.square().cpu()
                 state["gradients"][number] = sums.tolist()
         state["steps"] += 1
@@ -192,13 +192,13 @@ class HeadRates:
             for number, sums in enumerate(state["gradients"]):
                 pruned = self._pruned(self.layers[number])
                 state["rates"][number] = rate_heads(torch.tensor(sums), pruned, self.settings).tolist()
-                state["gradients"][number] = [0.0] * self.count
+                state["gradients"][number] = [0.0] * self.heads.query
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         for rates, layer in zip(self._state(optimizer)["rates"], self.layers):
             of_heads = torch.tensor(rates)
-            of_groups = of_heads.view(self.kv_count, -1).amax(1)  # as active as its most active reader
+            of_groups = of_heads.view(self.heads.kv, -1).amax(1)  # as active as its most active reader
             for each in layer.slices:
                 if each.parameter not in self._before:
                     continue

@@ -671,7 +671,7 @@ def test_the_script_merges_and_says_so(tmp_path, script):
     assert entry["settings"]["calibration_tokens"] > 0
     said = f"{entry['metrics']['held_out_loss_unmerged']:.4f} -> {entry['metrics']['held_out_loss']:.4f}"
     assert f"held-out loss {said}" in done.stdout
-    assert heads(open_checkpoint(tmp_path / "out"))[1] == 1
+    assert heads(open_checkpoint(tmp_path / "out")).kv == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_kv import head_dim_of, text_config
 from test_layers_fit import data, self_labelled, text_batches, write_texts
 
-from prunekit.checkpoint import heads, history, open_checkpoint, statistics
+from prunekit.checkpoint import Heads, heads, history, open_checkpoint, statistics
 from prunekit.data.batches import calibrate
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
@@ -39,15 +39,15 @@ def cut(folder, out, score="magnitude", **wanted):
 def zeroed(folder, plan):
     """The uncut model with what the plan removes zeroed where o_proj and down_proj read it, by hand."""
     model, row = load(folder), plan.source.family.text
-    count, kv_count, width = heads(plan.source)
+    of_text = heads(plan.source)
     owner, attribute = find_stack(model, row)
     for number, module in enumerate(getattr(owner, attribute)):
-        kept, layer = plan.kept[number], Layer(module, row, count, width)
+        kept, layer = plan.kept[number], Layer(module, row, of_text)
         axis = 0 if row.inputs_first else 1
         with torch.no_grad():
-            for head in range(count) if kept.heads is not None else ():
+            for head in range(of_text.query) if kept.heads is not None else ():
                 if head not in kept.heads:
-                    layer.o.weight.narrow(axis, head * width, width).zero_()
+                    layer.o.weight.narrow(axis, head * of_text.dim, of_text.dim).zero_()
             for expert, neurons in enumerate(kept.neurons or ()):
                 weight = layer.out.weight if layer.experts is None else layer.experts.down_proj[expert]
                 gone = [i for i in range(weight.shape[axis]) if i not in neurons]
@@ -60,13 +60,13 @@ def test_a_model_without_heads_gives_what_it_gives_with_them_zeroed(family, tiny
     plan = cut(tiny(family), tmp_path / "out", head_share=0.5)
     model = load(tmp_path / "out")
     assert text_config(model).num_attention_heads * 2 == text_config(load(tiny(family))).num_attention_heads
-    assert head_dim_of(model) == heads(plan.source)[2]
+    assert head_dim_of(model) == heads(plan.source).dim
     torch.testing.assert_close(logits(model), logits(zeroed(tiny(family), plan)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", REMOVABLE)
 def test_a_model_without_kv_groups_gives_what_it_gives_with_their_heads_zeroed(family, tiny, tmp_path):
-    kv_heads = heads(open_checkpoint(tiny(family)))[1]
+    kv_heads = heads(open_checkpoint(tiny(family))).kv
     plan = cut(tiny(family), tmp_path / "out", kv_groups=kv_heads // 2)
     assert statistics(tmp_path / "out")["num_key_value_heads"] == kv_heads // 2
     model = load(tmp_path / "out")
@@ -161,7 +161,7 @@ def test_what_is_never_used_goes_first(score, tiny):
 
 def test_taylor_is_the_gradient_of_a_gate_on_each_head_and_neuron(tiny):
     model, row = load(tiny("llama")), ROWS["llama"].text
-    layers = [Layer(layer, row, 4, 16) for layer in model.model.layers]
+    layers = [Layer(layer, row, Heads(4, 2, 16)) for layer in model.model.layers]
     batch = text_batches(1, rows=1)[0]
     scores = taylor(model, row, layers, [batch])
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -44,14 +44,14 @@ def rated(folder, settings, weight_decay=0.1, scores=None, **kwargs):
 
 def per_head(rates, layer, each, value):
     """(heads or KV heads, the rest) of a parameter's slice."""
-    count = rates.kv_count if each.grouped else rates.count
+    count = rates.heads.kv if each.grouped else rates.heads.query
     return each.of(value).movedim(each.axis, 0).reshape(count, -1)
 
 
 @pytest.mark.parametrize("family", SOME)
 def test_every_heads_update_is_its_rate_times_the_plain_one(family, tiny):
     """One AdamW step with weight decay: ratios of updates, of every parameter that belongs to heads."""
-    count = heads(open_checkpoint(tiny(family)))[0]
+    count = heads(open_checkpoint(tiny(family))).query
     scores = [list(range(count))] * 5  # the first quarter is weak
     settings = Rates(weak=0.3, weak_share=0.25)
     model, rates, optimizer = rated(tiny(family), settings, scores=scores)
@@ -68,7 +68,7 @@ def test_every_heads_update_is_its_rate_times_the_plain_one(family, tiny):
             name = names[each.parameter]
             done = per_head(rates, layer, each, ours[name] - before[name])
             wanted = per_head(rates, layer, each, theirs[name] - before[name])
-            of = expected.view(rates.kv_count, -1).amax(1) if each.grouped else expected
+            of = expected.view(rates.heads.kv, -1).amax(1) if each.grouped else expected
             ratio = done.norm(dim=1) / wanted.norm(dim=1)
             torch.testing.assert_close(ratio, of, rtol=2e-3, atol=0)
             seen += 1
@@ -158,7 +158,7 @@ def test_pruned_heads_keep_every_bit_under_adamw_and_weight_decay(family, foreac
     names = {parameter: name for name, parameter in model.named_parameters()}
     after = model.state_dict()
     for number, layer in enumerate(rates.layers):
-        gone = [head for head in range(rates.count) if head not in plan.kept[number].heads]
+        gone = [head for head in range(rates.heads.query) if head not in plan.kept[number].heads]
         for each in layer.slices:
             name = names[each.parameter]
             old, new = (per_head(rates, layer, each, values[name]) for values in (before, after))
