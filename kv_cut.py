@@ -16,7 +16,6 @@ from typing import Any
 
 from prunekit.arguments import natural, positive_int
 from prunekit.checkpoint import scratch_folder, statistics
-from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
@@ -39,7 +38,7 @@ def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerg
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**losses))
     settings = {
         "calib": str(arguments.calib),
-        "calibration_data": [data_record(arguments.calib)],
+        "calibration_data": [data.record],
         "calibration_tokens": data.tokens,
         "longest_row": longest,
         "refine_steps": arguments.refine,

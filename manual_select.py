@@ -18,7 +18,6 @@ from typing import Any
 
 from prunekit.arguments import positive_int, share
 from prunekit.checkpoint import read_json, statistics
-from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
@@ -49,7 +48,7 @@ def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, di
     losses = {"held_out_loss_unhealed": seams[0]["loss_before"], "held_out_loss": seams[-1]["loss_after"]}
     settings = {
         "heal": str(arguments.calib),
-        "calibration_data": [data_record(arguments.calib)],
+        "calibration_data": [data.record],
         "calibration_tokens": data.tokens,
     }
     return plan, {"settings": settings, "metrics": losses, "seams": seams}

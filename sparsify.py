@@ -21,7 +21,6 @@ from typing import Any
 
 from prunekit.arguments import finite_float
 from prunekit.checkpoint import read_json, statistics
-from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
@@ -82,7 +81,7 @@ def prepare(plan: Sparsification, arguments: argparse.Namespace) -> tuple[Sparsi
 
         settings |= {
             "calib": str(arguments.calib),
-            "calibration_data": [data_record(arguments.calib)],
+            "calibration_data": [data.record],
             "calibration_tokens": data.tokens,
         }
         inputs = (plan.source, model, data, plan.weights)

@@ -19,7 +19,6 @@ from typing import Any
 
 from prunekit.arguments import positive_int, share
 from prunekit.checkpoint import statistics
-from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
@@ -50,7 +49,7 @@ def calibrate_plan(plan: WidthCut, score: str, arguments: argparse.Namespace) ->
         print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**losses))
     settings = {
         "calib": str(arguments.calib),
-        "calibration_data": [data_record(arguments.calib)],
+        "calibration_data": [data.record],
         "calibration_tokens": data.tokens,
     }
     if refits:

@@ -24,7 +24,8 @@ import transformers
 from materials import smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
-from prunekit.data.batches import calibrate, draw_rows, encoder_of, read_calibration
+from prunekit.data.batches import calibrate, draw_rows, read_calibration
+from prunekit.data.encode import encoder_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches

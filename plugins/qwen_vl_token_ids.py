@@ -5,7 +5,6 @@ tiny one of examples/tiny_ocr, would find no image in its prompt. Every launcher
 `--external_plugins`; for Qwen's own tokenizer nothing changes.
 """
 
-from swift.template.templates.qwen import Qwen2VLTemplate
+from prunekit.msswift.extend import take_image_tokens_from_tokenizers
 
-Qwen2VLTemplate.image_token_id = property(lambda template: template.processor.image_token_id)
-Qwen2VLTemplate.video_token_id = property(lambda template: template.processor.video_token_id)
+take_image_tokens_from_tokenizers()

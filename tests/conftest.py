@@ -60,6 +60,27 @@ def plain_trainer(monkeypatch):
 
 
 @pytest.fixture
+def opens():
+    """opens(file): what says how often this process has opened the file since."""
+    watched: list[tuple[str, list]] = []
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            for name, times in watched:
+                if str(arguments[0]) == name:
+                    times.append(event)
+
+    def watch(file: Path):
+        times: list[str] = []
+        watched.append((str(file), times))
+        return lambda: len(times)
+
+    sys.addaudithook(hook)
+    yield watch
+    watched.clear()  # a hook stays as long as its process
+
+
+@pytest.fixture
 def script():
     """script(name, *args): run a script of the repository as a user does; the finished process."""
 

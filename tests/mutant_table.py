@@ -258,16 +258,13 @@ SPARSITY_PLUGIN = [
     Mutant('os.environ.get(variable, "")', '""'),
 ]
 
-QWEN_IDS = [
+EXTEND = [
     Mutant("Qwen2VLTemplate.image_token_id = property(lambda template: template.processor.image_token_id)",
            "Qwen2VLTemplate.image_token_id = property(lambda template: template.processor.video_token_id)"),
     Mutant("template.processor.video_token_id", "template.processor.image_token_id"),
-]  # fmt: skip
-
-GPT2 = [
-    Mutant("        config.n_embd = width  #", "        pass  #"),
+    Mutant("            config.n_embd = width  #", "            pass  #"),
     Mutant('if "gpt2" not in MODEL_MAPPING:', 'if "gpt2" in MODEL_MAPPING:'),
-]
+]  # fmt: skip
 
 RANKING = [
     Mutant("(scanned if after is None else after)", "(after if after is None else scanned)"),
@@ -312,7 +309,7 @@ SCORES = [
     Mutant('{"token_acc": right / total', '{"token_acc": 1.0'),
 ]
 
-EVALUATE = [
+ANSWERS = [
     Mutant("order[start : start + batch_size]", "order[start : start + batch_size - 1]"),
     Mutant('row["messages"][:-1], images', 'row["messages"], images'),
     Mutant("message.content.strip()", "message.content.upper()"),
@@ -325,8 +322,9 @@ EVALUATE = [
     Mutant("edits / max(1, sum(map(len, truths)))", "edits / max(1, sum(map(len, answers)))"),
     Mutant("weight * sum(filter", "sum(filter"),
     Mutant('scores["reward"] = sum(values) / len(rows)', 'scores["reward"] = sum(values)'),
-    Mutant("datasets[name] = rows", "pass"),
 ]
+
+EVALUATE = [Mutant("datasets[name] = rows", "pass")]
 
 PUBLISH = [
     Mutant("if not BUFFERS.match(name)}", "}"),
@@ -371,11 +369,11 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not wandb", RANKING),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
     "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),
-    "prunekit/evaluate.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", EVALUATE),
+    "prunekit/data/answers.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", ANSWERS),
+    "prunekit/evaluate.py": ("tests/test_evaluate.py -k next_models", EVALUATE),
     "plugins/ocr_rewards.py": ("tests/plugins/test_ocr_rewards.py", OCR),
-    "plugins/head_rates.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
-    "plugins/knockout_layers.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
+    "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
+    "prunekit/knockout/callback.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
     "plugins/sparsity.py": ("tests/plugins/test_plugins.py", SPARSITY_PLUGIN),
-    "plugins/qwen_vl_token_ids.py": ("tests/plugins/test_plugins.py", QWEN_IDS),
-    "plugins/gpt2_model.py": ("tests/test_evaluate.py -k known or exact", GPT2),
+    "prunekit/msswift/extend.py": ("tests/plugins/test_plugins.py tests/test_evaluate.py -k ids_of or known or exact", EXTEND),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from prunekit import evaluate as evaluation
 from prunekit.checkpoint import open_checkpoint
 from prunekit.data.batches import calibrate
 from prunekit.errors import PruneKitError
+from prunekit.model.scores import counted_states, logits_in_parts
 
 SHORT, LONG = (
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]}
@@ -188,6 +189,12 @@ def test_token_acc_and_loss_are_those_of_the_known_probabilities(scores):
     assert scores["loss"] == pytest.approx(likeliest + apart * right.count(False) / len(right), rel=1e-5)
 
 
+def test_the_rows_are_read_once(parrot, tmp_path, opens):
+    count = opens(tmp_path / "rows.jsonl")
+    judged(parrot, tmp_path, [asked("cat")])
+    assert count() == 2  # the test's own writing, and that reading
+
+
 def test_answers_are_given_to_the_questions_alone(parrot, tmp_path):
     """The last message is the answer to compare with: a model that saw it would go on from there."""
     assert judged(parrot, tmp_path, [asked("dog")])["exact_match"] == 0
@@ -229,7 +236,7 @@ def test_logits_of_many_states_are_those_of_each_capped_where_the_model_caps_the
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=cap))
     model = SimpleNamespace(get_output_embeddings=lambda: head, config=config)
     found = torch.full((300, 20), torch.nan)
-    for part, logits in evaluation.logits_in_parts(model, states):
+    for part, logits in logits_in_parts(model, states):
         found[part] = logits
     expected = head(states)
     torch.testing.assert_close(found, 5 * torch.tanh(expected / 5) if cap else expected)
@@ -238,7 +245,7 @@ def test_logits_of_many_states_are_those_of_each_capped_where_the_model_caps_the
 def test_a_state_counts_if_a_label_follows_it_and_is_of_its_row():
     states = torch.arange(8.0).view(2, 4, 1)
     labels = torch.tensor([[5, -100, 6, 7], [-100, 8, -100, -100]])
-    found, next_labels, rows = evaluation.counted_states(states, labels)
+    found, next_labels, rows = counted_states(states, labels)
     assert (found[:, 0].tolist(), next_labels.tolist(), rows.tolist()) == ([1, 2, 4], [6, 7, 8], [0, 0, 1])
 
 

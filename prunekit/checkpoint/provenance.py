@@ -12,6 +12,8 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +42,43 @@ SETTINGS = {  # the launchers' names for them, by ms-swift's
 }
 
 
+class DataDigest:
+    """The sha256 and the number of lines of a data set's file, taken while somebody reads it."""
+
+    def __init__(self) -> None:
+        self.sha256, self.lines, self.last = hashlib.sha256(), 0, b"\n"
+
+    def reading(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The blocks of a file as they are, to be iterated over to the end."""
+        for block in blocks:
+            self.sha256.update(block)
+            self.lines, self.last = self.lines + block.count(b"\n"), block[-1:]
+            yield block
+
+    def record(self, name: str | Path) -> dict[str, Any]:
+        """What `data_record` says of the file, once it was read."""
+        rows = {"rows": self.lines + (self.last != b"\n")} if _data_file(name).suffix == ".jsonl" else {}
+        return {"path": str(name), **rows, "sha256": self.sha256.hexdigest()}
+
+
+def _data_file(name: str | Path) -> Path:
+    return Path(name if Path(name).is_file() else re.sub(r"#\d+$", "", str(name)))
+
+
 def data_record(name: str | Path) -> dict[str, Any]:
     """A data set's path, and of a file its sha256 and (JSONL) rows. Reads it whole: about a second a gigabyte.
 
-    `name` may end in ms-swift's `#N` (use N rows). What is no file here, a hub's data set, has its name alone.
+    `name` may end in ms-swift's `#N` (use N rows). What is no file here, a hub's data set, has its name alone. Whoever
+    parses the file as well takes the record from its `Rows`, which read it once.
     """
-    path = Path(name if Path(name).is_file() else re.sub(r"#\d+$", "", str(name)))
-    record: dict[str, Any] = {"path": str(name)}
+    path = _data_file(name)
     if not path.is_file():
-        return record
-    lines, digest, last = 0, hashlib.sha256(), b"\n"
+        return {"path": str(name)}
+    digest = DataDigest()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            lines, last = lines + block.count(b"\n"), block[-1:]
-    if path.suffix == ".jsonl":
-        record["rows"] = lines + (last != b"\n")
-    return record | {"sha256": digest.hexdigest()}
+        for _ in digest.reading(iter(partial(file.read, 2**20), b"")):
+            pass
+    return digest.record(name)
 
 
 def model_record(path: str | Path) -> dict[str, str]:

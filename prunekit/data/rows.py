@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from prunekit.checkpoint.provenance import DataDigest
 from prunekit.errors import PruneKitError
 
 ROWS_CHECKED = 10_000
@@ -19,11 +20,26 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows, and the name of the data set that they are of."""
+    """Rows, the name of the data set that they are of, and its record for histories as `data_record` makes it."""
 
     def __init__(self, name: str | Path, rows: Iterable[dict[str, Any]] = ()):
         super().__init__(rows)
         self.name = str(name)
+        self.record: dict[str, Any] = {"path": self.name}
+
+    def read(self, check: Callable[[str, Any], None], limit: int | None = None) -> Self:
+        """Append the rows of the data set, the first `limit` (None: all), each checked as it is read.
+
+        `check` gets where a row is and the row, and raises PruneKitError for a bad one. The record gets the file's
+        sha256 where all is read. Raises as `iterate`.
+        """
+        digest = DataDigest() if limit is None else None
+        for where, row in islice(iterate(self.name, digest), limit):
+            check(where, row)
+            self.append(row)
+        if digest:
+            self.record = digest.record(self.name)
+        return self
 
 
 def is_file(path: str | Path) -> bool:
@@ -55,10 +71,11 @@ def _parse(raw: bytes) -> Any:
     return value
 
 
-def iterate(name: str | Path) -> Iterator[tuple[str, Any]]:
+def iterate(name: str | Path, digest: DataDigest | None = None) -> Iterator[tuple[str, Any]]:
     """(where, value) of each row; where is like "dataset FILE line 3", to begin a message to the user with.
 
-    Raises PruneKitError for a file that can't be read, isn't UTF-8, isn't JSON or has no rows.
+    `digest` gets all of the file, also what is behind FILE#N's last row, if one iterates to the end. Raises
+    PruneKitError for a file that can't be read, isn't UTF-8, isn't JSON or has no rows.
     """
     path, count = locate(name)
     number, where = 0, f"dataset {path}"
@@ -66,11 +83,14 @@ def iterate(name: str | Path) -> Iterator[tuple[str, Any]]:
         with path.open("rb") as file:
             array = path.suffix == ".json" and file.read(64).lstrip().startswith(b"[")
             file.seek(0)
-            for value in islice(_parse(file.read()) if array else file, count):
+            source = digest.reading(file) if digest else file
+            for value in islice(_parse(b"".join(source)) if array else source, count):
                 number, where = number + 1, f"dataset {path} {'row' if array else 'line'} {number + 1}"
                 if not array and not value.strip():
                     raise PruneKitError(f"{where} is empty: rows look like {LIKE}")
                 yield where, value if array else _parse(value)
+            for _ in source if digest else ():
+                pass
     except UnicodeError:
         raise PruneKitError(f"{where} is not UTF-8 text, or has half of a surrogate pair: convert it") from None
     except (ValueError, RecursionError) as error:  # also numbers of 5000 digits, 5000 brackets
@@ -132,3 +152,30 @@ def check_messages(where: str, row: object, columns: Iterable[str] = (), images:
     for image in images_of(row) if images else ():
         if problem := problem_of_image(image):
             raise PruneKitError(f"{where} {problem}")
+
+
+def check_answered(where: str, row: dict[str, Any]) -> None:
+    """PruneKitError for messages that aren't a question, at the least, and an assistant's text."""
+    if row["messages"][-1]["role"] != "assistant" or not isinstance(row["messages"][-1]["content"], str):
+        raise PruneKitError(f"{where} ends without an assistant message to compare with")
+    if len(row["messages"]) == 1:
+        raise PruneKitError(f"{where} has no question before its answer")
+
+
+def read_answered(dataset: str | Path, limit: int | None = None) -> Rows:
+    """The first rows of messages whose last one is the assistant's; PruneKitError names a row that isn't so."""
+
+    def check(where: str, row: Any) -> None:
+        check_messages(where, row)
+        check_answered(where, row)
+
+    return Rows(dataset).read(check, limit)
+
+
+def read_datasets(names: Sequence[str], limit: int | None) -> dict[str, Rows]:
+    """Answered rows by what results call their data set: the file's stem, or all that was named if stems are alike."""
+    stems = [locate(name)[0].stem for name in names]
+    keys = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names)]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise PruneKitError(f"--dataset {twice[0]}: is named twice")
+    return {key: read_answered(name, limit) for key, name in zip(keys, names)}

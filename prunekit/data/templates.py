@@ -84,7 +84,8 @@ def find_template(checkpoint: Checkpoint, model_type: str | None = None, adapter
     likely = {name: likeness(name) / len(turns) for name in names}
     name = max(names, key=likely.__getitem__)  # the first of equals, in ms-swift's order
     print(
-        f"{checkpoint.path}: chat template {name}, {likely[name]:.0%} like its own; TEMPLATE= (--template) chooses another",
+        f"{checkpoint.path}: chat template {name}, {likely[name]:.0%} like its own; TEMPLATE= (--template) chooses "
+        "another",
         file=sys.stderr,
     )
     return name
@@ -113,7 +114,8 @@ def check_tokenizer_files(checkpoint: Checkpoint, tokenizer) -> None:
     names = sorted({*type(tokenizer).vocab_files_names.values(), "tokenizer.json"})
     if not any((checkpoint.path / name).is_file() for name in names):
         raise PruneKitError(
-            f"{checkpoint.path}: has no tokenizer ({', '.join(names)}): copy the tokenizer's files of the original model here"
+            f"{checkpoint.path}: has no tokenizer ({', '.join(names)}): copy the tokenizer's files of the original "
+            "model here"
         )
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint
-from prunekit.data.batches import Encoder, draw_rows, encoder_of, into_batches, read_calibration
+from prunekit.data.batches import draw_rows, into_batches, read_calibration
+from prunekit.data.encode import Encoder, encoder_of
 from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
-from prunekit.evaluate import check_causal
 from prunekit.families import configs
-from prunekit.model.load import load_model
+from prunekit.model.load import check_causal, load_model
 from prunekit.model.replay import Replay, find_stack, given
 from prunekit.model.scores import counted_states, final_states, logits_in_parts
 from prunekit.surgery.in_memory import removed

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from prunekit.arguments import Parser, device, natural, positive_int, share
 from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics, write_json
-from prunekit.checkpoint.provenance import data_record
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
+from prunekit.data.answers import generate, score_answers
 from prunekit.data.batches import calibrate, read_calibration
-from prunekit.data.rows import Rows
+from prunekit.data.rows import Rows, check_answered
 from prunekit.errors import PruneKitError, run_script
-from prunekit.evaluate import check_answered, check_causal, generate, score_answers
+from prunekit.model.load import check_causal
 
 from . import cluster
 from .healed import HealedScanner
@@ -520,7 +520,7 @@ def run_scan(args: argparse.Namespace) -> None:
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     settings |= {
         "fingerprint": fingerprint(checkpoint),
-        "data": [data_record(path) for path in (args.dataset, args.calib) if path],
+        "data": [each.record for each in (rows, calib) if each],
     }
     with contextlib.ExitStack() as held:
         if rank == 0:

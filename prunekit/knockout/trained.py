@@ -1,6 +1,6 @@
 """Short trainings of a model without one of its layers: planned, run side by side or on a cluster, recorded.
 
-A run trains the whole checkpoint with the layer cut in memory (plugins/knockout_layers.py), in a process of its own:
+A run trains the whole checkpoint with the layer cut in memory (callback.py), in a process of its own:
 on a CPU a fork of a server that has ms-swift imported already, on GPUs one `swift sft` for each group of GPUs, and
 with RAY_ADDRESS set one or the other on any node of a Ray cluster.
 """
@@ -30,7 +30,6 @@ from typing import Any
 
 import psutil
 
-from prunekit import PLUGINS
 from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint, read_json, statistics, write_json
 from prunekit.errors import PruneKitError
 from prunekit.surgery.layers import Removal, parse_numbers, plan_removal
@@ -41,7 +40,12 @@ from . import cluster
 BASELINE = "baseline"
 OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)")
-PLUGIN = PLUGINS / "knockout_layers.py"
+PLUGIN = """
+from prunekit.knockout.callback import KnockoutLayers
+from swift.callbacks import callbacks_map
+
+callbacks_map["knockout_layers"] = KnockoutLayers
+"""
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,10 @@ class Training:
         for name in OF_TORCHRUN:
             environment.pop(name, None)
         if run.stack is not None:
-            arguments = merged_flag(arguments, "--external_plugins", str(PLUGIN))
-            arguments = merged_flag(arguments, "--callbacks", PLUGIN.stem)
+            plugin = work / "knockout_layers.py"
+            plugin.write_text(PLUGIN)
+            arguments = merged_flag(arguments, "--external_plugins", str(plugin))
+            arguments = merged_flag(arguments, "--callbacks", "knockout_layers")
             environment["PRUNEKIT_REMOVE"] = f"{run.stack}:{run.layer}"
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

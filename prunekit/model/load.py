@@ -4,6 +4,15 @@ from pathlib import Path
 
 from prunekit.checkpoint import Checkpoint, statistics
 from prunekit.checkpoint.remote_code import check_no_remote_code
+from prunekit.errors import PruneKitError
+
+
+def check_causal(checkpoint: Checkpoint) -> None:
+    """PruneKitError for a model that predicts no next token."""
+    if not checkpoint.family.causal:
+        raise PruneKitError(
+            f"{checkpoint.path}: {checkpoint.family.model_type} predicts no next token to score by; give a causal model"
+        )
 
 
 def load_model(

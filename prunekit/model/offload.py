@@ -15,8 +15,9 @@ from .replay import Store, find_stack
 
 
 def on_disk(folder: str | Path) -> Store:
-    """A store that maps tensors from nameless files in `folder`: what is mapped needn't stay in memory, and a process that
-    dies leaves none behind. The store raises OSError if the disk is full.
+    """A store that maps tensors from nameless files in `folder`: what is mapped needn't stay in memory.
+
+    A process that dies leaves none behind. The store raises OSError if the disk is full.
     """
 
     def store(tensor: torch.Tensor) -> torch.Tensor:

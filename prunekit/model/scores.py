@@ -1,4 +1,4 @@
-"""What a causal model makes of a batch, without its output head or with it in parts: states, labels, token_acc and loss."""
+"""What a causal model makes of a batch, its output head left out or in parts: states, labels, token_acc and loss."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -31,14 +31,14 @@ def final_states(model, batch: dict[str, Any]):
 
 
 def counted_states(states, labels):
-    """The states that predict a label other than -100, (n, hidden), their labels (n,) and their rows in the batch (n,)."""
+    """The states (n, hidden) that predict a label other than -100, their labels (n,) and rows in the batch (n,)."""
     labels = labels[:, 1:].to(states.device)
     counted = labels != -100
     return states[:, :-1][counted], labels[counted], counted.nonzero()[:, 0]
 
 
 def logits_in_parts(model, states):
-    """(slice, fp32 logits (part, vocabulary)) of states (n, hidden): parts that stay in a CPU's cache are twice as fast."""
+    """(slice, fp32 logits (part, vocabulary)) of states (n, hidden): parts that fit a CPU's cache are twice as fast."""
     import torch
 
     head = model.get_output_embeddings()

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 from prunekit.errors import PruneKitError, need_packages
 
+from .extend import MODELS
+
 RENAMED = {
     "--sft_type": "--tuner_type",
     "--train_type": "--tuner_type",
@@ -373,9 +375,13 @@ def _named(source: str, plugins: Iterable[Path], register: str) -> list[str]:
     return names
 
 
-def check_names(model_type: str | None, template: str | None, plugins: Iterable[Path]) -> None:
-    """PruneKitError for a --model_type or --template that neither ms-swift nor a plugin has."""
-    _check_choice("--model_type", model_type, _named("model/constant.py", plugins, "register_model"))
+def _model_types(plugins: Iterable[Path]) -> list[str]:
+    return [*MODELS, *_named("model/constant.py", plugins, "register_model")]
+
+
+def check_names(model_type: str | None, template: str | None, plugins: Iterable[Path] = ()) -> None:
+    """PruneKitError for a --model_type or --template that neither ms-swift nor Prune-Kit nor a plugin has."""
+    _check_choice("--model_type", model_type, _model_types(plugins))
     _check_choice("--template", template, _named("template/constant.py", plugins, "register_template"))
 
 
@@ -483,8 +489,7 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
         registered(plugin, "")  # can be read
     check_numbers(args)
     check_names(args.model_type, args.template, plugins)
-    models = _named("model/constant.py", plugins, "register_model")
-    _check_choice("--teacher_model_type", get("teacher_model_type"), models)
+    _check_choice("--teacher_model_type", get("teacher_model_type"), _model_types(plugins))
     tuners = [*_set_in("arguments/base_args/base_args.py", "get_supported_tuners")]
     check_registered("tuner_type", [args.tuner_type], "tuners_map", "tuner_plugin/mapping.py", plugins, tuners)
     if args.attn_impl and "/" not in args.attn_impl:  # with a slash: a kernel of the hub

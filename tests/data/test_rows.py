@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import read_calibration
-from prunekit.data.rows import iterate, problem_of_image
+from prunekit.data.rows import Rows, iterate, problem_of_image, read_answered, read_datasets
 from prunekit.errors import PruneKitError
-from prunekit.evaluate import read_datasets, read_rows
 from prunekit.training.preflight import check_dataset
 
 ROWS = [
     {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": f"answer {n}"}]}
     for n in range(9)
 ]
-READERS = [check_dataset, read_rows, read_calibration]
+READERS = [check_dataset, read_answered, read_calibration]
 
 
 def write(file, rows, array=False):
@@ -67,7 +67,7 @@ def test_every_reader_takes_every_form(tmp_path, read, name):
     assert found is None or list(found) == ROWS[: 7 if "#" in name else None]
 
 
-@pytest.mark.parametrize("read", [read_rows, read_calibration])
+@pytest.mark.parametrize("read", [read_answered, read_calibration])
 @pytest.mark.parametrize("name", ["org/name", "hf::org/name#500", "folder", "", "a" * 5000, "x.jsonl#3", "a\nb"])
 def test_what_is_no_file_is_refused_and_a_hub_s_name_with_its_mend(tmp_path, monkeypatch, read, name):
     monkeypatch.chdir(tmp_path)
@@ -111,6 +111,31 @@ def test_a_file_without_rows_is_refused(tmp_path, read, content):
 def test_a_bad_array_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[{},")
     assert "a.json is not JSON" in refused(values, str(tmp_path / "a.json"))
+
+
+# --- read once
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl#6", "a.json#6"])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_rows_carry_the_record_of_their_file_which_was_opened_once(tmp_path, opens, name, end):
+    file = tmp_path / name.partition("#")[0]
+    write(file, ROWS, array="jsonl" not in name)
+    file.write_text(file.read_text().rstrip() + end)
+    count = opens(file)
+    rows = read_calibration(tmp_path / name)
+    assert count() == 1
+    assert rows.record == data_record(tmp_path / name)
+
+
+def test_rows_of_no_file_have_its_name_alone():
+    assert Rows("made up", ROWS).record == data_record("made up")
+
+
+def test_a_limit_reads_no_further(tmp_path):
+    write(tmp_path / "a.jsonl", [*ROWS, 5])
+    assert list(read_answered(tmp_path / "a.jsonl", limit=9)) == ROWS
+    refused(read_answered, tmp_path / "a.jsonl")
 
 
 # --- images
@@ -212,4 +237,4 @@ def test_a_data_set_named_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [None, ["a"]])
 def test_an_answer_that_is_no_text_can_t_be_compared_with(tmp_path, content):
     rows = [{"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": content}]}]
-    assert "line 1 ends without an assistant message" in refused(read_rows, write(tmp_path / "a.jsonl", rows))
+    assert "line 1 ends without an assistant message" in refused(read_answered, write(tmp_path / "a.jsonl", rows))

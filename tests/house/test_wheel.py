@@ -9,8 +9,6 @@ import zipfile
 import pytest
 from helpers.paths import ROOT
 
-from prunekit import PLUGINS
-
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
@@ -32,7 +30,7 @@ def run(site, cwd, *arguments) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_wheel_holds_every_plugin(installed):
     held = {name for name in zipfile.ZipFile(installed[0]).namelist() if name.startswith("prunekit/plugins/")}
-    assert held == {f"prunekit/plugins/{file.name}" for file in PLUGINS.glob("*.py")}
+    assert held == {f"prunekit/plugins/{file.name}" for file in (ROOT / "plugins").glob("*.py")}
 
 
 @pytest.mark.slow

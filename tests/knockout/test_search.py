@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
-from prunekit.data import batches as calibration
 from prunekit.errors import PruneKitError
 from prunekit.knockout import scanner
 from prunekit.knockout import search as scan
@@ -526,21 +525,14 @@ def test_answers_that_were_cut_are_counted_and_warned_of(scan_here, answers, cap
     assert "warning: 12 of 12 answers were cut at 1 tokens" in capsys.readouterr().err
 
 
-def test_each_file_of_rows_is_read_once(scan_here, answers, tmp_path, monkeypatch):
-    calib, read = tmp_path / "calib.jsonl", []
-    calib.write_bytes(answers.read_bytes())
-    once = calibration.iterate
-
-    def iterate(name):
-        read.append(str(name))
-        return once(name)
-
-    monkeypatch.setattr(calibration, "iterate", iterate)
-    dataset = tmp_path / "dataset.jsonl"
-    dataset.write_bytes(answers.read_bytes())
+def test_each_file_of_rows_is_read_once(scan_here, answers, tmp_path, opens):
+    calib, dataset = tmp_path / "calib.jsonl", tmp_path / "dataset.jsonl"
+    for file in (calib, dataset):
+        file.write_bytes(answers.read_bytes())
+    counts = opens(calib), opens(dataset)
     flags = ("--text", "6-7", "--vision", "none", "--generate", 2, "--generate-tokens", 1, "--greedy", 1)
     scan_here(EMBEDDED, dataset, *flags, "--heal", "--calib", calib)
-    assert sorted(read) == [str(calib), str(dataset)]
+    assert [count() for count in counts] == [1, 1]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from helpers.tiny_models import load
 from test_width import cut
 
 from prunekit.errors import PruneKitError
-from prunekit.evaluate import load_plugins
+from prunekit.msswift.extend import load_plugins
 
 pytestmark = pytest.mark.usefixtures("plain_trainer")
 PLUGINS = sorted((ROOT / "plugins").glob("*.py"))

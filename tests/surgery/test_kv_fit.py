@@ -3,17 +3,21 @@
 import errno
 import json
 import os
+import runpy
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from helpers.paths import ROOT
 from helpers.tiny_models import KV4, TEXT, build, load, logits
 from test_kv import SHARED, head_dim_of, text_config
 from test_layers_fit import data, self_labelled, text_batches, write_texts
 
 from prunekit.checkpoint import heads, history, open_checkpoint, scratch_folder
+from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
@@ -672,6 +676,17 @@ def test_the_script_merges_and_says_so(tmp_path, script):
     said = f"{entry['metrics']['held_out_loss_unmerged']:.4f} -> {entry['metrics']['held_out_loss']:.4f}"
     assert f"held-out loss {said}" in done.stdout
     assert heads(open_checkpoint(tmp_path / "out")).kv == 1
+
+
+def test_the_script_reads_the_rows_once_and_records_them(tmp_path, opens, monkeypatch):
+    file, out = write_texts(tmp_path / "texts.jsonl"), tmp_path / "out"
+    line = ["kv_cut.py", "--model", EXAMPLE, "--out", out, "--kv-heads", 1, "--calib", file, "--calib-tokens", 500]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    count = opens(file)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "kv_cut.py"), run_name="__main__")
+    assert (ended.value.code, count()) == (0, 1)
+    assert history(out)[-1]["settings"]["calibration_data"] == [data_record(file)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from helpers.tiny_models import FAMILIES, TEXT, build, load, logits
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.checkpoint.provenance import data_record
-from prunekit.data.batches import Calibration, calibrate, encoder_of, read_calibration
+from prunekit.data.batches import Calibration, calibrate, read_calibration
+from prunekit.data.encode import encoder_of
 from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS

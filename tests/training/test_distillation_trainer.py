@@ -143,7 +143,7 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
     from transformers import AutoModelForImageTextToText
 
     from prunekit.checkpoint import open_checkpoint
-    from prunekit.data.batches import encoder_of
+    from prunekit.data.encode import encoder_of
     from prunekit.data.rows import Rows
     from prunekit.surgery.layers import apply_removal, plan_removal
 

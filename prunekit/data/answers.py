@@ -1,0 +1,130 @@
+"""What a model answers, by ms-swift's engine, and how good that is."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.checkpoint.remote_code import check_no_remote_code
+from prunekit.errors import PruneKitError
+from prunekit.model.scores import score_batches
+
+from .encode import encode_row
+from .rows import Rows
+from .templates import find_template
+
+
+def load_engine(model: str | Path, device: str | None = None, dtype: str | None = None, model_type: str | None = None,
+                template: str | None = None):  # fmt: skip
+    """An ms-swift TransformersEngine: `.model` in evaluation mode and `.template` to encode rows for it."""
+    import torch
+    from swift import TransformersEngine
+
+    checkpoint = open_checkpoint(model)
+    check_no_remote_code(checkpoint.path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device != "cpu" else "float32")
+    own = checkpoint.config["model_type"]
+    try:
+        engine = TransformersEngine(
+            str(checkpoint.path),
+            torch_dtype=getattr(torch, dtype),
+            device_map=device,
+            model_type=model_type or own,
+            template_type=template or find_template(checkpoint, model_type),
+        )
+    except (AttributeError, ValueError, TypeError, KeyError) as error:
+        if model_type in (None, own):
+            raise
+        raise PruneKitError(f"--model-type {model_type}: {checkpoint.path} is none ({error})") from error
+    engine.model.eval()
+    engine.template.model = engine.model  # which makes the position ids of M-RoPE
+    return engine
+
+
+def batches_by_length(encoded: list[dict], batch_size: int) -> list[list[int]]:
+    """Indexes of rows in batches of similar length, so that little is padded."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def encode_rows(engine, rows: Rows) -> list[dict[str, Any] | None]:
+    """Rows with their answers as the model's input; None for those that are longer than it takes."""
+    from tqdm import tqdm
+
+    engine.template.set_mode("train")
+    return [encode_row(engine.template, row, rows.name) for row in tqdm(rows, desc="encode", leave=False, disable=None)]
+
+
+def teacher_forced(engine, encoded: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
+    """token_acc and mean loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval.
+
+    `encoded` is what `encode_rows` makes.
+    """
+    from tqdm import tqdm
+
+    batches = (
+        engine.template.data_collator([encoded[index] for index in batch])
+        for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None)
+    )
+    return score_batches(engine.model, batches)
+
+
+def generate(
+    engine, rows: Sequence[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64
+) -> tuple[list[str], int]:
+    """Greedy answers to the rows' messages without the last, white space at the ends stripped; how many were cut.
+
+    An answer is cut that has `max_new_tokens` tokens, and none that ends it.
+    """
+    from swift import InferRequest, RequestConfig
+
+    engine.template.set_mode("transformers")
+    engine.max_batch_size = batch_size
+    requests = [InferRequest(messages=row["messages"][:-1], images=row.get("images") or []) for row in rows]
+    config = RequestConfig(max_tokens=max_new_tokens, temperature=0, return_details=True)
+    found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]
+    eos = engine.generation_config.eos_token_id
+    ends = {engine.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    cut = sum(choice.finish_reason == "length" and choice.token_ids[-1] not in ends for choice in found)
+    return [choice.message.content.strip() for choice in found], cut
+
+
+def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> dict[str, float]:
+    """Exact match, character error rate (edits per reference character) and, if rewards are named, their mean.
+
+    `rewards` gives a weight to each reward that a loaded plugin registers in ms-swift; None (not applicable) counts 0,
+    as in ms-swift's own sum.
+    """
+    from rapidfuzz.distance import Levenshtein
+    from swift.rewards import orms
+
+    truths = [row["messages"][-1]["content"].strip() for row in rows]
+    edits = sum(Levenshtein.distance(answer, truth) for answer, truth in zip(answers, truths, strict=True))
+    scores = {
+        "exact_match": sum(map(str.__eq__, answers, truths)) / len(rows),
+        "cer": edits / max(1, sum(map(len, truths))),
+    }
+    if rewards:
+        columns = _columns(rows)
+        values = [weight * sum(filter(None, orms[name]()(answers, **columns))) for name, weight in rewards.items()]
+        scores["reward"] = sum(values) / len(rows)
+    return scores
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What rewards get beside the answers: by column, one item a row."""
+    return {key: [row.get(key) for row in rows] for key in rows[0] if key != "messages"}
+
+
+def check_columns(rewards: Iterable[str], rows: Rows) -> None:
+    """PruneKitError if a reward can't score the first row's own answer: it needs a column that the data set lacks."""
+    from swift.rewards import orms
+
+    for name in rewards:
+        try:
+            orms[name]()([rows[0]["messages"][-1]["content"]], **_columns(rows[:1]))
+        except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PruneKitError(f"--rewards {name}: can't score dataset {rows.name} ({reason})") from None

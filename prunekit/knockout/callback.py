@@ -1,0 +1,39 @@
+"""The callback of plugins/knockout_layers.py: ms-swift trains a model from which it has cut layers in memory."""
+
+import gc
+import os
+
+from swift.callbacks.base import TrainerCallback
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.surgery.in_memory import cut
+from prunekit.surgery.layers import parse_numbers, plan_removal
+
+
+def parse_removal(text: str) -> dict[str, list[int]]:
+    """Layer numbers by stack, from words like `text:3,7-9` and `vision:2`, a stack once at the most."""
+    numbers: dict[str, list[int]] = {}
+    for word in text.split():
+        stack, _, listed = word.partition(":")
+        if stack not in ("text", "vision") or stack in numbers or not listed:
+            raise PruneKitError(f"PRUNEKIT_REMOVE: {word!r} names no layers; write it like 'text:3,7 vision:2'")
+        numbers[stack] = parse_numbers([listed])
+    return numbers
+
+
+class KnockoutLayers(TrainerCallback):
+    """Cuts the layers that PRUNEKIT_REMOVE names. PruneKitError for a model that another tuner than LoRA has wrapped."""
+
+    def on_init_end(self, args, state, control, **kwargs):
+        # When a callback is made the Trainer has no model yet; here it has one, and no optimizer for it.
+        model = self.trainer.model
+        if hasattr(model, "get_base_model"):  # LoRA and other adapters of PEFT
+            model = model.get_base_model()
+        checkpoint = open_checkpoint(self.trainer.model_info.model_dir)
+        plan = plan_removal(checkpoint, **parse_removal(os.environ.get("PRUNEKIT_REMOVE", "")))
+        try:
+            cut(model, plan)
+        except ValueError as error:  # another tuner has wrapped it
+            raise PruneKitError(f"{error}: knock layers out with --tuner_type full or lora") from None
+        gc.collect()

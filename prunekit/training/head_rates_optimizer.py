@@ -1,0 +1,32 @@
+"""What plugins/head_rates.py gives ms-swift: its own optimizer, with rates by head."""
+
+import os
+
+from swift.optimizers import OptimizerCallback
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
+
+from .head_rates import HeadRates, Rates, freeze_others, known_scores
+
+PRESETS = {"head_rates": {}, "active_heads": {"others": 0.0, "weak_share": 0.0}}
+
+
+class HeadRatesOptimizer(OptimizerCallback):
+    """By the name that --optimizer gives (PRESETS) and HEAD_RATES. PruneKitError where rates would be undone."""
+
+    def create_optimizer(self, model=None):
+        trainer, name = self.trainer, self.args.optimizer
+        settings = Rates.parse(os.environ.get("HEAD_RATES", ""), **PRESETS[name])
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise PruneKitError(f"--optimizer {name}: works with plain DDP only; set DEEPSPEED= (empty)")
+        if self.args.tuner_type != "full":
+            raise PruneKitError(f"--optimizer {name}: works with --tuner_type full only")
+        module = trainer.model if model is None else model
+        checkpoint = open_checkpoint(trainer.model_info.model_dir)
+        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint))
+        if not settings.others:
+            freeze_others(module, rates)
+        optimizer = super().create_optimizer(model)
+        rates.attach(optimizer)
+        return optimizer
