@@ -16,7 +16,7 @@ ARGS=(
   --dataset "$DATASET"
   --val_dataset "$VAL_DATASET"
   --tuner_type lora
-  --target_modules all-linear
+  --target_modules all-linear       # of GPT-2, whose layers that passes over, preflight names them
   --freeze_vit false                # a new script or layout is first of all something new to see
   --freeze_aligner false
   --lora_rank 32
@@ -31,8 +31,6 @@ ARGS=(
   --logging_steps 10
 )
 
-# Conv1D, which all-linear passes over
-if grep -qs '"model_type": *"gpt2"' "$MODEL/config.json"; then ARGS+=(--target_modules c_attn c_fc c_proj); fi
 settle sft 4 "${ARGS[@]}"
 preflight sft
 train sft

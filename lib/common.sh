@@ -344,11 +344,12 @@ refuse_lost_steps() {
 }
 
 # preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/training/preflight.py): KIND (sft, rlhf,
-# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, and keeps LINE within the model's
-# positions. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
+# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, keeps LINE within the model's
+# positions, and names a LoRA's targets there that all-linear passes over. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
 preflight() {
   OUTPUT=${OUTPUT%/}
   local kind=$1 found name value overwrite=$OVERWRITE
+  local -a targets
   shift
   if [ -d "$OUTPUT.run" ]; then
     claim_work
@@ -363,6 +364,10 @@ preflight() {
       MODEL_TYPE) MODEL_TYPE=${MODEL_TYPE:-$value} ;;
       TEACHER_TYPE) TEACHER_TYPE=${TEACHER_TYPE:-$value} ;;
       TEMPLATE) export TEMPLATE=${TEMPLATE:-$value} ;; # to the launchers that this one calls, too
+      TARGET_MODULES)
+        read -ra targets <<< "$value"
+        [ -z "$value" ] || LINE+=(--target_modules "${targets[@]}")
+        ;;
       MAX_LENGTH) [ -z "$value" ] || LINE+=(--max_length "$value") ;;
       COMPLETION_LENGTH) [ -z "$value" ] || LINE+=(--max_completion_length "$value") ;;
       ENGINE_LENGTH) ENGINE_LENGTH=$value ;;

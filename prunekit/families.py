@@ -41,6 +41,12 @@ class Stack:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     plain_residual: bool = True  # attention and MLP write into the residual stream with no norm between
 
+    @property
+    def projections(self) -> list[str]:
+        """The last names of attention's and the MLP's projections, each once."""
+        names = (self.q, self.k, self.v, self.o, *self.mlp)
+        return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -76,11 +82,23 @@ class Family:
     causal: bool = True  # False: encoders, which have no KV cache
     positions: str = "max_position_embeddings"  # config key: tokens of a row
     first_position: int = 0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
+    positions_scaled: bool = False  # a scaled RoPE's positions are all counted in the config, as vLLM reads it
+    one_template: bool = False  # ms-swift has a single chat template: it needn't be imported (seconds) to find it
     stacks: dict[str, Stack] = field(init=False)
 
     def __post_init__(self):
         stacks = {"text": self.text} | ({"vision": self.vision} if self.vision else {})
         object.__setattr__(self, "stacks", stacks)
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are a table of embeddings, behind which no token has a place; rotary ones go on."""
+        return self.positions in self.tables.values()
+
+    @property
+    def lora_targets(self) -> list[str]:
+        """What ms-swift's --target_modules must say for all projections: all-linear passes over Conv1D."""
+        return self.text.projections if self.text.inputs_first else ["all-linear"]
 
 
 def configs(config: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
@@ -137,6 +155,7 @@ _ENCODER: dict[str, Any] = {
     "head_dim": None,
     "removable_heads": "none",
     "causal": False,
+    "one_template": True,
     "tied_by_default": True,
     "embedding": r"(?:.*\.)?embeddings\.|(?:cls\.predictions|lm_head)\.(?:decoder|bias)|vocab_projector\.",
     "tables": {
@@ -157,6 +176,7 @@ FAMILIES: dict[str, Family] = {
             vision_prefix=_VISUAL,
             taps=Taps(),
             head_dim_default=128,
+            one_template=True,
         ),
         Family(
             "qwen3_vl_moe",
@@ -164,6 +184,7 @@ FAMILIES: dict[str, Family] = {
             _VIT3,
             vision_prefix=_VISUAL,
             taps=Taps(),
+            one_template=True,
         ),
         Family(
             "qwen2_5_vl",
@@ -189,7 +210,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_moe", _QWEN_MOE),
         Family("qwen2", _QWEN, removable_heads="none"),  # vLLM takes hidden / heads
         Family("llama", _DECODER, removable_heads="divisors"),
-        Family("mistral", _DECODER),
+        Family("mistral", _DECODER, one_template=True),
         Family(
             "gemma3_text",
             Stack(
@@ -207,6 +228,8 @@ FAMILIES: dict[str, Family] = {
             head_dim_default=256,
             removable_heads="divisors",
             tied_by_default=True,
+            positions_scaled=True,
+            one_template=True,
         ),
         Family(
             "gpt2",
@@ -230,6 +253,7 @@ FAMILIES: dict[str, Family] = {
                 r"(?:transformer\.)?wte\.weight": "vocab_size",
                 r"(?:transformer\.)?wpe\.weight": "n_positions",
             },
+            one_template=True,
             positions="n_positions",
             tied_by_default=True,
             hidden="n_embd",

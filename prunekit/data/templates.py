@@ -14,10 +14,8 @@ from pathlib import Path
 
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
+from prunekit.families import FAMILIES
 
-ONE_TEMPLATE = {  # architectures with a single template in ms-swift, which needn't be imported (seconds) to find it
-    "qwen3_vl", "qwen3_vl_moe", "gemma3_text", "mistral", "gpt2", "bert", "roberta", "camembert", "distilbert",
-}  # fmt: skip
 CHAT = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
 
 
@@ -36,7 +34,7 @@ def find_template(checkpoint: Checkpoint, model_type: str | None = None, adapter
     Raises PruneKitError if it can't be told: the checkpoint has no chat template and its architecture several.
     """
     model_type = model_type or checkpoint.config["model_type"]
-    if model_type in ONE_TEMPLATE:
+    if model_type in FAMILIES and FAMILIES[model_type].one_template:
         return None
     for folder in filter(None, (adapter, checkpoint.path)):
         if found := _trained_with(folder):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunekit.errors import PruneKitError
-from prunekit.families import positions
+from prunekit.families import family_of, positions
 
 PROMPT = 4096  # tokens, where a stage that generates says nothing: ms-swift's own choice is all positions of the model
 ENGINE_RESERVE = 2.5 * 2**30  # bytes of vLLM's profile run and graphs; an estimate
@@ -31,7 +31,7 @@ def engine_positions(config: dict[str, Any]) -> int | None:
     length = positions(config, 0) or None
     text = config.get("text_config") or config
     rope = text.get("rope_parameters") or text.get("rope_scaling")
-    if not length or not isinstance(rope, dict) or "gemma3" in str(text.get("model_type")):
+    if not length or not isinstance(rope, dict) or family_of(config).positions_scaled:
         return length
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
     if kind in ("su", "longrope", "llama3") or not isinstance(factor, int | float):
@@ -55,7 +55,7 @@ def choose_lengths(
     more: its KV cache must have room for a whole row before it starts. `engine` is the user's own max_model_len, which
     counts. Raises PruneKitError if the model can't have that one.
     """
-    learned = positions(config) if "n_positions" in config else None
+    learned = (positions(config, 0) or None) if family_of(config).learned_positions else None
     limit = engine_positions(config) if vllm else learned
     if vllm and engine:
         if limit and engine > limit:

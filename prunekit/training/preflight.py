@@ -7,6 +7,7 @@ Prints one line that names the mistake and the mend, and exits 2; or answers, an
 
     MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the user names another
     TEMPLATE=                     the model's chat template; empty where ms-swift finds it by itself
+    TARGET_MODULES=               a LoRA's, where the line says all-linear and that isn't all of this model's; else empty
     MAX_LENGTH=, COMPLETION_LENGTH=   what --max_length and --max_completion_length must be; empty: as they are
     ENGINE_LENGTH=                vLLM's max_model_len; empty without vLLM
     FREE_PORTS=                   as many as --free-ports asks for: 41001,41002
@@ -135,11 +136,9 @@ def check_targets(targets: Iterable[str], base: Checkpoint) -> None:
     """Check that one of an adapter's target modules at least is a module of the base."""
     modules = {part for name in base.tensors for part in _endings(name.rpartition(".")[0])}
     if not any(target in modules or target.startswith("all-") for target in targets):
-        text = base.family.text
-        names = dict.fromkeys(name.rpartition(".")[2] for name in (text.q, text.k, text.v, text.o, *text.mlp))
         raise PruneKitError(
             f"--target_modules {' '.join(targets)[:80]}: {base.path} has no such module: give all-linear, or names like "
-            f"{' '.join(names)}, one by one"
+            f"{' '.join(base.family.text.projections)}, one by one"
         )
 
 
@@ -326,8 +325,11 @@ def main() -> None:
         raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py does")
     if teacher is not checkpoint:
         check_teacher(checkpoint, teacher)
+    targets: list[str] = []
     if get("target_modules") and swift.tuner_type == "lora" and not swift.target_regex:
         check_targets(swift.target_modules, checkpoint)
+        if swift.target_modules == ["all-linear"] and checkpoint.family.lora_targets != ["all-linear"]:
+            targets = checkpoint.family.lora_targets
     if args.adapter:
         check_adapter(args.adapter, checkpoint)
     if not swift.columns:  # ms-swift renames columns: rows are left to it
@@ -356,6 +358,7 @@ def main() -> None:
         "MODEL_TYPE": model_type or checkpoint.config["model_type"],
         "TEACHER_TYPE": teacher.config["model_type"],
         "TEMPLATE": template,
+        "TARGET_MODULES": " ".join(targets),
         "MAX_LENGTH": lengths.max_length,
         "COMPLETION_LENGTH": lengths.completion,
         "ENGINE_LENGTH": lengths.engine,

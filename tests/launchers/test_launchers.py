@@ -307,6 +307,20 @@ def test_rows_are_kept_within_learned_positions(family, flags, length, lab, tiny
     assert values(call["argv"], "--max_length") == [length]
 
 
+@pytest.mark.parametrize(
+    "family, flags, targets",
+    [
+        ("gpt2", [], ["c_attn", "c_proj", "c_fc"]),
+        ("gpt2", ["--target_modules", "c_fc"], ["c_fc"]),
+        ("qwen3_vl", [], ["all-linear"]),
+    ],
+)
+def test_a_lora_is_on_all_projections_also_where_all_linear_passes_over_them(family, flags, targets, lab, tiny):
+    lab.run("lora.sh", *flags, GPUS="", MODEL=str(tiny(family)), STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert values(call["argv"], "--target_modules") == targets
+
+
 def test_what_a_library_prints_in_preflight_is_no_answer(lab):
     (lab.folder / "sitecustomize.py").write_text(
         "import sys\n"
