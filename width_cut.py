@@ -26,8 +26,6 @@ from prunekit.model.load import load_model
 from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
 from prunekit.surgery.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
 
-SOME = 0.25  # of the error that comes in: what refits make up for where that is better than all
-
 
 def calibrate_plan(plan: WidthCut, score: str, arguments: argparse.Namespace) -> tuple[WidthCut, dict[str, Any]]:
     """The plan with its tensors, and what its history shall say of them.
@@ -36,14 +34,16 @@ def calibrate_plan(plan: WidthCut, score: str, arguments: argparse.Namespace) ->
     less. So both are tried, and the lower loss on held-out rows decides.
     """
     model, data = model_and_calibration(plan.source, arguments)
-    from prunekit.surgery.width_fit import calibrate_width  # torch: seconds, after all that can be checked without it
+    # torch: seconds, after all that can be checked without it
+    from prunekit.surgery.sides import MADE_UP_WIDTH
+    from prunekit.surgery.width_fit import calibrate_width
 
     refits = plan.source.family.causal and plan.source.family.text.plain_residual
-    narrow, losses, made_up = *calibrate_width(plan, model, data, score), 1.0
+    narrow, losses, made_up = *calibrate_width(plan, model, data, score), MADE_UP_WIDTH[0]
     if refits:
         del model
         model = load_model(plan.source, arguments.device, arguments.dtype)
-        other = *calibrate_width(plan, model, data, score, made_up=SOME), SOME
+        other = *calibrate_width(plan, model, data, score, made_up=MADE_UP_WIDTH[1]), MADE_UP_WIDTH[1]
         narrow, losses, made_up = min((narrow, losses, made_up), other, key=lambda each: each[1]["held_out_loss"])
     if losses:
         print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**losses))

@@ -128,7 +128,7 @@ OFF: dict[str, dict[str, object]] = {
     "alignment of K": {"SLOW": -1.0, "shared_keys": mean_keys},
     "basis of V": {"plan_layer": mean_values},
     "gains": {"GAINS": (False,)},
-    "correction of errors": {"CORRECTED": 0.0},
+    "correction of errors": {"MADE_UP_KV": 0.0},
     "refit of o": {"fit_output": lambda *_: 0.0},
 }
 

@@ -11,7 +11,7 @@ class Mutant:
     equivalent: str | None = None  # why nothing could tell it from the code: it isn't run, and doesn't count
 
 
-HEAL = [
+SIDES = [
     Mutant("weighted = x * weight[:, None]", "weighted = x"),
     Mutant("self.xy += weighted.T @ y", "self.xy += x.T @ y"),
     Mutant("(y.square().sum(1) * weight).sum()", "y.square().sum()"),
@@ -36,6 +36,9 @@ HEAL = [
     Mutant("ridge, solution = min(", "ridge, solution = max("),
     Mutant("self.kept.index(layer) + 1, gather, keep=False", "self.kept.index(layer) + 1, gather"),
     Mutant("jump = jump or fit.before", "jump = fit.before"),
+]
+
+HEAL = [
     Mutant("if new_loss < loss:", 'if new_loss < float("inf"):'),
     Mutant("if new_loss < loss:", "if new_loss > loss:"),
     Mutant("computed |= changed\n", "computed = changed\n"),
@@ -86,7 +89,7 @@ KV_MERGE = [
     Mutant("p.to(torch.float32, copy=True)", "p.float()"),
     Mutant("(rest / all_of_it).backward()", "(-rest / all_of_it).backward()"),
     Mutant("if index not in sides.judged]", "if index in sides.judged]"),
-    Mutant("CORRECTED * (x.to(e.device) - e)", "CORRECTED * (e - x.to(e.device))"),
+    Mutant("MADE_UP_KV * (x.to(e.device) - e)", "MADE_UP_KV * (e - x.to(e.device))"),
     Mutant("needed = of_text.kv // plan.kv_heads * of_text.dim", "needed = of_text.dim"),
     Mutant("if missing < best[0]:", "if missing < best[0] or fit_gains is False:"),
     Mutant("torch.stack(turns).amax(0) <= SLOW", "torch.stack(turns).amax(0) > SLOW"),
@@ -145,7 +148,7 @@ SPARSE_FIT = [
     Mutant("torch.where(left < least, found, best)", "found"),
     Mutant("torch.minimum(left, least)", "left"),
     Mutant("1 if plain == row.o else 2", "2 if plain == row.o else 1"),
-    Mutant("[tokens].float(), MADE_UP)", "[tokens].float(), 1 - MADE_UP)"),
+    Mutant("[tokens].float(), MADE_UP_ZEROS)", "[tokens].float(), 1 - MADE_UP_ZEROS)"),
     Mutant("(judge if index in sides.judged else fit)", "(fit if index in sides.judged else judge)"),
     Mutant("sides.student.step(self.number + 1, keep=False)", "sides.student.step(self.number + 1)"),
     Mutant("torch.where(kept & ((found == 0) | ~torch.isfinite(found)), values, found)", "found"),
@@ -361,6 +364,7 @@ PUBLISH = [
 ]
 
 FILES: dict[str, tuple[str, list[Mutant]]] = {
+    "prunekit/surgery/sides.py": ("tests/surgery/test_sides.py tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", SIDES),
     "prunekit/surgery/layers_fit.py": ("tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
     "prunekit/surgery/kv_fit.py": ("tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MERGE),
     "prunekit/surgery/zeros.py": ("tests/surgery/test_zeros.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)", SPARSITY),

@@ -9,7 +9,8 @@ import torch
 from prunekit.data.batches import Calibration
 from prunekit.model.replay import find_stack, record_calls
 from prunekit.surgery.layers import check_healable, find_seams
-from prunekit.surgery.layers_fit import Projection, Sides, heal
+from prunekit.surgery.layers_fit import heal
+from prunekit.surgery.sides import Projection, Sides
 
 from .scanner import Scanner
 from .trained import BASELINE, Knockout
@@ -109,7 +110,7 @@ class HealedScanner:
             if sides is None:
                 with self.uncut_weights():
                     calls = record_calls(self.model, row, batches)
-                sides = Sides(plan, self.model, stack, batches, judged, calls)
+                sides = Sides(self.model, self.scanner.checkpoint.family, stack, batches, judged, calls, plan=plan)
             seam = next((s for s in seams if s.stack == stack and candidate.layer in s.gone), None)
             if seam is None:  # nothing is left before it
                 yield candidate, kept.index(candidate.layer)

@@ -30,13 +30,11 @@ from prunekit.model.replay import Replay, Store, given, in_memory, record_calls
 from prunekit.model.scores import score_batches
 
 from .kv import KVMerge
-from .layers import Removal
-from .layers_fit import Sides
+from .sides import MADE_UP_KV, Sides
 
 RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
 # Length matters where gains are uneven within pairs; where they are even, keys that fit badly do harm by fitted ones.
 GAINS = (True, False)  # with norms: both are tried, layer by layer
-CORRECTED = 0.5  # share of the error that comes into a layer for which its attention shall make up
 SLOW = 1.0  # radians: pairs that RoPE turns by no more between a row's ends are treated as not turned at all
 LEAST_GAIN = 1e-3  # of what is read of the slow pairs, for them to share a basis: per frequency RoPE is kept exactly
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
@@ -564,9 +562,8 @@ def calibrate_merge(
         raise PruneKitError(
             f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise --calib-tokens"
         )
-    unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
     judged = range(len(data.fit), len(batches))
-    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches), store)
+    sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches), store)
     masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
     tensors = dict(plan.result.tensors)
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
@@ -576,7 +573,8 @@ def calibrate_merge(
             came, wanted = original_attention(layer, row, sides.teacher, number)
             entered = enter(layer, attention, sides.student, number)
             wanted = [
-                store(y.to(e.device) + CORRECTED * (x.to(e.device) - e)) for x, y, e in zip(came, wanted, entered.layer)
+                store(y.to(e.device) + MADE_UP_KV * (x.to(e.device) - e))
+                for x, y, e in zip(came, wanted, entered.layer)
             ]
             turns = [turned(*named["position_embeddings"]) for _, named in entered.attention]
             slow = torch.stack(turns).amax(0) <= SLOW

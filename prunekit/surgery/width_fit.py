@@ -26,11 +26,8 @@ from prunekit.families import Stack
 from prunekit.model.replay import find_stack, record_calls
 from prunekit.model.scores import counted_states, final_states, logits_in_parts, score_batches
 
-from .layers import Removal
-from .layers_fit import Fit, Sides, states_between
+from .sides import Fit, Sides, states_between
 from .width import Change, Scores, WidthCut, choose, keep, magnitudes
-
-MADE_UP = 0.25  # of the error that comes in: all of it asks too much of what is left, and none lets errors add up
 
 
 class Layer:
@@ -272,8 +269,7 @@ def calibrate_width(
         known = magnitudes(plan.source, quiet)
     elif score == "taylor":
         known = taylor(model, row, layers, data.fit, quiet)
-    unchanged = Removal(plan.source, plan.source, {"text": []}, [], [])
-    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
+    sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches))
     student = Student(sides, batches)
     refits = row.plain_residual and family.causal
     scores: dict[int, Scores] = {}

@@ -27,13 +27,11 @@ from prunekit.families import Stack
 from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 
-from .layers import Removal
-from .layers_fit import Sides
+from .sides import MADE_UP_ZEROS, Sides
 from .zeros import Sparsification, tensor_bytes
 from .zeros_scores import EXPERT, place, plain_name, watch_inputs
 
 STEPS = 10  # of conjugate gradients: more of them gain nothing, and cost as much as the forward passes
-MADE_UP = 0.25  # of the error that comes in: all asks too much of what is left, none lets errors add up
 
 
 class Moments:
@@ -152,7 +150,7 @@ class Layer:
                 return
             wanted = values
             if part != "down_proj":  # what the dense model's experts hold inside isn't kept
-                wanted = torch.lerp(values, self.read[turn][index][tokens].float(), MADE_UP)
+                wanted = torch.lerp(values, self.read[turn][index][tokens].float(), MADE_UP_ZEROS)
             (judge if index in sides.judged else fit).add(values, wanted, expert)
 
         hook = watch_inputs(self.readers[turn], mask, seen)
@@ -240,12 +238,11 @@ def refit(
     for name, weight in plan.weights.items():
         if weight.stack is None and (found := place(parameters, plain_name(name))):
             found[0][found[1]].copy_(_zeroed(plan, name))
-    unchanged = Removal(plan.source, plan.source, {stack: [] for stack in names}, [], [])
     tensors = dict(plan.result.tensors)
     with tqdm(total=sum(map(len, names.values())), desc="refit", disable=quiet) as progress:
         for stack, (fit, held_out) in reached.items():
             batches, calls = map(list, zip(*fit, *held_out))
-            sides = Sides(unchanged, model, stack, batches, range(len(fit), len(batches)), calls)
+            sides = Sides(model, family, stack, batches, range(len(fit), len(batches)), calls)
             for number, chosen in names[stack].items():
                 for name, values in _refitted(Layer(sides, number, chosen), plan, chosen):
                     tensors[name] = replace(tensors[name], compute=partial(tensor_bytes, values))

@@ -45,7 +45,6 @@ from prunekit.surgery.kv_fit import (
     shared_keys,
     turned,
 )
-from prunekit.surgery.layers import Removal
 from prunekit.surgery.layers_fit import Sides
 
 EXAMPLE = "examples/tiny_ocr/model"
@@ -487,9 +486,7 @@ def refined(folder, family, kv_heads, steps, rate):
     attention = Attention(layer, row, present, head_dim_of(model))
     batches = [*calibration.fit, *calibration.held_out]
     judged = range(len(calibration.fit), len(batches))
-    checkpoint = open_checkpoint(folder)
-    unchanged = Removal(checkpoint, checkpoint, {"text": []}, [], [])
-    sides = Sides(unchanged, model, "text", batches, judged, record_calls(model, row, batches))
+    sides = Sides(model, ROWS[family], "text", batches, judged, record_calls(model, row, batches))
     _, wanted = original_attention(layer, row, sides.teacher, 0)
     entered = enter(layer, attention, sides.student, 0)
     if kv_heads < present:
