@@ -315,7 +315,7 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
 
 def _measure_once(job: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "prunekit.serving.run"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
