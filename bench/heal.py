@@ -1,6 +1,6 @@
 """What healing the seams gives back: loss of SmolLM2-135M with 3, 5 and 8 of 30 layers removed, without and with it.
 
-    bash bench/setup.sh && .venv/bin/python bench/heal.py --json docs/heal.json
+    bash bench/setup.sh && .venv/bin/python bench/heal.py --json docs/measured/heal.json
 
 The layers are chosen greedily on training text (prunekit/knockout/search.py). Calibration is on the training half of Wikipedia
 articles; loss (nats per token) is measured on the other half, and on text of another kind (docstrings). Prints JSON;

@@ -1,7 +1,8 @@
 """The fast scan: its time and memory, what a race leaves out, what predicts trained knockouts, which sets are good.
 
     bash bench/setup.sh
-    .venv/bin/python bench/knockout.py --json docs/knockout.json speed race predict sets
+    .venv/bin/python bench/knockout.py --json docs/measured/knockout.json --test-tokens 4096 \\
+        speed memory race predict sets
 
 Parts, each a key of the JSON: `speed` compares a full scan of SmolLM2-135M (30 layers, 8k tokens) with 30 plain
 evaluations, with saving, loading and evaluating every pruned copy, and with one training of 100 steps for each layer;

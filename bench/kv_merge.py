@@ -1,7 +1,8 @@
 """Merging KV heads: what is lost untrained, how fast recovery is, what each part is worth, time and memory.
 
     bash bench/setup.sh
-    .venv/bin/python bench/kv_merge.py --json docs/kv_merging.json cut ablation context mixed recovery embedded steps
+    .venv/bin/python bench/kv_merge.py --json docs/measured/kv_merging.json --recovery-steps 240 \\
+        cut ablation context mixed recovery embedded steps
 
 Parts, each a key of the JSON: `cut` takes SmolLM2-135M from 3 KV heads to 1 by `kv_cut.py`, averaged, calibrated and
 refined; `ablation` switches each part of the method off in turn; `context` is what the length of the calibration's

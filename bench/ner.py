@@ -1,6 +1,6 @@
 """A token classifier on its way to serving: dense, one layer dropped and distilled, 15% zeros, INT8, in one table.
 
-    bash bench/setup.sh && .venv/bin/python bench/ner.py --json docs/ner.json --figure docs/ner.png
+    bash bench/setup.sh && .venv/bin/python bench/ner.py --json docs/measured/ner.json --figure docs/measured/ner.png
 
 The model is Rampart (a BERT of 6 layers that tags personal data), fine-tuned on one half of presidio-evaluator's
 sentences (`dense`); F1 is measured on the other half: other sentences, other identities. Every stage is a command of

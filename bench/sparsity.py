@@ -1,6 +1,7 @@
 """What zeros cost: loss of SmolLM2-135M with half of its weights zero, and with 70% of its MLP and o_proj after retraining.
 
-    bash bench/setup.sh && .venv/bin/python bench/sparsity.py --json docs/sparsity.json
+    bash bench/setup.sh && .venv/bin/python bench/sparsity.py --json docs/measured/sparsity.json \\
+        --steps 100 --learning-rate 3e-4
 
 Untrained: magnitude, Wanda and gradient, by one threshold, per tensor, per output, with budgets by layers' importance,
 and 2:4; some of them refitted. Retrained with the same tokens each: all at once, gradually in one run, in cycles by Wanda,

@@ -1,6 +1,6 @@
 """How fast is surgery? Against cp of as many bytes, transformers' load + save, and mergekit's passthrough.
 
-    bash bench/setup.sh && .venv/bin/python bench/surgery.py --json docs/surgery.json
+    bash bench/setup.sh && .venv/bin/python bench/surgery.py --json docs/measured/surgery.json
     .venv/bin/python bench/surgery.py checkpoints/base --runs 9
 
 Contenders take turns in shuffled order, each in a process of its own, with the sources in the page cache, the last

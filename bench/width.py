@@ -1,6 +1,7 @@
 """What narrower layers cost and save: SmolLM2-135M with a third of its query heads and a quarter of its neurons cut.
 
-    bash bench/setup.sh && .venv/bin/python bench/width.py --json docs/width.json
+    bash bench/setup.sh && .venv/bin/python bench/width.py --json docs/measured/width.json \\
+        --tokens 4096 --test-tokens 8192
 
 It has 9 query heads in 3 KV groups of 3, so that a layer keeps 6 or 3 heads: half isn't possible. Scores are compared on
 held-out loss, untrained; then recoveries with the same few steps: plain, with rates per head, of active heads only, in

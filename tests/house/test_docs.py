@@ -1,0 +1,64 @@
+"""README, CONTRIBUTING and docs/ name what is there: links and their headings, files, modules, wings."""
+
+import importlib.util
+import re
+
+import pytest
+from helpers.paths import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text() for page in PAGES}
+TOPICS = [page for page in PAGES[2:] if page.name != "gpu.md"]
+FOLDERS = ("bench", "docs", "examples", "lib", "plugins", "prunekit", "tests")
+FILE = re.compile(rf"(?<![\w./$-])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|sh|md|json|png))\b")
+SCRIPT = re.compile(r"(?:\b(?:bash|python) |`)([\w./-]+\.(?:py|sh))\b")
+NOT_OURS = {"plugins/digit_reward.py", "command.sh"}  # a user's, a stage's
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def anchors(text: str) -> set[str]:
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)", prose, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(TEXTS[target]), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_exist(page):
+    named = {*FILE.findall(TEXTS[page]), *SCRIPT.findall(TEXTS[page])} - NOT_OURS
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    modules = re.findall(r"-m (prunekit(?:\.\w+)+)", TEXTS[page])
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+def test_pages_that_the_code_names_exist():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "pyproject.toml"]
+    for folder in FOLDERS:
+        files += [file for end in ("py", "sh") for file in (ROOT / folder).rglob(f"*.{end}")]
+    named = {(page, file.name) for file in files for page in re.findall(r"\bdocs/\w+\.md\b", file.read_text())}
+    assert named
+    assert [each for each in sorted(named) if not (ROOT / each[0]).exists()] == []
+
+
+@pytest.mark.parametrize("page", TOPICS, ids=lambda page: page.name)
+def test_every_topics_page_has_the_same_sections(page):
+    assert re.findall(r"^## (.*)", TEXTS[page], re.MULTILINE) == ["How to", "How it works", "Measured", "Limits"]
+
+
+def test_every_wing_has_a_line_in_the_readme():
+    wings = {file.parent.name for file in (ROOT / "prunekit").glob("*/__init__.py")}
+    where = TEXTS[ROOT / "README.md"].partition("\n## What is where")[2]
+    assert {wing for wing in wings if not re.search(rf"^  .*\b{wing}/", where, re.MULTILINE)} == set()
