@@ -18,7 +18,7 @@ from typing import Any
 
 from prunekit.arguments import Parser, finite_float, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
-from prunekit.checkpoint.provenance import data_record, model_record
+from prunekit.checkpoint.provenance import model_record
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.families import positions
@@ -147,7 +147,7 @@ def main() -> None:
         **{key: value for key, value in vars(arguments).items() if key not in ("out", "overwrite", "model", "teacher")},
         "flags": flags,
         "models": [fingerprint(each) for each in (checkpoint, teacher) if each],
-        "data": [data_record(dataset) for dataset in datasets],
+        "data": [each.record for each in rows],
     }
     if "wandb" in training.report_to:
         setup_wandb(out)

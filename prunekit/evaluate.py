@@ -37,7 +37,7 @@ def measure_model(
     rewards: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Scores by data set. Takes out of `datasets` what this model can't take, for the next ones to get the same rows."""
+    """Scores by data set. What this model can't take leaves `datasets`: the next ones are compared on the same rows."""
     engine = load_engine(model, args.device, args.dtype, args.model_type, template)
     found = {}
     for name, rows in list(datasets.items()):

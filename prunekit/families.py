@@ -325,7 +325,7 @@ def _rules(family: Family, stack: Stack) -> dict[str, Any]:
 def check_config(config: Any) -> Family:
     """The row of a config whose every key that the row names has the type and range that it must have.
 
-    PruneKitError says which key hasn't, or that the model_type is unknown. Whether the tensors agree, `checkpoint` sees.
+    PruneKitError says which key hasn't, or that the model_type is unknown. Whether tensors agree, `checkpoint` sees.
     """
     if not isinstance(config, dict):
         raise PruneKitError("not a JSON object; download it again")

@@ -59,10 +59,10 @@ def into_batches(items: list[dict], batch_tokens: int) -> list[list[dict]]:
 
 
 def draw_rows(rows: Rows, encode: Callable[[dict], dict | None], max_tokens: int | None) -> list[dict]:
-    """Rows in a seeded random order, encoded, until they have about `max_tokens` tokens (None: all), but too long ones."""
-    rows, encoded, tokens = list(rows), [], 0
-    random.Random(0).shuffle(rows)
-    for row in tqdm(rows, desc="encode", leave=False, disable=None):
+    """Rows in a seeded random order, encoded, up to about `max_tokens` tokens (None: all). Too long: left out."""
+    drawn, encoded, tokens = list(rows), [], 0
+    random.Random(0).shuffle(drawn)
+    for row in tqdm(drawn, desc="encode", leave=False, disable=None):
         if max_tokens is not None and tokens >= max_tokens:
             break
         if (item := encode(row)) and len(item["input_ids"]) > 1:

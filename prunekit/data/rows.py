@@ -134,7 +134,7 @@ def images_of(row: dict[str, Any]) -> list[object]:
     return images if isinstance(images, list) else [images]
 
 
-def check_messages(where: str, row: object, columns: Iterable[str] = (), images: bool = True) -> None:
+def check_messages(where: str, row: Any, columns: Iterable[str] = (), images: bool = True) -> None:
     """PruneKitError for a row that isn't ms-swift's messages, lacks a column, or names an image that can't be read."""
     problem = None
     if not isinstance(row, dict):

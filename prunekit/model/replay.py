@@ -56,7 +56,7 @@ class _Pass(nn.Module):
 
 @contextlib.contextmanager
 def given(owner: nn.Module, attribute: str, states: dict[int, torch.Tensor], start: int) -> Iterator[None]:
-    """Within the block the first `start` layers aren't run: each hands on its kept state, or, without one, what it gets."""
+    """Within the block the first `start` layers don't run: each hands on its kept state, else what it gets."""
     layers = getattr(owner, attribute)
     before = [_Given(states[position]) if position in states else _Pass() for position in range(start)]
     setattr(owner, attribute, nn.ModuleList([*before, *layers[start:]]))

@@ -20,6 +20,7 @@ from typing import Any
 
 from prunekit.arguments import Parser, new_file, positive_int
 from prunekit.checkpoint import Checkpoint, read_config, write_json
+from prunekit.checkpoint.provenance import DataDigest
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.families import positions
@@ -42,19 +43,28 @@ class Row:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(dataset: str | Path) -> list[Row]:
+class Rows(list[Row]):
+    """Sentences, and the record of their data set as `data_record` makes it."""
+
+    def __init__(self, rows: Iterable[Row], record: dict[str, Any]):
+        super().__init__(rows)
+        self.record = record
+
+
+def read_rows(dataset: str | Path) -> Rows:
     """Rows of a JSONL file (by its suffix) or of CoNLL text. PruneKitError names the file and the line of what is bad."""
-    path = Path(dataset)
+    path, digest = Path(dataset), DataDigest()
     if not path.is_file():
         raise PruneKitError(f"dataset {path} is not there: give a JSONL or CoNLL file")
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as file:
+            lines = (line.decode() for line in digest.reading(file))
             rows = list((_json_rows if path.suffix in (".jsonl", ".json") else _conll_rows)(path, lines))
     except UnicodeDecodeError as error:
         raise PruneKitError(f"dataset {path} is not UTF-8 text ({error.reason}): convert it") from None
     if not rows:
         raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
-    return rows
+    return Rows(rows, digest.record(dataset))
 
 
 def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:

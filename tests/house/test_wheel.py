@@ -83,7 +83,8 @@ def test_a_wheel_trains_without_a_layer(run, tmp_path):
         "-m prunekit.knockout.sweep --model model --out out --text 3 --vision none -- --use_cpu true --tuner_type full"
     )
     line += " --torch_dtype float32 --fp16 false --bf16 false --gradient_checkpointing false --report_to none"
-    line += " --dataset rows.jsonl --val_dataset rows.jsonl --max_steps 2 --eval_steps 2 --add_version false --dataloader_num_workers 0"
+    line += " --dataset rows.jsonl --val_dataset rows.jsonl --max_steps 2 --eval_steps 2 --add_version false"
+    line += " --dataloader_num_workers 0"
     run(*line.split())
     record = json.loads((tmp_path / "out/trained/runs/text-03.json").read_text())
     assert record["error"] is None and record["curve"]

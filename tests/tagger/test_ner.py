@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from prunekit.checkpoint import history, open_checkpoint
+from prunekit.checkpoint.provenance import data_record
 from prunekit.errors import PruneKitError
 from prunekit.serving.run import load_served, pad
 from prunekit.surgery.layers import apply_removal, plan_removal
@@ -123,6 +124,16 @@ def test_conll_and_jsonl_give_the_same_rows(rows, tmp_path):
         text += "".join(f"{word}\tNN {tag}\n" for word, tag in zip(row.words, row.tags)) + "\n"
     conll.write_text(text.rstrip("\n"))  # the last sentence has no empty line behind it
     assert read_rows(conll) == read_rows(rows)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_rows_carry_the_record_of_their_file_which_was_opened_once(rows, tmp_path, opens, end):
+    file = tmp_path / "same.jsonl"
+    file.write_text(rows.read_text().rstrip() + end)
+    count = opens(file)
+    record = read_rows(file).record
+    assert count() == 1
+    assert record == data_record(file)
 
 
 @pytest.mark.parametrize(
