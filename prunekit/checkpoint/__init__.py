@@ -1,61 +1,28 @@
-"""Checkpoint folders: read lazily, write atomically, tell their story."""
+"""Checkpoint folders: read lazily, write atomically, tell their story.
 
+A checkpoint is a Hugging Face folder with config.json and safetensors. Surgery makes a new `Checkpoint` whose tensors
+still point at the bytes of the old files (renamed, dropped, or computed), and `write_checkpoint` has the kernel move them.
+"""
+
+from .agreement import Heads, heads, layer_numbers
+from .atomic import check_out, new_folder, scratch_folder, write_json
 from .card import HISTORY
-from .folder import (
-    BUFFERS,
-    DTYPE_BYTES,
-    ENTRY,
-    INDEX,
-    MAX_AXES,
-    MAX_HEADER,
-    MAX_NAME,
-    MAX_SIDE_FILE,
-    NOT_CARRIED,
-    TORCH_DTYPES,
-    WRITE_BYTES,
-    Checkpoint,
-    Heads,
-    Tensor,
-    append_history,
-    check_out,
-    fingerprint,
-    float_bytes,
-    heads,
-    history,
-    history_entry,
-    is_tied,
-    layer_numbers,
-    new_folder,
-    open_checkpoint,
-    read_config,
-    read_header,
-    read_json,
-    sampled_digest,
-    scratch_folder,
-    side_files,
-    statistics,
-    write_checkpoint,
-    write_json,
-    write_records,
-    write_weights,
-)
+from .folder import INDEX, fingerprint, open_checkpoint, read_config
+from .format import DTYPE_BYTES, MAX_HEADER, TORCH_DTYPES, Checkpoint, Tensor, float_bytes, read_header, read_json
+from .records import append_history, history, history_entry, side_files, write_records
+from .sizes import BUFFERS, is_tied, statistics
+from .write import write_checkpoint, write_weights
 
 __all__ = [
-    "HISTORY",
     "BUFFERS",
-    "Checkpoint",
     "DTYPE_BYTES",
-    "ENTRY",
-    "Heads",
+    "HISTORY",
     "INDEX",
-    "MAX_AXES",
     "MAX_HEADER",
-    "MAX_NAME",
-    "MAX_SIDE_FILE",
-    "NOT_CARRIED",
     "TORCH_DTYPES",
+    "Checkpoint",
+    "Heads",
     "Tensor",
-    "WRITE_BYTES",
     "append_history",
     "check_out",
     "fingerprint",
@@ -70,7 +37,6 @@ __all__ = [
     "read_config",
     "read_header",
     "read_json",
-    "sampled_digest",
     "scratch_folder",
     "side_files",
     "statistics",

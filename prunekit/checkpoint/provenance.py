@@ -19,18 +19,11 @@ from typing import Any
 
 from prunekit.errors import PruneKitError, run_script
 
-from .folder import (
-    HISTORY,
-    Checkpoint,
-    fingerprint,
-    history,
-    open_checkpoint,
-    read_header,
-    read_json,
-    sampled_digest,
-)
+from .card import HISTORY
+from .folder import fingerprint, open_checkpoint, sampled_digest
+from .format import Checkpoint, read_header, read_json
+from .records import COMMAND, MADE_FROM, history
 
-MADE_FROM = "made_from.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SETTINGS = {  # the launchers' names for them, by ms-swift's
     "model": "MODEL",
@@ -170,7 +163,7 @@ def main() -> None:
     parser.add_argument("--of", type=Path, required=True, help="folder of a run, or what one has published")
     folder, new = parser.parse_args(own).of, made_from(swift)
     old = recorded(folder)
-    known = not any((folder / name).exists() for name in (HISTORY, "command.sh"))
+    known = not any((folder / name).exists() for name in (HISTORY, COMMAND))
     unknown = "" if known else "of a model that it doesn't name (an older Prune-Kit began it)"
     print(unknown if old is None else difference(old, new))
     print(json.dumps(new))

@@ -8,7 +8,9 @@ from typing import Any
 
 from prunekit.errors import PruneKitError
 
-from .folder import fingerprint, read_json, write_json
+from .atomic import write_json
+from .folder import fingerprint
+from .format import read_json
 
 __all__ = ["claim_folder", "fingerprint"]  # which settings hold, as what they depend on
 

@@ -42,6 +42,7 @@ from prunekit.checkpoint import (
     write_checkpoint,
     write_weights,
 )
+from prunekit.checkpoint.records import RECORDS
 from prunekit.errors import PruneKitError
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -501,7 +502,7 @@ def test_the_input_is_never_overwritten(where, own):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_overwriting_replaces_the_whole_folder(can_exchange, tiny, own, tmp_path, monkeypatch):
     if not can_exchange:
-        monkeypatch.setattr("prunekit.checkpoint.folder._exchange", lambda one, other: False)
+        monkeypatch.setattr("prunekit.checkpoint.atomic._exchange", lambda one, other: False)
     out = own("llama")
     (out / "old.txt").write_text("old")
     copy_whole(tiny("qwen3"), out, overwrite=True)
@@ -669,6 +670,15 @@ def test_a_run_killed_at_any_moment_leaves_out_absent_or_whole_and_the_next_one_
         assert list(tmp_path.iterdir()) == [out] and contents(out) == new
         shutil.rmtree(out)
     assert left_a_partial, "no run was killed while it wrote"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_no_record_of_a_stage_is_carried_into_the_next_ones_folder(tiny, tmp_path, name):
+    source = copy_whole(tiny("llama"), tmp_path / "source")
+    for file in (name, "notes.txt"):
+        (source / file).write_text("of this stage")
+    found = copy_whole(source, tmp_path / "out")
+    assert not (found / name).exists() and (found / "notes.txt").exists()
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------

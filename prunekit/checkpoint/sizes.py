@@ -1,0 +1,64 @@
+"""How large a checkpoint is, from its headers alone."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from prunekit.families import configs
+
+from .agreement import heads, layer_numbers
+from .folder import open_checkpoint
+from .format import Checkpoint
+
+BUFFERS = re.compile(r"(?:.*\.)?(?:position_ids|inv_freq|attn\.(?:masked_)?bias)$")  # saved, but no parameters
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output head shares the embedding's weights, by config or else by the family's habit."""
+    for part in (checkpoint.config, *configs(checkpoint.config, checkpoint.family.text)):
+        if part.get("tie_word_embeddings") is not None:
+            return part["tie_word_embeddings"]
+    return checkpoint.family.tied_by_default
+
+
+def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
+    """Sizes of a checkpoint, from its headers alone.
+
+    Returns parameters (tied weights counted once), parameters_by_component (text: the layers; vision: the whole tower;
+    embedding: token embeddings and output head; other), bytes (of weights), num_hidden_layers, vision_depth (None
+    without a vision tower), num_attention_heads, num_key_value_heads, head_dim, neurons (of an MLP, or of each expert),
+    and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes. The last counts bf16/fp16 whatever the weights' dtype, so that stages
+    compare; for encoders it is 0.
+    """
+    checkpoint = (
+        checkpoint_or_path if isinstance(checkpoint_or_path, Checkpoint) else open_checkpoint(checkpoint_or_path)
+    )
+    family = checkpoint.family
+    patterns = {
+        "vision": family.vision_prefix,
+        "text": family.text.prefix + r"\d+\.",
+        "embedding": family.embedding,
+    }
+    parts = dict.fromkeys(("text", "vision", "embedding", "other"), 0)
+    tied = re.compile(family.tied) if is_tied(checkpoint) else None
+    for name, tensor in checkpoint.tensors.items():
+        if BUFFERS.match(name) or (tied and tied.fullmatch(name)):
+            continue
+        part = next((part for part, pattern in patterns.items() if pattern and re.match(pattern, name)), "other")
+        parts[part] += math.prod(tensor.shape)
+    layers = len(layer_numbers(checkpoint, "text"))
+    of_text = heads(checkpoint)
+    config = configs(checkpoint.config, family.text)[0]
+    return {
+        "parameters": sum(parts.values()),
+        "parameters_by_component": parts,
+        "bytes": checkpoint.nbytes,
+        "num_hidden_layers": layers,
+        "vision_depth": len(layer_numbers(checkpoint, "vision")) if family.vision else None,
+        "num_attention_heads": of_text.query,
+        "num_key_value_heads": of_text.kv,
+        "head_dim": of_text.dim,
+        "neurons": config.get(family.text.experts or family.text.width) or 4 * config[family.hidden],
+        "kv_bytes_per_token": 2 * layers * of_text.kv * of_text.dim * 2 if family.causal else 0,
+    }
