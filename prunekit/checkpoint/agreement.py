@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from prunekit.errors import PruneKitError
 from prunekit.families import configs, text_value
@@ -66,7 +67,8 @@ def check_agreement(checkpoint: Checkpoint) -> None:
     layers = re.compile(rf"{row.prefix}\d+\.(.+?)(?:\.weight)?")
     tables = [(re.compile(name), text_value(checkpoint.config, key), key) for name, key in family.tables.items()]
     for name, tensor in checkpoint.tensors.items():
-        shape, keys = None, ""
+        shape: tuple[int, ...] | None = None
+        keys = ""
         if match := layers.fullmatch(name):
             shape, keys = shapes.get(re.sub(r"\.experts\.\d+\.", ".experts.", match[1]), (None, ""))
             if shape and len(tensor.shape) == 3:  # all experts in one, which releases turn one way or the other
@@ -78,7 +80,7 @@ def check_agreement(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name} is {list(tensor.shape)}, by config.json ({keys}) it would be {list(shape)}; mend "
                 "config.json or download it again"
             )
-    if family.taps:
+    if family.taps and family.vision:
         blocks, part = len(layer_numbers(checkpoint, "vision")), configs(checkpoint.config, family.vision)[0]
         taps = part.get(family.taps.key, list(family.taps.default))
         if not isinstance(taps, list) or taps != [block for block in range(blocks) if block in taps]:

@@ -78,8 +78,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 raise PruneKitError(f"{path}: {name} is in {tensors[name].file.name} and in {shard}; remove one file")
             if weight_map is None or weight_map[name] == shard:
                 tensors[name] = tensor
-    if absent := [name for name in weight_map or () if name not in tensors]:
-        raise PruneKitError(f"{path / INDEX}: names {absent[0]}, which {weight_map[absent[0]]} doesn't hold")
+    if absent := [(name, shard) for name, shard in (weight_map or {}).items() if name not in tensors]:
+        raise PruneKitError(f"{path / INDEX}: names {absent[0][0]}, which {absent[0][1]} doesn't hold")
     checkpoint = Checkpoint(path, config, tensors)
     check_agreement(checkpoint)
     return checkpoint

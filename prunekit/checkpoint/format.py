@@ -113,7 +113,7 @@ def float_bytes(array, dtype: str, name: str = "") -> memoryview:
             out[start : start + 2**22] = rounded
         if (np.isinf(rounded) & np.isfinite(piece)).any():
             raise PruneKitError(f"{name}: has values too large for {TORCH_DTYPES[dtype]}; choose another dtype")
-    return memoryview(out).cast("B")
+    return out.data.cast("B")
 
 
 def read_json(path: Path) -> Any:

@@ -40,8 +40,9 @@ def side_files(folder: Path) -> list[Path]:
     )
 
 
-_SIZES = dict.fromkeys(ROWS.values(), whole(0, 2**63)) | dict.fromkeys(("num_hidden_layers", "vision_depth"), LAYER)
-
+_SIZES: dict[str, Any] = dict.fromkeys(ROWS.values(), whole(0, 2**63)) | dict.fromkeys(
+    ("num_hidden_layers", "vision_depth"), LAYER
+)
 _SIZES["parameters_by_component"] = Values(whole(0, 2**63))
 
 ENTRY = Keys(  # what readers of a history count on, where it is there

@@ -70,10 +70,10 @@ def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
         position = end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    runs: list[list] = []  # [file, start, bytes]: neighbours in the source become one copy
+    runs: list[list] = []  # [file or what computes, start, bytes]: neighbours in the source become one copy
     for tensor in tensors.values():
         if tensor.compute:
-            runs.append([tensor, 0, tensor.nbytes])
+            runs.append([tensor.compute, 0, tensor.nbytes])
         elif runs and runs[-1][0] == tensor.file and sum(runs[-1][1:]) == tensor.start:
             runs[-1][2] += tensor.nbytes
         else:
@@ -86,8 +86,8 @@ def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
             os.posix_fallocate(target, 0, 8 + len(head) + position)
         _write_all(target, struct.pack("<Q", len(head)) + head)
         for what, start, count in runs:
-            if isinstance(what, Tensor):
-                data = what.compute()
+            if callable(what):
+                data = what()
                 if len(data) != count:
                     raise ValueError(f"computed {len(data)} bytes for a tensor of {count}")
                 _write_all(target, data)
@@ -120,7 +120,7 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
     if len(shards) == 1:
         _write_shard(folder / "model.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / name, shard)
