@@ -14,44 +14,41 @@ layers around each seam on calibration data, so that recovery starts from a bett
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from prunekit.arguments import positive_int, share
-from prunekit.checkpoint import read_json, statistics
+from prunekit.checkpoint import Checkpoint, read_json, statistics
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
 from prunekit.surgery.layers import (
-    Removal,
-    apply_removal,
     cautions,
     check_healable,
     choose_from_ranking,
+    cut_layers,
     parse_numbers,
-    plan_removal,
+    plan_layers,
+    say_seam,
 )
-from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
 
 
-def heal_plan(plan: Removal, arguments: argparse.Namespace) -> tuple[Removal, dict[str, Any]]:
-    """Refit around the seams: the plan with new tensors, and what its history shall say of it."""
-    check_healable(plan)
-    model, data = model_and_calibration(plan.source, arguments)
-    from prunekit.surgery.layers_fit import heal  # torch: seconds, after all that can be checked without it
-
-    plan, seams = heal(plan, model, data)
-    for seam in seams:
-        done = f"{seam['jump_left']:.0%} of the jump left, held-out loss {seam['loss_before']:.4f} -> {seam['loss_after']:.4f}"
-        if not seam["refitted"]:
-            done = "left as it is: refitting did not lower the held-out loss"
-        print(f"{seam['stack']} seam behind layer {seam['layer']}: {done}")
-    losses = {"held_out_loss_unhealed": seams[0]["loss_before"], "held_out_loss": seams[-1]["loss_after"]}
-    settings = {
-        "heal": str(arguments.calib),
-        "calibration_data": [data.record],
-        "calibration_tokens": data.tokens,
-    }
-    return plan, {"settings": settings, "metrics": losses, "seams": seams}
+def choose(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """(text layers, vision blocks) that the user names, or that the ranking finds cheap: then it says how cheap."""
+    text, vision = parse_numbers(arguments.text), parse_numbers(arguments.vision)
+    if not arguments.from_ranking:
+        return text, vision
+    if text or vision:
+        raise PruneKitError("--from-ranking chooses the layers; leave out --text and --vision")
+    ranking = read_json(Path(arguments.from_ranking))
+    limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction, arguments.independent)
+    path = None if arguments.independent else ranking.get("greedy")
+    how = "with all above removed, too" if path else "when removed alone"
+    for entry in choose_from_ranking(checkpoint, ranking, *limits):
+        print(f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}")
+        (text if entry["stack"] == "text" else vision).append(entry["layer"])
+    if path and path.get("healed") and not arguments.heal:
+        print("the path was healed after each removal: with --heal and --calib, too, it keeps that much")
+    return text, vision
 
 
 def main() -> None:
@@ -75,43 +72,26 @@ def main() -> None:
         parser.error("--heal and --calib need each other")
 
     checkpoint = open_input(arguments)
-    text, vision = parse_numbers(arguments.text), parse_numbers(arguments.vision)
-    if arguments.from_ranking:
-        if text or vision:
-            raise PruneKitError("--from-ranking chooses the layers; leave out --text and --vision")
-        ranking = read_json(Path(arguments.from_ranking))
-        limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction, arguments.independent)
-        chosen = choose_from_ranking(checkpoint, ranking, *limits)
-        path = None if arguments.independent else ranking.get("greedy")
-        how = "with all above removed, too" if path else "when removed alone"
-        for entry in chosen:
-            print(f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}")
-        if path and path.get("healed") and not arguments.heal:
-            print("the path was healed after each removal: with --heal and --calib, too, it keeps that much")
-        for entry in chosen:
-            (text if entry["stack"] == "text" else vision).append(entry["layer"])
-    plan = plan_removal(
-        checkpoint,
-        text,
-        vision,
-        None if arguments.taps is None else parse_numbers(arguments.taps),
-        parse_numbers(arguments.drop_taps),
-    )
+    text, vision = choose(checkpoint, arguments)
+    taps = None if arguments.taps is None else parse_numbers(arguments.taps)
+    plan = plan_layers(checkpoint, text, vision, taps, parse_numbers(arguments.drop_taps))
     for stack, numbers in plan.removed.items():
         print(f"{stack}: removes {', '.join(map(str, numbers))}")
     for note in plan.notes:
         print(note)
     print(comparison(statistics(checkpoint), statistics(plan.result)))
-    healing = None
+    cut = cut_layers(plan)
     if arguments.heal:
-        plan, healing = heal_plan(plan, arguments)
+        check_healable(plan)
+        model, data = model_and_calibration(checkpoint, arguments)
+        from prunekit.surgery.layers_fit import fit_layers  # torch: seconds, after all that can be checked without it
+
+        cut = fit_layers(plan, model, data)
+        for seam in cut.seams:
+            print(say_seam(seam))
     for caution in cautions(plan):
         print(f"warning: {caution}", file=sys.stderr)
-    if arguments.dry_run:
-        print("dry run: nothing written")
-        return
-    apply_removal(plan, arguments.out, arguments.overwrite, arguments.max_shard_bytes, healing)
-    print(f"wrote {arguments.out}")
+    save(cut, arguments)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from prunekit.knockout.trained import plan_knockouts
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.surgery.in_memory import removed
-from prunekit.surgery.layers import plan_removal
-from prunekit.surgery.layers_fit import heal
+from prunekit.surgery.layers import plan_layers
+from prunekit.surgery.layers_fit import fit_layers
 
 
 def greedy(folder: Path, texts: Path, tokens: int, count: int) -> list[int]:
@@ -72,11 +72,11 @@ def main() -> None:
     }
     for count in args.counts:
         model = load_model(checkpoint)
-        plan = plan_removal(checkpoint, text=order[:count])
+        plan = plan_layers(checkpoint, text=order[:count])
         with removed(model, plan):
             without = losses()
         start = time.perf_counter()
-        _, seams = heal(plan, model, data)
+        seams = fit_layers(plan, model, data).seams
         seconds = time.perf_counter() - start
         with removed(model, plan):
             healed = losses()

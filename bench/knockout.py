@@ -38,9 +38,10 @@ from prunekit.knockout.trained import Sweep, Training, plan_knockouts
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.report import style
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.in_memory import removed
-from prunekit.surgery.layers import apply_removal, plan_removal
-from prunekit.surgery.layers_fit import heal
+from prunekit.surgery.layers import cut_layers, plan_layers
+from prunekit.surgery.layers_fit import fit_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 8192
@@ -136,7 +137,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
     def save_load_evaluate(layer: int) -> None:
         with tempfile.TemporaryDirectory(dir=args.runs) as work:
-            apply_removal(plan_removal(scanner.checkpoint, text=[layer]), Path(work) / "cut")
+            write_cut(cut_layers(plan_layers(scanner.checkpoint, text=[layer])), Path(work) / "cut")
             score_batches(load_model(open_checkpoint(Path(work) / "cut")), scanner.batches)
 
     def by_transformers(layer: int) -> None:
@@ -379,7 +380,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
         for way, layers in chosen.items():
             if len(layers) < count:
                 continue
-            plan = plan_removal(checkpoint, text=layers[:count])
+            plan = plan_layers(checkpoint, text=layers[:count])
             with removed(model, plan):
                 row = {
                     "layers_removed": count,
@@ -388,7 +389,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
                     "loss": losses(),
                 }
             if way in ("loss", "greedy", "greedy_healed") and count <= args.healed_layers:
-                heal(plan, model, data)
+                fit_layers(plan, model, data)
                 with removed(model, plan):
                     row["loss_healed"] = losses()
                 model = load_model(checkpoint)

@@ -8,7 +8,7 @@ from swift.callbacks.base import TrainerCallback
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.surgery.in_memory import cut
-from prunekit.surgery.layers import parse_numbers, plan_removal
+from prunekit.surgery.layers import parse_numbers, plan_layers
 
 
 def parse_removal(text: str) -> dict[str, list[int]]:
@@ -31,7 +31,7 @@ class KnockoutLayers(TrainerCallback):
         if hasattr(model, "get_base_model"):  # LoRA and other adapters of PEFT
             model = model.get_base_model()
         checkpoint = open_checkpoint(self.trainer.model_info.model_dir)
-        plan = plan_removal(checkpoint, **parse_removal(os.environ.get("PRUNEKIT_REMOVE", "")))
+        plan = plan_layers(checkpoint, **parse_removal(os.environ.get("PRUNEKIT_REMOVE", "")))
         try:
             cut(model, plan)
         except ValueError as error:  # another tuner has wrapped it

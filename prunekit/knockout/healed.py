@@ -9,7 +9,7 @@ import torch
 from prunekit.data.batches import Calibration
 from prunekit.model.replay import find_stack, record_calls
 from prunekit.surgery.layers import check_healable, find_seams
-from prunekit.surgery.layers_fit import heal
+from prunekit.surgery.layers_fit import fit_layers
 from prunekit.surgery.sides import Projection, Sides
 
 from .scanner import Scanner
@@ -58,7 +58,7 @@ class HealedScanner:
             parameter.data = data.clone()
         if gone and find_seams(plan := self.scanner.plan(gone)):
             check_healable(plan)
-            heal(plan, self.model, self.data)
+            fit_layers(plan, self.model, self.data)
         self.healed = tuple(gone)
 
     def measure(

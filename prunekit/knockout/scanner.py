@@ -25,7 +25,7 @@ from prunekit.model.load import check_causal, load_model
 from prunekit.model.replay import Replay, find_stack, given
 from prunekit.model.scores import counted_states, final_states, logits_in_parts
 from prunekit.surgery.in_memory import removed
-from prunekit.surgery.layers import Removal
+from prunekit.surgery.layers import LayersPlan
 
 from .trained import BASELINE, Knockout, plan_without
 
@@ -93,7 +93,7 @@ class Scanner:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         self.state_bytes = max(STATE_BYTES, weights // 10) // len(checkpoint.family.stacks)
 
-    def plan(self, gone: Sequence[Knockout]) -> Removal:
+    def plan(self, gone: Sequence[Knockout]) -> LayersPlan:
         return plan_without(self.checkpoint, gone)
 
     def without(self, gone: Sequence[Knockout]) -> contextlib.AbstractContextManager[None]:
@@ -234,7 +234,7 @@ class Scanner:
             states |= trace.walked[stack]
         return states
 
-    def _tapped(self, plan: Removal, stack: str) -> list[int]:
+    def _tapped(self, plan: LayersPlan, stack: str) -> list[int]:
         """Positions of layers whose output is read by more than the next layer (DeepStack's taps)."""
         family = self.checkpoint.family
         if stack != "vision" or not family.taps:

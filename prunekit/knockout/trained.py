@@ -32,7 +32,7 @@ import psutil
 
 from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint, read_json, statistics, write_json
 from prunekit.errors import PruneKitError
-from prunekit.surgery.layers import Removal, parse_numbers, plan_removal
+from prunekit.surgery.layers import LayersPlan, parse_numbers, plan_layers
 from prunekit.training.publish import read_log
 
 from . import cluster
@@ -60,10 +60,10 @@ class Knockout:
         return BASELINE if self.stack is None else f"{self.stack}-{self.layer:02d}"
 
 
-def plan_without(checkpoint: Checkpoint, gone: Sequence[Knockout]) -> Removal:
-    """The removal of all these layers together. Raises as `plan_removal`."""
+def plan_without(checkpoint: Checkpoint, gone: Sequence[Knockout]) -> LayersPlan:
+    """The removal of all these layers together. Raises as `plan_layers`."""
     by_stack = {stack: [k.layer for k in gone if k.stack == stack] for stack in ("text", "vision")}
-    return plan_removal(checkpoint, **by_stack)
+    return plan_layers(checkpoint, **by_stack)
 
 
 def plan_knockouts(checkpoint: Checkpoint, text: str, vision: str) -> list[Knockout]:
@@ -80,7 +80,7 @@ def plan_knockouts(checkpoint: Checkpoint, text: str, vision: str) -> list[Knock
         else:
             numbers = parse_numbers(wanted.split())
         for number in numbers:
-            plan_removal(checkpoint, **{stack: [number]})
+            plan_layers(checkpoint, **{stack: [number]})
             runs.append(Knockout(stack, number))
     return runs
 
@@ -229,7 +229,7 @@ class Training:
         try:
             checkpoint = open_checkpoint(self.model)
             if run.stack is not None:
-                checkpoint = plan_removal(checkpoint, **{run.stack: [run.layer]}).result
+                checkpoint = plan_layers(checkpoint, **{run.stack: [run.layer]}).result
             result["parameters"] = statistics(checkpoint)["parameters"]
             self._train(run, work, gpus)
             result |= read_curves(read_log(work / "swift"))

@@ -10,11 +10,11 @@ from torch import nn
 from prunekit.families import configs
 from prunekit.model.replay import find_stack
 
-from .layers import Removal
+from .layers import LayersPlan
 
 
-def _changes(model: nn.Module, plan: Removal) -> Iterator[tuple[Any, str, Any]]:
-    """(target, attribute, value): what to set, one after the other, to make the model what `apply_removal` writes."""
+def _changes(model: nn.Module, plan: LayersPlan) -> Iterator[tuple[Any, str, Any]]:
+    """(target, attribute, value): what to set, one after the other, to make the model what `write_cut` writes."""
     family = plan.source.family
     for stack, row in family.stacks.items():
         owner, attribute = find_stack(model, row)
@@ -32,8 +32,8 @@ def _changes(model: nn.Module, plan: Removal) -> Iterator[tuple[Any, str, Any]]:
                 if key in after and hasattr(target, key):
                     yield target, key, after[key]
     if family.taps and plan.taps:
-        tower, _ = find_stack(model, family.vision)
-        part = configs(plan.result.config, family.vision)[0]
+        tower, _ = find_stack(model, family.stacks["vision"])
+        part = configs(plan.result.config, family.stacks["vision"])[0]
         yield tower, family.taps.key, part[family.taps.key]
         attribute = re.sub(r"\W", "", family.taps.mergers.rpartition(r"visual\.")[2])
         mergers = zip(getattr(tower, attribute), plan.taps)
@@ -41,8 +41,8 @@ def _changes(model: nn.Module, plan: Removal) -> Iterator[tuple[Any, str, Any]]:
 
 
 @contextlib.contextmanager
-def removed(model: nn.Module, plan: Removal) -> Iterator[None]:
-    """Within the block the model is what `apply_removal` would write: nothing is copied, and all is put back at the end."""
+def removed(model: nn.Module, plan: LayersPlan) -> Iterator[None]:
+    """Within the block the model is what `write_cut` would write: nothing is copied, and all is put back at the end."""
     undo: list[tuple[Any, str, Any]] = []
 
     def put(target: Any, name: str, value: Any) -> None:
@@ -58,7 +58,7 @@ def removed(model: nn.Module, plan: Removal) -> Iterator[None]:
             setattr(target, name, value)
 
 
-def cut(model: nn.Module, plan: Removal) -> None:
-    """Make the model what `apply_removal` would write, for good: nothing here keeps the layers removed alive."""
+def cut(model: nn.Module, plan: LayersPlan) -> None:
+    """Make the model what `write_cut` would write, for good: nothing here keeps the layers removed alive."""
     for change in _changes(model, plan):
         setattr(*change)

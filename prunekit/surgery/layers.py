@@ -1,24 +1,25 @@
-"""Drop text layers and vision blocks: plan (pure, all decisions) then apply (bytes, no decisions)."""
+"""Drop text layers and vision blocks: a plan has all decisions, a cut its bytes."""
 
 import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint, history_entry, layer_numbers, statistics, write_checkpoint
+from prunekit.checkpoint import Checkpoint, layer_numbers, statistics
 from prunekit.checkpoint.provenance import check_ranking
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack, configs
 from prunekit.knockout.ranking import check_shape
 
+from .cut import Account
+
 MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
 
 
 @dataclass(frozen=True)
-class Removal:
+class LayersPlan:
     """What a cut will do. Numbers are those of the input."""
 
     source: Checkpoint
@@ -26,6 +27,31 @@ class Removal:
     removed: dict[str, list[int]]  # by stack
     taps: list[tuple[int, int | None]]  # (block before, block after or None if dropped), one per merger
     notes: list[str]  # what the user should know, one line each
+
+
+@dataclass(frozen=True)
+class LayersCut:
+    """A checkpoint without layers; `layers_fit.fit_layers` has what is around the seams refitted."""
+
+    plan: LayersPlan
+    result: Checkpoint
+    seams: list[dict[str, Any]] = field(default_factory=list)  # what refitting did at each
+    settings: dict[str, Any] | None = None  # of the fit
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.plan.source
+
+    def account(self) -> Account:
+        plan, seams, losses = self.plan, self.seams, None
+        more: dict[str, Any] = {}
+        if seams:
+            losses = {"held_out_loss_unhealed": seams[0]["loss_before"], "held_out_loss": seams[-1]["loss_after"]}
+            more["seams"] = seams
+        if warnings := cautions(plan):
+            more["warnings"] = warnings
+        taps = {"taps": plan.taps} if any(before != after for before, after in plan.taps) else {}
+        return Account("manual_select", plan.removed | taps, losses, self.settings, more)
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,7 @@ def _path_steps(path: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield {"name": name, "stack": stack, "layer": int(number), "relative": point.get("relative")}
 
 
-def cautions(plan: Removal) -> list[str]:
+def cautions(plan: LayersPlan) -> list[str]:
     """Where a plan takes more at once than recovers surely: over 10 layers, or over a quarter of a stack's."""
     counts = {stack: len(layer_numbers(plan.source, stack)) for stack in plan.removed}
     gone = {stack: len(numbers) for stack, numbers in plan.removed.items()}
@@ -116,7 +142,7 @@ def _fits(checkpoint: Checkpoint, entries: list[dict[str, Any]], max_fraction: f
                 f"the ranking has a {stack}-{max(numbers):02d}, the model has not: is it the ranking of this model?"
             )
     try:
-        plan = plan_removal(checkpoint, **layers)
+        plan = plan_layers(checkpoint, **layers)
     except PruneKitError:
         return False
     return 1 - statistics(plan.result)["parameters"] / statistics(checkpoint)["parameters"] <= max_fraction
@@ -204,13 +230,13 @@ def _shrink(part: dict[str, Any], row: Stack, kept: list[int], count: int) -> No
         part[row.threshold] = sum(i < limit for i in kept)
 
 
-def plan_removal(
+def plan_layers(
     checkpoint: Checkpoint,
     text: Sequence[int] = (),
     vision: Sequence[int] = (),
     taps: Sequence[int] | None = None,
     drop_taps: Sequence[int] = (),
-) -> Removal:
+) -> LayersPlan:
     """Plan to drop text layers and vision blocks, all numbered as in the input.
 
     `taps` names the blocks that DeepStack's mergers shall tap (default: `place_taps`), `drop_taps` the mergers to
@@ -240,7 +266,7 @@ def plan_removal(
 
     moves = []
     if family.taps:
-        part = configs(config, family.vision)[0]
+        part = configs(config, family.stacks["vision"])[0]
         old = part.get(family.taps.key, list(family.taps.default))
         for tap in drop_taps:
             if tap not in range(len(old)) or list(drop_taps).count(tap) > 1:
@@ -261,7 +287,7 @@ def plan_removal(
         if (new_name := _rename(name, renames)) is not None:
             tensors[new_name] = tensor
     result = replace(checkpoint, config=config, tensors=tensors)
-    return Removal(checkpoint, result, {k: v for k, v in removed.items() if v}, moves, notes)
+    return LayersPlan(checkpoint, result, {k: v for k, v in removed.items() if v}, moves, notes)
 
 
 def _tap_notes(moves: list[tuple[int, int | None]], new: list[int], text: list[int]) -> list[str]:
@@ -286,7 +312,7 @@ def _rename(name: str, renames: list[tuple[str, list[int]]]) -> str | None:
     return name
 
 
-def find_seams(plan: Removal) -> list[Seam]:
+def find_seams(plan: LayersPlan) -> list[Seam]:
     """Vision first, then text, in the order of the layers. Removed first layers have none before them to refit."""
     seams = []
     for stack in reversed(plan.source.family.stacks):
@@ -300,7 +326,7 @@ def find_seams(plan: Removal) -> list[Seam]:
     return seams
 
 
-def check_healable(plan: Removal) -> None:
+def check_healable(plan: LayersPlan) -> None:
     """PruneKitError if this plan has a seam that can't be healed, or none that can."""
     family = plan.source.family
     for stack in plan.removed:
@@ -313,30 +339,15 @@ def check_healable(plan: Removal) -> None:
         raise PruneKitError("--heal: no layer is left before those that are removed; leave it out")
 
 
-def apply_removal(
-    plan: Removal,
-    out: str | Path,
-    overwrite: bool = False,
-    max_shard_bytes: int | None = None,
-    healing: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
+def cut_layers(plan: LayersPlan) -> LayersCut:
+    """The plan's layers removed, and nothing refitted."""
+    return LayersCut(plan, plan.result)
 
-    `healing` is what the entry shall say of it: settings, metrics and `heal.heal`'s seams.
-    """
-    removed = plan.removed | ({"taps": plan.taps} if any(a != b for a, b in plan.taps) else {})
-    entry = history_entry(
-        "manual_select",
-        plan.source.path,
-        statistics(plan.source),
-        statistics(plan.result),
-        removed=removed,
-        metrics=healing and healing["metrics"],
-        settings=healing and healing["settings"],
-    )
-    if healing:
-        entry["seams"] = healing["seams"]
-    if warnings := cautions(plan):
-        entry["warnings"] = warnings
-    write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
-    return entry
+
+def say_seam(seam: dict[str, Any]) -> str:
+    """What refitting did at a seam of a `LayersCut`, for a user."""
+    done = "left as it is: refitting did not lower the held-out loss"
+    if seam["refitted"]:
+        losses = f"held-out loss {seam['loss_before']:.4f} -> {seam['loss_after']:.4f}"
+        done = f"{seam['jump_left']:.0%} of the jump left, {losses}"
+    return f"{seam['stack']} seam behind layer {seam['layer']}: {done}"

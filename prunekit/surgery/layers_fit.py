@@ -12,6 +12,7 @@ import re
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,20 +25,21 @@ from prunekit.families import Stack
 from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 
+from .cut import calibrated_on
 from .in_memory import removed
-from .layers import Removal, check_healable, find_seams
+from .layers import LayersCut, LayersPlan, check_healable, find_seams
 from .sides import Fit, Sides
 
 
 @torch.inference_mode()
-def heal(plan: Removal, model: nn.Module, data: Calibration, quiet: bool | None = None) -> tuple[Removal, list[dict]]:
+def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: bool | None = None) -> LayersCut:
     """Refit the layer before each seam, then the layers behind it up to the next one.
 
     `model` is the uncut model; it ends up with the refitted weights. Ridges are chosen on the held-out rows, and what
-    doesn't lower the model's loss there is left as it was. Returns the plan with the refitted tensors, and a record
-    per seam: `stack`, `layer` (the one before it), `removed`, `refitted` (layers, numbered as in the input), `ridge`,
-    `jump_left` (share of the jump in the state that the layer before leaves, held out), held-out `loss_before` and
-    `loss_after`. Memory: three states per token, and the normal matrix of one layer. Raises as `check_healable`.
+    doesn't lower the model's loss there is left as it was. The cut has a record per seam:
+    `stack`, `layer` (the one before it), `removed`, `refitted` (layers, numbered as in the input), `ridge`, `jump_left`
+    (share of the jump in the state that the layer before leaves, held out), held-out `loss_before` and `loss_after`.
+    Memory: three states per token, and the normal matrix of one layer. Raises as `check_healable`.
     """
     check_healable(plan)
     family, seams = plan.source.family, find_seams(plan)
@@ -51,15 +53,23 @@ def heal(plan: Removal, model: nn.Module, data: Calibration, quiet: bool | None 
         with removed(model, plan):
             return score_batches(model, data.held_out)["loss"]
 
-    loss, records, computed, sides = held_out_loss(), [], {}, None
+    loss, sides = held_out_loss(), None
+    records: list[dict[str, Any]] = []
+    computed: dict[str, Tensor] = {}
     with tqdm(total=sum(1 + len(seam.behind) for seam in seams), desc="heal", disable=quiet) as progress:
         for seam in seams:
             if sides is None or sides.stack != seam.stack:
                 sides = Sides(model, family, seam.stack, batches, judged, calls.pop(seam.stack), plan=plan)
-            record = {"stack": seam.stack, "layer": seam.before, "removed": list(seam.gone), "refitted": []}
+            record: dict[str, Any] = {
+                "stack": seam.stack,
+                "layer": seam.before,
+                "removed": list(seam.gone),
+                "refitted": [],
+            }
             record |= {"ridge": None, "jump_left": 1.0, "loss_before": loss}
             for layers in filter(None, ((seam.before,), seam.behind)):
-                before, refits, changed = copy(sides.student), [], {}
+                before, refits = copy(sides.student), []
+                changed: dict[str, Tensor] = {}
                 before.states, before.added = list(before.states), list(before.added)
                 for layer in layers:
                     refit = sides.refit(layer, sides.targets(layer))
@@ -81,7 +91,7 @@ def heal(plan: Removal, model: nn.Module, data: Calibration, quiet: bool | None 
                 progress.set_postfix_str(f"loss {loss:.4f}")
             records.append(record | {"loss_after": loss})
     result = replace(plan.result, tensors=plan.result.tensors | computed)
-    return replace(plan, result=result), records
+    return LayersCut(plan, result, records, calibrated_on(data, "heal"))
 
 
 def changed_tensors(result: Checkpoint, row: Stack, number: int, fit: Fit) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
 """What all surgery scripts take from a user: a checkpoint to read, OUT, and how OUT is written."""
 
 import argparse
+from typing import Any
 
 from prunekit.arguments import Parser, positive_float
 from prunekit.checkpoint import Checkpoint, check_out, open_checkpoint
+
+from .cut import Cut, write_cut
 
 
 def surgery_parser(usage: str) -> Parser:
@@ -35,3 +38,13 @@ def open_input(arguments: argparse.Namespace) -> Checkpoint:
     if arguments.out:
         check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
     return checkpoint
+
+
+def save(cut: Cut, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Write OUT and return its history entry; None for a dry run. Says which."""
+    if arguments.dry_run:
+        print("dry run: nothing written")
+        return None
+    entry = write_cut(cut, arguments.out, arguments.overwrite, arguments.max_shard_bytes)
+    print(f"wrote {arguments.out}")
+    return entry

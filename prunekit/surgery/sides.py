@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from prunekit.families import Family, Stack
 from prunekit.model.replay import Replay, Store, find_stack, in_memory, record_calls
 
 from .in_memory import removed
-from .layers import Removal
+from .layers import LayersPlan
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # times the mean of the normal matrix's diagonal
 # Share of the error that comes into a layer for which its refit makes up: all asks too much of what is left there, none
@@ -32,7 +33,9 @@ class LeastSquares:
     """Weighted normal equations of y = D x, gathered batch by batch. x: (n, inputs), y: (n, outputs)."""
 
     def __init__(self) -> None:
-        self.xx = self.xy = self.yy = 0.0
+        self.xx: Any = 0.0
+        self.xy: Any = 0.0
+        self.yy = 0.0
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         weighted = x * weight[:, None]
@@ -134,6 +137,7 @@ class Refit:
 def states_between(layer: nn.Module, row: Stack, store: Store = in_memory) -> Iterator[list[torch.Tensor]]:
     """Within the block every run of the layer appends its state between attention and MLP."""
     states: list[torch.Tensor] = []
+    entered = torch.empty(0)
 
     def written(module, inputs, output):
         states.append(store(entered + output))
@@ -142,7 +146,6 @@ def states_between(layer: nn.Module, row: Stack, store: Store = in_memory) -> It
         nonlocal entered
         entered = inputs[0]
 
-    entered = torch.empty(0)
     with (
         layer.register_forward_pre_hook(enter),
         layer.get_submodule(row.o).register_forward_hook(written),
@@ -162,7 +165,7 @@ class Sides:
         judged: range,
         calls: list[tuple[tuple, dict]],
         store: Store = in_memory,
-        plan: Removal | None = None,
+        plan: LayersPlan | None = None,
     ):
         """`judged`: batches that only judge. `calls`: the uncut stack's. `plan`: of the layers that the student lacks."""
         self.model, self.stack, self.batches, self.judged, self.store = model, stack, batches, judged, store
@@ -174,7 +177,7 @@ class Sides:
         with self._cut():
             self.student = Replay(model, self.row, record_calls(model, self.row, batches), store)
 
-    def _lose(self, plan: Removal | None) -> None:
+    def _lose(self, plan: LayersPlan | None) -> None:
         gone = plan.removed[self.stack] if plan else []
         self.plan, self.kept = plan, [i for i in range(len(self.layers)) if i not in gone]
 
@@ -207,7 +210,7 @@ class Sides:
             weight = weight * counts.to(weight.device).flatten()
         return weight
 
-    def without(self, plan: Removal) -> "Sides":
+    def without(self, plan: LayersPlan) -> "Sides":
         """These sides for a cut of the same stack that is the same up to where they are."""
         other = copy(self)
         other._lose(plan)

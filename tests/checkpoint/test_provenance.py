@@ -16,7 +16,8 @@ from test_width import cut
 from prunekit.checkpoint import fingerprint, history, open_checkpoint, write_weights
 from prunekit.checkpoint.provenance import data_record, difference, made_from
 from prunekit.errors import PruneKitError
-from prunekit.surgery.layers import apply_removal, choose_from_ranking, plan_removal
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import choose_from_ranking, cut_layers, plan_layers
 from prunekit.surgery.zeros import knockout_importance
 
 
@@ -87,8 +88,8 @@ def test_another_number_in_the_config_is_another_model(own):
 
 def test_a_cut_is_another_model(tiny, tmp_path):
     checkpoint = open_checkpoint(tiny("qwen3_vl"))
-    apply_removal(plan_removal(checkpoint, vision=[2]), tmp_path / "a")
-    apply_removal(plan_removal(checkpoint, vision=[3]), tmp_path / "b")  # of the same shapes
+    write_cut(cut_layers(plan_layers(checkpoint, vision=[2])), tmp_path / "a")
+    write_cut(cut_layers(plan_layers(checkpoint, vision=[3])), tmp_path / "b")  # of the same shapes
     assert len({of(folder) for folder in (tiny("qwen3_vl"), tmp_path / "a", tmp_path / "b")}) == 3
 
 
@@ -365,7 +366,7 @@ def layers_script(script, model, tmp_path, found, *flags):
 
 
 def test_a_ranking_of_the_whole_model_is_refused_for_the_cut_one(tiny, tmp_path, script):
-    apply_removal(plan_removal(open_checkpoint(tiny("qwen3_vl")), vision=[2]), tmp_path / "cut")
+    write_cut(cut_layers(plan_layers(open_checkpoint(tiny("qwen3_vl")), vision=[2])), tmp_path / "cut")
     done = layers_script(script, tmp_path / "cut", tmp_path, ranking(tiny("qwen3_vl")))
     refused(done, "the ranking is of base as it was then", "knockout_check.sh")
     assert not (tmp_path / "out").exists()

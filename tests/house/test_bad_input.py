@@ -30,7 +30,8 @@ from helpers.tiny_taggers import save_tagger, write_rows
 from prunekit import report
 from prunekit.checkpoint import INDEX, fingerprint, open_checkpoint
 from prunekit.errors import PruneKitError, run_script
-from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
 
 SECONDS, MEMORY = 20, 2 * 2**30  # of one script; a good one takes a hundredth of it
 BAD = [
@@ -377,8 +378,8 @@ def test_a_damaged_index_is_refused(name, tiny, tmp_path, tries):
 @pytest.fixture
 def cut(tiny, tmp_path):
     """A vision model that was cut, with its history."""
-    plan = plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[3], vision=[2])
-    apply_removal(plan, tmp_path / "model")
+    plan = plan_layers(open_checkpoint(tiny("qwen3_vl")), text=[3], vision=[2])
+    write_cut(cut_layers(plan), tmp_path / "model")
     return tmp_path / "model"
 
 

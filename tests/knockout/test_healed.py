@@ -12,8 +12,8 @@ from prunekit.knockout.scanner import Scanner
 from prunekit.knockout.trained import Knockout
 from prunekit.model.scores import score_batches
 from prunekit.surgery.in_memory import removed
-from prunekit.surgery.layers import plan_removal
-from prunekit.surgery.layers_fit import heal
+from prunekit.surgery.layers import plan_layers
+from prunekit.surgery.layers_fit import fit_layers
 
 FAMILIES = ["llama", "qwen3_vl", "qwen3_moe", "gpt2"]
 SCORED = text_batches(2, seed=5)
@@ -37,8 +37,8 @@ def loss(records, name):
 def test_what_is_gone_is_healed_as_manual_select_heals_it(family, tiny):
     folder = tiny(family)
     records = healed_scanner(folder).measure([Knockout("text", 2), Knockout("text", 4)], [])
-    model, plan = load(folder), plan_removal(open_checkpoint(folder), text=[2, 4])
-    _, seams = heal(plan, model, calibration(folder), quiet=True)
+    model, plan = load(folder), plan_layers(open_checkpoint(folder), text=[2, 4])
+    seams = fit_layers(plan, model, calibration(folder), quiet=True).seams
     assert any(seam["refitted"] for seam in seams)
     with removed(model, plan):
         assert loss(records, "baseline") == pytest.approx(score_batches(model, SCORED)["loss"], rel=1e-4)
@@ -50,8 +50,8 @@ def test_a_last_layer_s_candidate_is_what_healing_its_seam_gives(family, tiny):
     folder = tiny(family)
     scanner = healed_scanner(folder)
     [found] = [loss(scanner.measure([], [Knockout("text", 4)]), "text-04")]
-    model, plan = load(folder), plan_removal(open_checkpoint(folder), text=[4])
-    _, [seam] = heal(plan, model, calibration(folder), quiet=True)
+    model, plan = load(folder), plan_layers(open_checkpoint(folder), text=[4])
+    [seam] = fit_layers(plan, model, calibration(folder), quiet=True).seams
     with removed(model, plan):
         healed = score_batches(model, SCORED)["loss"]
     assert seam["refitted"]  # else healing has undone it

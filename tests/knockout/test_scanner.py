@@ -12,7 +12,8 @@ from prunekit.checkpoint import open_checkpoint
 from prunekit.knockout.scanner import LIKELIEST, Scanner, _strip_suffix
 from prunekit.knockout.trained import Knockout
 from prunekit.model.scores import score_batches
-from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
 
 CAUSAL = [family for family in FAMILIES if family not in ("bert", "roberta", "camembert", "distilbert")]
 
@@ -64,7 +65,7 @@ def test_a_removal_scores_as_the_checkpoint_cut_on_disk_does(family, tiny, tmp_p
     layers = model.kept("text", [])
     scores = model.measure([], [Knockout("text", layer) for layer in layers], 0)["scores"]
     for layer in (0, 2, layers[-1]):
-        apply_removal(plan_removal(model.checkpoint, text=[layer]), tmp_path / str(layer))
+        write_cut(cut_layers(plan_layers(model.checkpoint, text=[layer])), tmp_path / str(layer))
         expected = score_batches(load(tmp_path / str(layer)), model.batches)
         assert totals(scores[f"text-{layer:02d}"]) == pytest.approx((expected["token_acc"], expected["loss"]), rel=1e-5)
 
@@ -76,7 +77,7 @@ def test_a_block_s_removal_scores_as_the_checkpoint_cut_on_disk_does(family, tin
     blocks = model.kept("vision", [])
     scores = model.measure([], [Knockout("vision", block) for block in blocks], 0)["scores"]
     for block in blocks:
-        apply_removal(plan_removal(model.checkpoint, vision=[block]), tmp_path / str(block))
+        write_cut(cut_layers(plan_layers(model.checkpoint, vision=[block])), tmp_path / str(block))
         expected = score_batches(load(tmp_path / str(block)), model.batches)
         measured = totals(scores[f"vision-{block:02d}"])
         assert measured == pytest.approx((expected["token_acc"], expected["loss"]), rel=1e-5)
@@ -93,7 +94,7 @@ def test_a_second_removal_scores_as_the_checkpoint_without_both_does(tiny, tmp_p
         ("text-03", {"text": [1, 3], "vision": [2]}),
         ("vision-04", {"text": [1], "vision": [2, 4]}),
     ):
-        apply_removal(plan_removal(model.checkpoint, **cut), tmp_path / name)
+        write_cut(cut_layers(plan_layers(model.checkpoint, **cut)), tmp_path / name)
         expected = score_batches(load(tmp_path / name), model.batches)["loss"]
         assert totals(scores[name])[1] == pytest.approx(expected, rel=1e-5)
 

@@ -28,7 +28,8 @@ from prunekit.knockout.trained import (
     plan_knockouts,
     read_curves,
 )
-from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
 
 READER = ROOT / "examples" / "tiny_ocr" / "model"
 FLAGS = [
@@ -86,7 +87,7 @@ def texter(tmp_path_factory):
 )
 def test_a_knockout_in_memory_trains_as_the_checkpoint_cut_on_disk(family, stack, layer, request, tmp_path):
     training = request.getfixturevalue(family)
-    apply_removal(plan_removal(open_checkpoint(training.model), **{stack: [layer]}), tmp_path / "cut")
+    write_cut(cut_layers(plan_layers(open_checkpoint(training.model), **{stack: [layer]})), tmp_path / "cut")
     on_disk = replace(training, model=tmp_path / "cut").result(Knockout(), [])
     in_memory = training.result(Knockout(stack, layer), [])
     assert on_disk["error"] is None and len(on_disk["training"]) == 2

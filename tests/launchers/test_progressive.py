@@ -12,8 +12,9 @@ from test_width import cut
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.critical import critical_parameters
 from prunekit.errors import PruneKitError
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.kv import apply_kv_merge, plan_kv_merge
-from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.training.publish import publish
 
 
@@ -135,15 +136,15 @@ def test_of_narrow_layers_the_parts_that_were_cut_are_trained(family, tiny, tmp_
 
 def test_the_layers_beside_removed_ones_are_trained_by_their_new_numbers(tiny, tmp_path):
     checkpoint = open_checkpoint(tiny("qwen3_vl"))
-    apply_removal(plan_removal(checkpoint, text=[2], vision=[5]), tmp_path / "one")
-    apply_removal(plan_removal(open_checkpoint(tmp_path / "one"), text=[0]), tmp_path / "two")
+    write_cut(cut_layers(plan_layers(checkpoint, text=[2], vision=[5])), tmp_path / "one")
+    write_cut(cut_layers(plan_layers(open_checkpoint(tmp_path / "one"), text=[0])), tmp_path / "two")
     names = trained_by(tmp_path / "two")
     layers = {tuple(re.search(r"(language_model|visual)\.(?:layers|blocks)\.(\d+)", name).groups()) for name in names}
     assert layers == {("language_model", "0"), ("language_model", "1"), ("visual", "4")}
 
 
 def test_a_training_in_between_ends_what_is_critical(tiny, tmp_path):
-    apply_removal(plan_removal(open_checkpoint(tiny("llama")), text=[2]), tmp_path / "cut")
+    write_cut(cut_layers(plan_layers(open_checkpoint(tiny("llama")), text=[2])), tmp_path / "cut")
     publish(tmp_path / "cut", tmp_path / "trained", tmp_path / "cut", "full_run")
     with pytest.raises(PruneKitError, match="nothing was cut from it since it was trained"):
         critical_parameters(open_checkpoint(tmp_path / "trained"))

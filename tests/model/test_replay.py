@@ -9,8 +9,9 @@ from helpers.tiny_models import FAMILIES, VISION, load, logits
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.model.replay import Replay, find_stack, record_calls
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.in_memory import cut, removed
-from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.layers import cut_layers, plan_layers
 
 IDS = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(2))
 BATCHES = [{"input_ids": ids[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)} for ids in IDS]
@@ -22,8 +23,8 @@ def cuts(family):
 
 @pytest.mark.parametrize("family, numbers", [(family, cut) for family in FAMILIES for cut in cuts(family)])
 def test_a_model_cut_in_memory_gives_the_logits_of_the_checkpoint_cut_on_disk(family, numbers, tiny, tmp_path):
-    plan = plan_removal(open_checkpoint(tiny(family)), **numbers)
-    apply_removal(plan, tmp_path / "out")
+    plan = plan_layers(open_checkpoint(tiny(family)), **numbers)
+    write_cut(cut_layers(plan), tmp_path / "out")
     model = load(tiny(family))
     with removed(model, plan):
         assert torch.equal(logits(model), logits(load(tmp_path / "out")))
@@ -32,8 +33,8 @@ def test_a_model_cut_in_memory_gives_the_logits_of_the_checkpoint_cut_on_disk(fa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_cut_for_good_is_the_checkpoint_cut_on_disk_and_lets_go_of_the_layers(family, tiny, tmp_path):
     numbers = {"text": [1, 3]} | ({"vision": [0, 3]} if family in VISION else {})
-    plan = plan_removal(open_checkpoint(tiny(family)), **numbers)
-    apply_removal(plan, tmp_path / "out")
+    plan = plan_layers(open_checkpoint(tiny(family)), **numbers)
+    write_cut(cut_layers(plan), tmp_path / "out")
     model, on_disk = load(tiny(family)), load(tmp_path / "out")
     owner, attribute = find_stack(model, plan.source.family.text)
     layer = weakref.ref(getattr(owner, attribute)[1])
@@ -45,8 +46,8 @@ def test_a_model_cut_for_good_is_the_checkpoint_cut_on_disk_and_lets_go_of_the_l
 
 
 def test_a_decoder_cut_for_good_generates_with_its_cache(tiny, tmp_path):
-    plan = plan_removal(open_checkpoint(tiny("qwen3")), text=[1, 3])
-    apply_removal(plan, tmp_path / "out")
+    plan = plan_layers(open_checkpoint(tiny("qwen3")), text=[1, 3])
+    write_cut(cut_layers(plan), tmp_path / "out")
     model = load(tiny("qwen3"))
     cut(model, plan)
     words = [m.generate(IDS, max_new_tokens=8, do_sample=False) for m in (model, load(tmp_path / "out"))]
@@ -54,8 +55,8 @@ def test_a_decoder_cut_for_good_generates_with_its_cache(tiny, tmp_path):
 
 
 def test_mergers_dropped_in_memory_are_those_dropped_on_disk(tiny, tmp_path):
-    plan = plan_removal(open_checkpoint(tiny("qwen3_vl")), vision=[3], drop_taps=[1])
-    apply_removal(plan, tmp_path / "out")
+    plan = plan_layers(open_checkpoint(tiny("qwen3_vl")), vision=[3], drop_taps=[1])
+    write_cut(cut_layers(plan), tmp_path / "out")
     model = load(tiny("qwen3_vl"))
     with removed(model, plan):
         assert torch.equal(logits(model), logits(load(tmp_path / "out")))
@@ -66,7 +67,7 @@ def test_a_model_is_as_before_after_a_cut_in_memory_that_failed(family, tiny):
     model = load(tiny(family))
     before = logits(model)
     config = model.config.to_json_string()
-    with pytest.raises(KeyError), removed(model, plan_removal(open_checkpoint(tiny(family)), text=[1, 3])):
+    with pytest.raises(KeyError), removed(model, plan_layers(open_checkpoint(tiny(family)), text=[1, 3])):
         raise KeyError
     assert torch.equal(logits(model), before)
     assert model.config.to_json_string() == config

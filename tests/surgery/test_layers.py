@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from prunekit.checkpoint import history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import (
-    apply_removal,
     cautions,
     choose_from_ranking,
+    cut_layers,
     parse_numbers,
     place_taps,
-    plan_removal,
+    plan_layers,
 )
 
 EXAMPLE = ROOT / "examples/tiny_ocr/model"
@@ -58,7 +59,7 @@ def delete(model, numbers):
 
 
 def cut(folder, out, **kwargs):
-    return apply_removal(plan_removal(open_checkpoint(folder), **kwargs), out)
+    return write_cut(cut_layers(plan_layers(open_checkpoint(folder), **kwargs)), out)
 
 
 def edit_config(folder, edit):
@@ -218,9 +219,9 @@ def test_layers_that_scale_by_their_number_are_refused_unless_last(own):
     folder = own("gpt2")
     edit_config(folder, lambda config: config.update(scale_attn_by_inverse_layer_idx=True))
     checkpoint = open_checkpoint(folder)
-    assert plan_removal(checkpoint, text=[4]).removed == {"text": [4]}
+    assert plan_layers(checkpoint, text=[4]).removed == {"text": [4]}
     with pytest.raises(PruneKitError, match="only the last ones"):
-        plan_removal(checkpoint, text=[1])
+        plan_layers(checkpoint, text=[1])
 
 
 # --- DeepStack -------------------------------------------------------------------------------------------------------
@@ -258,8 +259,8 @@ def test_taps_are_placed_with_the_least_movement_there_is():
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("vision", [[3], [5], [3, 4], [1, 2], [0, 1, 2]], ids=str)
 def test_mergers_get_the_blocks_their_taps_moved_to(family, vision, tiny, tmp_path):
-    plan = plan_removal(open_checkpoint(tiny(family)), vision=vision)
-    apply_removal(plan, tmp_path / "out")
+    plan = plan_layers(open_checkpoint(tiny(family)), vision=vision)
+    write_cut(cut_layers(plan), tmp_path / "out")
     reference = skip(build(family), "vision", vision)
     reference.model.visual.deepstack_visual_indexes = [after for _, after in plan.taps]
     assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
@@ -291,7 +292,7 @@ def test_a_tap_is_dropped_with_its_merger(tiny, tmp_path):
 )
 def test_taps_without_a_place_are_refused(kwargs, message, tiny):
     with pytest.raises(PruneKitError, match=message):
-        plan_removal(open_checkpoint(tiny("qwen3_vl")), **kwargs)
+        plan_layers(open_checkpoint(tiny("qwen3_vl")), **kwargs)
 
 
 @pytest.mark.parametrize("taps", [[1, 3, 6], [1, 1, 4], [3, 1, 4], ["1"], None], ids=str)
@@ -320,7 +321,7 @@ def test_taps_that_transformers_would_silently_skip_are_refused(taps, own):
 )
 def test_impossible_removals_are_refused(family, kwargs, message, tiny):
     with pytest.raises(PruneKitError, match=message):
-        plan_removal(open_checkpoint(tiny(family)), **{k: list(v) for k, v in kwargs.items()})
+        plan_layers(open_checkpoint(tiny(family)), **{k: list(v) for k, v in kwargs.items()})
 
 
 def test_numbers_and_ranges_are_parsed():
@@ -418,7 +419,7 @@ def test_a_ranking_gives_no_more_layers_than_allowed(tiny):
 def test_a_ranking_gives_no_more_parameters_than_allowed(tiny):
     removals = ranking(("text", 3, 1.0), ("text", 2, 1.0), ("vision", 2, 1.0))
     checkpoint = open_checkpoint(tiny("qwen3_vl"))
-    one = plan_removal(checkpoint, text=[3]).result
+    one = plan_layers(checkpoint, text=[3]).result
     fraction = 1 - statistics(one)["parameters"] / statistics(checkpoint)["parameters"]
     assert chosen(tiny, removals, max_fraction=fraction) == [("text", 3)]
 
@@ -454,7 +455,7 @@ def test_a_greedy_path_ends_at_the_most_layers(tiny):
 def test_a_greedy_path_ends_where_it_would_take_too_many_parameters(tiny):
     path = greedy(("vision", 3, 0.99), ("text", 3, 0.98), ("vision", 2, 0.97))
     checkpoint = open_checkpoint(tiny("qwen3_vl"))
-    two = statistics(plan_removal(checkpoint, vision=[2, 3]).result)["parameters"]
+    two = statistics(plan_layers(checkpoint, vision=[2, 3]).result)["parameters"]
     fraction = 1 - two / statistics(checkpoint)["parameters"]
     assert chosen(tiny, path, max_fraction=fraction) == [("vision", 3)]
 
@@ -529,12 +530,12 @@ def test_the_script_drops_what_a_ranking_says(tiny, tmp_path, script):
     ],
 )
 def test_more_than_a_quarter_at_once_is_warned_of(text, vision, named):
-    (said,) = cautions(plan_removal(open_checkpoint(EXAMPLE), text, vision))
+    (said,) = cautions(plan_layers(open_checkpoint(EXAMPLE), text, vision))
     assert said.startswith(f"{named} at once")
 
 
 def test_more_than_ten_layers_are_warned_of_whatever_their_share(monkeypatch):
-    plan = plan_removal(open_checkpoint(EXAMPLE), [2, 7], [4])
+    plan = plan_layers(open_checkpoint(EXAMPLE), [2, 7], [4])
     assert cautions(plan) == []
     monkeypatch.setattr("prunekit.surgery.layers.MOST_LAYERS", 2)
     assert cautions(plan)[0].startswith("2 of 8 text layers and 1 of 6 vision layers at once")

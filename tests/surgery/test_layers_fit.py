@@ -21,9 +21,10 @@ from prunekit.model.load import load_model
 from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 from prunekit.surgery import layers_fit as healing
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.in_memory import removed
-from prunekit.surgery.layers import apply_removal, check_healable, find_seams, plan_removal
-from prunekit.surgery.layers_fit import heal
+from prunekit.surgery.layers import check_healable, cut_layers, find_seams, plan_layers
+from prunekit.surgery.layers_fit import fit_layers
 from prunekit.surgery.sides import LeastSquares, Sides
 
 HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
@@ -66,11 +67,11 @@ def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
         block.mlp.c_proj.bias.normal_(generator=torch.Generator().manual_seed(3))
     model.save_pretrained(tmp_path / "model")
     before = logits(model)
-    plan = plan_removal(open_checkpoint(tmp_path / "model"), text=[2])
+    plan = plan_layers(open_checkpoint(tmp_path / "model"), text=[2])
     calibration = self_labelled(model, data())
-    cut, _ = heal(plan, model, calibration)
-    apply_removal(cut, tmp_path / "healed")
-    apply_removal(plan, tmp_path / "unhealed")
+    cut = fit_layers(plan, model, calibration)
+    write_cut(cut, tmp_path / "healed")
+    write_cut(cut_layers(plan), tmp_path / "unhealed")
     unhealed = (logits(load(tmp_path / "unhealed")) - before).abs().max()
     assert unhealed > 0.5
     assert (logits(load(tmp_path / "healed")) - before).abs().max() < 0.05 * unhealed
@@ -78,7 +79,7 @@ def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
 
 def sides_of(model, folder, calibration, gone):
     """The sides of a llama that loses these layers."""
-    plan = plan_removal(open_checkpoint(folder), text=gone)
+    plan = plan_layers(open_checkpoint(folder), text=gone)
     batches = [*calibration.fit, *calibration.held_out]
     judged = range(len(calibration.fit), len(batches))
     calls = record_calls(model, ROWS["llama"].text, batches)
@@ -92,7 +93,7 @@ def test_a_seam_behind_refits_taken_back_is_healed_as_if_they_had_not_been_tried
     losses = iter([1.0, 2.0, 2.0, 0.5, 2.0])
     monkeypatch.setattr(healing, "score_batches", lambda *_: {"loss": next(losses)})
     model, calibration = load(tmp_path), data()
-    _, seams = heal(plan_removal(open_checkpoint(tmp_path), text=[1, 5]), model, calibration)
+    seams = fit_layers(plan_layers(open_checkpoint(tmp_path), text=[1, 5]), model, calibration).seams
     assert [seam["refitted"] for seam in seams] == [[], [4]]
     alone = load(tmp_path)
     with torch.inference_mode():
@@ -106,11 +107,11 @@ def test_a_seam_behind_refits_taken_back_is_healed_as_if_they_had_not_been_tried
 def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, tmp_path):
     model = load(tiny(family))
     calibration = self_labelled(model, data())
-    plan, seams = heal(plan_removal(open_checkpoint(tiny(family)), text=[1, 3]), model, calibration)
-    apply_removal(plan, tmp_path / "out")
+    cut = fit_layers(plan_layers(open_checkpoint(tiny(family)), text=[1, 3]), model, calibration)
+    write_cut(cut, tmp_path / "out")
     loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
-    assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
-    assert any(seam["refitted"] for seam in seams), "nothing was healed, so that nothing was tested"
+    assert loss == pytest.approx(cut.seams[-1]["loss_after"], rel=1e-5)
+    assert any(seam["refitted"] for seam in cut.seams), "nothing was healed, so that nothing was tested"
 
 
 def picture_batches(count, seed):
@@ -136,23 +137,23 @@ def picture_batches(count, seed):
 def test_both_stacks_of_one_model_are_healed_each_on_its_own_states(tiny, tmp_path):
     model = load(tiny("qwen3_vl"))
     calibration = self_labelled(model, Calibration(picture_batches(12, 0), picture_batches(4, 1), 700))
-    plan = plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[2], vision=[2])
-    plan, seams = heal(plan, model, calibration)
-    assert [(seam["stack"], seam["layer"]) for seam in seams] == [("vision", 1), ("text", 1)]
-    assert all(seam["refitted"] for seam in seams)
-    apply_removal(plan, tmp_path / "out")
+    plan = plan_layers(open_checkpoint(tiny("qwen3_vl")), text=[2], vision=[2])
+    cut = fit_layers(plan, model, calibration)
+    assert [(seam["stack"], seam["layer"]) for seam in cut.seams] == [("vision", 1), ("text", 1)]
+    assert all(seam["refitted"] for seam in cut.seams)
+    write_cut(cut, tmp_path / "out")
     loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
-    assert loss == pytest.approx(seams[-1]["loss_after"], rel=1e-5)
+    assert loss == pytest.approx(cut.seams[-1]["loss_after"], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_loss_on_held_out_rows_never_rises(family, tiny):
     model = load(tiny(family))
-    plan = plan_removal(open_checkpoint(tiny(family)), text=[1, 3])
+    plan = plan_layers(open_checkpoint(tiny(family)), text=[1, 3])
     calibration = self_labelled(model, data())
     with removed(model, plan):
         unhealed = score_batches(model, calibration.held_out)["loss"]
-    _, seams = heal(plan, model, calibration)
+    seams = fit_layers(plan, model, calibration).seams
     losses = [unhealed, *(seam["loss_after"] for seam in seams)]
     assert losses == sorted(losses, reverse=True)
 
@@ -161,13 +162,13 @@ def test_the_loss_on_held_out_rows_never_rises(family, tiny):
 def test_only_output_projections_of_refitted_layers_change(family, tiny):
     checkpoint = open_checkpoint(tiny(family))
     model = load(tiny(family))
-    plan, seams = heal(plan_removal(checkpoint, text=[1, 3]), model, self_labelled(model, data()))
+    cut = fit_layers(plan_layers(checkpoint, text=[1, 3]), model, self_labelled(model, data()))
     row = checkpoint.family.text
     kept = [0, 2, 4]
-    refitted = [kept.index(layer) for seam in seams for layer in seam["refitted"]]
+    refitted = [kept.index(layer) for seam in cut.seams for layer in seam["refitted"]]
     outputs = "|".join(re.escape(name) for name in (row.o, row.mlp[-1], row.mlp[-1].rpartition(".")[0] + ".experts"))
     allowed = rf"{row.prefix}(?:{'|'.join(map(str, refitted))})\.(?:{outputs})\b.*"
-    changed = [name for name, tensor in plan.result.tensors.items() if tensor.compute]
+    changed = [name for name, tensor in cut.result.tensors.items() if tensor.compute]
     assert changed and all(re.fullmatch(allowed, name) for name in changed)
 
 
@@ -176,40 +177,40 @@ def test_a_refit_that_does_not_gain_leaves_the_model_as_it_was(tiny, monkeypatch
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr(LeastSquares, "solve", lambda self, ridge: torch.full_like(self.xy.T, 5.0))
     monkeypatch.setattr(LeastSquares, "left", lambda self, solution: 0.5)  # as if it were good on the held-out rows
-    plan, seams = heal(plan_removal(open_checkpoint(tiny("llama")), text=[1, 3]), model, self_labelled(model, data()))
-    assert [seam["refitted"] for seam in seams] == [[], []]
-    assert not any(tensor.compute for tensor in plan.result.tensors.values())
+    cut = fit_layers(plan_layers(open_checkpoint(tiny("llama")), text=[1, 3]), model, self_labelled(model, data()))
+    assert [seam["refitted"] for seam in cut.seams] == [[], []]
+    assert not any(tensor.compute for tensor in cut.result.tensors.values())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_healing_twice_from_the_same_files_gives_the_same_bytes(tiny, tmp_path):
     for name in ("one", "two"):
         model = load(tiny("qwen3"))
-        plan, _ = heal(plan_removal(open_checkpoint(tiny("qwen3")), text=[2]), model, self_labelled(model, data()))
-        apply_removal(plan, tmp_path / name)
+        cut = fit_layers(plan_layers(open_checkpoint(tiny("qwen3")), text=[2]), model, self_labelled(model, data()))
+        write_cut(cut, tmp_path / name)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
 
 def test_runs_of_removed_layers_are_one_seam(tiny):
-    seams = find_seams(plan_removal(open_checkpoint(tiny("qwen3_vl")), text=[1, 2], vision=[0, 4, 5]))
+    seams = find_seams(plan_layers(open_checkpoint(tiny("qwen3_vl")), text=[1, 2], vision=[0, 4, 5]))
     assert [(s.stack, s.before, s.gone) for s in seams] == [("vision", 3, (4, 5)), ("text", 0, (1, 2))]
 
 
 def test_layers_behind_a_seam_belong_to_it_up_to_the_next(tiny):
-    seams = find_seams(plan_removal(open_checkpoint(tiny("qwen3_vl")), vision=[1, 4]))
+    seams = find_seams(plan_layers(open_checkpoint(tiny("qwen3_vl")), vision=[1, 4]))
     assert [(s.before, s.behind) for s in seams] == [(0, (2,)), (3, (5,))]
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(HEALABLE)))
 def test_families_with_norms_behind_their_projections_are_refused(family, tiny):
     with pytest.raises(PruneKitError, match=f"--heal: {family} has norms"):
-        check_healable(plan_removal(open_checkpoint(tiny(family)), text=[1]))
+        check_healable(plan_layers(open_checkpoint(tiny(family)), text=[1]))
 
 
 def test_a_cut_with_no_layer_before_it_is_refused(tiny):
     with pytest.raises(PruneKitError, match="no layer is left before"):
-        check_healable(plan_removal(open_checkpoint(tiny("llama")), text=[0, 1]))
+        check_healable(plan_layers(open_checkpoint(tiny("llama")), text=[0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path
 def test_vision_blocks_are_not_healed_on_rows_without_images(tiny):
     folder = tiny("qwen3_vl")
     with pytest.raises(PruneKitError, match="has an image"):
-        heal(plan_removal(open_checkpoint(folder), vision=[5]), load(folder), data(), quiet=True)
+        fit_layers(plan_layers(open_checkpoint(folder), vision=[5]), load(folder), data(), quiet=True)
 
 
 def test_messages_for_an_encoder_are_refused(tiny):
@@ -326,6 +327,6 @@ def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
     healed = score_batches(load_model(checkpoint), batches)["loss"]
     model = load_model(open_checkpoint(EXAMPLE))
     base = score_batches(model, batches)["loss"]
-    with removed(model, plan_removal(open_checkpoint(EXAMPLE), text=[5, 7], vision=[4])):
+    with removed(model, plan_layers(open_checkpoint(EXAMPLE), text=[5, 7], vision=[4])):
         unhealed = score_batches(model, batches)["loss"]
     assert unhealed - healed > 0.3 * (unhealed - base)

@@ -23,7 +23,8 @@ from prunekit.checkpoint import history, open_checkpoint
 from prunekit.checkpoint.provenance import data_record
 from prunekit.errors import PruneKitError
 from prunekit.serving.run import load_served, pad
-from prunekit.surgery.layers import apply_removal, plan_removal
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.tagger.ner import (
     Data,
     Row,
@@ -78,7 +79,7 @@ def ner_run(monkeypatch):
 
 
 def student_of(folder, out, gone=(1,)):
-    apply_removal(plan_removal(open_checkpoint(folder), text=gone), out)
+    write_cut(cut_layers(plan_layers(open_checkpoint(folder), text=gone)), out)
     return out
 
 

@@ -145,9 +145,10 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
     from prunekit.checkpoint import open_checkpoint
     from prunekit.data.encode import encoder_of
     from prunekit.data.rows import Rows
-    from prunekit.surgery.layers import apply_removal, plan_removal
+    from prunekit.surgery.cut import write_cut
+    from prunekit.surgery.layers import cut_layers, plan_layers
 
-    apply_removal(plan_removal(open_checkpoint(TEACHER), [0]), tmp_path / "student")
+    write_cut(cut_layers(plan_layers(open_checkpoint(TEACHER), [0])), tmp_path / "student")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     flags = f"""
