@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers.lab import Lab
 from helpers.paths import ROOT
 from helpers.tiny_models import save
 
@@ -89,3 +90,12 @@ def script():
         return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     return run
+
+
+@pytest.fixture
+def lab(tmp_path, tmp_path_factory, tiny):
+    lab = Lab(tmp_path, tiny("qwen3_vl"))
+    lab.env["MPLCONFIGDIR"] = str(tmp_path_factory.getbasetemp() / "matplotlib")  # its list of fonts takes seconds
+    yield lab
+    for pid in lab.left():
+        os.kill(pid, signal.SIGKILL)

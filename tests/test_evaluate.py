@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import load
 from helpers.tiny_taggers import save_tokenizer
 from PIL import Image
@@ -378,7 +378,7 @@ def test_an_image_that_breaks_while_it_is_decoded_is_named(tmp_path):
     image.write_bytes(whole[:200] + bytes(500) + whole[700:])  # whole at both ends
     row = asked("a", "<image>?", images=[str(image)])
     with pytest.raises(PruneKitError, match="image.png"):
-        judged(ROOT / "examples" / "tiny_ocr" / "model", tmp_path, [row])
+        judged(EMBEDDED, tmp_path, [row])
 
 
 def test_an_answer_without_a_question_is_refused(refused):

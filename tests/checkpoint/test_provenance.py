@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cuts import cut_width
+from helpers.lab import values
 from helpers.tiny_models import FAMILIES
 from safetensors.torch import load_file, save_file
-from test_launchers import lab, values  # noqa: F401  (lab is a fixture)
-from test_width import cut
 
 from prunekit.checkpoint import fingerprint, history, open_checkpoint, write_weights
 from prunekit.checkpoint.provenance import data_record, difference, made_from
@@ -159,7 +159,7 @@ def test_a_difference_names_the_settings_and_paths_that_changed():
 
 
 @pytest.fixture
-def mine(lab, tmp_path):  # noqa: F811
+def mine(lab, tmp_path):
     """A lab whose MODEL is its own, to be changed."""
     lab.model = shutil.copytree(lab.env["MODEL"], tmp_path / "mine")
     lab.env["MODEL"] = "mine"
@@ -250,7 +250,7 @@ def test_what_a_writer_killed_half_way_left_is_no_record(mine):
     assert mine.run("full_run.sh", GPUS="").returncode == 0
 
 
-def test_the_history_of_a_distillation_says_its_teacher_and_data(lab):  # noqa: F811
+def test_the_history_of_a_distillation_says_its_teacher_and_data(lab):
     assert lab.run("distil.sh", GPUS="").returncode == 0
     settings = history(lab.out)[-1]["settings"]
     assert settings["teacher_model"] == [{"path": lab.env["TEACHER"], "fingerprint": of(lab.env["TEACHER"])}]
@@ -264,7 +264,7 @@ def test_the_history_of_a_distillation_says_its_teacher_and_data(lab):  # noqa: 
 
 def test_phases_of_another_model_are_refused_and_restart_makes_them_anew(mine, tmp_path):
     shutil.rmtree(mine.model)
-    cut(mine.env["TEACHER"], mine.model, head_share=0.5)
+    cut_width(mine.env["TEACHER"], mine.model, head_share=0.5)
     assert mine.run("progressive_run.sh", GPUS="").returncode == 0
     mine.out.rename(tmp_path / "old")
     change_one_weight(mine.model)

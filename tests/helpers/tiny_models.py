@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 VISION_TOKENS = {
     "image_token_id": 120,
@@ -167,3 +168,16 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
             **inputs,
             **({"use_cache": False} if hasattr(model.config, "use_cache") else {}),
         ).logits
+
+
+def text_config(model):
+    return model.config.get_text_config()
+
+
+def head_dim_of(model):
+    config = text_config(model)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def tensors_of(folder):
+    return load_file(folder / "model.safetensors")

@@ -1,32 +1,25 @@
 """The embedded model reads, and its data are what they claim to be."""
 
-import importlib.util
 import json
 import string
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED
+from helpers.tiny_ocr import tiny_ocr
 from PIL import Image
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
-
-FOLDER = ROOT / "examples" / "tiny_ocr"
-MODEL = FOLDER / "model"
-spec = importlib.util.spec_from_file_location("tiny_ocr", FOLDER / "tiny_ocr.py")
-tiny_ocr = sys.modules["tiny_ocr"] = importlib.util.module_from_spec(spec)  # by name for its worker processes
-spec.loader.exec_module(tiny_ocr)
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return AutoProcessor.from_pretrained(MODEL)
+    return AutoProcessor.from_pretrained(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Qwen3VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+    return Qwen3VLForConditionalGeneration.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,7 @@ def held_out():
 
 
 def test_the_model_is_a_qwen3_vl_with_gqa_qk_norm_and_deepstack():
-    config = json.loads((MODEL / "config.json").read_text())
+    config = json.loads((EMBEDDED / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
     assert config["model_type"] == "qwen3_vl"
     assert text["num_key_value_heads"] >= 4 and text["num_hidden_layers"] == 8 and vision["depth"] >= 6
@@ -48,8 +41,8 @@ def test_the_model_is_a_qwen3_vl_with_gqa_qk_norm_and_deepstack():
 def test_the_weights_are_bf16_safetensors_of_at_most_8_mb():
     from prunekit.checkpoint import open_checkpoint
 
-    assert {tensor.dtype for tensor in open_checkpoint(MODEL).tensors.values()} == {"BF16"}
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 8e6
+    assert {tensor.dtype for tensor in open_checkpoint(EMBEDDED).tensors.values()} == {"BF16"}
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) <= 8e6
 
 
 def test_the_model_reads_held_out_words_by_generation(model, processor, held_out):

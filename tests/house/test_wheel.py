@@ -8,7 +8,7 @@ import sys
 import zipfile
 
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 
 # Every process of a test: an own prunekit, and none that opens a file of the checkout
 WATCH = f"""
@@ -37,7 +37,7 @@ def installed(tmp_path_factory):
 @pytest.fixture
 def run(installed, tmp_path):
     """run(*arguments): Python with the wheel alone, in a folder with a model, a script and rows of messages."""
-    shutil.copytree(ROOT / "examples/tiny_ocr/model", tmp_path / "model")
+    shutil.copytree(EMBEDDED, tmp_path / "model")
     shutil.copy(ROOT / "kv_cut.py", tmp_path)
     rows = [
         {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"ab{n}"}]} for n in range(20)

@@ -11,9 +11,8 @@ import time
 import psutil
 import pytest
 from helpers.cluster_tasks import SlowTraining, process_number, root_of, sleep_or_return, surroundings
-from helpers.paths import ROOT
-from test_search import EMBEDDED, texts  # noqa: F401  # texts is a fixture
-from test_trained import left_running, pictures, reader  # noqa: F401  # fixtures
+from helpers.paths import EMBEDDED, ROOT
+from helpers.trainings import left_running
 
 from prunekit.errors import PruneKitError
 from prunekit.knockout.cluster import connected, run_tasks
@@ -139,7 +138,7 @@ def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path)
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(cluster, reader, monkeypatch):  # noqa: F811
+def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(cluster, reader, monkeypatch):
     runs = [Knockout(), Knockout("text", 1), Knockout("vision", 3)]
     sweep = Sweep(reader, [], 1)
     spread = {record["name"]: record for record in sweep.do_all(runs)}
@@ -157,7 +156,7 @@ def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(clu
 
 @pytest.mark.ci
 @pytest.mark.slow
-def test_a_scan_spread_over_nodes_finds_what_one_machine_does(cluster, texts, monkeypatch, tmp_path):  # noqa: F811
+def test_a_scan_spread_over_nodes_finds_what_one_machine_does(cluster, texts, monkeypatch, tmp_path):
     job = Job(str(EMBEDDED), str(texts), batch_tokens=200)
     candidates = [Knockout("text", 2), Knockout("vision", 3)]
     found = {}

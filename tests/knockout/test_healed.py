@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.calibration import data, self_labelled, text_batches
 from helpers.tiny_models import load
-from test_layers_fit import data, self_labelled, text_batches
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError

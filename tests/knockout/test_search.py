@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,17 +22,7 @@ from prunekit.knockout.scanner import Job
 from prunekit.knockout.search import CRITERION, Records, Scan, find_path, paired
 from prunekit.knockout.trained import Knockout
 
-EMBEDDED = ROOT / "examples" / "tiny_ocr" / "model"
 LAYERS = [Knockout("text", i) for i in range(8)] + [Knockout("vision", i) for i in range(6)]
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory):
-    """Forty rows of text that the embedded model can be scored on."""
-    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rows = [{"text": f"word {i * 7919 % 1000} and {'ab' * (i % 9)}"} for i in range(40)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def run(*arguments, **kwargs):

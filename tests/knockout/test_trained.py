@@ -1,6 +1,5 @@
 """Trained knockouts: what is planned, how a run trains, what is recorded, what an end before time leaves."""
 
-import contextlib
 import json
 import os
 import signal
@@ -9,12 +8,11 @@ import sys
 import time
 from dataclasses import replace
 
-import psutil
 import pytest
 import transformers as hf
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import KV4, TEXT
-from PIL import Image
+from helpers.trainings import FLAGS, left_running
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
@@ -31,47 +29,13 @@ from prunekit.knockout.trained import (
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
 
-READER = ROOT / "examples" / "tiny_ocr" / "model"
-FLAGS = [
-    *("--use_cpu", "true", "--torch_dtype", "float32", "--fp16", "false", "--bf16", "false"),
-    *("--gradient_checkpointing", "true", "--dataloader_num_workers", "0", "--check_model", "false"),
-    *("--add_version", "false", "--seed", "42", "--report_to", "none", "--tuner_type", "full"),
-    *("--freeze_vit", "false", "--freeze_aligner", "false", "--gradient_accumulation_steps", "1"),
-    *("--per_device_train_batch_size", "4", "--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1"),
-    *("--learning_rate", "1e-3"),
-]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Messages with images, for the embedded reader."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for number in range(12):
-        Image.effect_noise((192, 32), 20 * number).save(folder / f"{number}.png")
-        question = {"role": "user", "content": "<image>Read the text."}
-        answer = {"role": "assistant", "content": "abc"[number % 3] * 4}
-        rows.append({"messages": [question, answer], "images": [str(folder / f"{number}.png")]})
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "data.jsonl"
-
-
-@pytest.fixture(scope="module")
-def reader(pictures, tmp_path_factory):
-    """How to train the embedded reader, a Qwen3-VL, for two steps."""
-    arguments = (
-        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "qwen_vl_token_ids.py"),
-        "--dataset", str(pictures), "--val_dataset", str(pictures),
-    )  # fmt: skip
-    return Training(READER, "qwen3_vl", tmp_path_factory.mktemp("reader"), arguments, "group")
-
 
 @pytest.fixture(scope="module")
 def texter(tmp_path_factory):
     """How to train a tiny Qwen3 for two steps."""
     folder = tmp_path_factory.mktemp("texter")
     hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT | KV4 | {"vocab_size": 300})).save_pretrained(folder / "model")
-    hf.AutoTokenizer.from_pretrained(READER).save_pretrained(folder / "model")
+    hf.AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / "model")
     rows = [
         {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * n}]}
         for n in range(1, 9)
@@ -346,7 +310,7 @@ def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
         "--max_steps", "4", "--eval_steps", "4", "--per_device_eval_batch_size", "40",
         "--dataset", str(tmp_path / "train.jsonl"), "--val_dataset", str(tmp_path / "val.jsonl"),
     )  # fmt: skip
-    sweep = Sweep(Training(READER, "qwen3_vl", tmp_path / "out", arguments, "group"), [], 1)
+    sweep = Sweep(Training(EMBEDDED, "qwen3_vl", tmp_path / "out", arguments, "group"), [], 1)
     runs = [Knockout(), *(Knockout("text", layer) for layer in (0, 1, 6))]
     ranking = knockout.sweep_all(sweep, runs, None, tmp_path / "out")
     assert [entry["name"] for entry in ranking["removals"]] == ["text-06", "text-01", "text-00"]
@@ -415,23 +379,6 @@ def test_a_sweep_ended_keeps_what_is_done_and_the_same_command_does_the_rest(end
     again = start_sweep(training)
     assert list(said_by(again)) == ["todo text-02 text-03", "text-02 None", "text-03 None"]
     assert again.wait(timeout=20) == 0
-
-
-def left_running(word, within=10):
-    """The processes with this word in their command line or environment that are still there after `within` s."""
-    end = time.monotonic() + within
-    while left := [p for p in psutil.process_iter() if p.pid != os.getpid() and word in said(p)]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    return left
-
-
-def said(process):
-    with contextlib.suppress(psutil.Error):
-        if process.status() != psutil.STATUS_ZOMBIE:
-            return " ".join([*process.cmdline(), *process.environ().values()])
-    return ""
 
 
 @pytest.mark.parametrize("end", [ctrl_c, kill_9])

@@ -7,13 +7,12 @@ import sys
 import pytest
 import torch
 import transformers as hf
-from helpers.paths import ROOT
+from helpers.calibration import write_texts
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import TEXT
+from helpers.tiny_ocr import save_tiny_ocr_with_wide_heads, tiny_ocr
 from helpers.tiny_taggers import save_tagger
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from test_layers_fit import write_texts
-from test_tiny_ocr import MODEL, tiny_ocr
 
 from prunekit.checkpoint import open_checkpoint, statistics
 
@@ -32,30 +31,6 @@ def clients():
         pytest.skip(" ".join(done.stderr.splitlines()[-2:]))
     assert done.returncode == 0, done.stderr
     return ROOT / ".venv-rehearsal/bin"
-
-
-def save_tiny_ocr_with_wide_heads(folder):
-    """The embedded model with head_dim 32 instead of 16, and the same function.
-
-    Each half of a head, which RoPE turns against the other, is padded with zeros from 8 to 16. The square of
-    rope_theta gives the first 8 the old frequencies, the norms' weight makes up for the mean over twice as many and
-    for the scale of the scores.
-    """
-    processor, model = hf.AutoProcessor.from_pretrained(MODEL), {}
-    for name, values in load_file(MODEL / "model.safetensors").items():
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_norm.weight", "k_norm.weight")):
-            halves = values.reshape(-1, 2, 8, *values.shape[1:])
-            values = torch.cat([halves, torch.zeros_like(halves)], 2).reshape(-1, *values.shape[1:])
-        elif name.endswith("self_attn.o_proj.weight"):
-            halves = values.reshape(len(values), -1, 2, 8)
-            values = torch.cat([halves, torch.zeros_like(halves)], 3).reshape(len(values), -1)
-        model[name] = values.float() / 2**0.5 if name.endswith("k_norm.weight") else values.float()
-    config = json.loads((MODEL / "config.json").read_text()) | {"dtype": "float32"}
-    config["text_config"]["head_dim"] = 32
-    config["text_config"]["rope_parameters"] |= {"rope_theta": 1e8, "mrope_section": [12, 2, 2]}
-    processor.save_pretrained(folder)
-    save_file(model, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +66,7 @@ def prompts(cut_folders, tmp_path_factory):
     """{family: what vLLM is asked}: random tokens for text models, pictures of words to read for Qwen3-VL."""
     generator = torch.Generator().manual_seed(0)
     text = [{"prompt_token_ids": torch.randint(5, 100, (n,), generator=generator).tolist()} for n in (3, 10, 40)]
-    processor = hf.AutoProcessor.from_pretrained(MODEL)
+    processor = hf.AutoProcessor.from_pretrained(EMBEDDED)
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tiny_ocr.PROMPT}]}]
     prompt = processor.apply_chat_template(message, add_generation_prompt=True)
     folder, images = tmp_path_factory.mktemp("pictures"), []
@@ -144,7 +119,7 @@ def test_vllm_generates_what_transformers_does(family, cut, cut_folders, prompts
 
 
 def test_vllm_reads_pictures_with_fewer_layers(cut_folders, from_vllm):
-    tokenizer = hf.AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = hf.AutoTokenizer.from_pretrained(EMBEDDED)
     read = [text.partition("<|im_end|>")[0] for text in tokenizer.batch_decode(from_vllm["qwen3_vl", "layers"])]
     assert sum(text == word for text, word in zip(read, WORDS)) >= 4
 

@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_launchers import lab  # noqa: F401
 
 
 def rows(text: str) -> dict[str, str]:
@@ -14,7 +13,7 @@ def rows(text: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def check(lab):  # noqa: F811
+def check(lab):
     """check(*rows, **env): these rows of the check on a machine with two GPUs, or as env says."""
 
     def run(*names: str, **env: str):
@@ -26,13 +25,13 @@ def check(lab):  # noqa: F811
     return run
 
 
-def test_without_a_gpu_it_ends_with_one_line(check, lab):  # noqa: F811
+def test_without_a_gpu_it_ends_with_one_line(check, lab):
     done = check(STUB_GPUS="")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "no GPU" in done.stderr and not (lab.folder / "check").exists()
 
 
-def test_a_folder_that_is_no_check_is_left_alone(check, lab):  # noqa: F811
+def test_a_folder_that_is_no_check_is_left_alone(check, lab):
     done = check(RUN=lab.folder / "adapter")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert (lab.folder / "adapter/adapter_config.json").exists()
@@ -45,7 +44,7 @@ def test_a_row_that_there_isnt_is_refused_in_one_line(check):
 
 
 @pytest.mark.slow
-def test_rows_that_run_are_ok_in_a_table_with_the_machine_above_it(check, lab):  # noqa: F811
+def test_rows_that_run_are_ok_in_a_table_with_the_machine_above_it(check, lab):
     done = check("zero2", "distil_server")
     assert rows(done.stdout) == {"zero2": "ok", "distil_server": "ok"}, done.stdout + done.stderr
     assert done.returncode == 0
@@ -54,7 +53,7 @@ def test_rows_that_run_are_ok_in_a_table_with_the_machine_above_it(check, lab): 
 
 
 @pytest.mark.slow
-def test_a_row_that_fails_names_its_log_and_the_others_run_on(check, lab):  # noqa: F811
+def test_a_row_that_fails_names_its_log_and_the_others_run_on(check, lab):
     done = check("distil_server", "full_run", STUB_SERVER="dead")
     assert rows(done.stdout) == {"distil_server": "failed", "full_run": "ok"}, done.stdout + done.stderr
     assert done.returncode == 1

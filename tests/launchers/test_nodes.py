@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
+from helpers.tiny_ocr import tiny_ocr
 from PIL import Image
 from safetensors.torch import load_file
-from test_tiny_ocr import MODEL, tiny_ocr
 from transformers import Qwen3VLForConditionalGeneration
 
 pytestmark = [pytest.mark.ci, pytest.mark.slow]
@@ -38,7 +38,7 @@ def data(tmp_path_factory) -> dict[str, str]:
 
 def start(output: Path, data: dict[str, str], log: Path, batch: int = 4, **settings: object) -> subprocess.Popen:
     """One node's full_run.sh. KEEP_RUN: the trainer's own fp32 weights are looked at, too."""
-    environment = os.environ | {"WANDB_MODE": "offline", "GPUS": "", "KEEP_RUN": "1", "MODEL": str(MODEL)}
+    environment = os.environ | {"WANDB_MODE": "offline", "GPUS": "", "KEEP_RUN": "1", "MODEL": str(EMBEDDED)}
     environment |= data | {"OUTPUT": str(output)} | {name: str(value) for name, value in settings.items()}
     flags = {
         "per_device_train_batch_size": batch, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 2,
@@ -120,7 +120,7 @@ def test_two_nodes_train_the_very_weights_of_two_processes_on_one(nodes, one_mac
 
 def test_two_nodes_see_each_others_gradients(nodes, one_machine):
     """One process with the same global batch takes the same steps, but for rounding; half the batch would not."""
-    base, expected, found = load_file(MODEL / "model.safetensors"), weights(one_machine(1, 8)), weights(nodes)
+    base, expected, found = load_file(EMBEDDED / "model.safetensors"), weights(one_machine(1, 8)), weights(nodes)
     step = sum((expected[name] - base[name].float()).square().sum() for name in expected)
     off = sum((expected[name] - found[name]).square().sum() for name in expected)
     assert off < 1e-6 * step

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 pytestmark = pytest.mark.slow
 CHECKPOINTS = ("pruned", "recovered", "distilled", "mqa", "mqa-recovered", "merged", "rl")
-EMBEDDED = ROOT / "examples" / "tiny_ocr" / "model"
 ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "GPUS": ""}
 
 

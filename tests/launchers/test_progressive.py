@@ -5,9 +5,9 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from helpers.cuts import cut_width
+from helpers.lab import check_flags, values, wait_for
 from helpers.tiny_models import FAMILIES, load
-from test_launchers import check_flags, lab, parsers, values, wait_for  # noqa: F401  (fixtures)
-from test_width import cut
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.critical import critical_parameters
@@ -19,14 +19,14 @@ from prunekit.training.publish import publish
 
 
 @pytest.fixture
-def narrow(lab, tiny, tmp_path):  # noqa: F811
+def narrow(lab, tiny, tmp_path):
     """A lab whose MODEL lost half of its heads."""
-    cut(tiny("qwen3_vl"), tmp_path / "narrow", head_share=0.5)
+    cut_width(tiny("qwen3_vl"), tmp_path / "narrow", head_share=0.5)
     lab.env["MODEL"] = str(tmp_path / "narrow")
     return lab
 
 
-def test_phases_follow_each_other_and_only_the_first_is_of_what_was_cut(narrow, parsers):  # noqa: F811
+def test_phases_follow_each_other_and_only_the_first_is_of_what_was_cut(narrow, parsers):
     result = narrow.run("progressive_run.sh", GPUS="", STEPS2=7, ACCUMULATE=2)
     assert result.returncode == 0, result.stderr
     calls = [call["argv"] for call in narrow.calls()]
@@ -103,14 +103,14 @@ def test_finished_phases_are_not_repeated_and_a_finished_output_is_refused(narro
     assert len(narrow.calls()) == 1 + 3 + 1
 
 
-def test_a_model_that_wasnt_cut_is_refused_in_one_line(lab):  # noqa: F811
+def test_a_model_that_wasnt_cut_is_refused_in_one_line(lab):
     result = lab.run("progressive_run.sh", GPUS="")
     assert result.returncode == 2 and not lab.calls()
     assert re.fullmatch(r"error: .*: nothing was cut from it since it was trained; .*\n", result.stderr)
 
 
 @pytest.mark.parametrize("optimizer", ["head_rates", "active_heads"])
-def test_bad_rates_of_heads_are_refused_before_anything_runs(optimizer, lab):  # noqa: F811
+def test_bad_rates_of_heads_are_refused_before_anything_runs(optimizer, lab):
     result = lab.run("full_run.sh", "--optimizer", optimizer, GPUS="", HEAD_RATES="weak=7")
     assert (result.returncode, lab.calls()) == (2, [])
     assert result.stderr == "error: HEAD_RATES: weak=7.0: give 0 to 1\n"
@@ -124,8 +124,8 @@ def trained_by(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_narrow_layers_the_parts_that_were_cut_are_trained(family, tiny, tmp_path):
-    cut(tiny(family), tmp_path / "heads", head_share=0.5)
-    cut(tiny(family), tmp_path / "neurons", neuron_share=0.5)
+    cut_width(tiny(family), tmp_path / "heads", head_share=0.5)
+    cut_width(tiny(family), tmp_path / "neurons", neuron_share=0.5)
     row = open_checkpoint(tiny(family)).family.text
     of_heads, of_neurons = (trained_by(tmp_path / name) for name in ("heads", "neurons"))
     layers = {re.match(rf"{row.prefix}(\d+)", name)[1] for name in of_heads}

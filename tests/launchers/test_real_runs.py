@@ -3,7 +3,6 @@
 The embedded model, cut, on words that it hasn't seen: on one CPU core each run takes about a minute.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,30 +10,26 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
+from helpers.tiny_ocr import tiny_ocr
 from PIL import Image
 from safetensors.torch import load_file
 
 from prunekit.checkpoint import history
 
 pytestmark = pytest.mark.slow
-EMBEDDED = ROOT / "examples" / "tiny_ocr" / "model"
 BATCH = ["--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "60", "--logging_steps", "2"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Words as tiny_ocr.py renders them: train.jsonl and, of other words, val.jsonl and test.jsonl."""
-    spec = importlib.util.spec_from_file_location("tiny_ocr", ROOT / "examples" / "tiny_ocr" / "tiny_ocr.py")
-    ocr = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_ocr"] = ocr
-    spec.loader.exec_module(ocr)
     folder, draw = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
-    words = list(dict.fromkeys(ocr.make_word(draw, "latin", (3, 8)) for _ in range(820)))
+    words = list(dict.fromkeys(tiny_ocr.make_word(draw, "latin", (3, 8)) for _ in range(820)))
     rows = []
     for number, word in enumerate(words):
-        Image.fromarray(ocr.render(draw, word, ocr.PLAIN)).save(folder / f"{number}.png")
-        question = {"role": "user", "content": f"<image>{ocr.PROMPT}"}
+        Image.fromarray(tiny_ocr.render(draw, word, tiny_ocr.PLAIN)).save(folder / f"{number}.png")
+        question = {"role": "user", "content": f"<image>{tiny_ocr.PROMPT}"}
         answer = {"role": "assistant", "content": word}
         rows.append({"messages": [question, answer], "images": [str(folder / f"{number}.png")]})
     for name, part in {"val": rows[:60], "test": rows[60:120], "train": rows[120:]}.items():

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
+from helpers.tiny_ocr import save_tiny_ocr_with_wide_heads, tiny_ocr
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_clients import save_tiny_ocr_with_wide_heads
-from test_tiny_ocr import MODEL, tiny_ocr
 from transformers import AutoProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from prunekit.checkpoint import history
@@ -71,7 +70,7 @@ def lab(tmp_path_factory) -> dict[str, str]:
     """MODEL, TEACHER, DATASET and VAL_DATASET: a cut student, what it was cut from, and pictures of words."""
     root = tmp_path_factory.mktemp("lab")
     save_tiny_ocr_with_wide_heads(root / "teacher")
-    weights, tokenizer = load_file(root / "teacher/model.safetensors"), AutoTokenizer.from_pretrained(MODEL)
+    weights, tokenizer = load_file(root / "teacher/model.safetensors"), AutoTokenizer.from_pretrained(EMBEDDED)
     foreign = [token for token in range(len(tokenizer)) if not tokenizer.decode([token]).isascii()]
     weights["model.language_model.embed_tokens.weight"][foreign] = 0  # halves of them couldn't be read back
     save_file(weights, root / "teacher/model.safetensors", {"format": "pt"})
@@ -167,7 +166,7 @@ def test_the_student_moves(name, trained, lab):
 
 def log_probability(folder: Path | str, answers: list[str], images: list[str]) -> float:
     """Nats per token of these answers to the prompt, each with its picture, by the model at folder."""
-    model, processor = load(folder)[0].eval(), AutoProcessor.from_pretrained(MODEL)
+    model, processor = load(folder)[0].eval(), AutoProcessor.from_pretrained(EMBEDDED)
     content = [{"type": "image"}, {"type": "text", "text": tiny_ocr.PROMPT}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     found = []

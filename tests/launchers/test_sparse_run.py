@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from helpers.cuts import sparsify
 from safetensors.torch import load_file
-from test_launchers import lab  # noqa: F401
-from test_zeros import sparsify
 
 from prunekit.checkpoint import history
 from prunekit.errors import PruneKitError
@@ -18,7 +17,7 @@ from prunekit.training.cycles import best_cycle
 
 
 @pytest.fixture
-def cycles(lab):  # noqa: F811
+def cycles(lab):
     """A lab whose dense model is measured already: the real evaluation would need a tokenizer."""
     folder = lab.out.with_name("out.cycles")
     folder.mkdir(parents=True)
@@ -42,7 +41,7 @@ def zeros(folder):
 
 
 @pytest.mark.parametrize(("last", "published"), [(2.1, 2), (2.4, 1)], ids=["good", "too bad"])
-def test_the_sparsest_good_cycle_is_published_and_none_is_made_again(last, published, lab, cycles, tiny):  # noqa: F811
+def test_the_sparsest_good_cycle_is_published_and_none_is_made_again(last, published, lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
     done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, last)
     result = lab.run("sparse_run.sh")
@@ -56,7 +55,7 @@ def test_the_sparsest_good_cycle_is_published_and_none_is_made_again(last, publi
     assert not lab.work.exists()
 
 
-def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny):  # noqa: F811
+def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
     done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 2.1)
     lab.run("sparse_run.sh", "--max_steps", 7)
@@ -69,14 +68,14 @@ def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny
     assert history(lab.out)[-1]["settings"] == history(lab.folder / "first")[-1]["settings"]
 
 
-def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):  # noqa: F811
+def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 3.5, 3.0)
     result = lab.run("sparse_run.sh")
     assert result.returncode == 2 and "no cycle is good enough: the best lost 171.8%" in result.stderr
     assert not lab.calls() and not lab.out.exists()
 
 
-def test_a_cycle_is_trained_with_its_zeros_kept_and_only_once(lab, cycles):  # noqa: F811
+def test_a_cycle_is_trained_with_its_zeros_kept_and_only_once(lab, cycles):
     for _ in range(2):  # both end where the stub's model, which has no tokenizer, is evaluated
         result = lab.run("sparse_run.sh", "--max_steps", 4)
         assert result.returncode != 0
@@ -95,20 +94,20 @@ def test_a_cycle_is_trained_with_its_zeros_kept_and_only_once(lab, cycles):  # n
 
 
 @pytest.mark.parametrize("refit", ["", "1"])
-def test_cycles_are_refitted_on_the_training_data_if_asked_for(refit, lab, cycles):  # noqa: F811
+def test_cycles_are_refitted_on_the_training_data_if_asked_for(refit, lab, cycles):
     lab.run("sparse_run.sh", REFIT=refit)
     flags = json.loads((cycles / "settings.json").read_text())["flags"]
     assert ("--refit" in flags) == ("--calib" in flags) == bool(refit)
 
 
-def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):  # noqa: F811
+def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):
     (cycles / "settings.json").write_text('{"model": "another"}')
     result = lab.run("sparse_run.sh")
     assert result.returncode == 2 and "holds cycles with other settings" in result.stderr
 
 
 @pytest.mark.parametrize("what", ["model", "rows"])
-def test_cycles_of_another_model_or_other_rows_are_refused(what, lab, cycles, own):  # noqa: F811
+def test_cycles_of_another_model_or_other_rows_are_refused(what, lab, cycles, own):
     folder = own("qwen3_vl")
     line = [sys.executable, "-m", "prunekit.training.cycles", "plan", "--model", folder, "--sparsity", "0.6", "--into", cycles,
             "--data", lab.folder / "train.jsonl"]  # fmt: skip
@@ -136,7 +135,7 @@ def test_cycles_of_another_model_or_other_rows_are_refused(what, lab, cycles, ow
         ({"NNODES": "2", "MASTER_ADDR": "a"}, "cycles run on one node"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_written(env, message, lab):  # noqa: F811
+def test_bad_settings_are_refused_before_anything_is_written(env, message, lab):
     result = lab.run("sparse_run.sh", GPUS="", **env)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1 and not lab.out.parent.exists()

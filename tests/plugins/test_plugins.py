@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from helpers.cuts import cut_width
 from helpers.paths import ROOT
 from helpers.tiny_models import load
-from test_width import cut
 
 from prunekit.errors import PruneKitError
 from prunekit.msswift.extend import load_plugins
@@ -41,7 +41,7 @@ def optimizer_of(swift, tiny, tmp_path, monkeypatch):
     """optimizer_of(name, ...): what the plugin makes of plain SGD for a model of which half of the heads are masked."""
     from transformers import Trainer
 
-    cut(tiny("llama"), tmp_path / "masked", head_share=0.5, mask=True)
+    cut_width(tiny("llama"), tmp_path / "masked", head_share=0.5, mask=True)
     monkeypatch.setattr(
         Trainer,
         "create_optimizer",

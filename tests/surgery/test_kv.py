@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, build, load, logits
+from helpers.tiny_models import FAMILIES, build, head_dim_of, load, logits, text_config
 from safetensors.torch import load_file, save_file
 
 from prunekit.checkpoint import history, open_checkpoint, statistics
@@ -18,15 +18,6 @@ PROJECTIONS = (".self_attn.k_proj.", ".self_attn.v_proj.")
 
 def cut(folder, out, kv_heads, method="mean"):
     return apply_kv_merge(plan_kv_merge(open_checkpoint(folder), kv_heads, method), out)
-
-
-def text_config(model):
-    return model.config.get_text_config()
-
-
-def head_dim_of(model):
-    config = text_config(model)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @pytest.mark.parametrize("method", ["mean", "first"])

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from helpers.paths import ROOT
-from helpers.tiny_models import KV4, TEXT, build, load, logits
-from test_kv import SHARED, head_dim_of, text_config
-from test_layers_fit import data, self_labelled, text_batches, write_texts
+from helpers.calibration import data, self_labelled, text_batches, write_texts
+from helpers.paths import EMBEDDED, ROOT
+from helpers.tiny_models import FAMILIES, KV4, TEXT, build, head_dim_of, load, logits, text_config
 
 from prunekit.checkpoint import heads, history, open_checkpoint, scratch_folder
 from prunekit.checkpoint.provenance import data_record
@@ -47,7 +46,7 @@ from prunekit.surgery.kv_fit import (
 )
 from prunekit.surgery.layers_fit import Sides
 
-EXAMPLE = "examples/tiny_ocr/model"
+SHARED = [family for family in FAMILIES if ROWS[family].kv_heads]
 NORMED = [name for name in SHARED if name.startswith(("qwen3", "gemma3"))]
 PLAIN = [name for name in SHARED if name not in NORMED]
 
@@ -665,7 +664,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch
 
 def test_the_script_merges_and_says_so(tmp_path, script):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script("kv_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file)
+    done = script("kv_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file)
     assert done.returncode == 0, done.stderr
     entry = history(tmp_path / "out")[-1]
     assert entry["settings"]["method"] == "calibrated" and entry["settings"]["calib"] == str(file)
@@ -677,7 +676,7 @@ def test_the_script_merges_and_says_so(tmp_path, script):
 
 def test_the_script_reads_the_rows_once_and_records_them(tmp_path, opens, monkeypatch):
     file, out = write_texts(tmp_path / "texts.jsonl"), tmp_path / "out"
-    line = ["kv_cut.py", "--model", EXAMPLE, "--out", out, "--kv-heads", 1, "--calib", file, "--calib-tokens", 500]
+    line = ["kv_cut.py", "--model", EMBEDDED, "--out", out, "--kv-heads", 1, "--calib", file, "--calib-tokens", 500]
     monkeypatch.setattr(sys, "argv", list(map(str, line)))
     count = opens(file)
     with pytest.raises(SystemExit) as ended:
@@ -697,7 +696,7 @@ def test_the_script_reads_the_rows_once_and_records_them(tmp_path, opens, monkey
     ],
 )
 def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
-    done = script("kv_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--kv-heads", 1, *arguments)
+    done = script("kv_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--kv-heads", 1, *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import FAMILIES, VISION, build, load, logits
 from safetensors.torch import load_file, save_file
 
@@ -26,8 +26,6 @@ from prunekit.surgery.layers import (
     place_taps,
     plan_layers,
 )
-
-EXAMPLE = ROOT / "examples/tiny_ocr/model"
 
 
 def module_list(model, stack):
@@ -530,25 +528,25 @@ def test_the_script_drops_what_a_ranking_says(tiny, tmp_path, script):
     ],
 )
 def test_more_than_a_quarter_at_once_is_warned_of(text, vision, named):
-    (said,) = cautions(plan_layers(open_checkpoint(EXAMPLE), text, vision))
+    (said,) = cautions(plan_layers(open_checkpoint(EMBEDDED), text, vision))
     assert said.startswith(f"{named} at once")
 
 
 def test_more_than_ten_layers_are_warned_of_whatever_their_share(monkeypatch):
-    plan = plan_layers(open_checkpoint(EXAMPLE), [2, 7], [4])
+    plan = plan_layers(open_checkpoint(EMBEDDED), [2, 7], [4])
     assert cautions(plan) == []
     monkeypatch.setattr("prunekit.surgery.layers.MOST_LAYERS", 2)
     assert cautions(plan)[0].startswith("2 of 8 text layers and 1 of 6 vision layers at once")
 
 
 def test_the_script_warns_in_the_terminal_and_in_the_history(script, tmp_path):
-    done = script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", "1-5")
+    done = script("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--text", "1-5")
     assert done.returncode == 0 and done.stderr.startswith("warning: 5 of 8 text layers at once")
     assert history(tmp_path / "out")[-1]["warnings"] == [done.stderr.removeprefix("warning: ").strip()]
 
 
 def test_its_command_can_be_repeated_from_the_folder(script, tmp_path):
-    script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "one two", "--text", "3")
+    script("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "one two", "--text", "3")
     command = tmp_path / "command.sh"
     (tmp_path / "one two" / "command.sh").rename(command)
     shutil.move(tmp_path / "one two", tmp_path / "first")

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 import transformers as hf
-from helpers.paths import ROOT
+from helpers.calibration import data, picture_batches, self_labelled, write_texts
+from helpers.llama_sides import sides_of
+from helpers.paths import EMBEDDED
 from helpers.tiny_models import FAMILIES, TEXT, build, load, logits
 
 from prunekit.checkpoint import open_checkpoint
@@ -18,43 +20,16 @@ from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
 from prunekit.model.load import load_model
-from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 from prunekit.surgery import layers_fit as healing
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.in_memory import removed
 from prunekit.surgery.layers import check_healable, cut_layers, find_seams, plan_layers
 from prunekit.surgery.layers_fit import fit_layers
-from prunekit.surgery.sides import LeastSquares, Sides
+from prunekit.surgery.sides import LeastSquares
 
 HEALABLE = [family for family in FAMILIES if ROWS[family].text.plain_residual]
 CAUSAL = [family for family in HEALABLE if ROWS[family].causal]
-
-
-def text_batches(count, seed=0, rows=8, length=12):
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(count):
-        ids = torch.randint(5, 100, (rows, length), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[0, length // 2 :] = 0  # one padded row a batch
-        labels = torch.where(mask == 1, ids, -100)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return batches
-
-
-def data(fit=6, held_out=2):
-    return Calibration(text_batches(fit), text_batches(held_out, seed=1), tokens=(fit + held_out) * 90)
-
-
-def self_labelled(model, calibration):
-    """The same data with the model's own answers as labels: then the uncut model has the lowest loss there is."""
-    for batch in [*calibration.fit, *calibration.held_out]:
-        with torch.no_grad():
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            answers = model(**inputs, use_cache=False).logits.argmax(-1).roll(1, dims=1)
-        batch["labels"] = torch.where(batch["attention_mask"] == 1, answers, -100)
-    return calibration
 
 
 def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
@@ -75,15 +50,6 @@ def test_a_layer_that_only_adds_a_constant_is_made_good_exactly(tmp_path):
     unhealed = (logits(load(tmp_path / "unhealed")) - before).abs().max()
     assert unhealed > 0.5
     assert (logits(load(tmp_path / "healed")) - before).abs().max() < 0.05 * unhealed
-
-
-def sides_of(model, folder, calibration, gone):
-    """The sides of a llama that loses these layers."""
-    plan = plan_layers(open_checkpoint(folder), text=gone)
-    batches = [*calibration.fit, *calibration.held_out]
-    judged = range(len(calibration.fit), len(batches))
-    calls = record_calls(model, ROWS["llama"].text, batches)
-    return Sides(model, ROWS["llama"], "text", batches, judged, calls, plan=plan)
 
 
 def test_a_seam_behind_refits_taken_back_is_healed_as_if_they_had_not_been_tried(tmp_path, monkeypatch):
@@ -112,26 +78,6 @@ def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, t
     loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
     assert loss == pytest.approx(cut.seams[-1]["loss_after"], rel=1e-5)
     assert any(seam["refitted"] for seam in cut.seams), "nothing was healed, so that nothing was tested"
-
-
-def picture_batches(count, seed):
-    """A picture of 8 by 16 patches among 12 tokens, one row a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(count):
-        ids = torch.randint(5, 100, (1, 12), generator=generator)
-        ids = torch.cat([ids[:, :2], torch.tensor([[122] + [120] * 32 + [123]]), ids[:, 2:]], 1)
-        batches.append(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "labels": torch.where(ids < 100, ids, -100),
-                "pixel_values": torch.randn(128, 96, generator=generator),
-                "image_grid_thw": torch.tensor([[1, 8, 16]]),
-                "mm_token_type_ids": (ids == 120).int(),
-            }
-        )
-    return batches
 
 
 def test_both_stacks_of_one_model_are_healed_each_on_its_own_states(tiny, tmp_path):
@@ -238,16 +184,8 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         read_calibration(tmp_path / "calib.jsonl")
 
 
-EXAMPLE = ROOT / "examples" / "tiny_ocr" / "model"
-
-
-def write_texts(path, count=60):
-    path.write_text("".join(json.dumps({"text": f"row {i} " * (1 + i % 7)}) + "\n" for i in range(count)))
-    return path
-
-
 def test_texts_become_batches_within_their_limits(tmp_path):
-    checkpoint = open_checkpoint(EXAMPLE)
+    checkpoint = open_checkpoint(EMBEDDED)
     file = write_texts(tmp_path / "texts.jsonl")
     calibration = calibrate(load_model(checkpoint), checkpoint, file, max_tokens=600, max_length=20, batch_tokens=64)
     batches = [*calibration.fit, *calibration.held_out]
@@ -257,7 +195,7 @@ def test_texts_become_batches_within_their_limits(tmp_path):
 
 
 def test_padding_is_no_label(tmp_path):
-    checkpoint = open_checkpoint(EXAMPLE)
+    checkpoint = open_checkpoint(EMBEDDED)
     calibration = calibrate(load_model(checkpoint), checkpoint, write_texts(tmp_path / "texts.jsonl"))
     batch = calibration.fit[0]
     assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
@@ -266,7 +204,7 @@ def test_padding_is_no_label(tmp_path):
 def test_the_script_heals_and_says_so(tmp_path, script):
     file = write_texts(tmp_path / "texts.jsonl")
     done = script(
-        "manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", 3, "--heal", "--calib", file
+        "manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--text", 3, "--heal", "--calib", file
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "text seam behind layer 2:" in done.stdout
@@ -287,7 +225,7 @@ def test_the_script_heals_and_says_so(tmp_path, script):
     ],
 )
 def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
-    done = script("manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", *arguments)
+    done = script("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -314,7 +252,7 @@ def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
     rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()[:400]
     (tmp_path / "calib.jsonl").write_text("\n".join(rows) + "\n")
     done = script(
-        "manual_select.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--text", 5, 7, "--vision", 4,
+        "manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--text", 5, 7, "--vision", 4,
         "--heal", "--calib", tmp_path / "calib.jsonl",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -325,8 +263,8 @@ def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
     fresh = calibrate(load_model(checkpoint), checkpoint, tmp_path / "val.jsonl", max_tokens=6000)
     batches = [*fresh.fit, *fresh.held_out]
     healed = score_batches(load_model(checkpoint), batches)["loss"]
-    model = load_model(open_checkpoint(EXAMPLE))
+    model = load_model(open_checkpoint(EMBEDDED))
     base = score_batches(model, batches)["loss"]
-    with removed(model, plan_layers(open_checkpoint(EXAMPLE), text=[5, 7], vision=[4])):
+    with removed(model, plan_layers(open_checkpoint(EMBEDDED), text=[5, 7], vision=[4])):
         unhealed = score_batches(model, batches)["loss"]
     assert unhealed - healed > 0.3 * (unhealed - base)

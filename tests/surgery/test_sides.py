@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers.calibration import data, text_batches
+from helpers.llama_sides import sides_of
 from helpers.tiny_models import build, load
-from test_layers_fit import data, sides_of, text_batches
 
 from prunekit.data.batches import Calibration
 from prunekit.families import FAMILIES as ROWS

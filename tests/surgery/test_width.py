@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers.tiny_models import FAMILIES, TEXT, load, logits
+from helpers.calibration import data, self_labelled, text_batches, write_texts
+from helpers.cuts import cut_width
+from helpers.paths import EMBEDDED
+from helpers.tiny_models import FAMILIES, TEXT, head_dim_of, load, logits, text_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_kv import head_dim_of, text_config
-from test_layers_fit import data, self_labelled, text_batches, write_texts
 
 from prunekit.checkpoint import Heads, heads, history, open_checkpoint, statistics
 from prunekit.data.batches import calibrate
@@ -21,19 +22,11 @@ from prunekit.families import FAMILIES as ROWS
 from prunekit.model.load import load_model
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import score_batches
-from prunekit.surgery.width import SCORES, WidthCut, apply_width, choose, keep_heads, magnitudes, plan_width
+from prunekit.surgery.width import SCORES, WidthCut, apply_width, keep_heads, plan_width
 from prunekit.surgery.width_fit import Layer, calibrate_width, focus, taylor
 
 REMOVABLE = [family for family in FAMILIES if ROWS[family].removable_heads != "none"]
 CAUSAL = [family for family in FAMILIES if ROWS[family].causal]
-EXAMPLE = "examples/tiny_ocr/model"
-
-
-def cut(folder, out, score="magnitude", **wanted):
-    checkpoint = open_checkpoint(folder)
-    plan = choose(plan_width(checkpoint, **wanted), magnitudes(checkpoint))
-    apply_width(plan, out, score)
-    return plan
 
 
 def zeroed(folder, plan):
@@ -57,7 +50,7 @@ def zeroed(folder, plan):
 
 @pytest.mark.parametrize("family", REMOVABLE)
 def test_a_model_without_heads_gives_what_it_gives_with_them_zeroed(family, tiny, tmp_path):
-    plan = cut(tiny(family), tmp_path / "out", head_share=0.5)
+    plan = cut_width(tiny(family), tmp_path / "out", head_share=0.5)
     model = load(tmp_path / "out")
     assert text_config(model).num_attention_heads * 2 == text_config(load(tiny(family))).num_attention_heads
     assert head_dim_of(model) == heads(plan.source).dim
@@ -67,7 +60,7 @@ def test_a_model_without_heads_gives_what_it_gives_with_them_zeroed(family, tiny
 @pytest.mark.parametrize("family", REMOVABLE)
 def test_a_model_without_kv_groups_gives_what_it_gives_with_their_heads_zeroed(family, tiny, tmp_path):
     kv_heads = heads(open_checkpoint(tiny(family))).kv
-    plan = cut(tiny(family), tmp_path / "out", kv_groups=kv_heads // 2)
+    plan = cut_width(tiny(family), tmp_path / "out", kv_groups=kv_heads // 2)
     assert statistics(tmp_path / "out")["num_key_value_heads"] == kv_heads // 2
     model = load(tmp_path / "out")
     torch.testing.assert_close(logits(model), logits(zeroed(tiny(family), plan)), atol=1e-5, rtol=0)
@@ -75,7 +68,7 @@ def test_a_model_without_kv_groups_gives_what_it_gives_with_their_heads_zeroed(f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_neurons_gives_what_it_gives_with_them_zeroed(family, tiny, tmp_path):
-    plan = cut(tiny(family), tmp_path / "out", neuron_share=0.5)
+    plan = cut_width(tiny(family), tmp_path / "out", neuron_share=0.5)
     after, before = statistics(tmp_path / "out"), statistics(tiny(family))
     assert after["neurons"] * 2 == before["neurons"] and after["parameters"] < before["parameters"]
     model = load(tmp_path / "out")
@@ -84,7 +77,7 @@ def test_a_model_without_neurons_gives_what_it_gives_with_them_zeroed(family, ti
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_masked_model_keeps_its_shapes_and_gives_what_zeroed_heads_give(family, tiny, tmp_path):
-    plan = cut(tiny(family), tmp_path / "out", head_share=0.5, neuron_share=0.5, mask=True)
+    plan = cut_width(tiny(family), tmp_path / "out", head_share=0.5, neuron_share=0.5, mask=True)
     expected = logits(zeroed(tiny(family), plan))
     assert torch.equal(logits(load(tmp_path / "out")), expected)
     assert statistics(tmp_path / "out") == statistics(tiny(family))
@@ -122,7 +115,7 @@ def test_refits_bring_the_model_nearer_to_the_uncut_one(tiny, tmp_path):
     checkpoint, calibration = open_checkpoint(tiny("llama")), self_labelled(load(tiny("llama")), data())
     wanted = {"head_share": 0.5, "neuron_share": 0.5}
     plan, losses = calibrate_width(plan_width(checkpoint, **wanted), load(tiny("llama")), calibration, "magnitude")
-    cut(tiny("llama"), tmp_path / "out", **wanted)
+    cut_width(tiny("llama"), tmp_path / "out", **wanted)
     unrefitted = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
     assert losses["held_out_loss_uncut"] < losses["held_out_loss"] < unrefitted
     changed = {name.split(".", 3)[3] for name, tensor in plan.result.tensors.items() if tensor.compute}
@@ -209,7 +202,7 @@ def test_heads_with_a_kv_head_each_take_it_along(tmp_path):
     config = hf.LlamaConfig(**TEXT | {"num_key_value_heads": 4}, head_dim=16)
     torch.manual_seed(0)
     hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
-    plan = cut(tmp_path / "in", tmp_path / "out", heads_kept=2)
+    plan = cut_width(tmp_path / "in", tmp_path / "out", heads_kept=2)
     numbers = statistics(tmp_path / "out")
     assert (numbers["num_attention_heads"], numbers["num_key_value_heads"]) == (2, 2)
     model = load(tmp_path / "out")
@@ -218,7 +211,7 @@ def test_heads_with_a_kv_head_each_take_it_along(tmp_path):
 
 @pytest.mark.parametrize("family", [family for family in REMOVABLE if not ROWS[family].vision])
 def test_generation_with_a_cache_goes_on_as_without(family, tiny, tmp_path):
-    cut(tiny(family), tmp_path / "out", kv_groups=1, neuron_share=0.5)
+    cut_width(tiny(family), tmp_path / "out", kv_groups=1, neuron_share=0.5)
     model = load(tmp_path / "out")
     ids = torch.randint(5, 100, (1, 6), generator=torch.Generator().manual_seed(0))
     arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -228,7 +221,7 @@ def test_generation_with_a_cache_goes_on_as_without(family, tiny, tmp_path):
 
 
 def test_bits_of_what_stays_are_the_inputs(tiny, tmp_path):
-    plan = cut(tiny("qwen3"), tmp_path / "out", head_share=0.5, neuron_share=0.5)
+    plan = cut_width(tiny("qwen3"), tmp_path / "out", head_share=0.5, neuron_share=0.5)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny("qwen3"), tmp_path / "out"))
     for layer, kept in plan.kept.items():
         q = before[f"model.layers.{layer}.self_attn.q_proj.weight"].view(8, 16, -1)[kept.heads]
@@ -244,17 +237,17 @@ def test_stacked_experts_of_older_releases_are_cut_along_their_own_axes(own, tmp
     folder = own("qwen3_vl_moe")
     file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
     turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
-    cut(folder, tmp_path / "one", neuron_share=0.5)
+    cut_width(folder, tmp_path / "one", neuron_share=0.5)
     save_file(turned, file, {"format": "pt"})
-    cut(folder, tmp_path / "two", neuron_share=0.5)
+    cut_width(folder, tmp_path / "two", neuron_share=0.5)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(two[n], t.mT if ".experts." in n else t) for n, t in one.items())
 
 
 def test_cutting_what_was_masked_changes_nothing(tiny, tmp_path):
     """By the weights, heads that are zeroed go first: mask, train what is left, then remove."""
-    cut(tiny("llama"), tmp_path / "masked", head_share=0.5, neuron_share=0.5, mask=True)
-    cut(tmp_path / "masked", tmp_path / "out", head_share=0.5, neuron_share=0.5)
+    cut_width(tiny("llama"), tmp_path / "masked", head_share=0.5, neuron_share=0.5, mask=True)
+    cut_width(tmp_path / "masked", tmp_path / "out", head_share=0.5, neuron_share=0.5)
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(tmp_path / "masked")), atol=1e-5, rtol=0)
 
 
@@ -308,7 +301,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
 def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script):
     file = write_texts(tmp_path / "texts.jsonl")
     done = script(
-        "width_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--head-share", 0.5, "--neuron-share", 0.75,
+        "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--head-share", 0.5, "--neuron-share", 0.75,
         "--calib", file, "--calib-tokens", 600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -324,9 +317,9 @@ def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script
 
 
 def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
-    file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EXAMPLE)
+    file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EMBEDDED)
     done = script(
-        "width_cut.py", "--model", EXAMPLE, "--out", tmp_path / "out", "--heads", 4, "--calib", file, "--calib-tokens", 600,
+        "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--heads", 4, "--calib", file, "--calib-tokens", 600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = {}

@@ -6,11 +6,13 @@ import runpy
 
 import pytest
 import torch
+from helpers.calibration import PADDED, padded_batch
+from helpers.cuts import sparsify
 from helpers.paths import ROOT
-from helpers.tiny_models import FAMILIES, load, logits
+from helpers.tiny_models import FAMILIES, load, logits, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.data.batches import Calibration
@@ -19,7 +21,6 @@ from prunekit.surgery import zeros_scores as weight_scores
 from prunekit.surgery.zeros import (
     Wish,
     allocate,
-    apply_sparsify,
     choose_weights,
     knockout_importance,
     measure,
@@ -32,27 +33,6 @@ from prunekit.surgery.zeros_pick import find_cuts, sort_keys
 
 DECODERS = ["llama", "qwen3_moe", "gemma3_text", "gpt2"]
 ENCODERS = ["bert", "roberta", "camembert", "distilbert"]
-
-
-def sparsify(folder, out, importance=None, scores=None, **wish):
-    plan = plan_sparsify(open_checkpoint(folder), Wish(**wish))
-    if importance is not None:
-        plan = with_importance(plan, importance)
-    return apply_sparsify(select(plan, *([scores] if scores else [])), out)
-
-
-def tensors_of(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def batch(length: int = 12, padded: int = 0):
-    ids = torch.randint(5, 100, (2, length), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    mask[0, length - padded :] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-DATA = Calibration([batch()], [batch(9, 4)], 38)
 
 
 # --- selection ------------------------------------------------------------------------------------------------
@@ -329,8 +309,8 @@ def test_wanda_is_weight_times_norm_of_its_input_without_padding(family, tiny):
     for name, module in model.named_modules():
         if f"{name}.weight" in weights:
             module.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0]))
-    norms = weight_scores.input_norms(checkpoint, model, DATA, weights)
-    masks = [DATA.fit[0]["attention_mask"].bool(), DATA.held_out[0]["attention_mask"].bool()]
+    norms = weight_scores.input_norms(checkpoint, model, PADDED, weights)
+    masks = [PADDED.fit[0]["attention_mask"].bool(), PADDED.held_out[0]["attention_mask"].bool()]
     for name in weights:
         rows = torch.cat([x[m] for x, m in zip(seen[name.removesuffix(".weight")], masks)])
         assert torch.allclose(norms[name], rows.norm(dim=0), rtol=1e-4), name
@@ -341,7 +321,7 @@ def test_experts_norms_are_over_the_tokens_routed_to_them(tiny):
     weights = choose_weights(checkpoint, "experts")
     mlp, read = model.model.layers[3].mlp, {}
     mlp.experts.register_forward_pre_hook(lambda _, inputs: read.setdefault("all", []).append(inputs))
-    data = Calibration([batch()], [], 24)
+    data = Calibration([padded_batch()], [], 24)
     norms = weight_scores.input_norms(checkpoint, model, data, weights)
     states, chosen = read["all"][0][0], read["all"][0][1]
     for number in range(4):
@@ -357,7 +337,7 @@ def test_experts_norms_are_over_the_tokens_routed_to_them(tiny):
 def test_gradient_norms_are_those_of_the_next_tokens_loss(family, tiny):
     checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
     weights = choose_weights(checkpoint, r"\.3\.")
-    data = Calibration([batch()], [], 24)
+    data = Calibration([padded_batch()], [], 24)
     norms = weight_scores.gradient_norms(checkpoint, model, data, weights)
     model.requires_grad_(True)
     model(**{key: data.fit[0][key] for key in ("input_ids", "attention_mask", "labels")}).loss.backward()
@@ -375,20 +355,20 @@ def test_gradient_norms_are_those_of_the_next_tokens_loss(family, tiny):
 def test_weights_that_the_data_do_not_reach_are_refused(score, tiny):
     checkpoint, model = open_checkpoint(tiny("qwen3_vl")), load(tiny("qwen3_vl"))
     with pytest.raises(PruneKitError, match="model.visual.blocks.*leave it out with --modules"):
-        weight_scores.SCORES_OF[score](checkpoint, model, DATA, choose_weights(checkpoint))
+        weight_scores.SCORES_OF[score](checkpoint, model, PADDED, choose_weights(checkpoint))
 
 
 def test_gradients_of_an_encoder_are_refused(tiny):
     checkpoint = open_checkpoint(tiny("bert"))
     with pytest.raises(PruneKitError, match="causal language model's loss, which bert has not"):
-        weight_scores.gradient(checkpoint, None, DATA, choose_weights(checkpoint))
+        weight_scores.gradient(checkpoint, None, PADDED, choose_weights(checkpoint))
 
 
 @pytest.mark.parametrize("scope", ["layer", "row"])
 @pytest.mark.parametrize("kind", ["activation", "gradient"])
 def test_budgets_by_importance_meet_the_sparsity_exactly(kind, scope, tiny, tmp_path):
     checkpoint, model = open_checkpoint(tiny("llama")), load(tiny("llama"))
-    importance = weight_scores.IMPORTANCE[kind](checkpoint, model, DATA, choose_weights(checkpoint))
+    importance = weight_scores.IMPORTANCE[kind](checkpoint, model, PADDED, choose_weights(checkpoint))
     assert set(importance) == {("text", layer) for layer in range(5)}
     entry = sparsify(tiny("llama"), tmp_path / "out", importance, sparsity=0.5, scope=scope)
     assert entry["sparsity"]["zeros"] * 2 == entry["sparsity"]["weights"]

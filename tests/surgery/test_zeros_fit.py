@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import torch
-from helpers.tiny_models import load, logits
+from helpers.calibration import PADDED, padded_batch, picture_batches
+from helpers.paths import EMBEDDED
+from helpers.tiny_models import load, logits, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_layers_fit import picture_batches
-from test_zeros import DATA, batch, tensors_of
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.data.batches import Calibration, calibrate
@@ -22,7 +22,6 @@ from prunekit.surgery import zeros_fit as sparse_fit
 from prunekit.surgery.zeros import Wish, apply_sparsify, plan_sparsify, select
 from prunekit.surgery.zeros_fit import fit_rows, refit
 
-EXAMPLE = "examples/tiny_ocr/model"
 FAMILIES = ["llama", "qwen3_moe", "gemma3_text", "gpt2", "qwen2", "bert", "distilbert"]
 
 
@@ -30,7 +29,7 @@ def moments(values):
     return (values.T @ values,) * 2
 
 
-def refitted(folder, out, data=DATA, **wish):
+def refitted(folder, out, data=PADDED, **wish):
     plan = select(plan_sparsify(open_checkpoint(folder), Wish(**wish)))
     model = load(folder)
     plan, losses = refit(plan, model, data, quiet=True)
@@ -139,7 +138,7 @@ def test_the_model_in_memory_becomes_the_checkpoint_written(family, tiny, tmp_pa
     written = load(tmp_path / "out")
     assert torch.allclose(logits(written), logits(model), atol=1e-5)
     if losses:
-        assert math.isclose(score_batches(written, DATA.held_out)["loss"], losses["held_out_loss"], rel_tol=1e-4)
+        assert math.isclose(score_batches(written, PADDED.held_out)["loss"], losses["held_out_loss"], rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -155,7 +154,7 @@ def test_each_matrix_is_fitted_on_what_it_reads_in_the_model_that_comes_out(fami
         return found
 
     monkeypatch.setattr(sparse_fit.Layer, "moments", keep)
-    data = Calibration([batch(20), batch(12, 3)], [batch(17, 2)], 100)
+    data = Calibration([padded_batch(20), padded_batch(12, 3)], [padded_batch(17, 2)], 100)
     sparse, _ = refitted(tiny(family), tmp_path / "out", data, sparsity=0.5)
     assert len(seen) == 5 * 4
     for part, batches in enumerate((data.fit, data.held_out)):
@@ -193,14 +192,14 @@ def test_towers_are_refitted_before_the_layers_that_read_what_they_give(tiny, tm
 def test_what_is_of_no_layer_has_its_zeros_while_layers_are_judged(tiny, tmp_path):
     model, losses = refitted(tiny("qwen3"), tmp_path / "out", sparsity=0.5, modules=r"lm_head\.weight|up_proj")
     assert float((model.lm_head.weight == 0).float().mean()) > 0.2
-    assert score_batches(load(tmp_path / "out"), DATA.held_out)["loss"] == pytest.approx(
+    assert score_batches(load(tmp_path / "out"), PADDED.held_out)["loss"] == pytest.approx(
         losses["held_out_loss"], rel=1e-4
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refitted_model_is_nearer_to_the_dense_one(family, tiny, tmp_path):
-    many = [batch(20), batch(23, 3), batch(17, 2)]
+    many = [padded_batch(20), padded_batch(23, 3), padded_batch(17, 2)]
     data = Calibration(many, many[:1], 100)
     apply_sparsify(select(plan_sparsify(open_checkpoint(tiny(family)), Wish(sparsity=0.5))), tmp_path / "zeros")
     refitted(tiny(family), tmp_path / "out", data, sparsity=0.5)
@@ -238,13 +237,13 @@ def test_activations_that_are_not_finite_are_refused(tiny):
     model.model.layers[2].mlp.up_proj.weight.data.fill_(float("inf"))
     plan = select(plan_sparsify(open_checkpoint(tiny("llama")), Wish(sparsity=0.5)))
     with pytest.raises(PruneKitError, match="layer 2 reads what isn't finite; try --dtype float32"):
-        refit(plan, model, DATA, quiet=True)
+        refit(plan, model, PADDED, quiet=True)
 
 
 def test_a_tower_that_no_row_reaches_is_refused(tiny):
     plan = select(plan_sparsify(open_checkpoint(tiny("qwen3_vl")), Wish(sparsity=0.5)))
     with pytest.raises(PruneKitError, match="too few calibration rows reach the vision layers"):
-        refit(plan, load(tiny("qwen3_vl")), DATA, quiet=True)
+        refit(plan, load(tiny("qwen3_vl")), PADDED, quiet=True)
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def test_the_script_refits_text_and_vision_and_records_what_was_gained(tmp_path,
     done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data")
     assert done.returncode == 0, done.stderr
     rows = tmp_path / "data" / "train.jsonl"
-    wish = ["--model", EXAMPLE, "--sparsity", 0.5, "--scope", "layer"]
+    wish = ["--model", EMBEDDED, "--sparsity", 0.5, "--scope", "layer"]
     done = script("sparsify.py", *wish, "--out", tmp_path / "out", "--refit", "--calib", rows, "--calib-tokens", 4000)
     assert done.returncode == 0, done.stderr
     assert re.search(r"refitted: held-out loss \d+\.\d+ -> \d+\.\d+\n", done.stdout)

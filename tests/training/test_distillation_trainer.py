@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.paths import ROOT
-from test_distillation_loss import bucketed, pair, reference
+from helpers.distillation import bucketed, pair, reference
+from helpers.paths import EMBEDDED, ROOT
 
-TEACHER = ROOT / "examples/tiny_ocr/model"
 ROWS = [
     {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in ("ab", "Qikv9")
 ]
@@ -148,11 +147,11 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
     from prunekit.surgery.cut import write_cut
     from prunekit.surgery.layers import cut_layers, plan_layers
 
-    write_cut(cut_layers(plan_layers(open_checkpoint(TEACHER), [0])), tmp_path / "student")
+    write_cut(cut_layers(plan_layers(open_checkpoint(EMBEDDED), [0])), tmp_path / "student")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     flags = f"""
-        --rlhf_type gkd --teacher_model {TEACHER} --teacher_model_type qwen3_vl --model {tmp_path / "student"}
+        --rlhf_type gkd --teacher_model {EMBEDDED} --teacher_model_type qwen3_vl --model {tmp_path / "student"}
         --model_type qwen3_vl --lmbda 0 --beta 1 --temperature 0.9 --gkd_logits_topk 8 --max_completion_length 8
         --dataset {data} --split_dataset_ratio 0 --tuner_type full --check_model false --add_version false
         --use_cpu true --torch_dtype float32 --fp16 false --bf16 false --gradient_checkpointing false
@@ -172,9 +171,9 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
 
     models = [
         AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        for folder in (tmp_path / "student", TEACHER)
+        for folder in (tmp_path / "student", EMBEDDED)
     ]
-    encoder = encoder_of(open_checkpoint(TEACHER), Rows("rows", ROWS), 512)
+    encoder = encoder_of(open_checkpoint(EMBEDDED), Rows("rows", ROWS), 512)
     encoder.see(models[0])
     batch = dict(encoder.collate([encoder.encode(row) for row in ROWS]))
     counted = batch.pop("labels")[:, 1:] != -100

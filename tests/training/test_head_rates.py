@@ -8,16 +8,15 @@ import sys
 
 import pytest
 import torch
-from helpers.paths import ROOT
+from helpers.cuts import cut_width
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import FAMILIES, load
 from safetensors.torch import load_file
-from test_width import cut
 
 from prunekit.checkpoint import heads, history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.training.head_rates import HeadRates, Rates, freeze_others, known_scores, rate_heads
 
-EXAMPLE = ROOT / "examples" / "tiny_ocr" / "model"
 SOME = ["llama", "qwen2", "qwen3_vl", "gpt2", "bert"]
 
 
@@ -151,7 +150,7 @@ def test_weights_of_16_bits_are_refused_before_ms_swift_starts(tiny, tmp_path):
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("family", SOME)
 def test_pruned_heads_keep_every_bit_under_adamw_and_weight_decay(family, foreach, tiny, tmp_path):
-    plan = cut(tiny(family), tmp_path / "masked", head_share=0.5, mask=True)
+    plan = cut_width(tiny(family), tmp_path / "masked", head_share=0.5, mask=True)
     model, rates, optimizer = rated(tmp_path / "masked", Rates(), foreach=foreach)
     before = copy.deepcopy(model).state_dict()
     train(model, optimizer, 4)
@@ -169,7 +168,7 @@ def test_pruned_heads_keep_every_bit_under_adamw_and_weight_decay(family, foreac
 
 
 def test_a_kv_head_rests_only_if_all_its_readers_do(tiny, tmp_path):
-    plan = cut(tiny("llama"), tmp_path / "masked", kv_groups=1, mask=True)
+    plan = cut_width(tiny("llama"), tmp_path / "masked", kv_groups=1, mask=True)
     model, rates, optimizer = rated(tmp_path / "masked", Rates(weak_share=0))
     before = [layer.self_attn.k_proj.weight.detach().clone().view(2, -1) for layer in model.model.layers]
     train(model, optimizer, 2)
@@ -181,7 +180,7 @@ def test_a_kv_head_rests_only_if_all_its_readers_do(tiny, tmp_path):
 
 
 def test_only_active_heads_are_trained_where_others_are_frozen(tiny, tmp_path):
-    plan = cut(tiny("llama"), tmp_path / "masked", heads_kept=2, mask=True)
+    plan = cut_width(tiny("llama"), tmp_path / "masked", heads_kept=2, mask=True)
     model = load(tmp_path / "masked")
     rates = HeadRates(model, open_checkpoint(tmp_path / "masked"), Rates(others=0, weak_share=0))
     freeze_others(model, rates)
@@ -249,16 +248,16 @@ def test_of_equal_scores_no_more_than_their_share_are_weak():
 
 
 def test_scores_of_the_cut_are_known_and_lose_the_heads_that_went(tiny, tmp_path):
-    plan = cut(tiny("llama"), tmp_path / "masked", heads_kept=2, mask=True)
-    cut(tiny("llama"), tmp_path / "gone", heads_kept=2)
+    plan = cut_width(tiny("llama"), tmp_path / "masked", heads_kept=2, mask=True)
+    cut_width(tiny("llama"), tmp_path / "gone", heads_kept=2)
     masked, gone = (known_scores(open_checkpoint(tmp_path / name)) for name in ("masked", "gone"))
     assert [len(row) for row in masked] == [4] * 5 and [len(row) for row in gone] == [2] * 5
     assert gone[0] == [masked[0][head] for head in plan.kept[0].heads]
 
 
 def test_scores_from_before_other_surgery_are_not_trusted(tiny, tmp_path):
-    cut(tiny("llama"), tmp_path / "one", heads_kept=2)
-    cut(tmp_path / "one", tmp_path / "two", neuron_share=0.5)
+    cut_width(tiny("llama"), tmp_path / "one", heads_kept=2)
+    cut_width(tmp_path / "one", tmp_path / "two", neuron_share=0.5)
     assert known_scores(open_checkpoint(tmp_path / "two")) is None
     assert known_scores(open_checkpoint(tiny("llama"))) is None
 
@@ -279,7 +278,7 @@ def test_settings_are_read_over_the_presets():
 def trained(tmp_path_factory):
     """A masked copy of the embedded model, trained by ms-swift: SFT (also resumed, and frozen), GKD and GRPO."""
     folder = tmp_path_factory.mktemp("swift")
-    cut(EXAMPLE, folder / "masked", head_share=0.5, mask=True)
+    cut_width(EMBEDDED, folder / "masked", head_share=0.5, mask=True)
     row = {
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}],
         "solution": "ab",

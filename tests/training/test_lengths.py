@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
@@ -102,7 +102,7 @@ def test_an_engines_length_of_the_users_own_counts():
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 def test_the_demos_distillation_fits_its_model_of_1024_positions(mode, capsys):
     """`GPUS=0,1 bash demo.sh`: distil.sh's max_length of 4096, and the demo's answers of 16 tokens."""
-    checkpoint = open_checkpoint(ROOT / "examples/tiny_ocr/model")
+    checkpoint = open_checkpoint(EMBEDDED)
     line = f"--rlhf_type gkd --lmbda 1 --use_vllm true --vllm_mode {mode} --max_completion_length 512 --max_length 4096"
     args = parse("rlhf", [*line.split(), "--max_completion_length", "16"])
     assert decide_lengths(args, checkpoint) == Lengths(max_length=1008, engine=1024)
@@ -110,7 +110,7 @@ def test_the_demos_distillation_fits_its_model_of_1024_positions(mode, capsys):
 
 
 def test_a_distillation_on_the_data_sets_own_answers_needs_no_engine():
-    checkpoint = open_checkpoint(ROOT / "examples/tiny_ocr/model")
+    checkpoint = open_checkpoint(EMBEDDED)
     args = parse("rlhf", ["--rlhf_type", "gkd", "--lmbda", "0", "--max_length", "4096"])
     assert decide_lengths(args, checkpoint) == Lengths()
 

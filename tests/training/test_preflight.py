@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import EMBEDDED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -277,18 +278,15 @@ def change_json(file: Path, change) -> None:
 def teacher_of(own, family: str, change=lambda tokenizer: None):
     folder = own(family)
     if not (folder / "tokenizer.json").exists():
-        shutil.copy(TINY_OCR / "tokenizer.json", folder)
+        shutil.copy(EMBEDDED / "tokenizer.json", folder)
     change_json(folder / "tokenizer.json", change)
     return open_checkpoint(folder)
-
-
-TINY_OCR = Path(__file__).resolve().parents[2] / "examples/tiny_ocr/model"
 
 
 @pytest.fixture
 def student(tmp_path, tiny):
     folder = shutil.copytree(tiny("qwen3"), tmp_path / "student")
-    shutil.copy(TINY_OCR / "tokenizer.json", folder)
+    shutil.copy(EMBEDDED / "tokenizer.json", folder)
     return open_checkpoint(folder)
 
 

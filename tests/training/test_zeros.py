@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import build
 from hypothesis import given
 from hypothesis import strategies as st
@@ -467,7 +467,7 @@ def test_settings_are_words():
 @pytest.mark.slow
 def test_two_processes_of_distillation_killed_and_resumed_prune_exactly(tmp_path):
     """GKD of the embedded model by distil.sh under DDP, pruned gradually: kill -9 in the middle, then the same command."""
-    model, row = ROOT / "examples/tiny_ocr/model", {"role": "user", "content": "Read the text."}
+    model, row = EMBEDDED, {"role": "user", "content": "Read the text."}
     messages = [{"messages": [row, {"role": "assistant", "content": f"a{number}"}]} for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(message) + "\n" for message in messages))
     environment = os.environ | {
