@@ -12,38 +12,30 @@ recovery (full_run.sh) has to learn attention again.
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from prunekit.arguments import natural, positive_int
 from prunekit.checkpoint import scratch_folder, statistics
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
-from prunekit.surgery.kv import METHODS, KVMerge, apply_kv_merge, plan_kv_merge
-from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.kv import METHODS, KVCut, KVPlan, cut_kv, plan_kv
+from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
 
 
-def calibrate_plan(plan: KVMerge, arguments: argparse.Namespace) -> tuple[KVMerge, dict[str, Any]]:
-    """The plan with its tensors, and what its history shall say of them."""
+def fit(plan: KVPlan, arguments: argparse.Namespace) -> KVCut:
+    """The plan fitted on calibration data, and what came of it printed."""
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "kv_cut")) as scratch:
         batch_tokens = 1024 if arguments.refine else 4096  # more steps on the same tokens, for the same time
         model, data = model_and_calibration(plan.source, arguments, scratch, batch_tokens)
         # torch: seconds, after all that can be checked without it
         from prunekit.model.offload import on_disk
-        from prunekit.surgery.kv_fit import calibrate_merge
+        from prunekit.surgery.kv_fit import fit_kv
 
-        plan, losses = calibrate_merge(plan, model, data, arguments.refine, on_disk(scratch))
-    longest = max(int(batch["attention_mask"].sum(1).max()) for batch in data.fit)
+        cut = fit_kv(plan, model, data, arguments.refine, on_disk(scratch))
+    longest = cut.settings["longest_row"]
     print(f"calibrated on {data.tokens:,} tokens, in rows of up to {longest:,}: farther than that it is worse")
-    print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**losses))
-    settings = {
-        "calib": str(arguments.calib),
-        "calibration_data": [data.record],
-        "calibration_tokens": data.tokens,
-        "longest_row": longest,
-        "refine_steps": arguments.refine,
-    }
-    return plan, {"settings": settings, "metrics": losses}
+    print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**cut.metrics))
+    return cut
 
 
 def main() -> None:
@@ -71,16 +63,9 @@ def main() -> None:
         parser.error("--refine needs --calib")
 
     checkpoint = open_input(arguments)
-    plan = plan_kv_merge(checkpoint, arguments.kv_heads, method)
-    print(comparison(statistics(checkpoint), statistics(plan.result)))
-    calibration = None
-    if method == "calibrated":
-        plan, calibration = calibrate_plan(plan, arguments)
-    if arguments.dry_run:
-        print("dry run: nothing written")
-        return
-    apply_kv_merge(plan, arguments.out, arguments.overwrite, arguments.max_shard_bytes, calibration)
-    print(f"wrote {arguments.out}")
+    plan = plan_kv(checkpoint, arguments.kv_heads, method)
+    print(comparison(statistics(checkpoint), statistics(plan.outline)))
+    save(fit(plan, arguments) if arguments.calib else cut_kv(plan), arguments)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from prunekit.data.batches import calibrate
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.surgery import kv_fit as kv_merge
-from prunekit.surgery.kv import plan_kv_merge
+from prunekit.surgery.kv import plan_kv
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "examples/tiny_ocr/model"
@@ -163,7 +163,7 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
             with contextlib.ExitStack() as patches:
                 for name in parts:
                     patches.enter_context(mock.patch.multiple(kv_merge, **OFF[name]))
-                kv_merge.calibrate_merge(plan_kv_merge(checkpoint, kv_heads, "calibrated"), model, data, refine)
+                kv_merge.fit_kv(plan_kv(checkpoint, kv_heads, "calibrated"), model, data, refine)
             name = f"refined, {refine} steps" if refine else f"without {part}" if part else "all"
             result[case][name] = {
                 test: score_batches(model, [*each.fit, *each.held_out]) for test, each in judged.items()
@@ -202,7 +202,7 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
         if length:
             data = calibrate(model, checkpoint, train, args.ablation_tokens, length)
             with mock.patch.object(kv_merge, "SLOW", slow):
-                kv_merge.calibrate_merge(plan_kv_merge(checkpoint, 1, "calibrated"), model, data)
+                kv_merge.fit_kv(plan_kv(checkpoint, 1, "calibrated"), model, data)
         result[name] = {
             str(seen): score_batches(model, [*each.fit, *each.held_out])["loss"] for seen, each in judged.items()
         }

@@ -50,7 +50,7 @@ HEAL = [
     Mutant("if sides is None or sides.stack != seam.stack:", "if sides is None:"),
 ]
 
-KV_MERGE = [
+KV_MATH = [
     Mutant("1e-12 * energy.max().clamp_min(1e-30)).sqrt()", "1e-12 * energy.max().clamp_min(1e-30))"),
     Mutant("vectors[..., -1].conj() * root", "vectors[..., -1] * root"),
     Mutant("vectors[..., -1] / root", "vectors[..., -1] * root"),
@@ -66,6 +66,9 @@ KV_MERGE = [
     Mutant("first, second = x.chunk(2, -1)", "first, second = x[..., ::2], x[..., 1::2]"),
     Mutant("return min(partitions(", "return max(partitions("),
     Mutant("total(trial) < total(best) * (1 - 1e-9)", "total(trial) > total(best) * (1 + 1e-9)"),
+]
+
+KV_MERGE = [
     Mutant('"tnf,tmf->fnm", pairs, pairs.conj()', '"tnf,tmf->fnm", pairs.conj(), pairs'),
     Mutant("some = some - (mean / mask.sum(1, keepdim=True).clamp_min(1))[row]", "some = some - 0"),
     Mutant("tokens += len(x)", "tokens = len(x)"),
@@ -366,6 +369,7 @@ PUBLISH = [
 FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/sides.py": ("tests/surgery/test_sides.py tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", SIDES),
     "prunekit/surgery/layers_fit.py": ("tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
+    "prunekit/surgery/kv_math.py": ("tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MATH),
     "prunekit/surgery/kv_fit.py": ("tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MERGE),
     "prunekit/surgery/zeros.py": ("tests/surgery/test_zeros.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)", SPARSITY),
     "prunekit/surgery/zeros_fit.py": ("tests/surgery/test_zeros_fit.py -k not (distilbert or bert or gemma3 or script or data)", SPARSE_FIT),

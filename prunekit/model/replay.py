@@ -102,7 +102,7 @@ class Replay:
         self.owner, self.attribute = find_stack(model, row)
         self.calls, self.done, self.store = calls, 0, store
         self.device = model.device
-        self.states: list[torch.Tensor | None] = [None] * len(calls)
+        self.states: list[Any] = [None] * len(calls)
         self.added: list[torch.Tensor | float] = [0.0] * len(calls)
 
     @torch.inference_mode()

@@ -2,9 +2,9 @@
 
 import copy
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint import (
@@ -12,25 +12,49 @@ from prunekit.checkpoint import (
     Checkpoint,
     float_bytes,
     heads,
-    history_entry,
     layer_numbers,
-    statistics,
-    write_checkpoint,
 )
 from prunekit.errors import PruneKitError
 from prunekit.families import configs
 
-METHODS = ("mean", "first", "calibrated")
+from .cut import Account
+
+# Of a group's heads, along axis 1. These need no data.
+MERGES: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda groups: groups.mean(1),
+    "first": lambda groups: groups[:, 0],
+}
+METHODS = (*MERGES, "calibrated")
 
 
 @dataclass(frozen=True)
-class KVMerge:
-    """What a merge will do: `result`'s k_proj and v_proj are computed when they are written."""
-
+class KVPlan:
     source: Checkpoint
-    result: Checkpoint
+    outline: (
+        Checkpoint  # config and shapes of what will come out: `cut_kv` or `kv_fit.fit_kv` computes k_proj and v_proj
+    )
     kv_heads: int
     method: str
+
+
+@dataclass(frozen=True)
+class KVCut:
+    """A checkpoint with fewer KV heads, whose changed tensors are computed when they are written."""
+
+    plan: KVPlan
+    result: Checkpoint
+    settings: dict[str, Any] = field(default_factory=dict)  # of the fit, like metrics
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.plan.source
+
+    def account(self) -> Account:
+        plan = self.plan
+        settings = {"kv_heads": plan.kv_heads, "method": plan.method} | self.settings
+        removed = {"kv_heads": heads(plan.source).kv - plan.kv_heads}
+        return Account("kv_cut", removed, self.metrics or None, settings)
 
 
 def merge_heads(values, head_dim: int, kv_heads: int, method: str = "mean"):
@@ -41,11 +65,10 @@ def merge_heads(values, head_dim: int, kv_heads: int, method: str = "mean"):
     (Ainslie et al., 2305.13245), or the first head of each group.
     """
     groups = values.reshape(kv_heads, -1, head_dim, *values.shape[1:])
-    merged = groups[:, 0] if method == "first" else groups.mean(1)
-    return merged.reshape(-1, *values.shape[1:])
+    return MERGES[method](groups).reshape(-1, *values.shape[1:])
 
 
-def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVMerge:
+def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPlan:
     """Plan to merge the text stack's KV heads to `kv_heads`, a divisor of the present count.
 
     Raises PruneKitError if it isn't one, if it is the present count, or if the family has no shared KV heads.
@@ -72,9 +95,7 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
     if method not in METHODS:
         raise PruneKitError(f"--method {method}: choose one of {', '.join(METHODS)}")
 
-    names = rf"{row.prefix}\d+\.(?:{re.escape(row.k)}|{re.escape(row.v)})\.(?:weight|bias)"
-    tensors = dict(checkpoint.tensors)
-    projections = [name for name in tensors if re.fullmatch(names, name)]
+    tensors, projections = dict(checkpoint.tensors), _projections(checkpoint)
     for name in projections:
         old = tensors[name]
         if not old.shape or old.shape[0] != present * head_dim or old.dtype not in TORCH_DTYPES:
@@ -82,45 +103,30 @@ def plan_kv_merge(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -
                 f"{name}: {old.dtype} {list(old.shape)}, where {present} KV heads of {head_dim} have {present * head_dim} "
                 "floating-point rows; copy or download it again"
             )
-        shape = (kv_heads * head_dim, *old.shape[1:])
-        tensors[name] = replace(
-            old, shape=shape, compute=partial(_merged_bytes, checkpoint, name, head_dim, kv_heads, method)
-        )
+        tensors[name] = replace(old, shape=(kv_heads * head_dim, *old.shape[1:]))
     if sum(name.endswith(".weight") for name in projections) != 2 * len(layers):
         raise PruneKitError(f"{checkpoint.path}: not every text layer has {row.k} and {row.v}; the folder is damaged")
     config = copy.deepcopy(checkpoint.config)
     for part in configs(config, row):
         part[family.kv_heads] = kv_heads
-    return KVMerge(checkpoint, replace(checkpoint, config=config, tensors=tensors), kv_heads, method)
+    return KVPlan(checkpoint, replace(checkpoint, config=config, tensors=tensors), kv_heads, method)
 
 
-def _merged_bytes(checkpoint: Checkpoint, name: str, head_dim: int, kv_heads: int, method: str) -> memoryview:
-    if method == "calibrated":
-        raise ValueError(f"{name}: kv_merge.calibrate_merge has yet to fill this plan")
-    merged = merge_heads(checkpoint.read_array(name), head_dim, kv_heads, method)
-    return float_bytes(merged, checkpoint.tensors[name].dtype, name)
+def _projections(checkpoint: Checkpoint) -> list[str]:
+    """Names of the text stack's k_proj and v_proj parameters."""
+    row = checkpoint.family.text
+    names = rf"{row.prefix}\d+\.(?:{re.escape(row.k)}|{re.escape(row.v)})\.(?:weight|bias)"
+    return [name for name in checkpoint.tensors if re.fullmatch(names, name)]
 
 
-def apply_kv_merge(
-    plan: KVMerge,
-    out: str | Path,
-    overwrite: bool = False,
-    max_shard_bytes: int | None = None,
-    calibration: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
+def cut_kv(plan: KVPlan) -> KVCut:
+    """Neighbouring heads merged by the plan's method, one of `MERGES`: it looks at no data."""
+    source, head_dim = plan.source, heads(plan.source).dim
 
-    `calibration` is what the entry shall say of it: settings and metrics.
-    """
-    before, after = statistics(plan.source), statistics(plan.result)
-    entry = history_entry(
-        "kv_cut",
-        plan.source.path,
-        before,
-        after,
-        removed={"kv_heads": before["num_key_value_heads"] - plan.kv_heads},
-        metrics=calibration and calibration["metrics"],
-        settings={"kv_heads": plan.kv_heads, "method": plan.method} | (calibration["settings"] if calibration else {}),
-    )
-    write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
-    return entry
+    def compute(name: str) -> memoryview:
+        merged = merge_heads(source.read_array(name), head_dim, plan.kv_heads, plan.method)
+        return float_bytes(merged, source.tensors[name].dtype, name)
+
+    shapes = plan.outline.tensors
+    merged = {name: replace(shapes[name], compute=partial(compute, name)) for name in _projections(source)}
+    return KVCut(plan, replace(plan.outline, tensors=shapes | merged))

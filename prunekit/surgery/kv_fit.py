@@ -12,9 +12,10 @@ gradient steps within the layer; what a layer gets comes from the merged ones be
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
@@ -29,7 +30,9 @@ from prunekit.model.offload import bring
 from prunekit.model.replay import Replay, Store, given, in_memory, record_calls
 from prunekit.model.scores import score_batches
 
-from .kv import KVMerge
+from .cut import calibrated_on
+from .kv import KVCut, KVPlan
+from .kv_math import as_pairs, choose_groups, rotation, shared_basis, shared_keys, turned
 from .sides import MADE_UP_KV, Sides
 
 RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
@@ -37,113 +40,6 @@ RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix
 GAINS = (True, False)  # with norms: both are tried, layer by layer
 SLOW = 1.0  # radians: pairs that RoPE turns by no more between a row's ends are treated as not turned at all
 LEAST_GAIN = 1e-3  # of what is read of the slow pairs, for them to share a basis: per frequency RoPE is kept exactly
-MANY = 2000  # partitions of the heads into groups; more aren't all tried
-
-
-# --- one group of heads ------------------------------------------------------------------------------------------------
-
-
-def shared_keys(moments: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One key for a group's heads, per RoPE frequency: k' = sum_h a_h k_h, and k_h is then about b_h k'.
-
-    moments: E[k k^H], (frequencies, heads, heads), of the pairs (i, i + head_dim / 2) as complex numbers. energy: what
-    the heads' queries have of each frequency, (heads, frequencies). Least sum of energy_h |k_h - b_h k'|^2, by the top
-    eigenvector. Returns a and b, (heads, frequencies), and what is lost per frequency. E|k'|^2 is the heads' mean; the
-    phase, which is free, is the heads' mean one.
-    """
-    energy = energy.T
-    root = energy.clamp_min(1e-12 * energy.max().clamp_min(1e-30)).sqrt()
-    values, vectors = torch.linalg.eigh(root[:, :, None] * moments * root[:, None, :])
-    a, b = vectors[..., -1].conj() * root, vectors[..., -1] / root
-    power = torch.einsum("fn,fnm,fm->f", a, moments, a.conj()).real
-    wanted = moments.diagonal(dim1=1, dim2=2).real.mean(1)
-    mean = b.sum(1, keepdim=True)
-    phase = torch.where(mean.abs() > 1e-9 * b.abs().sum(1, keepdim=True), mean / mean.abs(), 1)
-    scale = (wanted / power.clamp_min(1e-30)).clamp_min(1e-30).sqrt()[:, None] * phase
-    return (a * scale).T, (b / scale).T, values[:, :-1].sum(1)
-
-
-def shared_basis(covariance: torch.Tensor, readers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One vector for those of a group's heads: v' = P v of all of them, and v_h is then about R_h v'.
-
-    covariance: E[v v^T] of the group's concatenated vectors, (heads * width, heads * width). readers: the sum of r r^T
-    over all r by which a head is read, (heads, width, width): rows of o_proj for values, queries for keys. Least error in
-    what is read, by PCA in the readers' metric. Returns P (width, heads * width), R (heads, width, width) and what is
-    lost, as squares of what is read. E|v'|^2 is the heads' mean.
-    """
-    count, width, _ = readers.shape
-    eye = torch.eye(width, dtype=readers.dtype, device=readers.device)
-    mean = readers.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-30)
-    values, vectors = torch.linalg.eigh(readers / mean + 1e-6 * eye)
-    half = torch.block_diag(*((vectors * values[:, None].sqrt()) @ vectors.mT))
-    back = torch.block_diag(*((vectors / values[:, None].sqrt()) @ vectors.mT))
-    energy, basis = torch.linalg.eigh(half @ covariance @ half)
-    encode, decode = basis[:, -width:].T @ half, back @ basis[:, -width:]
-    power = energy[-width:].sum().clamp_min(1e-30)
-    scale = (covariance.diagonal().sum() / count / power).clamp_min(1e-30).sqrt()
-    return encode * scale, (decode / scale).view(count, width, width), energy[:-width].sum() * mean
-
-
-def turned(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Radians by which RoPE turns each pair between the ends of the longest row, (pairs,). cos, sin: (rows, length, head_dim)."""
-    angle = torch.atan2(sin.double(), cos.double())[..., : cos.shape[-1] // 2]
-    step = torch.remainder(angle.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
-    way = nn.functional.pad(step.cumsum(1), (0, 0, 1, 0))
-    return (way.amax(1) - way.amin(1)).amax(0)
-
-
-def rotation(c: torch.Tensor) -> torch.Tensor:
-    """Multiplication of the pairs (i, i + n) by complex numbers c (n,), as a matrix (2n, 2n)."""
-    return torch.cat([torch.cat([c.real.diag(), -c.imag.diag()], 1), torch.cat([c.imag.diag(), c.real.diag()], 1)])
-
-
-def as_pairs(x: torch.Tensor) -> torch.Tensor:
-    """(..., head_dim) as the complex pairs that RoPE rotates, (..., head_dim / 2)."""
-    first, second = x.chunk(2, -1)
-    return torch.complex(first.contiguous(), second.contiguous())
-
-
-# --- which heads go together -------------------------------------------------------------------------------------------
-
-
-def partitions(items: Sequence[int], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """All ways to split items into groups of a size."""
-    if not items:
-        yield []
-        return
-    for others in itertools.combinations(items[1:], size - 1):
-        left = [item for item in items[1:] if item not in others]
-        for rest in partitions(left, size):
-            yield [(items[0], *others), *rest]
-
-
-def choose_groups(cost: torch.Tensor, groups: int) -> list[tuple[int, ...]]:
-    """Equal groups with the least sum of pair costs within them. cost: (heads, heads), symmetric.
-
-    Of many heads not all partitions are tried: neighbours start together, and two change places while that helps.
-    """
-    count = len(cost)
-    size = count // groups
-    table = cost.tolist()
-
-    def total(partition):
-        return sum(table[i][j] for group in partition for i, j in itertools.combinations(group, 2))
-
-    if math.factorial(count) // (math.factorial(size) ** groups * math.factorial(groups)) <= MANY:
-        return min(partitions(range(count), size), key=total)
-    best = [tuple(range(start, start + size)) for start in range(0, count, size)]
-    improved = True
-    while improved:
-        improved = False
-        for one, two in itertools.combinations(range(count), 2):
-            swap = {one: two, two: one}
-            trial = [tuple(swap.get(head, head) for head in group) for group in best]
-            if total(trial) < total(best) * (1 - 1e-9):
-                best, improved = trial, True
-    return sorted(tuple(sorted(group)) for group in best)
-
-
-# --- one layer ---------------------------------------------------------------------------------------------------------
 
 
 class Attention:
@@ -225,8 +121,13 @@ def gather(
     slow_pairs: those that RoPE hardly turns, (frequencies,), bool.
     """
     slow = slow_pairs.repeat(2).nonzero().flatten()
-    keys = queries = values = slow_keys = slow_queries = tokens = 0
-    before: list[torch.Tensor | float] = [0.0, 0.0]
+    keys: Any = 0
+    queries: Any = 0
+    values: Any = 0
+    slow_keys: Any = 0
+    slow_queries: Any = 0
+    before: list[Any] = [0.0, 0.0]
+    tokens = 0
     for rows, mask in zip(inputs, masks):
         x = rows[mask]
         q, k = attention.queries_and_keys(x)
@@ -401,9 +302,6 @@ def merge_layer(
     attention.module.num_key_value_groups = attention.q.out_features // attention.k.out_features
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
-
-
 def loss_behind(replay: Replay, model: nn.Module, batches: dict[int, dict]) -> float:
     """The loss of a model whose layers were all run: only what is behind them is. batches: by their place in the replay."""
     loss = tokens = 0.0
@@ -532,22 +430,22 @@ def refine(
 
 
 @torch.no_grad()
-def calibrate_merge(
-    plan: KVMerge,
+def fit_kv(
+    plan: KVPlan,
     model: nn.Module,
     data: Calibration,
     refine_steps: int = 0,
     store: Store = in_memory,
     quiet: bool | None = None,
-) -> tuple[KVMerge, dict[str, float]]:
-    """Merge the KV heads of `model`, and plan to write what it then has.
+) -> KVCut:
+    """Merge the KV heads of `model`; the cut writes what it then has.
 
     `model` is the unmerged one. In memory, it ends up merged; layers that accelerate keeps on disk are loaded one after
     the other, and are gone when they are done. `refine_steps`: of Adam, a layer. `store` says where states and what is
-    to be written are kept. Returns the plan with its tensors, and the loss on the held-out rows:
-    `held_out_loss_unmerged` and `held_out_loss`. Memory: one layer and some square matrices of its size, and six
-    states per token if they aren't stored on disk. PruneKitError for activations that aren't finite, fewer tokens than
-    dimensions, or refining a family that has norms behind its projections.
+    to be written are kept. Metrics are the loss on the held-out rows, `held_out_loss_unmerged` and `held_out_loss`.
+    Memory: one layer and some square matrices of its size, and six states per token if they aren't stored on disk.
+    PruneKitError for activations that aren't finite, fewer tokens than dimensions, or refining a family that has norms
+    behind its projections.
     """
     family, row = plan.source.family, plan.source.family.text
     of_text = heads(plan.source)
@@ -565,7 +463,7 @@ def calibrate_merge(
     judged = range(len(data.fit), len(batches))
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches), store)
     masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
-    tensors = dict(plan.result.tensors)
+    tensors = dict(plan.outline.tensors)
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
@@ -585,7 +483,8 @@ def calibrate_merge(
                     f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
                 )
             behind = [store(x + y.to(x.device)) for x, y in zip(entered.layer, wanted)]
-            before, best = attention.parameters(), (math.inf, [])
+            before = attention.parameters()
+            best = (math.inf, before)
             for fit_gains in GAINS if attention.norms and row.plain_residual else GAINS[:1]:
                 put_parameters(before)
                 merge_layer(attention, plan.kv_heads, moments, fitted, fit_gains)
@@ -608,14 +507,18 @@ def calibrate_merge(
                 layer.to("meta")
             progress.update()
     for part in (model.config, model.config.get_text_config()):
-        if hasattr(part, family.kv_heads):
+        if family.kv_heads and hasattr(part, family.kv_heads):
             setattr(part, family.kv_heads, plan.kv_heads)
     held_out = dict(zip(judged, data.held_out))
     losses = {
         "held_out_loss_unmerged": loss_behind(sides.teacher, model, held_out),
         "held_out_loss": loss_behind(sides.student, model, held_out),
     }
-    return replace(plan, result=replace(plan.result, tensors=tensors)), losses
+    settings = calibrated_on(data) | {
+        "longest_row": max(int(batch["attention_mask"].sum(1).max()) for batch in data.fit),
+        "refine_steps": refine_steps,
+    }
+    return KVCut(plan, replace(plan.outline, tensors=tensors), settings, losses)
 
 
 def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module, store: Store) -> dict[str, Tensor]:

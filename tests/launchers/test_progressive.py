@@ -13,7 +13,7 @@ from prunekit.checkpoint import history, open_checkpoint
 from prunekit.critical import critical_parameters
 from prunekit.errors import PruneKitError
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.kv import apply_kv_merge, plan_kv_merge
+from prunekit.surgery.kv import cut_kv, plan_kv
 from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.training.publish import publish
 
@@ -148,5 +148,5 @@ def test_a_training_in_between_ends_what_is_critical(tiny, tmp_path):
     publish(tmp_path / "cut", tmp_path / "trained", tmp_path / "cut", "full_run")
     with pytest.raises(PruneKitError, match="nothing was cut from it since it was trained"):
         critical_parameters(open_checkpoint(tmp_path / "trained"))
-    apply_kv_merge(plan_kv_merge(open_checkpoint(tmp_path / "trained"), 1), tmp_path / "merged")
+    write_cut(cut_kv(plan_kv(open_checkpoint(tmp_path / "trained"), 1)), tmp_path / "merged")
     assert all(".self_attn." in name for name in trained_by(tmp_path / "merged"))

@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from prunekit.checkpoint import history, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
-from prunekit.surgery.kv import apply_kv_merge, merge_heads, plan_kv_merge
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.kv import cut_kv, merge_heads, plan_kv
 
 SHARED = [family for family in FAMILIES if ROWS[family].kv_heads]
 PROJECTIONS = (".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
 def cut(folder, out, kv_heads, method="mean"):
-    return apply_kv_merge(plan_kv_merge(open_checkpoint(folder), kv_heads, method), out)
+    return write_cut(cut_kv(plan_kv(open_checkpoint(folder), kv_heads, method)), out)
 
 
 @pytest.mark.parametrize("method", ["mean", "first"])
@@ -110,7 +111,7 @@ def test_a_sharded_checkpoint_stays_sharded(tiny, tmp_path):
 )
 def test_impossible_merges_are_refused(family, kv_heads, message, tiny):
     with pytest.raises(PruneKitError, match=message):
-        plan_kv_merge(open_checkpoint(tiny(family)), kv_heads)
+        plan_kv(open_checkpoint(tiny(family)), kv_heads)
 
 
 def test_a_config_that_contradicts_the_weights_is_refused(own):
@@ -121,7 +122,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
         PruneKitError,
         match=r"k_proj.weight is \[64, 32\], by config.json \(num_key_value_heads, head_dim\) it would be \[32",
     ):
-        plan_kv_merge(open_checkpoint(folder), 2)
+        plan_kv(open_checkpoint(folder), 2)
 
 
 def test_script_cuts_and_records_history(tiny, tmp_path, script):

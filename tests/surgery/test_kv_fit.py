@@ -25,26 +25,21 @@ from prunekit.model.offload import on_disk
 from prunekit.model.replay import find_stack, in_memory, record_calls
 from prunekit.model.scores import score_batches
 from prunekit.surgery import kv_fit as kv_merge
-from prunekit.surgery.kv import apply_kv_merge, plan_kv_merge
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.kv import cut_kv, plan_kv
 from prunekit.surgery.kv_fit import (
     Attention,
-    as_pairs,
-    calibrate_merge,
-    choose_groups,
     enter,
+    fit_kv,
     fold_before_norm,
     gather,
     merge_layer,
     original_attention,
-    partitions,
     plan_layer,
     refine,
-    rotation,
-    shared_basis,
-    shared_keys,
-    turned,
 )
-from prunekit.surgery.layers_fit import Sides
+from prunekit.surgery.kv_math import as_pairs, choose_groups, partitions, rotation, shared_basis, shared_keys, turned
+from prunekit.surgery.sides import Sides
 
 SHARED = [family for family in FAMILIES if ROWS[family].kv_heads]
 NORMED = [name for name in SHARED if name.startswith(("qwen3", "gemma3"))]
@@ -80,23 +75,18 @@ def alike(model, turns=True):
 
 
 def merge(folder, kv_heads, calibration=None, model=None):
-    """(plan, model, losses) of a calibrated merge of a folder's model in fp32."""
+    """(cut, model) of a calibrated merge of a folder's model in fp32."""
     model = model or load(folder)
-    plan, losses = calibrate_merge(
-        plan_kv_merge(open_checkpoint(folder), kv_heads, "calibrated"),
-        model,
-        calibration or data(),
-        quiet=True,
-    )
-    return plan, model, losses
+    plan = plan_kv(open_checkpoint(folder), kv_heads, "calibrated")
+    return fit_kv(plan, model, calibration or data(), quiet=True), model
 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_heads_that_are_alike_but_for_turns_and_maps_merge_without_loss(family, tmp_path):
     model = alike(build(family))
     model.save_pretrained(tmp_path / "in")
-    plan, _, _ = merge(tmp_path / "in", text_config(model).num_key_value_heads // 2)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, _ = merge(tmp_path / "in", text_config(model).num_key_value_heads // 2)
+    write_cut(cut, tmp_path / "out")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
 
 
@@ -104,8 +94,8 @@ def test_heads_that_are_alike_but_for_turns_and_maps_merge_without_loss(family, 
 def test_heads_with_norms_that_are_alike_but_for_signs_and_maps_merge_without_loss(family, tmp_path):
     model = alike(build(family), turns=False)
     model.save_pretrained(tmp_path / "in")
-    plan, _, _ = merge(tmp_path / "in", text_config(model).num_key_value_heads // 2)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, _ = merge(tmp_path / "in", text_config(model).num_key_value_heads // 2)
+    write_cut(cut, tmp_path / "out")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
 
 
@@ -116,15 +106,15 @@ def test_biases_in_front_of_norms_are_fitted_too(tmp_path):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     alike(model, turns=False).save_pretrained(tmp_path / "in")
-    plan, _, _ = merge(tmp_path / "in", 2)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, _ = merge(tmp_path / "in", 2)
+    write_cut(cut, tmp_path / "out")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", SHARED)
 def test_what_is_written_is_the_model_in_memory(family, tiny, tmp_path):
-    plan, model, _ = merge(tiny(family), 1)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, model = merge(tiny(family), 1)
+    write_cut(cut, tmp_path / "out")
     assert text_config(load(tmp_path / "out")).num_key_value_heads == 1
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-6, rtol=0)
 
@@ -134,18 +124,18 @@ def test_the_loss_reported_is_that_of_the_checkpoints(family, tiny, tmp_path):
     from prunekit.model.scores import score_batches
 
     calibration = data()
-    plan, _, losses = merge(tiny(family), 1, calibration)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, _ = merge(tiny(family), 1, calibration)
+    write_cut(cut, tmp_path / "out")
     for folder, key in ((tiny(family), "held_out_loss_unmerged"), (tmp_path / "out", "held_out_loss")):
-        assert score_batches(load(folder), calibration.held_out)["loss"] == pytest.approx(losses[key], rel=1e-5)
+        assert score_batches(load(folder), calibration.held_out)["loss"] == pytest.approx(cut.metrics[key], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_the_merged_model_is_nearer_to_the_original_than_the_averaged_one(family, tiny, tmp_path):
     calibration = self_labelled(build(family), data())
-    plan, _, _ = merge(tiny(family), 1, calibration)
-    apply_kv_merge(plan, tmp_path / "calibrated")
-    apply_kv_merge(plan_kv_merge(open_checkpoint(tiny(family)), 1, "mean"), tmp_path / "mean")
+    cut, _ = merge(tiny(family), 1, calibration)
+    write_cut(cut, tmp_path / "calibrated")
+    write_cut(cut_kv(plan_kv(open_checkpoint(tiny(family)), 1, "mean")), tmp_path / "mean")
     base = logits(load(tiny(family)))
     far = {name: float((logits(load(tmp_path / name)) - base).square().mean()) for name in ("calibrated", "mean")}
     assert far["calibrated"] < 0.7 * far["mean"]
@@ -153,8 +143,8 @@ def test_the_merged_model_is_nearer_to_the_original_than_the_averaged_one(family
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_the_cache_has_one_head_and_generation_is_the_same_with_it(family, tiny, tmp_path):
-    plan, _, _ = merge(tiny(family), 1)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, _ = merge(tiny(family), 1)
+    write_cut(cut, tmp_path / "out")
     model = load(tmp_path / "out")
     prompt = torch.tensor([[7, 30, 11, 52, 9]])
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 127}
@@ -174,8 +164,8 @@ def test_heads_that_are_alike_go_together(family, slow):
 
 
 def test_tensors_that_merging_does_not_touch_keep_their_bytes(tiny):
-    plan, _, _ = merge(tiny("qwen3_vl"), 2)
-    changed = {name.rpartition(".layers.")[2].partition(".")[2] for name, t in plan.result.tensors.items() if t.compute}
+    cut, _ = merge(tiny("qwen3_vl"), 2)
+    changed = {name.rpartition(".layers.")[2].partition(".")[2] for name, t in cut.result.tensors.items() if t.compute}
     projections = {f"self_attn.{name}_proj.weight" for name in "qkvo"}
     assert (
         projections
@@ -186,8 +176,8 @@ def test_tensors_that_merging_does_not_touch_keep_their_bytes(tiny):
 
 def test_weights_in_bf16_stay_in_bf16(tmp_path):
     build("qwen3").to(torch.bfloat16).save_pretrained(tmp_path / "in")
-    plan, _, _ = merge(tmp_path / "in", 2)
-    apply_kv_merge(plan, tmp_path / "out")
+    cut, _ = merge(tmp_path / "in", 2)
+    write_cut(cut, tmp_path / "out")
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "out").tensors.values()} == {"BF16"}
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
@@ -455,7 +445,7 @@ def test_a_rank_deficient_covariance_is_no_trouble(tiny):
     batches = text_batches(3)
     for batch in batches:
         batch["input_ids"][:] = 7
-    _, model, losses = merge(tiny("qwen3"), 1, Calibration(batches[:2], batches[2:], tokens=200))
+    _, model = merge(tiny("qwen3"), 1, Calibration(batches[:2], batches[2:], tokens=200))
     assert torch.isfinite(logits(model)).all()
 
 
@@ -525,8 +515,8 @@ def test_the_loss_behind_is_a_mean_over_tokens_not_over_batches(tiny):
     batches[0]["labels"] = batches[0]["labels"] * 0 + 7
     model, calibration = load(tiny("llama")), Calibration(text_batches(6), batches, 1)
     expected = score_batches(model, batches)["loss"]
-    _, _, losses = merge(tiny("llama"), 1, calibration, model)
-    assert losses["held_out_loss_unmerged"] == pytest.approx(expected, rel=1e-5)
+    cut, _ = merge(tiny("llama"), 1, calibration, model)
+    assert cut.metrics["held_out_loss_unmerged"] == pytest.approx(expected, rel=1e-5)
     alone = [score_batches(load(tiny("llama")), [one])["loss"] for one in batches]
     assert expected != pytest.approx(sum(alone) / 2, rel=1e-3), "batches differ, or nothing was tested"
 
@@ -571,7 +561,7 @@ def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatc
             return 1.0 if (len(tried) % 2 == 1) == better else 2.0
 
         monkeypatch.setattr(kv_merge, "fit_output", missing)
-        _, model, _ = merge(tiny("qwen3"), 1)
+        _, model = merge(tiny("qwen3"), 1)
         kept = [layer.self_attn.q_proj.weight for layer in model.model.layers]
         assert all(torch.equal(one, two) for one, two in zip(kept, tried[0 if better else 1 :: 2]))
 
@@ -580,7 +570,7 @@ def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatc
 def test_slow_are_the_pairs_that_turn_by_a_radian_at_the_most(tiny, monkeypatch):
     seen, collect = [], kv_merge.gather
     monkeypatch.setattr(kv_merge, "gather", lambda *a: seen.append(a[-1]) or collect(*a))
-    _, model, _ = merge(tiny("llama"), 1)
+    _, model = merge(tiny("llama"), 1)
     rates = model.model.rotary_emb.inv_freq
     assert seen[0].tolist() == (rates * 11 <= 1).tolist() and 0 < seen[0].sum() < len(rates)
 
@@ -614,8 +604,8 @@ def test_what_is_refined_knows_nothing_of_the_rows_that_judge(tiny, monkeypatch)
 
 def test_what_can_not_be_refined_is_refused(tiny):
     with pytest.raises(PruneKitError, match="--refine: gemma3_text has norms behind attention"):
-        plan = plan_kv_merge(open_checkpoint(tiny("gemma3_text")), 1, "calibrated")
-        calibrate_merge(plan, load(tiny("gemma3_text")), data(), 3, quiet=True)
+        plan = plan_kv(open_checkpoint(tiny("gemma3_text")), 1, "calibrated")
+        fit_kv(plan, load(tiny("gemma3_text")), data(), 3, quiet=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_vl", "gemma3_text"])
@@ -623,15 +613,15 @@ def test_layers_on_disk_give_the_same_checkpoint(family, tiny, tmp_path):
     calibration, steps = data(), 0 if family == "gemma3_text" else 3
     for way in ("memory", "disk"):
         checkpoint = open_checkpoint(tiny(family))
-        plan = plan_kv_merge(checkpoint, 1, "calibrated")
+        plan = plan_kv(checkpoint, 1, "calibrated")
         with scratch_folder(tmp_path / way) as scratch:
             offload, store = (scratch, on_disk(scratch)) if way == "disk" else (None, in_memory)
             model = load_model(checkpoint, "cpu", "float32", offload)
-            plan, losses = calibrate_merge(plan, model, calibration, steps, store, quiet=True)
+            cut = fit_kv(plan, model, calibration, steps, store, quiet=True)
         if way == "disk":  # nothing of a layer stays when it is done
             layers = getattr(*find_stack(model, ROWS[family].text))
             assert {parameter.device.type for parameter in layers.parameters()} == {"meta"}
-        apply_kv_merge(plan, tmp_path / way, calibration={"settings": {}, "metrics": losses})
+        write_cut(cut, tmp_path / way)
     torch.testing.assert_close(logits(load(tmp_path / "disk")), logits(load(tmp_path / "memory")), atol=1e-6, rtol=0)
     one, other = (history(tmp_path / way)[-1]["metrics"] for way in ("memory", "disk"))
     assert one == pytest.approx(other, rel=1e-6)
@@ -717,15 +707,14 @@ def test_heads_that_are_rotated_in_part_are_refused(own):
     config["rope_parameters"]["partial_rotary_factor"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(PruneKitError, match="partial_rotary_factor"):
-        plan_kv_merge(open_checkpoint(folder), 1, "calibrated")
-    plan_kv_merge(open_checkpoint(folder), 1, "mean")
+        plan_kv(open_checkpoint(folder), 1, "calibrated")
+    plan_kv(open_checkpoint(folder), 1, "mean")
 
 
 def test_the_history_says_method_and_tokens_and_the_card_the_loss(tmp_path, tiny):
     calibration = data()
-    plan, _, losses = merge(tiny("qwen3"), 2, calibration)
-    said = {"settings": {"calibration_tokens": calibration.tokens}, "metrics": losses}
-    apply_kv_merge(plan, tmp_path / "out", calibration=said)
+    cut, _ = merge(tiny("qwen3"), 2, calibration)
+    write_cut(cut, tmp_path / "out")
     settings = history(tmp_path / "out")[-1]["settings"]
     assert settings["method"] == "calibrated" and settings["calibration_tokens"] == calibration.tokens
-    assert f"| held_out_loss {losses['held_out_loss']:.4g} |" in (tmp_path / "out" / "README.md").read_text()
+    assert f"| held_out_loss {cut.metrics['held_out_loss']:.4g} |" in (tmp_path / "out" / "README.md").read_text()
