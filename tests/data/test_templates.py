@@ -10,6 +10,10 @@ from helpers.paths import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from prunekit.checkpoint import open_checkpoint
+from prunekit.data.templates import find_template
+from prunekit.errors import PruneKitError
+
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 ASSISTANT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 HYBRID = CHATML.replace("m.content", "('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content")
@@ -44,7 +48,7 @@ def chatting(tiny, tmp_path):
     return make
 
 
-def find(folder):
+def preflight(folder):
     """What preflight says: (exit code, template, messages)."""
     command = [sys.executable, "-m", "prunekit.training.preflight", "--model", folder, "--out", folder.parent / "out"]
     result = subprocess.run(
@@ -68,33 +72,39 @@ def find(folder):
         ("llama", HEADERS, "llama3"),
     ],
 )  # fmt: skip
-def test_the_template_is_the_one_that_writes_as_the_checkpoints_own(family, chat_template, name, chatting):
-    code, found, said = find(chatting(family, chat_template))
-    assert (code, found) == (0, name), said
-    assert f"chat template {name}, " in said
+def test_the_template_is_the_one_that_writes_as_the_checkpoints_own(family, chat_template, name, chatting, capsys):
+    assert find_template(open_checkpoint(chatting(family, chat_template))) == name
+    assert f"chat template {name}, " in capsys.readouterr().err
+
+
+def test_preflight_answers_with_it(chatting):
+    code, found, said = preflight(chatting("qwen3", CHATML + ASSISTANT))
+    assert (code, found) == (0, "qwen3_nothinking"), said
+    assert "chat template qwen3_nothinking, " in said
 
 
 def test_what_the_training_said_comes_before_what_looks_alike(chatting):
     folder = chatting("qwen3", HYBRID)
     (folder / "args.json").write_text(json.dumps({"template": "qwen3_thinking"}))
-    assert find(folder)[:2] == (0, "qwen3_thinking")
+    assert preflight(folder)[:2] == (0, "qwen3_thinking")
 
 
 def test_a_name_of_the_hub_is_left_to_swift(chatting):
-    assert find(chatting("qwen3", HYBRID, "Qwen3-8B"))[:2] == (0, "")
+    assert find_template(open_checkpoint(chatting("qwen3", HYBRID, "Qwen3-8B"))) is None
 
 
-@pytest.mark.parametrize(
-    "chat_template, message",
-    [
-        (None, "has no chat template, and ms-swift several"),
-        ("{{ raise_exception('no') }}", "its chat template fails"),
-    ],
-)
-def test_a_template_that_cant_be_told_is_asked_for_in_one_line(chat_template, message, chatting):
-    code, _, said = find(chatting("llama", chat_template))
+def test_a_template_that_cant_be_told_is_asked_for_in_one_line(chatting):
+    code, _, said = preflight(chatting("llama", None))
     assert code == 2
-    assert message in said.splitlines()[-1] and "TEMPLATE=" in said.splitlines()[-1]
+    assert (
+        "has no chat template, and ms-swift several" in said.splitlines()[-1] and "TEMPLATE=" in said.splitlines()[-1]
+    )
+
+
+def test_a_template_that_fails_is_named_with_those_to_choose_from(chatting):
+    with pytest.raises(PruneKitError, match="its chat template fails.*TEMPLATE=") as refused:
+        find_template(open_checkpoint(chatting("llama", "{{ raise_exception('no') }}")))
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_architectures_of_one_template_are_those_that_swift_has_one_for():
