@@ -2,9 +2,9 @@
 
     bash bench/setup.sh && .venv/bin/python bench/heal.py --json docs/measured/heal.json
 
-The layers are chosen greedily on training text (prunekit/knockout/search.py). Calibration is on the training half of Wikipedia
-articles; loss (nats per token) is measured on the other half, and on text of another kind (docstrings). Prints JSON;
-takes half an hour on two CPU cores.
+The layers are chosen greedily on training text (prunekit/knockout/search.py). Calibration is on the training half of
+Wikipedia articles; loss (nats per token) is measured on the other half, and on text of another kind (docstrings).
+Prints JSON; takes half an hour on two CPU cores.
 """
 
 import argparse

@@ -275,7 +275,11 @@ def race(args: argparse.Namespace) -> dict[str, Any]:
             "seconds": seconds,
             "share_of_full": seconds / full_seconds,
             "losses": {
-                name: {"full": scores[name]["loss"], "race": (score := scan.score([], name))["loss"], "error": score["standard_error"]["loss"]}
+                name: {
+                    "full": scores[name]["loss"],
+                    "race": (score := scan.score([], name))["loss"],
+                    "error": score["standard_error"]["loss"],
+                }
                 for name in dict.fromkeys([*best, *order[:keep]])
             },
         }  # fmt: skip

@@ -211,7 +211,7 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def mixed(args: argparse.Namespace) -> dict[str, Any]:
-    """`refined` with and without an eighth of the calibration's rows from docstrings of other modules than the judged ones."""
+    """`refined` with and without an eighth of the calibration's rows from docstrings of modules that aren't judged."""
     texts, folder = write_texts(args.runs), smollm2(args.runs / "smollm2-bf16", "bfloat16")
     rows = args.tokens // 512
     some, others = texts["wikipedia-train"].open().readlines(), texts["docstrings"].open().readlines()
@@ -261,7 +261,11 @@ def train(model: Path, out: Path, steps: int, flags: list[str], stop_at: float |
         rows = [json.loads(line) for line in (out / "logging.jsonl").open() if line.endswith("}\n")]
         found = [row for row in rows if "eval_loss" in row]
         return [
-            {"step": int(re.match(r"\d+", row["global_step/max_steps"])[0]), "loss": row["eval_loss"], "token_acc": row["eval_token_acc"]}
+            {
+                "step": int(re.match(r"\d+", row["global_step/max_steps"])[0]),
+                "loss": row["eval_loss"],
+                "token_acc": row["eval_token_acc"],
+            }
             for row in found
         ]  # fmt: skip
 

@@ -98,7 +98,9 @@ def main() -> None:
         "rows": rows,
         "points_lost": {name: 100 * (base["f1"] - row["f1"]) for name, row in by_name.items()},
         "int8_file": small["bytes"] / base["bytes"],
-        "int8_speed": {size: base["batches"][size]["latency"] / small["batches"][size]["latency"] for size in ("1", "32")},
+        "int8_speed": {
+            size: base["batches"][size]["latency"] / small["batches"][size]["latency"] for size in ("1", "32")
+        },
     }  # fmt: skip
     print(served_table(rows), *where_zeros_save_nothing(rows), sep="\n", file=sys.stderr)
     if args.figure:

@@ -1,13 +1,13 @@
-"""What zeros cost: loss of SmolLM2-135M with half of its weights zero, and with 70% of its MLP and o_proj after retraining.
+"""What zeros cost: loss of SmolLM2-135M, half of its weights zero, and 70% of its MLP and o_proj after retraining.
 
     bash bench/setup.sh && .venv/bin/python bench/sparsity.py --json docs/measured/sparsity.json \\
         --steps 100 --learning-rate 3e-4
 
 Untrained: magnitude, Wanda and gradient, by one threshold, per tensor, per output, with budgets by layers' importance,
-and 2:4; some of them refitted. Retrained with the same tokens each: all at once, gradually in one run, in cycles by Wanda,
-with zeros that move (RigL), and taught by the dense model. Calibrated and trained on one half of the Wikipedia articles,
-measured on the other half, and on text of another kind (docstrings). Prints JSON; what the file has already isn't measured
-again. Takes two hours on two CPU cores.
+and 2:4; some of them refitted. Retrained with the same tokens each: all at once, gradually in one run, in
+cycles by Wanda, with zeros that move (RigL), and taught by the dense model. Calibrated and trained on one half of the
+Wikipedia articles, measured on the other half, and on text of another kind (docstrings). Prints JSON; what the file has
+already isn't measured again. Takes two hours on two CPU cores.
 """
 
 import argparse

@@ -3,11 +3,12 @@
     bash bench/setup.sh && .venv/bin/python bench/width.py --json docs/measured/width.json \\
         --tokens 4096 --test-tokens 8192
 
-It has 9 query heads in 3 KV groups of 3, so that a layer keeps 6 or 3 heads: half isn't possible. Scores are compared on
-held-out loss, untrained; then recoveries with the same few steps: plain, with rates per head, of active heads only, in
-three phases. Prefill and decoding are timed side by side with the uncut model, by turns. Calibration and training are on
-the training half of Wikipedia articles, losses (nats per token) on the other half. Prints JSON; goes on where it was if
---json exists. Times are only worth something on a machine with nothing else to do: --parts speed runs them alone.
+It has 9 query heads in 3 KV groups of 3, so that a layer keeps 6 or 3 heads: half isn't possible. Scores are compared
+on held-out loss, untrained; then recoveries with the same few steps: plain, with rates per head, of active heads only,
+in three phases. Prefill and decoding are timed side by side with the uncut model, by turns. Calibration and training
+are on the training half of Wikipedia articles, losses (nats per token) on the other half. Prints JSON; goes on where it
+was if --json exists. Times are only worth something on a machine with nothing else to do: --parts speed runs them
+alone.
 """
 
 import argparse

@@ -366,13 +366,26 @@ PUBLISH = [
     ),
 ]
 
+FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
+KV_TESTS = (
+    "tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
+    "gpt2 or bert or disk or generation or averaged or merging)"
+)
+ZEROS_TESTS = (
+    "tests/surgery/test_zeros.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or "
+    "bert or vl or gemma3)"
+)
+
 FILES: dict[str, tuple[str, list[Mutant]]] = {
-    "prunekit/surgery/sides.py": ("tests/surgery/test_sides.py tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", SIDES),
-    "prunekit/surgery/layers_fit.py": ("tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)", HEAL),
-    "prunekit/surgery/kv_math.py": ("tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MATH),
-    "prunekit/surgery/kv_fit.py": ("tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or gpt2 or bert or disk or generation or averaged or merging)", KV_MERGE),
-    "prunekit/surgery/zeros.py": ("tests/surgery/test_zeros.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)", SPARSITY),
-    "prunekit/surgery/zeros_fit.py": ("tests/surgery/test_zeros_fit.py -k not (distilbert or bert or gemma3 or script or data)", SPARSE_FIT),
+    "prunekit/surgery/sides.py": (f"tests/surgery/test_sides.py {FIT_TESTS}", SIDES),
+    "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
+    "prunekit/surgery/kv_math.py": (KV_TESTS, KV_MATH),
+    "prunekit/surgery/kv_fit.py": (KV_TESTS, KV_MERGE),
+    "prunekit/surgery/zeros.py": (ZEROS_TESTS, SPARSITY),
+    "prunekit/surgery/zeros_fit.py": (
+        "tests/surgery/test_zeros_fit.py -k not (distilbert or bert or gemma3 or script or data)",
+        SPARSE_FIT,
+    ),
     "prunekit/training/zeros.py": ("tests/training/test_zeros.py", SPARSE_TRAINING),
     "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not wandb", RANKING),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
@@ -383,5 +396,8 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
     "prunekit/knockout/callback.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
     "plugins/sparsity.py": ("tests/plugins/test_plugins.py", SPARSITY_PLUGIN),
-    "prunekit/msswift/extend.py": ("tests/plugins/test_plugins.py tests/test_evaluate.py -k ids_of or known or exact", EXTEND),
+    "prunekit/msswift/extend.py": (
+        "tests/plugins/test_plugins.py tests/test_evaluate.py -k ids_of or known or exact",
+        EXTEND,
+    ),
 }  # fmt: skip

@@ -6,7 +6,8 @@
 
 A mistake is killed if a test fails (or hangs) on it, and has survived if all that were selected pass. What survives
 wants a test, or a line in the table that says why nothing could tell it from the code. Tests run in forks of a process
-that has imported the heavy libraries, on a copy of what git tracks here, in a temporary folder: the tree is never touched.
+that has imported the heavy libraries, on a copy of what git tracks here, in a temporary folder: the tree is never
+touched.
 """
 
 import argparse
@@ -80,7 +81,7 @@ class CheapFirst:
 
 
 def run_tests(tree: Path, tests: str, log: Path) -> int | None:
-    """pytest's exit code for these tests of the tree, in a fork of this process; None if it was ended for taking too long."""
+    """pytest's exit code for these tests of the tree, in a fork of this process; None if it took too long."""
     if not (child := os.fork()):
         os.setsid()
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)

@@ -16,7 +16,8 @@ def parse(kind, value):
 @pytest.mark.parametrize(
     "kind, value, expected",
     [
-        ("positive_int", "1", 1), ("natural", "0", 0), ("finite_float", "-1e3", -1000.0), ("positive_float", "0.5", 0.5),
+        ("positive_int", "1", 1), ("natural", "0", 0), ("finite_float", "-1e3", -1000.0),
+        ("positive_float", "0.5", 0.5),
         ("share", "1", 1.0), ("device", "cpu", "cpu"),
     ],
 )  # fmt: skip

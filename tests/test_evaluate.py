@@ -85,7 +85,7 @@ def test_texts_calibrate_within_the_models_positions(speaking, tmp_path):
         assert model(**batches[0]).loss.isfinite()
 
 
-# --- a model whose answers are known -----------------------------------------------------------------------------------
+# --- a model whose answers are known ----------------------------------------------------------------------------------
 
 CHARACTERS = ["[EOS]", "[PAD]", "\n", *map(chr, range(32, 127))]
 SHARPNESS = 0.6  # of its predictions
@@ -147,7 +147,7 @@ def judged(parrot, folder, rows, *arguments):
 
 @pytest.fixture(scope="module")
 def scores(parrot, tmp_path_factory):
-    """Of rows that the model gets right, in part, and not at all; questions of different lengths, padded in batches of 2."""
+    """Of rows that the model gets right, in part, and not at all; questions of several lengths, in batches of 2."""
     rows = [
         asked("cat", solution="cat"),
         asked("car", "and what is that?", solution="car"),
@@ -324,7 +324,8 @@ def refused(parrot, tmp_path, monkeypatch):
     "arguments",
     [
         ("--device", "gpu"), ("--batch-size", "0"), ("--batch-size", "x"), ("--limit", "0"), ("--limit", "-1"),
-        ("--max-new-tokens", "0"), ("--rewards", "ocr_cer=abc"), ("--rewards", "ocr_cer=nan"), ("--rewards", "no_such_one"),
+        ("--max-new-tokens", "0"), ("--rewards", "ocr_cer=abc"), ("--rewards", "ocr_cer=nan"),
+        ("--rewards", "no_such_one"),
         ("--json", "/no/such/folder/x.json"), ("--model-type", "no_such_type"), ("--template", "no_such_template"),
         ("--dataset", "org/name"), ("--dataset", "nowhere.jsonl"), ("--plugins", "nowhere.py"), ("--model", "nowhere"),
     ],

@@ -34,7 +34,7 @@ LOOKALIKES = frozenset("авекмнорстухАВЕКМНОРСТУХ")
 
 @dataclass(frozen=True)
 class Look:
-    """How hard a rendering is: font sizes and shift in pixels, noise and contrast in grey levels, rotation in degrees."""
+    """How hard a rendering is: font sizes, shift in pixels, noise and contrast in grey levels, rotation in degrees."""
 
     sizes: tuple[int, int] = (20, 26)
     noise: float = 12.0

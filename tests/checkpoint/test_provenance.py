@@ -121,7 +121,7 @@ def test_a_fingerprint_reads_a_hundredth_of_a_large_model(own):
     assert bytes_read() - before < checkpoint.nbytes / 100
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_data_set_is_known_by_its_rows_wherever_it_lies(tmp_path):
@@ -155,7 +155,7 @@ def test_a_difference_names_the_settings_and_paths_that_changed():
     assert said == "of another MODEL (a was something else) and of another TEACHER (t was something else)"
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_the_history_of_a_distillation_says_its_teacher_and_data(lab):
     assert settings["chosen"] == "the last"
 
 
-# --- phases -------------------------------------------------------------------------------------------------------------
+# --- phases -----------------------------------------------------------------------------------------------------------
 
 
 def test_phases_of_another_model_are_refused_and_restart_makes_them_anew(mine, tmp_path):
@@ -310,7 +310,7 @@ def test_a_remade_phase_that_was_interrupted_goes_on(phase):
     assert history(phase.out)[-1]["input_fingerprint"] == of(phase.model)
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------------
+# --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_an_adapter_of_elsewhere_is_merged_with_a_warning(mine, tmp_path):
     assert "adapter: doesn't say on which model it was trained" in done.stderr
 
 
-# --- rankings -----------------------------------------------------------------------------------------------------------
+# --- rankings ---------------------------------------------------------------------------------------------------------
 
 
 def ranking(folder, **more):

@@ -693,7 +693,8 @@ def bad_models(folder: Path) -> list:
     (folder / "weights").mkdir()
     (folder / "weights" / "config.json").mkdir()
     return [folder / "gone", folder / LONG, folder / ("y/" * 3000), folder / "loop", folder / "file",
-            folder / "file" / "x", folder / "empty", folder / "weights", folder / NOT_UTF8, folder / "a\nb", "", "/dev/null",
+            folder / "file" / "x", folder / "empty", folder / "weights", folder / NOT_UTF8, folder / "a\nb", "",
+            "/dev/null",
             "org/name", "é/name", "-"]  # fmt: skip
 
 
@@ -725,8 +726,8 @@ def test_an_out_that_cannot_be_made_is_refused(name, tagger, ner_rows, linked, t
     used.mkdir()
     put(used / "mine", "x")
     more = (*OUTS[name], ner_rows) if name == "ner_run.py" else OUTS[name]
-    for out in (tmp_path / "loop", tmp_path / "a", tmp_path / "a" / "x", tmp_path / "file", tmp_path / "file" / "x", used,
-                tmp_path / LONG, tmp_path / ("x" * 255), tmp_path / ("x" * 240), tmp_path / ("y/" * 3000),
+    for out in (tmp_path / "loop", tmp_path / "a", tmp_path / "a" / "x", tmp_path / "file", tmp_path / "file" / "x",
+                used, tmp_path / LONG, tmp_path / ("x" * 255), tmp_path / ("x" * 240), tmp_path / ("y/" * 3000),
                 tmp_path / NOT_UTF8, "/proc/x", "/dev/null", "/dev/null/x", model, model / "..", "/", ""):  # fmt: skip
         for flag in ((), ("--overwrite",)):
             tries.refused((ascii(str(out)[-30:]), flag), name, "--model", model, "--out", out, *more, *flag)

@@ -198,7 +198,8 @@ def test_the_bend_counts_points_without_a_number():
 
 @pytest.mark.parametrize(
     "accs",
-    [(0.8, 0.8, 0.1), (0.8, 0.7, 0.6, 0.5, 0.4), (0.8, 0.8, 0.8, 0.8, 0.797), (0.8, 0.3, 0.2, 0.1), (0.8,) * 5, (0.0,) * 5],
+    [(0.8, 0.8, 0.1), (0.8, 0.7, 0.6, 0.5, 0.4), (0.8, 0.8, 0.8, 0.8, 0.797), (0.8, 0.3, 0.2, 0.1), (0.8,) * 5,
+     (0.0,) * 5],
     ids=["three points", "straight", "hardly falls", "falls at once", "flat", "nothing right"],
 )  # fmt: skip
 def test_a_path_without_a_bend_has_none(accs):

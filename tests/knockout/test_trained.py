@@ -68,7 +68,8 @@ def test_a_knockout_trains_a_lora_and_keeps_the_users_callbacks(reader, tmp_path
         "from swift.callbacks.base import TrainerCallback\n"
         "class Counter(TrainerCallback):\n"
         "    def on_train_begin(self, args, state, control, model, **kwargs):\n"
-        "        layers = {n.split('.layers.')[1].split('.')[0] for n, _ in model.named_parameters() if '.layers.' in n}\n"
+        "        names = [n for n, _ in model.named_parameters() if '.layers.' in n]\n"
+        "        layers = {n.split('.layers.')[1].split('.')[0] for n in names}\n"
         f"        Path({str(tmp_path / 'seen')!r}).write_text(f'{{type(model).__name__}} {{len(layers)}}')\n"
         "callbacks_map['counter'] = Counter\n"
     )
@@ -296,7 +297,7 @@ def test_a_damaged_record_of_a_run_is_named_in_one_line(sweep, damage):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
-    """The embedded reader, trained for real: without its first layer it hardly reads, without one in the middle it does."""
+    """The embedded reader, trained for real: without its first layer it hardly reads, without a middle one it does."""
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "tiny_ocr" / "tiny_ocr.py", "data", "--out", tmp_path / "data"],
         capture_output=True, text=True,

@@ -269,13 +269,14 @@ def test_a_node_that_is_not_the_main_one_trains_beside_it_and_publishes_nothing(
 
 @pytest.fixture
 def settle(lab):
-    """settle(kind, *flags, user=[...], **env): what settle makes of the flags of a launcher; a dict of flags, "" if bare.
+    """settle(kind, *flags, user=[...], **env): what settle makes of a launcher's flags; a dict of flags, "" if bare.
 
     Its standard output is under "said".
     """
 
     def run(kind: str, *flags: object, user: tuple = (), most: int = 4, **env: object) -> dict[str, str]:
-        script = f'source "{ROOT}/lib/common.sh"; settle {kind} {most} {" ".join(map(str, flags))}; printf "%s\\n" @ "${{LINE[@]}}" --DISK "$DISK_FACTOR"'
+        script = f'source "{ROOT}/lib/common.sh"; settle {kind} {most} {" ".join(map(str, flags))}; '
+        script += 'printf "%s\\n" @ "${LINE[@]}" --DISK "$DISK_FACTOR"'
         environment = lab.env | {"STUB_GPUS": "8", "GPUS": "0"} | {k: str(v) for k, v in env.items()}
         result = subprocess.run(
             ["bash", "-c", script, "full_run.sh", *map(str, user)],
@@ -501,7 +502,8 @@ def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle):
     ("installed", "cached", "found"),
     [([], "", ""), (["flash_attn"], "", "flash_attention_2"), (["kernels"], "", ""),
      (["kernels"], ".cache/huggingface/hub/kernels", "flash_attention_2"),
-     (["kernels"], "elsewhere/models", "flash_attention_2"), ([], "elsewhere/kernels", ""), (["liger_kernel"], "", "liger")],
+     (["kernels"], "elsewhere/models", "flash_attention_2"), ([], "elsewhere/kernels", ""),
+     (["liger_kernel"], "", "liger")],
     ids=str,
 )  # fmt: skip
 def test_flash_attention_is_a_package_or_a_kernel_that_no_training_has_to_fetch(tmp_path, installed, cached, found):
@@ -993,8 +995,10 @@ def refused(lab: Lab, launcher: str, message: str, *arguments: object, **env: st
 EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh"]
 BAD_SETTINGS = [
     *(({name: value}, "full_run.sh") for name, value in {
-        "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16", "PLAIN": "yes",
-        "RESTART": "yes", "KEEP_RUN": "-", "OVERWRITE": "true", "CHECKPOINT": "first", "GLOBAL_BATCH": "0", "DEEPSPEED": "zero9",
+        "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16",
+        "PLAIN": "yes",
+        "RESTART": "yes", "KEEP_RUN": "-", "OVERWRITE": "true", "CHECKPOINT": "first", "GLOBAL_BATCH": "0",
+        "DEEPSPEED": "zero9",
     }.items()),
     *(({"GPUS": gpus}, "full_run.sh") for gpus in ("abc", "99", "0,0", "-1", "0,", "0 1")),
     ({"NNODES": "2"}, "full_run.sh"),
@@ -1002,7 +1006,8 @@ BAD_SETTINGS = [
         "STEPS1": "0", "STEPS2": "-1", "STEPS3": "a b", "ACCUMULATE": "a[$(touch pwned)]",
     }.items()),
     *(({name: value}, "knockout_check.sh") for name, value in {
-        "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2", "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
+        "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2",
+        "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
         "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "FINALISTS": "-1", "MODE": "x",
     }.items()),
     *(({name: value}, "sparse_run.sh") for name, value in {

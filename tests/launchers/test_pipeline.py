@@ -194,7 +194,8 @@ def test_evaluate_counts_token_acc_as_ms_swift_does(demo, uninterrupted, tmp_pat
     swift = [record["eval_token_acc"] for record in log if "eval_token_acc" in record][-1]
     subprocess.run(
         [
-            sys.executable, "-m", "prunekit.evaluate", "--model", uninterrupted.with_name("whole.run") / "checkpoint-8", "--dataset", demo / "data" / "val.jsonl",
+            sys.executable, "-m", "prunekit.evaluate", "--model",
+            uninterrupted.with_name("whole.run") / "checkpoint-8", "--dataset", demo / "data" / "val.jsonl",
             "--no-generate", "--json", tmp_path / "scores.json",
         ],
         cwd=ROOT, check=True, capture_output=True,

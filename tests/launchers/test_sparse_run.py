@@ -1,4 +1,4 @@
-"""sparse_run.sh: cycles that are there aren't made again, the sparsest good one is published, bad settings are refused."""
+"""sparse_run.sh: cycles that are there aren't made again, the sparsest good one is published, bad settings refused."""
 
 import itertools
 import json
@@ -109,7 +109,8 @@ def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):
 @pytest.mark.parametrize("what", ["model", "rows"])
 def test_cycles_of_another_model_or_other_rows_are_refused(what, lab, cycles, own):
     folder = own("qwen3_vl")
-    line = [sys.executable, "-m", "prunekit.training.cycles", "plan", "--model", folder, "--sparsity", "0.6", "--into", cycles,
+    line = [sys.executable, "-m", "prunekit.training.cycles", "plan", "--model", folder, "--sparsity", "0.6",
+    "--into", cycles,
             "--data", lab.folder / "train.jsonl"]  # fmt: skip
     assert subprocess.run(line).returncode == 0
     os.utime(folder / "model.safetensors", (1, 1))

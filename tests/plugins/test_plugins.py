@@ -57,7 +57,7 @@ def optimizer_of(swift, tiny, tmp_path, monkeypatch):
 
 
 def moved(model, optimizer):
-    """Of each head of the first layer, how far a step on a gradient of ones moves its rows of q_proj; and of up_proj."""
+    """Of each head of the first layer, how far a step on a gradient of ones moves its rows of q_proj; and up_proj."""
     layer = model.model.layers[0]
     watched = [layer.self_attn.q_proj.weight, layer.mlp.up_proj.weight]
     before = [weight.detach().clone() for weight in watched]
@@ -153,7 +153,7 @@ def test_a_wish_that_names_no_layers_is_refused(wish, swift, tiny, monkeypatch):
     assert counts(trainer.model) == (5, 6)
 
 
-# --- sparsity, and what lets ms-swift load a model ---------------------------------------------------------------------
+# --- sparsity, and what lets ms-swift load a model --------------------------------------------------------------------
 
 
 def test_callbacks_of_sparsity_have_the_environments_settings_and_the_trainer(swift, monkeypatch):

@@ -182,7 +182,7 @@ def test_weights_in_bf16_stay_in_bf16(tmp_path):
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 
-# --- the closed forms --------------------------------------------------------------------------------------------------
+# --- the closed forms -------------------------------------------------------------------------------------------------
 
 
 def test_keys_that_are_one_but_for_complex_factors_are_shared_exactly():
@@ -438,7 +438,7 @@ def test_the_best_groups_are_found(count):
     assert {frozenset(group) for group in choose_groups(cost, count // 2)} == {frozenset(p) for p in planted}
 
 
-# --- what can be wrong with the data -----------------------------------------------------------------------------------
+# --- what can be wrong with the data ----------------------------------------------------------------------------------
 
 
 def test_a_rank_deficient_covariance_is_no_trouble(tiny):
@@ -649,7 +649,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-# --- the script --------------------------------------------------------------------------------------------------------
+# --- the script -------------------------------------------------------------------------------------------------------
 
 
 def test_the_script_merges_and_says_so(tmp_path, script):

@@ -1,4 +1,4 @@
-"""The engine of all refits: what least squares find, what counts how much, and that nothing is kept that doesn't help."""
+"""The engine of all refits: what least squares find, what counts how much, and that only what helps is kept."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_the_state_behind_attention_is_what_came_in_and_what_attention_writes(ti
 
 @pytest.mark.parametrize("stack", ["text", "vision"])
 def test_tokens_count_by_what_they_predict_and_all_states_alike(stack):
-    """One over the square of its wanted state, and of text, in part where no label is predicted, nothing for padding."""
+    """One over the square of its wanted state; of text in part where no label is predicted, nothing for padding."""
     sides, state = object.__new__(Sides), torch.randn(2, 5, 3)
     sides.stack = stack
     labels = torch.tensor([[-100, -100, 7, 8, 9], [-100, 5, 6, -100, -100]])

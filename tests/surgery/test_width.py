@@ -319,7 +319,8 @@ def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script
 def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
     file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EMBEDDED)
     done = script(
-        "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--heads", 4, "--calib", file, "--calib-tokens", 600,
+        "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--heads", 4, "--calib", file,
+        "--calib-tokens", 600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = {}

@@ -197,7 +197,8 @@ def test_a_pattern_that_leaves_all_or_nothing_is_refused(text):
 
 @pytest.mark.parametrize(
     "wish",
-    [{"sparsity": 0.0}, {"sparsity": 1.0}, {"threshold": 0.0}, {"threshold": math.inf}, {"sparsity": 0.5, "maximum": 0.0},
+    [{"sparsity": 0.0}, {"sparsity": 1.0}, {"threshold": 0.0}, {"threshold": math.inf},
+     {"sparsity": 0.5, "maximum": 0.0},
      {"sparsity": 0.5, "power": math.inf}],
 )  # fmt: skip
 def test_wishes_at_the_ends_of_their_ranges_are_refused(wish, tiny):

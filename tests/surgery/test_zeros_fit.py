@@ -144,7 +144,7 @@ def test_the_model_in_memory_becomes_the_checkpoint_written(family, tiny, tmp_pa
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @torch.no_grad()
 def test_each_matrix_is_fitted_on_what_it_reads_in_the_model_that_comes_out(family, tiny, tmp_path, monkeypatch):
-    """In which all before it is refitted; and to what that and the dense model read, a quarter of the way to the latter."""
+    """All before it is refitted; it is fitted to what that and the dense model read, a quarter of the way to this."""
     seen, moments_of = {}, sparse_fit.Layer.moments
 
     def keep(layer, turn):

@@ -274,7 +274,8 @@ def test_models_are_compared_in_a_table_a_json_and_a_picture(tagger, rows, tmp_p
     folders = [str(tagger("bert")), str(tagger("distilbert"))]
     monkeypatch.setattr(
         sys, "argv",
-        ["ner", "--model", *folders, "--dataset", str(rows), "--json", f"{tmp_path}/a.json", "--figure", f"{tmp_path}/a.png"],
+        ["ner", "--model", *folders, "--dataset", str(rows), "--json", f"{tmp_path}/a.json", "--figure",
+         f"{tmp_path}/a.png"],
     )  # fmt: skip
     main()
     results = json.loads((tmp_path / "a.json").read_text())
@@ -288,8 +289,8 @@ def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, scrip
     done = script("ner_run.py", "--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", tmp_path / "a.txt")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: dataset {tmp_path}/a.txt: its tag B-ORG is none of the model's labels (B-LOC, B-PER, I-LOC, I-PER, O); "
-        "rename the tags, or train a new head: ner_run.py --new-head\n"
+        f"error: dataset {tmp_path}/a.txt: its tag B-ORG is none of the model's labels (B-LOC, B-PER, I-LOC, I-PER, "
+        "O); rename the tags, or train a new head: ner_run.py --new-head\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 

@@ -650,8 +650,10 @@ def test_bad_arguments_are_refused_in_one_line(preflight, tiny, arguments, messa
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=12) | st.sampled_from(
-    ["--", "--swift", "sft", "rlhf", "--port", "--free-ports", "1", "-1", "nan", "--disk-factor", "--adapter", "--teacher",
-     "--dataset", "--columns", "--checkpoint", "best", "--template", "--max_steps", "--overwrite", ".", "x" * 300, "--help=1"]
+    ["--", "--swift", "sft", "rlhf", "--port", "--free-ports", "1", "-1", "nan", "--disk-factor", "--adapter",
+     "--teacher",
+     "--dataset", "--columns", "--checkpoint", "best", "--template", "--max_steps", "--overwrite", ".", "x" * 300,
+     "--help=1"]
 )  # fmt: skip
 
 

@@ -99,7 +99,8 @@ def test_the_history_says_rate_steps_batch_processes_callbacks_and_dtype(run, ba
     (run / "checkpoint-20/trainer_state.json").write_text('{"global_step": 20, "epoch": 1.5}')
     script("prunekit.training.publish", "--run", run, "--base", base, "--out", tmp_path / "out", "--stage", "x")
     assert history(tmp_path / "out")[-1]["settings"] == said | {
-        "checkpoint": "checkpoint-20", "chosen": "the last", "steps": 20, "epochs": 1.5, "world_size": 3, "global_batch": 24,
+        "checkpoint": "checkpoint-20", "chosen": "the last", "steps": 20, "epochs": 1.5, "world_size": 3,
+        "global_batch": 24,
     }  # fmt: skip
 
 
@@ -288,9 +289,15 @@ def test_a_base_saved_without_its_head_prefix_fits(own, tiny, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("model.language_model.layers.4.mlp.up_proj.weight"), r"checkpoint-20: has no .*layers\.4\.mlp"),
+        (
+            lambda t: t.pop("model.language_model.layers.4.mlp.up_proj.weight"),
+            r"checkpoint-20: has no .*layers\.4\.mlp",
+        ),
         (lambda t: t.update(extra=torch.zeros(1)), "own-qwen3_vl: has no extra"),
-        (lambda t: t.update({"model.language_model.norm.weight": torch.zeros(31)}), r"norm\.weight is \[31\], in .* \[32\]"),
+        (
+            lambda t: t.update({"model.language_model.norm.weight": torch.zeros(31)}),
+            r"norm\.weight is \[31\], in .* \[32\]",
+        ),
     ],
 )  # fmt: skip
 def test_a_source_that_is_not_the_base_trained_is_refused(change, message, run, base, tmp_path):

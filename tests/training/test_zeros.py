@@ -319,7 +319,8 @@ def test_quality_is_too_bad_where_it_is_by_more_than_a_share_worse_than_the_dens
 
 @pytest.mark.parametrize(
     ("metric", "greater", "higher"),
-    [("eval_token_acc", True, True), ("cer", False, False), ("loss", None, False), (None, None, False), ("eval_loss", True, False)],
+    [("eval_token_acc", True, True), ("cer", False, False), ("loss", None, False), (None, None, False),
+     ("eval_loss", True, False)],
 )  # fmt: skip
 def test_which_way_a_metric_is_better_is_what_the_trainer_says_but_of_losses(metric, greater, higher):
     callback = GradualPruning(Gradual(0.5, events=1))
@@ -466,7 +467,7 @@ def test_settings_are_words():
 @pytest.mark.ci
 @pytest.mark.slow
 def test_two_processes_of_distillation_killed_and_resumed_prune_exactly(tmp_path):
-    """GKD of the embedded model by distil.sh under DDP, pruned gradually: kill -9 in the middle, then the same command."""
+    """GKD of the embedded model by distil.sh under DDP, pruned gradually: kill -9 in the middle, then go on."""
     model, row = EMBEDDED, {"role": "user", "content": "Read the text."}
     messages = [{"messages": [row, {"role": "assistant", "content": f"a{number}"}]} for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(message) + "\n" for message in messages))
