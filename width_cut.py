@@ -13,9 +13,8 @@ neurons are scored on your data, each layer behind the cut ones before it, and o
 it needs the model in memory. Without it, the weights alone decide.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prunekit.arguments import positive_int, share
 from prunekit.checkpoint import statistics
@@ -23,38 +22,8 @@ from prunekit.data.batches import add_calibration_arguments, model_and_calibrati
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
 from prunekit.model.load import load_model
-from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
-from prunekit.surgery.width import SCORES, WidthCut, apply_width, choose, magnitudes, plan_width
-
-
-def calibrate_plan(plan: WidthCut, score: str, arguments: argparse.Namespace) -> tuple[WidthCut, dict[str, Any]]:
-    """The plan with its tensors, and what its history shall say of them.
-
-    How much of the errors before it a refit should make up for depends on how much is lost: all, where that is much, else
-    less. So both are tried, and the lower loss on held-out rows decides.
-    """
-    model, data = model_and_calibration(plan.source, arguments)
-    # torch: seconds, after all that can be checked without it
-    from prunekit.surgery.sides import MADE_UP_WIDTH
-    from prunekit.surgery.width_fit import calibrate_width
-
-    refits = plan.source.family.causal and plan.source.family.text.plain_residual
-    narrow, losses, made_up = *calibrate_width(plan, model, data, score), MADE_UP_WIDTH[0]
-    if refits:
-        del model
-        model = load_model(plan.source, arguments.device, arguments.dtype)
-        other = *calibrate_width(plan, model, data, score, made_up=MADE_UP_WIDTH[1]), MADE_UP_WIDTH[1]
-        narrow, losses, made_up = min((narrow, losses, made_up), other, key=lambda each: each[1]["held_out_loss"])
-    if losses:
-        print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**losses))
-    settings = {
-        "calib": str(arguments.calib),
-        "calibration_data": [data.record],
-        "calibration_tokens": data.tokens,
-    }
-    if refits:
-        settings["made_up"] = made_up
-    return narrow, {"settings": settings, "metrics": losses or None}
+from prunekit.surgery.script import NOTHING_WRITTEN, open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.width import SCORES, cut_width, plan_width
 
 
 def main() -> None:
@@ -90,36 +59,25 @@ def main() -> None:
         parser.error(f"--score {score} needs --calib")
 
     checkpoint = open_input(arguments)
-    plan = plan_width(
-        checkpoint,
-        arguments.heads,
-        arguments.head_share,
-        arguments.neurons,
-        arguments.neuron_share,
-        arguments.kv_groups,
-        arguments.mask,
-    )
+    numbers = (arguments.heads, arguments.head_share, arguments.neurons, arguments.neuron_share)
+    plan = plan_width(checkpoint, *numbers, arguments.kv_groups, arguments.mask)
     for note in plan.notes:
         print(note)
-    print(comparison(statistics(checkpoint), statistics(plan.result)))
-    calibration = None
+    print(comparison(statistics(checkpoint), statistics(plan.outline)))
     if arguments.calib:
-        plan, calibration = calibrate_plan(plan, score, arguments)
-    elif not arguments.dry_run:
-        plan = choose(plan, magnitudes(checkpoint))
-    if arguments.dry_run:
-        print("dry run: nothing written")
+        model, data = model_and_calibration(checkpoint, arguments)
+        from prunekit.surgery.width_fit import fit_width  # torch: seconds, after all that can be checked without it
+
+        again = partial(load_model, checkpoint, arguments.device, arguments.dtype)
+        cut = fit_width(plan, model, data, score, again)
+        if cut.metrics:
+            print("held-out loss {held_out_loss_uncut:.4f} -> {held_out_loss:.4f}".format(**cut.metrics))
+    elif arguments.dry_run:
+        print(NOTHING_WRITTEN)
         return
-    entry = apply_width(
-        plan,
-        arguments.out,
-        score,
-        arguments.overwrite,
-        arguments.max_shard_bytes,
-        calibration,
-    )
-    print(f"wrote {arguments.out}")
-    if plan.heads:
+    else:
+        cut = cut_width(plan)
+    if (entry := save(cut, arguments)) and plan.heads:
         from prunekit.report import draw_heads  # matplotlib
 
         draw_heads(entry, Path(arguments.out) / "heads.png")

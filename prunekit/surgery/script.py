@@ -8,6 +8,8 @@ from prunekit.checkpoint import Checkpoint, check_out, open_checkpoint
 
 from .cut import Cut, write_cut
 
+NOTHING_WRITTEN = "dry run: nothing written"
+
 
 def surgery_parser(usage: str) -> Parser:
     """A parser with the arguments that all surgery scripts have. usage: the script's docstring."""
@@ -43,7 +45,7 @@ def open_input(arguments: argparse.Namespace) -> Checkpoint:
 def save(cut: Cut, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Write OUT and return its history entry; None for a dry run. Says which."""
     if arguments.dry_run:
-        print("dry run: nothing written")
+        print(NOTHING_WRITTEN)
         return None
     entry = write_cut(cut, arguments.out, arguments.overwrite, arguments.max_shard_bytes)
     print(f"wrote {arguments.out}")

@@ -1,11 +1,10 @@
-"""Narrower layers: fewer attention heads and MLP neurons. Plan (pure), choose (by scores), then apply (bytes)."""
+"""Narrower layers: fewer attention heads and MLP neurons. A plan (pure), scores that choose, a cut (bytes)."""
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,15 +13,15 @@ from prunekit.checkpoint import (
     DTYPE_BYTES,
     TORCH_DTYPES,
     Checkpoint,
+    Heads,
     float_bytes,
     heads,
-    history_entry,
     layer_numbers,
-    statistics,
-    write_checkpoint,
 )
 from prunekit.errors import PruneKitError
-from prunekit.families import configs
+from prunekit.families import Stack, configs
+
+from .cut import Account
 
 SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
 ROUND = 8  # a share of the neurons is rounded to such multiples, which matrix units like
@@ -48,29 +47,71 @@ class Kept:
     kv_heads: list[int] | None = None
     neurons: list[list[int]] | None = None  # of each expert; one list where there are no experts
 
+    def along(self, part: Part) -> list[list[int]] | None:
+        """What stays along a tensor's axis: one list, or of stacked experts one each. None: all of it."""
+        if part.role in ("in", "out"):
+            return self.neurons if part.stacked or not self.neurons else [self.neurons[part.expert or 0]]
+        numbers = self.kv_heads if part.role in ("k", "v") else self.heads
+        return None if numbers is None else [numbers]
+
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each head and neuron of a layer matters; more is more. numpy arrays."""
+    """How much each head and neuron of a layer matters; more is more. numpy arrays, None where nothing was scored."""
 
-    heads: Any  # (heads,)
-    neurons: Any  # (experts, neurons); (1, neurons) where there are no experts
+    heads: Any = None  # (heads,)
+    neurons: Any = None  # (experts, neurons); (1, neurons) where there are no experts
 
 
 @dataclass(frozen=True)
-class WidthCut:
-    """What a cut will do. `result` can be written once `choose` has said which heads and neurons stay."""
+class WidthPlan:
+    """How many heads and neurons stay; which ones, scores decide."""
 
     source: Checkpoint
-    result: Checkpoint
-    heads: int | None  # query heads that each layer keeps; None: all
-    kv_heads: int | None  # KV heads that each layer keeps; None: all
+    outline: Checkpoint  # config and shapes of what will come out: `choose` computes the tensors
+    heads: Heads | None  # that each layer keeps; None: all
     neurons: dict[str, int]  # neurons that each MLP keeps, by config key
     heads_masked: bool  # zeroed where they are read, not removed
     neurons_masked: bool
     notes: list[str]  # what the user should know, one line each
-    kept: dict[int, Kept] = field(default_factory=dict)  # by layer
-    scores: dict[int, Scores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WidthCut:
+    """A checkpoint of narrower layers, whose changed tensors are computed when they are written."""
+
+    plan: WidthPlan
+    result: Checkpoint
+    score: str
+    scores: dict[int, Scores]  # by layer, like what it keeps
+    kept: dict[int, Kept]
+    settings: dict[str, Any] = field(default_factory=dict)  # of the fit, like metrics
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.plan.source
+
+    def account(self) -> Account:
+        """Besides what every entry has: heads that each layer lost, numbered as in the input, and what all scored."""
+        plan, before = self.plan, heads(self.source)
+        removed: dict[str, Any] = {}
+        more: dict[str, Any] = {}
+        if plan.heads:
+            removed["heads"] = before.query - plan.heads.query
+            if not plan.heads_masked and plan.heads.kv < before.kv:
+                removed["kv_heads"] = before.kv - plan.heads.kv
+            layers = sorted(self.kept)
+            more["heads_removed"] = [
+                [head for head in range(before.query) if head not in (self.kept[layer].heads or ())] for layer in layers
+            ]
+            more["head_scores"] = [[float(f"{score:.4g}") for score in self.scores[layer].heads] for layer in layers]
+        widths = mlp_widths(plan.source, find_parts(plan.source))
+        removed |= {key: widths[key] - number for key, number in plan.neurons.items()}
+        masked = ["heads"] * bool(plan.heads and plan.heads_masked)
+        masked += ["neurons"] * bool(plan.neurons and plan.neurons_masked)
+        settings = {"score": self.score, "masked": masked} | self.settings
+        return Account("width_cut", removed, self.metrics or None, settings, more)
 
 
 # --- where heads and neurons lie ---------------------------------------------------------------------------------------
@@ -112,14 +153,18 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
 
 def mlp_widths(checkpoint: Checkpoint, parts: dict[str, Part]) -> dict[str, int]:
     """Neurons of each MLP, by the config key that says so: dense layers', experts'. PruneKitError if layers differ."""
-    row, widths = checkpoint.family.text, {}
+    widths: dict[str, int] = {}
     for name, part in parts.items():
         if part.role == "out":
-            key = row.experts if part.stacked or part.expert is not None else row.width
+            key = _neurons_key(checkpoint.family.text, part.stacked or part.expert is not None)
             width = checkpoint.tensors[name].shape[part.axis]
             if widths.setdefault(key, width) != width:
                 raise PruneKitError(f"{name}: {width} neurons, other layers have {widths[key]}; the folder is damaged")
     return widths
+
+
+def _neurons_key(row: Stack, of_experts: bool) -> str:
+    return row.experts if of_experts and row.experts else row.width
 
 
 def narrow(array: Any, part: Part, kept: Sequence[int], unit: int = 1, zero: bool = False):
@@ -140,10 +185,10 @@ def narrow(array: Any, part: Part, kept: Sequence[int], unit: int = 1, zero: boo
 # --- plan --------------------------------------------------------------------------------------------------------------
 
 
-def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, groups: int | None, mask: bool):
-    """(query heads, KV heads) that each layer keeps; PruneKitError for numbers that can't be."""
+def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, groups: int | None, mask: bool) -> Heads:
+    """Heads that each layer keeps; PruneKitError for numbers that can't be."""
     family = checkpoint.family
-    count, kv_heads = heads(checkpoint)[:2]
+    count, kv_heads, dim = heads(checkpoint)
     hidden = configs(checkpoint.config, family.text)[0][family.hidden]
     size = count // kv_heads
     if groups is not None:
@@ -176,7 +221,7 @@ def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, g
             f"{said}: the model has {count} attention heads ({why}); "
             + (f"keep one of {', '.join(map(str, allowed))}" if allowed else "none can go")
         )
-    return int(wanted), (int(wanted) if groups is None else groups)
+    return Heads(int(wanted), int(wanted) if groups is None else groups, dim)
 
 
 def _plan_neurons(widths: dict[str, int], keep: int | None, share: float | None) -> dict[str, int]:
@@ -185,10 +230,10 @@ def _plan_neurons(widths: dict[str, int], keep: int | None, share: float | None)
         raise PruneKitError(f"--neurons {keep}: the model's MLPs have {listed}; use --neuron-share")
     if share is not None and not 0 < share < 1:
         raise PruneKitError(f"--neuron-share {share}: give a share to keep, between 0 and 1")
-    kept = {}
+    kept: dict[str, int] = {}
     for key, width in widths.items():
         step = ROUND if width % ROUND == 0 else 1
-        kept[key] = keep if share is None else max(step, round(width * share / step) * step)
+        kept[key] = max(step, round(width * share / step) * step) if share is not None else keep or 0
         if not 0 < kept[key] < width:
             said = f"--neurons {keep}" if share is None else f"--neuron-share {share}"
             raise PruneKitError(f"{said}: the model has {width} ({key}); keep 1 to {width - 1} of them")
@@ -203,7 +248,7 @@ def plan_width(
     neuron_share: float | None = None,
     kv_groups: int | None = None,
     mask: bool = False,
-) -> WidthCut:
+) -> WidthPlan:
     """Plan to keep so many attention heads and MLP neurons of each text layer, the same number in all of them.
 
     Shares are those that stay. `kv_groups` keeps so many KV heads, each with its query heads. Every KV head keeps the
@@ -216,13 +261,12 @@ def plan_width(
     cut_neurons = neurons is not None or neuron_share is not None
     if not cut_heads and not cut_neurons:
         raise PruneKitError("nothing to cut; name what stays with --heads, --kv-groups or --neurons")
-    head_dim = heads(checkpoint).dim
     parts, notes = find_parts(checkpoint), []
     _check_shapes(checkpoint, parts)
     heads_masked = mask or family.removable_heads == "none"
-    keep = kv_keep = None
+    heads_of = None
     if cut_heads:
-        keep, kv_keep = _plan_heads(checkpoint, heads_kept, head_share, kv_groups, heads_masked)
+        heads_of = _plan_heads(checkpoint, heads_kept, head_share, kv_groups, heads_masked)
         if heads_masked:
             why = "" if mask else f" ({family.model_type}: the size of a head is {family.hidden} / {family.heads})"
             notes.append(f"heads are zeroed, not removed{why}: the model gets neither smaller nor faster by it")
@@ -232,18 +276,19 @@ def plan_width(
 
     config, tensors = copy.deepcopy(checkpoint.config), dict(checkpoint.tensors)
     for part in configs(config, row):
-        if cut_heads and not heads_masked:
-            part |= {family.heads: keep, family.kv_heads: kv_keep, family.head_dim: head_dim}
+        if heads_of and not heads_masked:
+            numbers = zip((family.heads, family.kv_heads, family.head_dim), heads_of)
+            part |= {key: number for key, number in numbers if key}
         if not mask:
             part |= kept
-    plan = WidthCut(checkpoint, checkpoint, keep, kv_keep, kept, heads_masked, mask, notes)
-    for name, part in parts.items():
-        if (number := _kept_number(plan, part)) and not _masks(plan, part):
-            unit = head_dim if part.role in "qkvo" else 1
+    plan = WidthPlan(checkpoint, checkpoint, heads_of, kept, heads_masked, mask, notes)
+    for name, where in parts.items():
+        if (number := _kept_number(plan, where)) and not _masks(plan, where):
+            unit = heads(checkpoint).dim if where.role in "qkvo" else 1
             shape = list(tensors[name].shape)
-            shape[part.axis] = number * unit * part.halves
-            tensors[name] = replace(tensors[name], shape=tuple(shape), compute=partial(_not_chosen, name))
-    return replace(plan, result=replace(checkpoint, config=config, tensors=tensors))
+            shape[where.axis] = number * unit * where.halves
+            tensors[name] = replace(tensors[name], shape=tuple(shape))
+    return replace(plan, outline=replace(checkpoint, config=config, tensors=tensors))
 
 
 def _check_shapes(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
@@ -266,18 +311,13 @@ def _check_shapes(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
             )
 
 
-def _not_chosen(name: str):
-    raise ValueError(f"{name}: width.choose has yet to fill this plan")
-
-
-def _kept_number(plan: WidthCut, part: Part) -> int | None:
+def _kept_number(plan: WidthPlan, part: Part) -> int | None:
     if part.role in ("in", "out"):
-        row = plan.source.family.text
-        return plan.neurons.get(row.experts if part.stacked or part.expert is not None else row.width)
-    return plan.kv_heads if part.role in ("k", "v") else plan.heads
+        return plan.neurons.get(_neurons_key(plan.source.family.text, part.stacked or part.expert is not None))
+    return plan.heads and (plan.heads.kv if part.role in ("k", "v") else plan.heads.query)
 
 
-def _masks(plan: WidthCut, part: Part) -> bool:
+def _masks(plan: WidthPlan, part: Part) -> bool:
     return plan.neurons_masked if part.role in ("in", "out") else plan.heads_masked
 
 
@@ -289,27 +329,33 @@ def best(scores, number: int) -> list[int]:
     return sorted((-scores).argsort(kind="stable")[:number].tolist())
 
 
-def keep_heads(scores, kv_count: int, plan: WidthCut) -> tuple[list[int], list[int]]:
-    """(query heads, KV heads) to keep of a layer. Every KV head kept keeps as many query heads as every other."""
+def keep_heads(scores, kv_count: int, number: Heads) -> tuple[list[int], list[int]]:
+    """(query heads, KV heads) to keep of a layer: so many. Every KV head kept keeps as many query heads as every other."""
     import numpy as np
 
     groups = np.asarray(scores, float).reshape(kv_count, -1)
-    if groups.shape[1] == 1 and plan.kv_heads in (plan.heads, kv_count):  # a KV head for each
-        kept = best(groups[:, 0], plan.heads)
-        return kept, (kept if plan.kv_heads == plan.heads else list(range(kv_count)))
-    kv_kept = best(groups.sum(1), plan.kv_heads)
-    each, size = plan.heads // plan.kv_heads, groups.shape[1]
+    if groups.shape[1] == 1 and number.kv in (number.query, kv_count):  # a KV head for each
+        kept = best(groups[:, 0], number.query)
+        return kept, (kept if number.kv == number.query else list(range(kv_count)))
+    kv_kept = best(groups.sum(1), number.kv)
+    each, size = number.query // number.kv, groups.shape[1]
     return [group * size + head for group in kv_kept for head in best(groups[group], each)], kv_kept
 
 
-def keep(plan: WidthCut, scores: Scores) -> Kept:
+def keep_neurons(scores, plan: WidthPlan) -> list[list[int]]:
+    """Neurons to keep of a layer's experts, or of its one MLP. scores: (experts, neurons)."""
+    number = plan.neurons[_neurons_key(plan.source.family.text, len(scores) > 1)]
+    return [best(each, number) for each in scores]
+
+
+def keep(plan: WidthPlan, scores: Scores) -> Kept:
     """What a layer with these scores keeps."""
-    kv_count = heads(plan.source).kv
-    kept_heads, kept_kv = keep_heads(scores.heads, kv_count, plan) if plan.heads else (None, None)
-    row = plan.source.family.text
-    number = plan.neurons.get(row.experts if len(scores.neurons) > 1 else row.width)
-    neurons = [best(each, number) for each in scores.neurons] if number else None
-    return Kept(kept_heads, kept_kv, neurons)
+    kept: dict[str, Any] = {}
+    if plan.heads:
+        kept["heads"], kept["kv_heads"] = keep_heads(scores.heads, heads(plan.source).kv, plan.heads)
+    if plan.neurons:
+        kept["neurons"] = keep_neurons(scores.neurons, plan)
+    return Kept(**kept)
 
 
 def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, Scores]:
@@ -356,92 +402,51 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
 Change = Callable[[str, Any], Any]  # (name, array) -> array: a refit of a tensor, before it is cut
 
 
-def choose(plan: WidthCut, scores: dict[int, Scores], changes: dict[str, list[Change]] | None = None) -> WidthCut:
-    """The plan with its tensors: each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
+def choose(
+    plan: WidthPlan, score: str, scores: dict[int, Scores], changes: dict[str, list[Change]] | None = None
+) -> WidthCut:
+    """The cut in which each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
     kept = {layer: keep(plan, each) for layer, each in scores.items()}
     parts, changes = find_parts(plan.source), changes or {}
-    tensors = dict(plan.result.tensors)
+    tensors = dict(plan.outline.tensors)
     for name in {**parts, **changes}:
-        part = parts.get(name)
-        cut = part and _kept_number(plan, part) and (not _masks(plan, part) or part.role in ("o", "out"))
+        part, cut = parts.get(name), None
+        if part and (not _masks(plan, part) or part.role in ("o", "out")) and (stays := kept[part.layer].along(part)):
+            cut = part, stays
         if cut or name in changes:
-            compute = partial(
-                _written, plan, name, part if cut else None, part and kept[part.layer], changes.get(name, [])
-            )
+            compute = partial(_written, plan, name, cut, changes.get(name, []))
             tensors[name] = replace(tensors[name], compute=compute)
-    return replace(plan, result=replace(plan.result, tensors=tensors), kept=kept, scores=scores)
+    return WidthCut(plan, replace(plan.outline, tensors=tensors), score, scores, kept)
 
 
-def _written(plan: WidthCut, name: str, part: Part | None, kept: Kept, changes: Iterable[Change]) -> memoryview:
+def cut_width(plan: WidthPlan) -> WidthCut:
+    """By the weights alone."""
+    return choose(plan, "magnitude", magnitudes(plan.source))
+
+
+def _written(
+    plan: WidthPlan, name: str, cut: tuple[Part, list[list[int]]] | None, changes: Sequence[Change]
+) -> memoryview:
     import numpy as np
 
     source = plan.source
     tensor = source.tensors[name]
+    array: Any
     if changes:
         array = source.read_array(name)
     else:  # bits, whatever they mean
         array = np.frombuffer(source.read_bytes(name), f"<u{DTYPE_BYTES[tensor.dtype]}").reshape(tensor.shape)
     for change in changes:
         array = change(name, array)
-    if part:
-        zero = _masks(plan, part)
-        if part.role in ("in", "out"):
-            of = partial(narrow, zero=zero)
-            if part.stacked:
-                each = replace(part, axis=part.axis - 1)
-                array = np.stack([of(a, each, k) for a, k in zip(array, kept.neurons, strict=True)])
-            else:
-                array = of(array, part, kept.neurons[part.expert or 0])
+    if cut:
+        part, stays = cut
+        unit = heads(source).dim if part.role in "qkvo" else 1
+        of = partial(narrow, unit=unit, zero=_masks(plan, part))
+        if part.stacked:
+            each = replace(part, axis=part.axis - 1)
+            array = np.stack([of(a, each, kept) for a, kept in zip(array, stays, strict=True)])
         else:
-            numbers = kept.kv_heads if part.role in ("k", "v") else kept.heads
-            array = narrow(array, part, numbers, heads(source).dim, zero)
+            array = of(array, part, stays[0])
     if changes:
         return float_bytes(array, tensor.dtype, name)
-    return memoryview(np.ascontiguousarray(array)).cast("B")
-
-
-def removed_heads(plan: WidthCut) -> list[list[int]]:
-    """The heads that each layer loses, numbered as in the input."""
-    count = heads(plan.source).query
-    return [[h for h in range(count) if h not in plan.kept[layer].heads] for layer in sorted(plan.kept)]
-
-
-def apply_width(
-    plan: WidthCut,
-    out: str | Path,
-    score: str,
-    overwrite: bool = False,
-    max_shard_bytes: int | None = None,
-    calibration: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the planned checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
-
-    `calibration` is what the entry shall say of it: settings and metrics. Besides what every entry has, it says which
-    heads each layer lost (`heads_removed`, numbered as in the input) and what all of them scored (`head_scores`).
-    """
-    before, after = statistics(plan.source), statistics(plan.result)
-    removed: dict[str, Any] = {}
-    if plan.heads:
-        removed["heads"] = before["num_attention_heads"] - plan.heads
-        if not plan.heads_masked and plan.kv_heads < before["num_key_value_heads"]:
-            removed["kv_heads"] = before["num_key_value_heads"] - plan.kv_heads
-    widths = mlp_widths(plan.source, find_parts(plan.source))
-    removed |= {key: widths[key] - number for key, number in plan.neurons.items()}
-    masked = ["heads"] * bool(plan.heads and plan.heads_masked)
-    masked += ["neurons"] * bool(plan.neurons and plan.neurons_masked)
-    entry = history_entry(
-        "width_cut",
-        plan.source.path,
-        before,
-        after,
-        removed=removed,
-        metrics=calibration and calibration["metrics"],
-        settings={"score": score, "masked": masked} | (calibration["settings"] if calibration else {}),
-    )
-    if plan.heads:
-        entry["heads_removed"] = removed_heads(plan)
-        entry["head_scores"] = [
-            [float(f"{score:.4g}") for score in plan.scores[layer].heads] for layer in sorted(plan.scores)
-        ]
-    write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
-    return entry
+    return np.ascontiguousarray(array).data.cast("B")

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,9 @@ from prunekit.families import Stack
 from prunekit.model.replay import find_stack, record_calls
 from prunekit.model.scores import counted_states, final_states, logits_in_parts, score_batches
 
-from .sides import Fit, Sides, states_between
-from .width import Change, Scores, WidthCut, choose, keep, magnitudes
+from .cut import calibrated_on
+from .sides import MADE_UP_WIDTH, Fit, Sides, states_between
+from .width import Change, Scores, WidthCut, WidthPlan, choose, keep_heads, keep_neurons, magnitudes
 
 
 class Layer:
@@ -83,7 +85,8 @@ class Student:
         """Run layer `number`. A hook is (module, function(mask, inputs, output)): called for each batch's tokens."""
         self.sides.student.step(number)
         some = copy(self.sides.student)
-        some.calls, some.states, some.added = (x[: self.rows] for x in (some.calls, some.states, some.added))
+        for rows in ("calls", "states", "added"):
+            setattr(some, rows, getattr(some, rows)[: self.rows])
 
         def call(function: Callable, masks: Iterator[torch.Tensor], _, inputs, output) -> None:
             function(next(masks), inputs, output)
@@ -202,19 +205,26 @@ def taylor(
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
-def gate(layer: Layer, plan: WidthCut, scores: Scores, neurons: bool) -> Any:
-    """Zero the heads (or neurons) that these scores don't keep where they are read; returns the hook, if there is one."""
-    kept = keep(plan, scores)
-    if neurons and layer.experts is not None:
-        for expert, numbers in enumerate(kept.neurons):
-            gone = torch.ones(layer.experts.down_proj.shape[-1], dtype=torch.bool)
-            gone[numbers] = False
-            layer.experts.down_proj[expert][:, gone.to(layer.experts.down_proj.device)] = 0
-        return None
-    module, numbers, unit = (layer.out, kept.neurons[0], 1) if neurons else (layer.o, kept.heads, layer.heads.dim)
+def gate_heads(layer: Layer, kept: list[int]) -> Any:
+    """Zero the other heads where they are read; returns the hook."""
+    return _gate(layer, layer.o, kept, layer.heads.dim)
+
+
+def gate_neurons(layer: Layer, kept: list[list[int]]) -> Any:
+    """Zero the other neurons where they are read; returns the hook, or None for experts, whose weights are zeroed."""
+    if layer.experts is None:
+        return _gate(layer, layer.out, kept[0], 1)
+    for expert, numbers in enumerate(kept):
+        gone = torch.ones(layer.experts.down_proj.shape[-1], dtype=torch.bool)
+        gone[numbers] = False
+        layer.experts.down_proj[expert][:, gone.to(layer.experts.down_proj.device)] = 0
+    return None
+
+
+def _gate(layer: Layer, module: nn.Module, kept: list[int], unit: int) -> Any:
     count = layer.columns(module).shape[1] // unit
     mask = torch.zeros(count, dtype=module.weight.dtype, device=module.weight.device)
-    mask[numbers] = 1
+    mask[kept] = 1
     mask = mask.repeat_interleave(unit)
     return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
 
@@ -233,23 +243,44 @@ def as_change(fit: Fit) -> Change:
     return lambda name, array: projection.changed(name, torch.from_numpy(array), solution).numpy()
 
 
+def fit_width(
+    plan: WidthPlan, model: nn.Module, data: Calibration, score: str, again: Callable[[], nn.Module]
+) -> WidthCut:
+    """`fit_once` with each share of the incoming error in `MADE_UP_WIDTH`: the lower loss on held-out rows decides.
+
+    How much of the errors before it a refit should make up for depends on how much is lost: all, where that is much, else
+    less. `again` loads the uncut model anew: `model` gives its memory back before. What isn't refitted is cut once.
+    """
+    cut = fit_once(plan, model, data, score, MADE_UP_WIDTH[0])
+    for made_up in MADE_UP_WIDTH[1:] if refits(plan) else ():
+        model.to("meta")
+        model = again()
+        cut = min(cut, fit_once(plan, model, data, score, made_up), key=lambda each: each.metrics["held_out_loss"])
+    return cut
+
+
+def refits(plan: WidthPlan) -> bool:
+    """Whether there is a loss to refit for, and projections to fold a refit into."""
+    return plan.source.family.causal and plan.source.family.text.plain_residual
+
+
 @torch.no_grad()
-def calibrate_width(
-    plan: WidthCut,
+def fit_once(
+    plan: WidthPlan,
     model: nn.Module,
     data: Calibration,
     score: str,
-    quiet: bool | None = None,
     made_up: float = 1.0,
-) -> tuple[WidthCut, dict[str, float]]:
+    quiet: bool | None = None,
+) -> WidthCut:
     """Choose what stays by `score` on calibration data, and refit the projections that read it.
 
     Neurons have no attention distributions: by entropy or variance of heads, they are scored by activation. `model` is
     the uncut one; it isn't fit for use afterwards. `made_up` is the share of the error that comes into a layer that its
-    refits make up for: all of it asks much of what is left, less of it lets errors add up. Returns the plan with its
-    tensors, and the loss on the held-out rows, `held_out_loss_uncut` and `held_out_loss`; none for encoders, which predict no next token. Families with norms
-    behind their projections are cut and not refitted. Raises PruneKitError for scores that aren't finite, or that an
-    encoder can't have.
+    refits make up for: all of it asks much of what is left, less of it lets errors add up. Metrics are the loss on the
+    held-out rows, `held_out_loss_uncut` and `held_out_loss`; none for encoders, which predict no next token. Families
+    with norms behind their projections are cut and not refitted. Raises PruneKitError for scores that aren't finite, or
+    that an encoder can't have.
     """
     family, row = plan.source.family, plan.source.family.text
     of_text = heads(plan.source)
@@ -261,7 +292,7 @@ def calibrate_width(
     judged = range(len(data.fit), len(batches))
     owner, attribute = find_stack(model, row)
     layers = [Layer(layer, row, of_text) for layer in getattr(owner, attribute)]
-    losses = {}
+    losses: dict[str, float] = {}
     if family.causal:
         losses["held_out_loss_uncut"] = score_batches(model, data.held_out)["loss"]
     known: dict[int, Scores] = {}
@@ -271,7 +302,7 @@ def calibrate_width(
         known = taylor(model, row, layers, data.fit, quiet)
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches))
     student = Student(sides, batches)
-    refits = row.plain_residual and family.causal
+    refitted = refits(plan)
     scores: dict[int, Scores] = {}
     changes: dict[str, list[Change]] = {}
 
@@ -285,35 +316,37 @@ def calibrate_width(
 
     with contextlib.ExitStack() as gates, tqdm(total=len(layers), desc="narrow", disable=quiet) as progress:
         for number, layer in enumerate(layers):
-            if refits:
+            if refitted:
                 for side in (sides.teacher, sides.student):
                     side.step(number)
                 entered = list(sides.teacher.states), list(sides.student.states)
                 between, behind = sides.targets_between(number)
-            each = known.get(number)
-            of_heads, of_neurons = (each.heads, each.neurons) if each else (np.zeros(of_text.query), np.zeros((1, 0)))
+            each = known.get(number, Scores())
             if plan.heads:
-                of_heads = of_heads if each else head_scores(layer, student, number, score)
-                _check_finite(plan, number, of_heads)
-                gates.enter_context(gate(layer, plan, Scores(of_heads, np.zeros((1, 0))), neurons=False))
-                if refits:
+                if each.heads is None:
+                    each = replace(each, heads=head_scores(layer, student, number, score))
+                _check_finite(plan, number, each.heads)
+                gates.enter_context(gate_heads(layer, keep_heads(each.heads, of_text.kv, plan.heads)[0]))
+                if refitted:
                     refit(number, row.o, _reachable(between, *entered, made_up), behind_attention=True)
             if plan.neurons:
-                of_neurons = of_neurons if each else neuron_scores(layer, student, number)
-                _check_finite(plan, number, of_neurons)
-                if hook := gate(layer, plan, Scores(of_heads, of_neurons), neurons=True):
+                if each.neurons is None:
+                    each = replace(each, neurons=neuron_scores(layer, student, number))
+                _check_finite(plan, number, each.neurons)
+                if hook := gate_neurons(layer, keep_neurons(each.neurons, plan)):
                     gates.enter_context(hook)
-            scores[number] = Scores(of_heads, of_neurons)
-            if refits:
+            scores[number] = each
+            if refitted:
                 with states_between(sides.layers[number], row) as own:
                     sides.student.step(number + 1, keep=False)
                 refit(number, row.mlp[-1], _reachable(behind, between, own, made_up), behind_attention=False)
             progress.update()
         if family.causal:
             losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
-    return choose(plan, scores, changes=changes), losses
+    settings = calibrated_on(data) | ({"made_up": made_up} if refitted else {})
+    return replace(choose(plan, score, scores, changes), settings=settings, metrics=losses)
 
 
-def _check_finite(plan: WidthCut, number: int, values: np.ndarray) -> None:
+def _check_finite(plan: WidthPlan, number: int, values: np.ndarray) -> None:
     if not math.isfinite(float(np.abs(values).sum())):
         raise PruneKitError(f"{plan.source.path}: layer {number} has scores that are not finite; try --dtype float32")

@@ -1,15 +1,15 @@
 """Cuts as their scripts make them, in one call."""
 
 from prunekit.checkpoint import open_checkpoint
-from prunekit.surgery.width import apply_width, choose, magnitudes, plan_width
+from prunekit.surgery import width
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.zeros import Wish, apply_sparsify, plan_sparsify, select, with_importance
 
 
-def cut_width(folder, out, score="magnitude", **wanted):
-    checkpoint = open_checkpoint(folder)
-    plan = choose(plan_width(checkpoint, **wanted), magnitudes(checkpoint))
-    apply_width(plan, out, score)
-    return plan
+def cut_width(folder, out, **wanted):
+    cut = width.cut_width(width.plan_width(open_checkpoint(folder), **wanted))
+    write_cut(cut, out)
+    return cut
 
 
 def sparsify(folder, out, importance=None, scores=None, **wish):

@@ -22,8 +22,9 @@ from prunekit.families import FAMILIES as ROWS
 from prunekit.model.load import load_model
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import score_batches
-from prunekit.surgery.width import SCORES, WidthCut, apply_width, keep_heads, plan_width
-from prunekit.surgery.width_fit import Layer, calibrate_width, focus, taylor
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.width import SCORES, keep_heads, plan_width
+from prunekit.surgery.width_fit import Layer, fit_once, focus, taylor
 
 REMOVABLE = [family for family in FAMILIES if ROWS[family].removable_heads != "none"]
 CAUSAL = [family for family in FAMILIES if ROWS[family].causal]
@@ -91,11 +92,11 @@ MEASURED += [(family, score) for family in ("llama", "gpt2", "qwen3_moe") for sc
 def test_what_is_written_has_the_held_out_loss_that_was_measured(family, score, tiny, tmp_path):
     checkpoint, calibration = open_checkpoint(tiny(family)), data(fit=4, held_out=1)
     plan = plan_width(checkpoint, head_share=0.5, neuron_share=0.5)
-    plan, losses = calibrate_width(plan, load(tiny(family)), calibration, score)
-    apply_width(plan, tmp_path / "out", score)
+    found = fit_once(plan, load(tiny(family)), calibration, score)
+    write_cut(found, tmp_path / "out")
     loss = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
-    assert loss == pytest.approx(losses["held_out_loss"], rel=1e-5)
-    changed = [name for name, tensor in plan.result.tensors.items() if tensor.compute]
+    assert loss == pytest.approx(found.metrics["held_out_loss"], rel=1e-5)
+    changed = [name for name, tensor in found.result.tensors.items() if tensor.compute]
     assert changed
 
 
@@ -104,37 +105,39 @@ def test_what_is_written_has_the_held_out_loss_that_was_measured(family, score, 
 def test_encoders_are_scored_on_data_and_not_refitted(family, score, tiny, tmp_path):
     checkpoint = open_checkpoint(tiny(family))
     plan = plan_width(checkpoint, heads_kept=2, neuron_share=0.5)
-    plan, losses = calibrate_width(plan, load(tiny(family)), data(fit=2, held_out=1), score)
-    apply_width(plan, tmp_path / "out", score)
-    assert losses == {}
-    expected = logits(zeroed(tiny(family), plan))
+    found = fit_once(plan, load(tiny(family)), data(fit=2, held_out=1), score)
+    write_cut(found, tmp_path / "out")
+    assert found.metrics == {}
+    expected = logits(zeroed(tiny(family), found))
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, atol=1e-5, rtol=0)
 
 
 def test_refits_bring_the_model_nearer_to_the_uncut_one(tiny, tmp_path):
     checkpoint, calibration = open_checkpoint(tiny("llama")), self_labelled(load(tiny("llama")), data())
     wanted = {"head_share": 0.5, "neuron_share": 0.5}
-    plan, losses = calibrate_width(plan_width(checkpoint, **wanted), load(tiny("llama")), calibration, "magnitude")
+    found = fit_once(plan_width(checkpoint, **wanted), load(tiny("llama")), calibration, "magnitude")
     cut_width(tiny("llama"), tmp_path / "out", **wanted)
     unrefitted = score_batches(load(tmp_path / "out"), calibration.held_out)["loss"]
-    assert losses["held_out_loss_uncut"] < losses["held_out_loss"] < unrefitted
-    changed = {name.split(".", 3)[3] for name, tensor in plan.result.tensors.items() if tensor.compute}
+    assert found.metrics["held_out_loss_uncut"] < found.metrics["held_out_loss"] < unrefitted
+    changed = {name.split(".", 3)[3] for name, tensor in found.result.tensors.items() if tensor.compute}
     assert {"self_attn.o_proj.weight", "mlp.down_proj.weight", "self_attn.q_proj.weight"} <= changed
 
 
 def test_refitted_masks_stay_exact_zeros(tiny, tmp_path):
     checkpoint, model = open_checkpoint(tiny("gpt2")), load(tiny("gpt2"))
     plan = plan_width(checkpoint, heads_kept=2, neuron_share=0.5, mask=True)
-    plan, _ = calibrate_width(plan, model, self_labelled(load(tiny("gpt2")), data()), "activation")
-    apply_width(plan, tmp_path / "out", "activation")
+    found = fit_once(plan, model, self_labelled(load(tiny("gpt2")), data()), "activation")
+    write_cut(found, tmp_path / "out")
     tensors, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tiny("gpt2")))
-    for layer, kept in plan.kept.items():
+    for layer, kept in found.kept.items():
         heads_read = tensors[f"transformer.h.{layer}.attn.c_proj.weight"].view(4, -1)
         assert [head for head in range(4) if heads_read[head].any()] == kept.heads
         neurons = tensors[f"transformer.h.{layer}.mlp.c_proj.weight"].any(1).nonzero()[:, 0].tolist()
         assert neurons == kept.neurons[0]
     name = "transformer.h.2.attn.c_proj.weight"
-    assert not torch.equal(tensors[name].view(4, -1)[plan.kept[2].heads], before[name].view(4, -1)[plan.kept[2].heads])
+    assert not torch.equal(
+        tensors[name].view(4, -1)[found.kept[2].heads], before[name].view(4, -1)[found.kept[2].heads]
+    )
 
 
 @pytest.mark.parametrize("score", ["activation", "taylor"])
@@ -147,9 +150,9 @@ def test_what_is_never_used_goes_first(score, tiny):
             layer.self_attn.o_proj.weight[:, 16:32] = 0  # head 1
             layer.mlp.down_proj.weight[:, 5] = 0
     plan = plan_width(open_checkpoint(tiny("llama")), kv_groups=1, neurons=47)
-    plan, _ = calibrate_width(plan, model, data(fit=2, held_out=1), score)
-    assert all(kept.kv_heads == [0] and kept.heads == [0, 1] for kept in plan.kept.values())
-    assert all(5 not in kept.neurons[0] for kept in plan.kept.values())
+    found = fit_once(plan, model, data(fit=2, held_out=1), score)
+    assert all(kept.kv_heads == [0] and kept.heads == [0, 1] for kept in found.kept.values())
+    assert all(5 not in kept.neurons[0] for kept in found.kept.values())
 
 
 def test_taylor_is_the_gradient_of_a_gate_on_each_head_and_neuron(tiny):
@@ -188,8 +191,7 @@ def test_every_kv_group_keeps_as_many_heads_and_the_best_of_them(drawn):
     size, kv_count = drawn.draw(st.integers(1, 4)), drawn.draw(st.integers(1, 4))
     kv_kept, each = drawn.draw(st.integers(1, kv_count)), drawn.draw(st.integers(1, size))
     scores = drawn.draw(st.lists(st.floats(0, 1), min_size=size * kv_count, max_size=size * kv_count))
-    plan = WidthCut(None, None, kv_kept * each, kv_kept, {}, False, False, [])
-    heads_kept, groups = keep_heads(scores, kv_count, plan)
+    heads_kept, groups = keep_heads(scores, kv_count, Heads(kv_kept * each, kv_kept, 16))
     assert heads_kept == sorted(heads_kept) and len(heads_kept) == kv_kept * each and len(groups) == kv_kept
     assert [head // size for head in heads_kept] == [group for group in groups for _ in range(each)]
     for group in groups:
@@ -286,7 +288,7 @@ def test_transformers_refuses_llamas_whose_heads_dont_divide_hidden_and_so_do_we
     checkpoint = open_checkpoint(tmp_path / "in")
     with pytest.raises(PruneKitError, match=r"a divisor of hidden_size 32\); keep one of 1, 2, 4$"):
         plan_width(checkpoint, heads_kept=6)
-    assert plan_width(checkpoint, heads_kept=6, mask=True).heads == 6
+    assert plan_width(checkpoint, heads_kept=6, mask=True).heads.query == 6
 
 
 def test_a_config_that_contradicts_the_weights_is_refused(own):
@@ -328,7 +330,7 @@ def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, s
         model = load_model(checkpoint)
         calibration = calibrate(model, checkpoint, file, 600)
         plan = plan_width(checkpoint, heads_kept=4)
-        found = calibrate_width(plan, model, calibration, "activation", made_up=made_up)[1]
+        found = fit_once(plan, model, calibration, "activation", made_up).metrics
         losses[made_up] = found["held_out_loss"]
     assert losses[1.0] != losses[0.25]
     (entry,) = history(tmp_path / "out")
