@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 
 from prunekit.arguments import positive_int, share
-from prunekit.checkpoint import Checkpoint, read_json, statistics
+from prunekit.checkpoint import Checkpoint, statistics
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
+from prunekit.knockout.ranking import choose_from_ranking, read_ranking
 from prunekit.surgery.layers import (
     cautions,
     check_healable,
-    choose_from_ranking,
     cut_layers,
     parse_numbers,
     plan_layers,
@@ -39,13 +39,13 @@ def choose(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[list[
         return text, vision
     if text or vision:
         raise PruneKitError("--from-ranking chooses the layers; leave out --text and --vision")
-    ranking = read_json(Path(arguments.from_ranking))
+    ranking = read_ranking(Path(arguments.from_ranking), checkpoint)
     limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction, arguments.independent)
     path = None if arguments.independent else ranking.get("greedy")
     how = "with all above removed, too" if path else "when removed alone"
-    for entry in choose_from_ranking(checkpoint, ranking, *limits):
-        print(f"{entry['stack']:>8} {entry['layer']:>3}  keeps {entry['relative']:.1%} of the baseline {how}")
-        (text if entry["stack"] == "text" else vision).append(entry["layer"])
+    for gone, relative in choose_from_ranking(checkpoint, ranking, *limits):
+        print(f"{gone.stack:>8} {gone.layer:>3}  keeps {relative:.1%} of the baseline {how}")
+        (text if gone.stack == "text" else vision).append(gone.layer)
     if path and path.get("healed") and not arguments.heal:
         print("the path was healed after each removal: with --heal and --calib, too, it keeps that much")
     return text, vision

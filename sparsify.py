@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import finite_float
-from prunekit.checkpoint import read_json, statistics
+from prunekit.checkpoint import statistics
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
+from prunekit.knockout.ranking import knockout_importance, read_ranking
 from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
 from prunekit.surgery.zeros import (
     NO_GAIN,
@@ -32,7 +33,6 @@ from prunekit.surgery.zeros import (
     Wish,
     apply_sparsify,
     check_shared_out,
-    knockout_importance,
     magnitude,
     parse_pattern,
     plan_sparsify,
@@ -71,7 +71,7 @@ def prepare(plan: Sparsification, arguments: argparse.Namespace) -> tuple[Sparsi
     """The selected plan, and what its history shall say of calibration."""
     scores, settings, metrics, kind = magnitude, {}, None, arguments.layer_importance
     if kind == "knockout":
-        ranking = read_json(Path(arguments.ranking))
+        ranking = read_ranking(Path(arguments.ranking), plan.source)
         plan = with_importance(plan, knockout_importance(plan.source, ranking))
     if arguments.calib:
         model, data = model_and_calibration(plan.source, arguments)

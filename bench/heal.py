@@ -18,9 +18,9 @@ from materials import smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.data.batches import Calibration, calibrate
+from prunekit.knockout.removal import Removal, list_removals
 from prunekit.knockout.scanner import Job
 from prunekit.knockout.search import Scan, find_path
-from prunekit.knockout.trained import plan_knockouts
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.surgery.in_memory import removed
@@ -30,10 +30,9 @@ from prunekit.surgery.layers_fit import fit_layers
 
 def greedy(folder: Path, texts: Path, tokens: int, count: int) -> list[int]:
     """The `count` text layers whose removal, one after the other, costs least loss on these texts."""
-    candidates = plan_knockouts(open_checkpoint(folder), "all", "none")[1:]
+    candidates = list_removals(open_checkpoint(folder), "all", "none")
     path = find_path(Scan(Job(str(folder), str(texts), tokens, 512), None), candidates, count, None, None)
-    numbers = {knockout.name: knockout.layer for knockout in candidates}
-    return [numbers[name] for name in path[-1]["removed"]]
+    return [Removal.parse(name).layer for name in path[-1]["removed"]]
 
 
 def main() -> None:

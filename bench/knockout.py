@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
+from prunekit.knockout.removal import Removal, list_removals
 from prunekit.knockout.scanner import Job, load_scanner
 from prunekit.knockout.search import HealedScan, Scan, describe, find_path
-from prunekit.knockout.trained import Sweep, Training, plan_knockouts
+from prunekit.knockout.trained import Sweep, Training, run_name
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.report import style
@@ -114,7 +115,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     texts = write_texts(args.runs)
     job = Job(str(folder), str(texts["wikipedia-test"]), TOKENS, 512)
     scanner = load_scanner(job)
-    runs = plan_knockouts(scanner.checkpoint, "all", "none")[1:]
+    runs = list_removals(scanner.checkpoint, "all", "none")
     evaluate = lambda: score_batches(scanner.model, scanner.batches)  # noqa: E731
 
     def forward(**labels: bool) -> None:
@@ -219,11 +220,11 @@ def train(
     flags = (*plugins, "--dataset", str(data), "--val_dataset", str(validation), *arguments)
     sweep = Sweep(Training(model, model_type, out, flags, "bench"), [], jobs)
     done = sweep.finished(runs)
-    with contextlib.closing(sweep.do_all([run for run in runs if run.name not in done])) as records:
+    with contextlib.closing(sweep.do_all([run for run in runs if run_name(run) not in done])) as records:
         for record in records:
             log(f"{record['name']}: {record['error'] or record['token_acc']} ({record['seconds']:.0f} s)")
             done[record["name"]] = record
-    return [done[run.name] for run in runs]
+    return [done[run_name(run)] for run in runs]
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def peak(args: argparse.Namespace, what: str) -> dict[str, Any]:
     if what == "evaluate":
         score_batches(scanner.model, scanner.batches)
     else:
-        runs = plan_knockouts(scanner.checkpoint, "all", "none")[1:]
+        runs = list_removals(scanner.checkpoint, "all", "none")
         for index in range(len(scanner.batches)):
             scanner.measure([], runs, index)
     return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
@@ -255,17 +256,17 @@ def race(args: argparse.Namespace) -> dict[str, Any]:
     folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
     data = str(write_texts(args.runs)["wikipedia-test"])
     full_job = Job(str(folder), data, TOKENS, 128)
-    candidates = plan_knockouts(open_checkpoint(folder), "all", "none")[1:]
+    candidates = list_removals(open_checkpoint(folder), "all", "none")
     result = {"tokens": TOKENS, "rows_of": 128, "finalists": {}}
     full = Scan(full_job, None, quiet=True)
     full_seconds, _ = timed(lambda: full.measure([], candidates, range(full.batches), "scan"))
-    scores = {k.name: full.score([], k.name) for k in candidates}
+    scores = {str(k): full.score([], str(k)) for k in candidates}
     order = sorted(scores, key=lambda name: scores[name]["loss"])
     fair_job = Job(str(folder), data, TOKENS, 128, fair_batches=True)
     load_scanner(fair_job)
     for keep in (5, 10):
         scan = Scan(fair_job, None, quiet=True)
-        weights = {k.name: 1.0 for k in candidates}
+        weights = {str(k): 1.0 for k in candidates}
         seconds, (best, undecided) = timed(scan.race, [], candidates, keep, weights, args.race_share)
         result["finalists"][keep] = {
             "race": best,
@@ -319,13 +320,13 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     }
     result = {}
     for name, (model, data, validation, arguments, jobs, template, length) in cases.items():
-        runs = plan_knockouts(open_checkpoint(model), "all", "all")
-        records = train(model, runs, data, validation, args.runs / f"trained-{name}", jobs, arguments)
+        removals = list_removals(open_checkpoint(model), "all", "all")
+        records = train(model, [None, *removals], data, validation, args.runs / f"trained-{name}", jobs, arguments)
         scan = Scan(Job(str(model), str(validation), None, length, template=template), None)
-        scan.measure([], runs[1:], range(scan.batches), "scan")
-        scanned = {entry["name"]: entry for entry in describe(scan, runs[1:], None, set())["removals"]}
+        scan.measure([], removals, range(scan.batches), "scan")
+        scanned = {entry["name"]: entry for entry in describe(scan, removals, None, set())["removals"]}
         trained = {record["name"]: record["token_acc"] for record in records}
-        names = [run.name for run in runs[1:] if trained[run.name] is not None]
+        names = [str(removal) for removal in removals if trained[str(removal)] is not None]
         result[name] = {
             "layers": len(names),
             "flags": " ".join(arguments),
@@ -348,7 +349,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint, texts = open_checkpoint(folder), write_texts(args.runs)
     counts = (3, 5, 8)
     job = Job(str(folder), str(texts["wikipedia-train"]), args.choice_tokens, 256)
-    candidates = plan_knockouts(checkpoint, "all", "none")[1:]
+    candidates = list_removals(checkpoint, "all", "none")
     scan = Scan(job, args.runs / "sets-records.jsonl")
     scan.measure([], candidates, range(scan.batches), "scan")
     removals = describe(scan, candidates, None, set())["removals"]
@@ -356,16 +357,15 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     for metric in ("loss", "token_acc", "block_influence"):
         sign = -1 if metric == "token_acc" else 1
         chosen[metric] = [e["layer"] for e in sorted(removals, key=lambda e: sign * e[metric])]
-    numbers = {k.name: k.layer for k in candidates}
     seconds["greedy"], path = timed(find_path, scan, candidates, max(counts), None, None)
-    chosen["greedy"] = [numbers[name] for name in path[-1]["removed"]]
+    chosen["greedy"] = [Removal.parse(name).layer for name in path[-1]["removed"]]
     log("greedy", chosen["greedy"])
     # Of the better third only, and on few tokens: each candidate is healed, and each set from the start
     hopeful = [k for k in candidates if k.layer in sorted(chosen["loss"][: len(candidates) // 3])]
     calib = str(texts["wikipedia-train"])
     healed = HealedScan(job, args.runs / "sets-records-healed.jsonl", calib, args.choice_tokens * 3 // 2)
     seconds["greedy_healed"], path = timed(find_path, healed, hopeful, args.healed_layers, None, None)
-    chosen["greedy_healed"] = [numbers[name] for name in path[-1]["removed"]]
+    chosen["greedy_healed"] = [Removal.parse(name).layer for name in path[-1]["removed"]]
     log("greedy, healed", chosen["greedy_healed"])
     load_scanner.cache_clear()
 

@@ -121,8 +121,6 @@ SPARSITY = [
     Mutant("max(low, math.floor(Fraction(str(maximum)) * size))", "math.floor(Fraction(str(maximum)) * size)"),
     Mutant("max(low, min(high, math.floor(share)))", "min(high, math.floor(share))"),
     Mutant("if found[index] < most[index]][:missing]", "][:missing]"),
-    Mutant("max(0.0, 1 - share", "max(0.0, share"),
-    Mutant("layer: 1.0 if share is None", "layer: 0.0 if share is None"),
     Mutant("else (weight.stack, weight.layer)].append", "else (None, weight.layer)].append"),
     Mutant("if group is not None and group not in importance:", "if False:"),
     Mutant("plan.importance.get(group, sum(known) / max(1, len(known)))", "plan.importance.get(group, 0.0)"),
@@ -249,10 +247,6 @@ HEAD_RATES = [
 ]
 
 KNOCKOUT = [
-    Mutant('word.partition(":")', 'word.partition(",")'),
-    Mutant('if stack not in ("text", "vision") or', "if"),
-    Mutant("or stack in numbers or", "or"),
-    Mutant("or not listed:", "or False:"),
     Mutant("model = model.get_base_model()", "pass"),
     Mutant("            cut(model, plan)\n", "            pass\n"),
     Mutant("except ValueError as error:", "except KeyError as error:"),
@@ -272,7 +266,29 @@ EXTEND = [
     Mutant('if "gpt2" not in MODEL_MAPPING:', 'if "gpt2" in MODEL_MAPPING:'),
 ]  # fmt: skip
 
+REMOVAL = [
+    Mutant('"(text|vision)[:-](.+)"', '"(text|vision)[-](.+)"'),
+    Mutant('"(text|vision)[:-](.+)"', '"(text|vision)[:](.+)"'),
+    Mutant('"(text|vision)[:-](.+)"', '"(.+)[:-](.+)"'),
+    Mutant('"(text|vision)[:-](.+)"', '"(text|vision)[:-](.*)"'),
+    Mutant("if not match or any(removal.stack == match[1] for removal in removals):", "if not match:"),
+    Mutant('wanted != "none"', "True"),
+    Mutant("if removal.stack == s", "if s"),
+    Mutant("        plan_without(checkpoint, [removal])\n", "        pass\n"),
+    Mutant(r"\d{2,5}", r"\d{1,5}"),
+    Mutant("{self.layer:02d}", "{self.layer}"),
+]
+
 RANKING = [
+    Mutant("    check_ranking(checkpoint, ranking)\n", ""),
+    Mutant("None if independent else", "ranking.get('greedy') if independent else"),
+    Mutant("relative >= keep_above", "relative > keep_above"),
+    Mutant("len(chosen) < max_layers and", ""),
+    Mutant("        elif path:\n            break\n", ""),
+    Mutant('if name not in before["removed"]:', "if True:"),
+    Mutant("if last.layer >= count:", "if last.layer > count:"),
+    Mutant("<= max_fraction", "< max_fraction"),
+    Mutant("1.0 if share is None else", "0.0 if share is None else"),
     Mutant("(scanned if after is None else after)", "(after if after is None else scanned)"),
     Mutant("if known and not error else None", "if known else None"),
     Mutant("known = after is not None or _cost(scan, entry) is not None", "known = True"),
@@ -387,7 +403,8 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         SPARSE_FIT,
     ),
     "prunekit/training/zeros.py": ("tests/training/test_zeros.py", SPARSE_TRAINING),
-    "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not wandb", RANKING),
+    "prunekit/knockout/removal.py": ("tests/knockout/test_removal.py tests/plugins/test_plugins.py -k not swift", REMOVAL),
+    "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not (wandb or script)", RANKING),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
     "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),
     "prunekit/data/answers.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", ANSWERS),

@@ -8,18 +8,8 @@ from swift.callbacks.base import TrainerCallback
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.surgery.in_memory import cut
-from prunekit.surgery.layers import parse_numbers, plan_layers
 
-
-def parse_removal(text: str) -> dict[str, list[int]]:
-    """Layer numbers by stack, from words like `text:3,7-9` and `vision:2`, a stack once at the most."""
-    numbers: dict[str, list[int]] = {}
-    for word in text.split():
-        stack, _, listed = word.partition(":")
-        if stack not in ("text", "vision") or stack in numbers or not listed:
-            raise PruneKitError(f"PRUNEKIT_REMOVE: {word!r} names no layers; write it like 'text:3,7 vision:2'")
-        numbers[stack] = parse_numbers([listed])
-    return numbers
+from .removal import parse_removals, plan_without
 
 
 class KnockoutLayers(TrainerCallback):
@@ -31,7 +21,7 @@ class KnockoutLayers(TrainerCallback):
         if hasattr(model, "get_base_model"):  # LoRA and other adapters of PEFT
             model = model.get_base_model()
         checkpoint = open_checkpoint(self.trainer.model_info.model_dir)
-        plan = plan_layers(checkpoint, **parse_removal(os.environ.get("PRUNEKIT_REMOVE", "")))
+        plan = plan_without(checkpoint, parse_removals(os.environ.get("PRUNEKIT_REMOVE", "")))
         try:
             cut(model, plan)
         except ValueError as error:  # another tuner has wrapped it

@@ -12,8 +12,8 @@ from prunekit.surgery.layers import check_healable, find_seams
 from prunekit.surgery.layers_fit import fit_layers
 from prunekit.surgery.sides import Projection, Sides
 
+from .removal import BASELINE, Removal
 from .scanner import Scanner
-from .trained import BASELINE, Knockout
 
 
 class HealedScanner:
@@ -36,7 +36,7 @@ class HealedScanner:
         ]
         parameters = [p for projection in projections for p in projection.parameters.values()]
         self.uncut = [(parameter, parameter.data) for parameter in parameters]
-        self.healed: tuple[Knockout, ...] = ()
+        self.healed: tuple[Removal, ...] = ()
 
     @contextlib.contextmanager
     def uncut_weights(self) -> Iterator[None]:
@@ -50,7 +50,7 @@ class HealedScanner:
             for (parameter, _), data in zip(self.uncut, refitted):
                 parameter.data = data
 
-    def heal(self, gone: Sequence[Knockout]) -> None:
+    def heal(self, gone: Sequence[Removal]) -> None:
         """Refit the model for this cut, from its own weights."""
         if tuple(gone) == self.healed:
             return
@@ -63,8 +63,8 @@ class HealedScanner:
 
     def measure(
         self,
-        gone: Sequence[Knockout],
-        candidates: Sequence[Knockout],
+        gone: Sequence[Removal],
+        candidates: Sequence[Removal],
         scored: Callable[[], None] = lambda: None,
     ) -> list[dict[str, Any]]:
         """What `Scanner.measure` returns, for every batch: the model healed after the cut, and each candidate's."""
@@ -86,18 +86,18 @@ class HealedScanner:
                 for index, trace in enumerate(traces)
             ]
             for stack in self.stacks:
-                mine = sorted((k for k in candidates if k.stack == stack), key=lambda k: k.layer)
+                mine = sorted(k for k in candidates if k.stack == stack)
                 for candidate, start in self._refitted(stack, gone, mine):
                     for index in batches:
                         final = scanner.final_without(candidate, gone, traces[index], scanner.batches[index], start)
                         scores = records[index]["scores"]
-                        scores[candidate.name] = scores[BASELINE] if final is None else scanner.score(final, index)
+                        scores[str(candidate)] = scores[BASELINE] if final is None else scanner.score(final, index)
                     scored()
         return records
 
     def _refitted(
-        self, stack: str, gone: Sequence[Knockout], candidates: Sequence[Knockout]
-    ) -> Iterator[tuple[Knockout, int]]:
+        self, stack: str, gone: Sequence[Removal], candidates: Sequence[Removal]
+    ) -> Iterator[tuple[Removal, int]]:
         """Each candidate while the layer before its seam is refitted, and the first position that is then changed."""
         row, batches, sides = self.stacks[stack], [*self.data.fit, *self.data.held_out], None
         judged = range(len(self.data.fit), len(batches))

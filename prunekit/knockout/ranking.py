@@ -1,18 +1,22 @@
-"""What a knockout sweep found, as files: ranking.json, ranking.csv, pictures, a W&B run."""
+"""What a knockout sweep found, as files: ranking.json, ranking.csv, pictures, a W&B run; and what is chosen by it."""
 
 import csv
+import itertools
 import math
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import write_json
+from prunekit.checkpoint import Checkpoint, layer_numbers, read_json, statistics, write_json
+from prunekit.checkpoint.provenance import check_ranking
+from prunekit.errors import PruneKitError
 from prunekit.rules import FLAG, LAYER, REAL, Items, Keys, Rule, check
+from prunekit.surgery.layers import MOST_LAYERS, MOST_SHARE
 
-BASELINE = "baseline"
+from .removal import BASELINE, NAME, STACKS, Removal, plan_without
+
 HIGHER_IS_CHEAPER = ("token_acc",)  # of the predictors; of the others (loss, kl, block_influence) lower is
 NESTED = ("standard_error", "generation", "trained")  # in a removal: None, or a dict
 LEAST_FALL = 0.01  # of the baseline's token_acc, over a whole greedy path: below that its shape is noise
@@ -21,13 +25,13 @@ LEAST_BEND = 0.1  # of the fall, above the chord: below that a path is straight
 
 _REMOVAL = Keys(
     {
-        "stack": Rule("text or vision", lambda value: value in ("text", "vision")),
+        "stack": Rule("text or vision", lambda value: value in STACKS),
         "layer": LAYER,
         "relative": REAL,
     },
     needed=("stack", "layer"),
 )
-_NAME = Rule("a name like text-03", lambda value: bool(re.fullmatch(r"(?:text|vision)-\d{2,5}", str(value), re.ASCII)))
+_NAME = Rule("a name like text-03", lambda value: bool(NAME.fullmatch(str(value))))
 _POINT = Keys({"removed": Items(_NAME), "relative": REAL}, needed=("removed",))
 _RANKING = Keys(
     {
@@ -38,9 +42,82 @@ _RANKING = Keys(
 )
 
 
-def check_shape(ranking: Any) -> None:
-    """PruneKitError if this isn't what `build_ranking` makes, in all that choosing layers reads of it."""
+def read_ranking(file: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """A ranking.json of this model. PruneKitError if it isn't, or isn't what `build_ranking` makes."""
+    ranking = read_json(file)
     check(ranking, _RANKING, "the ranking isn't one that knockout_check.sh wrote (ranking.json)")
+    check_ranking(checkpoint, ranking)
+    return ranking
+
+
+def choose_from_ranking(
+    checkpoint: Checkpoint,
+    ranking: dict[str, Any],
+    keep_above: float = 0.95,
+    max_layers: int = MOST_LAYERS,
+    max_fraction: float = MOST_SHARE,
+    independent: bool = False,
+) -> list[tuple[Removal, float]]:
+    """What to remove by a ranking, each with the share of the baseline that is kept.
+
+    With a greedy path in the ranking, the path is followed as long as what is left keeps `keep_above`; the share is
+    then that without the layer and all before it. Without one, or if `independent`, the removals that keep
+    `keep_above` alone are taken, cheapest first. Takes at most `max_layers`, and nothing that would bring the removed
+    share of all parameters over `max_fraction` or leave a stack with fewer layers than it must have: there a path
+    ends, while independent removals go on with the next. Raises PruneKitError for layers that the model has not, or
+    if nothing qualifies.
+    """
+    path = None if independent else ranking.get("greedy")
+    alone = ((Removal(e["stack"], e["layer"]), e.get("relative")) for e in ranking["removals"])
+    chosen: list[tuple[Removal, float]] = []
+    for removal, relative in _path_steps(path["path"]) if path else alone:
+        cheap = relative is not None and relative >= keep_above
+        if len(chosen) < max_layers and cheap and _fits(checkpoint, [*(r for r, _ in chosen), removal], max_fraction):
+            chosen.append((removal, relative))
+        elif path:
+            break
+    if not chosen:
+        raise PruneKitError(
+            f"the ranking has nothing that keeps {keep_above:.0%} of the baseline within {max_fraction:.0%} of the "
+            "parameters; lower --keep-above or raise --max-fraction"
+        )
+    return chosen
+
+
+def _path_steps(path: list[dict[str, Any]]) -> Iterator[tuple[Removal, float | None]]:
+    """The layers of a greedy path one by one, each with what is left once it is gone."""
+    for before, point in itertools.pairwise(path):
+        for name in point["removed"]:
+            if name not in before["removed"]:
+                yield Removal.parse(name), point.get("relative")
+
+
+def _fits(checkpoint: Checkpoint, gone: list[Removal], max_fraction: float) -> bool:
+    """Can these be removed together, and are they at most `max_fraction` of the parameters?"""
+    for stack in STACKS:
+        count = len(layer_numbers(checkpoint, stack)) if stack in checkpoint.family.stacks else 0
+        last = max((removal for removal in gone if removal.stack == stack), default=Removal(stack, -1))
+        if last.layer >= count:
+            raise PruneKitError(f"the ranking has a {last}, the model has not: is it the ranking of this model?")
+    try:
+        plan = plan_without(checkpoint, gone)
+    except PruneKitError:
+        return False
+    return 1 - statistics(plan.result)["parameters"] / statistics(checkpoint)["parameters"] <= max_fraction
+
+
+def knockout_importance(checkpoint: Checkpoint, ranking: dict[str, Any]) -> dict[tuple[str, int], float]:
+    """Importance of each layer by a ranking: the share of the baseline's token_acc that its removal costs.
+
+    A layer without which the model couldn't be measured is as important as can be (1). PruneKitError if the model has
+    no such stack.
+    """
+    shares = {(entry["stack"], entry["layer"]): entry.get("relative") for entry in ranking["removals"]}
+    found = {layer: 1.0 if share is None else min(1.0, max(0.0, 1 - share)) for layer, share in shares.items()}
+    for stack in {stack for stack, _ in found}:
+        if stack not in checkpoint.family.stacks:
+            raise PruneKitError(f"--ranking: has a stack {stack!r}, {checkpoint.family.model_type} has none")
+    return found
 
 
 def build_ranking(

@@ -27,7 +27,7 @@ from prunekit.model.scores import counted_states, final_states, logits_in_parts
 from prunekit.surgery.in_memory import removed
 from prunekit.surgery.layers import LayersPlan
 
-from .trained import BASELINE, Knockout, plan_without
+from .removal import BASELINE, Removal, plan_without
 
 LIKELIEST = 64  # tokens of the unpruned output whose probabilities the KL compares one by one
 STATE_BYTES = 128 << 20  # for kept states, or a tenth of the weights if that is more
@@ -93,14 +93,14 @@ class Scanner:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         self.state_bytes = max(STATE_BYTES, weights // 10) // len(checkpoint.family.stacks)
 
-    def plan(self, gone: Sequence[Knockout]) -> LayersPlan:
+    def plan(self, gone: Sequence[Removal]) -> LayersPlan:
         return plan_without(self.checkpoint, gone)
 
-    def without(self, gone: Sequence[Knockout]) -> contextlib.AbstractContextManager[None]:
+    def without(self, gone: Sequence[Removal]) -> contextlib.AbstractContextManager[None]:
         """Within the block the model lacks these layers."""
         return removed(self.model, self.plan(gone)) if gone else contextlib.nullcontext()
 
-    def kept(self, stack: str, gone: Sequence[Knockout]) -> list[int]:
+    def kept(self, stack: str, gone: Sequence[Removal]) -> list[int]:
         """Numbers of the layers that are left of a stack."""
         missing = {k.layer for k in gone if k.stack == stack}
         return [i for i in layer_numbers(self.checkpoint, stack) if i not in missing]
@@ -108,8 +108,8 @@ class Scanner:
     @torch.inference_mode()
     def measure(
         self,
-        gone: Sequence[Knockout],
-        candidates: Sequence[Knockout],
+        gone: Sequence[Removal],
+        candidates: Sequence[Removal],
         index: int,
         scored: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
@@ -130,9 +130,9 @@ class Scanner:
         scores = {BASELINE: self.score(trace.final, index)}
         trace.final = torch.empty(0)
         # Layer by layer, so that a state which isn't kept is computed from the one before
-        for candidate in sorted(candidates, key=lambda k: (k.stack, k.layer)):
+        for candidate in sorted(candidates):
             final = self.final_without(candidate, gone, trace, batch)
-            scores[candidate.name] = scores[BASELINE] if final is None else self.score(final, index)
+            scores[str(candidate)] = scores[BASELINE] if final is None else self.score(final, index)
             scored()
         return {"scores": scores, "influence": trace.influence, "seconds": trace.seconds}
 
@@ -143,7 +143,7 @@ class Scanner:
                 batch = self.batches[index]
                 self.references[index] = self._likeliest(final_states(self.model, batch), batch)
 
-    def trace(self, batch: dict[str, Any], gone: Sequence[Knockout]) -> Trace:
+    def trace(self, batch: dict[str, Any], gone: Sequence[Removal]) -> Trace:
         trace = Trace({}, {}, {}, {})
         family = self.checkpoint.family
         with contextlib.ExitStack() as hooks:
@@ -159,7 +159,7 @@ class Scanner:
 
                 hooks.enter_context(owner.register_forward_pre_hook(called, with_kwargs=True))
                 for position, (number, layer) in enumerate(zip(self.kept(stack, gone), layers)):
-                    name = Knockout(stack, number).name
+                    name = str(Removal(stack, number))
 
                     def enter(*_, name=name):
                         trace.seconds[name] = trace.seconds.get(name, 0.0) - self._now()
@@ -191,8 +191,8 @@ class Scanner:
 
     def final_without(
         self,
-        candidate: Knockout,
-        gone: Sequence[Knockout],
+        candidate: Removal,
+        gone: Sequence[Removal],
         trace: Trace,
         batch: dict[str, Any],
         start: int | None = None,
@@ -221,7 +221,7 @@ class Scanner:
                     return owner(*args, **kwargs)[0]
                 return final_states(self.model, batch)
 
-    def _states_before(self, start: int, stack: str, gone: Sequence[Knockout], trace: Trace) -> dict[int, torch.Tensor]:
+    def _states_before(self, start: int, stack: str, gone: Sequence[Removal], trace: Trace) -> dict[int, torch.Tensor]:
         """Raw outputs of layers by position, that of the one right before `start` among them."""
         states = trace.states[stack] | trace.walked.get(stack, {})
         if start and start - 1 not in states:

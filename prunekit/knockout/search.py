@@ -26,7 +26,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from prunekit.arguments import Parser, device, natural, positive_int, share
+from prunekit.arguments import device, natural, positive_int, share
 from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.data.answers import generate, score_answers
@@ -38,8 +38,8 @@ from prunekit.model.load import check_causal
 from . import cluster
 from .healed import HealedScanner
 from .ranking import finalists
+from .removal import BASELINE, Removal, knockout_parser, list_removals, plan_without
 from .scanner import Job, encoder_for, finite, load_scanner, rows_of
-from .trained import BASELINE, Knockout, plan_knockouts, plan_without
 
 KINDS = ("right", "loss", "kl", "tokens")  # of a sample's scores
 METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
@@ -49,11 +49,11 @@ SURE = 2.0  # standard errors
 FEW_SAMPLES = 8  # below, a standard error says nothing
 
 
-def measure_batch(item: tuple[Job, tuple[Knockout, ...], tuple[Knockout, ...], int]) -> dict[str, Any]:
+def measure_batch(item: tuple[Job, tuple[Removal, ...], tuple[Removal, ...], int]) -> dict[str, Any]:
     """One line of records.jsonl, computed wherever this process runs."""
     job, gone, candidates, index = item
     found = load_scanner(job).measure(gone, candidates, index)
-    return {"gone": [knockout.name for knockout in gone], "batch": index, **found}
+    return {"gone": [str(removal) for removal in gone], "batch": index, **found}
 
 
 def count_batches(job: Job) -> int:
@@ -109,9 +109,9 @@ class Records:
                 lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._take(record)
 
-    def table(self, gone: Sequence[Knockout], names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    def table(self, gone: Sequence[Removal], names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         """By name: `right`, `loss`, `kl` and `tokens`, each (samples,), over the batches in which all names were scored."""
-        key = tuple(knockout.name for knockout in gone)
+        key = tuple(str(removal) for removal in gone)
         batches = [
             scores
             for (removed, _), scores in sorted(self.scores.items())
@@ -171,7 +171,7 @@ class Scan:
             distributed.all_gather_object(gathered, mine)
         return gathered
 
-    def generate(self, removals: Sequence[Sequence[Knockout]], rows: int, tokens: int) -> list[dict[str, Any]]:
+    def generate(self, removals: Sequence[Sequence[Removal]], rows: int, tokens: int) -> list[dict[str, Any]]:
         """Exact match and CER of real greedy answers to so many rows without each of these sets of layers.
 
         Answers end after `tokens` tokens. A cluster's tasks take a set each, torchrun's processes rows of each.
@@ -184,7 +184,7 @@ class Scan:
             parts = [self._gather(answer_without(item)) for item in items]
         return [score_generation(self.job, rows, tokens, part) for part in parts]
 
-    def parameters_without(self, gone: Sequence[Knockout]) -> int | None:
+    def parameters_without(self, gone: Sequence[Removal]) -> int | None:
         """Parameters that are left; None where these layers can't be removed together."""
         if not gone:
             return self.parameters
@@ -194,13 +194,13 @@ class Scan:
             return None
 
     def measure(
-        self, gone: Sequence[Knockout], candidates: Sequence[Knockout], batches: Sequence[int], what: str
+        self, gone: Sequence[Removal], candidates: Sequence[Removal], batches: Sequence[int], what: str
     ) -> None:
         """Have records of these candidates in these batches, measuring what is missing."""
-        key, items = tuple(k.name for k in gone), []
+        key, items = tuple(str(k) for k in gone), []
         for index in batches:
             known = self.records.scores.get((key, index), {})
-            missing = tuple(k for k in candidates if k.name not in known)
+            missing = tuple(k for k in candidates if str(k) not in known)
             if missing or BASELINE not in known:
                 items.append((self.job, tuple(gone), missing, index))
         total = sum(1 + len(item[2]) for item in items)
@@ -223,8 +223,8 @@ class Scan:
 
     def race(
         self,
-        gone: Sequence[Knockout],
-        candidates: Sequence[Knockout],
+        gone: Sequence[Removal],
+        candidates: Sequence[Removal],
         keep: int,
         weight: dict[str, float],
         share: float,
@@ -238,51 +238,51 @@ class Scan:
         Returns the names of the best, and of those that were left undecided.
         """
         undecided, chosen, best = list(candidates), [], []
-        cost = {k.name: 1 + self._behind(k) for k in candidates}
-        every = self._behind(Knockout("vision", -1))
+        cost = {str(k): 1 + self._behind(k) for k in candidates}
+        every = self._behind(Removal("vision", -1))
         full, spent = self.batches * (every + sum(cost.values())), 0
         step = max(1, self.batches // 16)
         step = -(-step // self.world) * self.world
         for start in range(0, self.batches, step):
             batches = range(min(start + step, self.batches))
             self.measure(gone, undecided, batches[start:], what)
-            spent += len(batches[start:]) * (every + sum(cost[k.name] for k in undecided))
-            table = self.records.table(gone, [BASELINE, *(k.name for k in undecided)])
+            spent += len(batches[start:]) * (every + sum(cost[str(k)] for k in undecided))
+            table = self.records.table(gone, [BASELINE, *(str(k) for k in undecided)])
             if len(table[BASELINE]["tokens"]) < FEW_SAMPLES:
                 continue
             scaled = {
-                k.name: {
-                    kind: values if kind == "tokens" else (values - table[BASELINE][kind]) * weight[k.name]
-                    for kind, values in table[k.name].items()
+                str(k): {
+                    kind: values if kind == "tokens" else (values - table[BASELINE][kind]) * weight[str(k)]
+                    for kind, values in table[str(k)].items()
                 }
                 for k in undecided
             }
-            order = sorted(undecided, key=lambda k: _worst_if_nan(scaled[k.name][CRITERION].sum()))
+            order = sorted(undecided, key=lambda k: _worst_if_nan(scaled[str(k)][CRITERION].sum()))
             left = keep - len(chosen)
-            best = [*chosen, *(k.name for k in order[:left])]
+            best = [*chosen, *(str(k) for k in order[:left])]
             if left >= len(order):
                 undecided = []
             for place, candidate in enumerate(order if undecided else []):
                 rival = order[left] if place < left else order[left - 1]
                 pair = (candidate, rival) if place < left else (rival, candidate)
-                mean, error = paired(scaled, pair[0].name, pair[1].name, CRITERION)
+                mean, error = paired(scaled, str(pair[0]), str(pair[1]), CRITERION)
                 if mean + SURE * error < 0 or math.isnan(mean):
                     undecided.remove(candidate)
                     if place < left:
-                        chosen.append(candidate.name)
+                        chosen.append(str(candidate))
             if spent >= share * full or not undecided or len(chosen) == keep:
                 break
-        return best, {k.name for k in undecided} if len(chosen) < keep else set()
+        return best, {str(k) for k in undecided} if len(chosen) < keep else set()
 
-    def _behind(self, knockout: Knockout) -> int:
+    def _behind(self, removal: Removal) -> int:
         """How many layers have to be run to score a removal."""
         text, vision = (
             len(layer_numbers(self.checkpoint, stack)) if stack in self.checkpoint.family.stacks else 0
             for stack in ("text", "vision")
         )
-        return text - 1 - knockout.layer if knockout.stack == "text" else text + vision - 1 - knockout.layer
+        return text - 1 - removal.layer if removal.stack == "text" else text + vision - 1 - removal.layer
 
-    def score(self, gone: Sequence[Knockout], name: str) -> dict[str, Any]:
+    def score(self, gone: Sequence[Removal], name: str) -> dict[str, Any]:
         """Metrics of one removal (or the baseline) per token, with the standard errors of what sets it off the baseline.
 
         A removal that was scored on some of the samples gets the baseline's figure on all of them and its own
@@ -302,9 +302,9 @@ class Scan:
         result["tokens"] = int(table[name]["tokens"].sum())
         return result if name == BASELINE else result | {"standard_error": errors}
 
-    def layer_figures(self, gone: Sequence[Knockout], name: str) -> dict[str, Any]:
+    def layer_figures(self, gone: Sequence[Removal], name: str) -> dict[str, Any]:
         """Block influence (1 - mean cosine of a layer's input and output, ShortGPT, 2403.03853) and share of a pass's time."""
-        key = tuple(k.name for k in gone)
+        key = tuple(str(k) for k in gone)
         found = [pair for (removed, _), pair in self.records.layers.items() if removed == key]
         influence = [part[name] for part, _ in found if name in part]
         tokens = sum(count for _, count in influence)
@@ -343,9 +343,9 @@ class HealedScan(Scan):
 
     def measure(self, gone, candidates, batches, what):
         """All batches in one go: a candidate's refit serves them all. Processes share the candidates out."""
-        key = tuple(k.name for k in gone)
+        key = tuple(str(k) for k in gone)
         known = [self.records.scores.get((key, index), {}) for index in range(self.batches)]
-        missing = [k for k in candidates if any(k.name not in scores for scores in known)]
+        missing = [k for k in candidates if any(str(k) not in scores for scores in known)]
         if not missing and all(BASELINE in scores for scores in known):
             return
         mine = missing[self.rank :: self.world]
@@ -356,7 +356,7 @@ class HealedScan(Scan):
             self.records.add({"gone": list(key), "batch": index, **found[0], "scores": scores})
 
 
-def answer_without(item: tuple[Job, tuple[Knockout, ...], int, int, int, int]) -> tuple[list[str], int]:
+def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) -> tuple[list[str], int]:
     """Greedy answers to some of the data set's first rows without some layers, and how many were cut.
 
     Item: job, layers, rows, tokens of an answer at most, and which of how many equal shares of the rows.
@@ -385,7 +385,7 @@ def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[lis
 
 def find_path(
     scan: Scan,
-    candidates: Sequence[Knockout],
+    candidates: Sequence[Removal],
     count: int | None,
     target: float | None,
     race_share: float | None,
@@ -397,12 +397,12 @@ def find_path(
     Ends after `count` removals, at `target` of the parameters, or where nothing more can go. With `race_share` each
     choice is a race for the best one. Entries: `removed` (names), `parameters`, metrics of the model so cut.
     """
-    gone: list[Knockout] = []
+    gone: list[Removal] = []
     path = []
     while True:
         scan.measure(gone, [], range(scan.batches), f"without {len(gone)} layers")
         left = scan.parameters_without(gone)
-        entry = {"removed": [k.name for k in gone], "parameters": left, **scan.score(gone, BASELINE)}
+        entry = {"removed": [str(k) for k in gone], "parameters": left, **scan.score(gone, BASELINE)}
         [answered] = scan.generate([gone], generation, generation_tokens) if generation else [None]
         path.append(entry | {"generation": answered})
         done = len(gone) == count or (target is not None and left <= target * scan.parameters)
@@ -410,28 +410,24 @@ def find_path(
         possible = [k for k, parameters in after.items() if parameters is not None]
         if done or not possible:
             return path
-        weight = {k.name: 1 / (left - after[k]) for k in possible}
+        weight = {str(k): 1 / (left - after[k]) for k in possible}
         what = f"choose layer {len(gone) + 1}"
         if race_share:
             [best], _ = scan.race(gone, possible, 1, weight, race_share, what)
         else:
             scan.measure(gone, possible, range(scan.batches), what)
             base = scan.score(gone, BASELINE)[CRITERION]
-            costs = {k.name: scan.score(gone, k.name)[CRITERION] for k in possible}
+            costs = {str(k): scan.score(gone, str(k))[CRITERION] for k in possible}
             costs = {name: (cost - base) * weight[name] for name, cost in costs.items() if cost is not None}
             if not costs:
                 return path
             best = min(costs, key=costs.get)
-        gone = [*gone, next(k for k in possible if k.name == best)]
+        gone = [*gone, Removal.parse(best)]
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser = knockout_parser(__doc__, "scan")
     parser.add_argument("--dataset", required=True, help='JSONL to score on: ms-swift messages or {"text": ...}')
-    parser.add_argument("--out", type=Path, required=True, help="folder of the scan; an unfinished one is continued")
-    parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
-    parser.add_argument("--vision", default="all", help="vision blocks, likewise")
     parser.add_argument(
         "--tokens", type=natural, default=65_536, help="of the data set to score on, 0: all (default: 65536)"
     )
@@ -465,7 +461,6 @@ def main() -> None:
     )
     parser.add_argument("--device", type=device, help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
-    parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
     parser.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
     parser.add_argument("--processes", type=positive_int, default=1, help="on this machine, a GPU each (default: 1)")
     parser.add_argument(
@@ -491,7 +486,7 @@ def run_scan(args: argparse.Namespace) -> None:
     """Refuse what can be refused, then scan, in this process or as several."""
     checkpoint = open_checkpoint(args.model)
     check_causal(checkpoint)
-    candidates = plan_knockouts(checkpoint, args.text, args.vision)[1:]
+    candidates = list_removals(checkpoint, args.text, args.vision)
     if not candidates:
         raise PruneKitError(f"--text {args.text} --vision {args.vision}: names no layer to score")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -541,19 +536,19 @@ def run_scan(args: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
-def search(args: argparse.Namespace, job: Job, candidates: list[Knockout], calib: Rows | None) -> dict[str, Any]:
+def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib: Rows | None) -> dict[str, Any]:
     """Do what the command line asks for: the content of scan.json."""
     scan = Scan(job, args.out / "records.jsonl", min(1, args.gpus_per_task))
     best, undecided = None, set()
     if args.race:
-        best, undecided = scan.race([], candidates, args.best, {k.name: 1.0 for k in candidates}, args.race_share)
+        best, undecided = scan.race([], candidates, args.best, {str(k): 1.0 for k in candidates}, args.race_share)
     else:
         scan.measure([], candidates, range(scan.batches), "scan")
     result = describe(scan, candidates, best, undecided)
     answers = args.generate, args.generate_tokens
     if args.generate:
         chosen = result["best"][: args.best]
-        generated = scan.generate([[k] for k in candidates if k.name in chosen], *answers)
+        generated = scan.generate([[k] for k in candidates if str(k) in chosen], *answers)
         entries = [entry for entry in result["removals"] if entry["name"] in chosen]
         for entry, found in zip(entries, generated, strict=True):
             entry["generation"] = found
@@ -571,22 +566,20 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Knockout], calib
     return result
 
 
-def describe(scan: Scan, candidates: Sequence[Knockout], best: list[str] | None, undecided: set[str]) -> dict[str, Any]:
+def describe(scan: Scan, candidates: Sequence[Removal], best: list[str] | None, undecided: set[str]) -> dict[str, Any]:
     """The content of scan.json."""
     removals = []
-    for knockout in candidates:
-        scores = scan.score([], knockout.name)
-        parameters = scan.parameters_without([knockout])
+    for removal in candidates:
+        scores = scan.score([], str(removal))
+        parameters = scan.parameters_without([removal])
         removals.append(
             {
-                "name": knockout.name,
-                "stack": knockout.stack,
-                "layer": knockout.layer,
+                **removal.json,
                 "parameters": parameters,
                 "parameters_saved": scan.parameters - parameters,
-                **scan.layer_figures([], knockout.name),
+                **scan.layer_figures([], str(removal)),
                 **scores,
-                "decided": knockout.name not in undecided,
+                "decided": str(removal) not in undecided,
                 "generation": None,
                 "error": None if scores["loss"] is not None else "loss is NaN",
             }

@@ -17,14 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prunekit.arguments import Parser, natural, positive_int
+from prunekit.arguments import natural, positive_int
 from prunekit.checkpoint import open_checkpoint, read_json
 from prunekit.checkpoint.provenance import made_from
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.errors import PruneKitError, run_script
 
 from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
-from .trained import BASELINE, Knockout, Sweep, Training, plan_knockouts
+from .removal import BASELINE, Removal, knockout_parser, list_removals
+from .trained import Run, Sweep, Training, run_name
 
 OURS = {"scan", "trained", "ranking.json", "ranking.csv", "ranking.png", "greedy.png", "curves.png"}
 
@@ -46,7 +47,8 @@ def read_scan(file: Path) -> dict[str, Any]:
         check(scan["baseline"])
         for entry in scan["removals"]:
             check(entry, scan["predictor"], "parameters_saved")
-            Knockout(entry["stack"], int(entry["layer"])).name.index(entry["name"])
+            if str(Removal(entry["stack"], int(entry["layer"]))) != entry["name"]:
+                raise ValueError
             entry["error"], entry["decided"], entry["generation"]
         for point in (scan["greedy"] or {"path": []})["path"]:
             check(point)
@@ -58,21 +60,21 @@ def read_scan(file: Path) -> dict[str, Any]:
     return scan
 
 
-def choose_runs(runs: list[Knockout], scan: dict[str, Any] | None, count: int | None) -> list[Knockout]:
+def choose_runs(runs: list[Run], scan: dict[str, Any] | None, count: int | None) -> list[Run]:
     """The baseline and the `count` finalists of the scan (None: all that it could score); all runs without a scan."""
     if count == 0:
         return []
     if scan is None:
         return runs
     best = scan["best"][:count] if count is not None else finalists(scan, None)
-    chosen = {run.name: run for run in runs}
+    chosen = {run_name(run): run for run in runs}
     return [chosen[name] for name in (BASELINE, *best) if name in chosen]
 
 
-def sweep_all(sweep: Sweep, runs: list[Knockout], scan: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+def sweep_all(sweep: Sweep, runs: list[Run], scan: dict[str, Any] | None, out: Path) -> dict[str, Any]:
     """Do every run that isn't done; returns the ranking, which is on disk after every run."""
     results = sweep.finished(runs)
-    todo = [run for run in runs if run.name not in results]
+    todo = [run for run in runs if run_name(run) not in results]
     if results:
         print(f"{len(results)} of {len(runs)} runs are done already")
     settings = {"swift": list(sweep.training.arguments), "scan": scan and scan["settings"]}
@@ -101,18 +103,13 @@ def main() -> None:
     own, swift = sys.argv[1:], []
     if "--" in own:
         own, swift = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = Parser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep; an unfinished one is continued")
+    parser = knockout_parser(__doc__, "sweep")
     parser.add_argument(
         "--finalists",
         type=_finalists,
         default=10,
         help="how many to train: a number, 0, or all (default: 10)",
     )
-    parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
-    parser.add_argument("--vision", default="all", help="vision blocks, likewise")
     parser.add_argument("--group", default="knockout", help="W&B group")
     parser.add_argument("--gpus", default="", help="like 0,1,2,3; empty: CPU")
     parser.add_argument(
@@ -127,7 +124,7 @@ def main() -> None:
     args = parser.parse_args(own)
 
     checkpoint = open_checkpoint(args.model)
-    runs = plan_knockouts(checkpoint, args.text, args.vision)
+    runs: list[Run] = [None, *list_removals(checkpoint, args.text, args.vision)]
     gpus = [gpu for gpu in args.gpus.split(",") if gpu]
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if gpus and not on_cluster and len(gpus) % args.jobs:

@@ -20,9 +20,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,14 +30,13 @@ from typing import Any
 
 import psutil
 
-from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint, read_json, statistics, write_json
+from prunekit.checkpoint import open_checkpoint, read_json, statistics, write_json
 from prunekit.errors import PruneKitError
-from prunekit.surgery.layers import LayersPlan, parse_numbers, plan_layers
 from prunekit.training.publish import read_log
 
 from . import cluster
+from .removal import BASELINE, Removal, plan_without
 
-BASELINE = "baseline"
 OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)")
 PLUGIN = """
@@ -48,41 +47,11 @@ callbacks_map["knockout_layers"] = KnockoutLayers
 """
 
 
-@dataclass(frozen=True)
-class Knockout:
-    """One run: the whole model, or the model without one layer of a stack."""
-
-    stack: str | None = None  # "text" or "vision"
-    layer: int | None = None
-
-    @property
-    def name(self) -> str:
-        return BASELINE if self.stack is None else f"{self.stack}-{self.layer:02d}"
+Run = Removal | None  # the model without a layer, or the whole one
 
 
-def plan_without(checkpoint: Checkpoint, gone: Sequence[Knockout]) -> LayersPlan:
-    """The removal of all these layers together. Raises as `plan_layers`."""
-    by_stack = {stack: [k.layer for k in gone if k.stack == stack] for stack in ("text", "vision")}
-    return plan_layers(checkpoint, **by_stack)
-
-
-def plan_knockouts(checkpoint: Checkpoint, text: str, vision: str) -> list[Knockout]:
-    """The baseline, then one run for each layer named: "all", "none" or numbers and ranges like "0-3,10".
-
-    Raises PruneKitError for layers that can't be removed, before any run.
-    """
-    runs = [Knockout()]
-    for stack, wanted in (("text", text), ("vision", vision)):
-        if wanted.strip() in ("", "none"):
-            continue
-        if wanted.strip() == "all":
-            numbers = layer_numbers(checkpoint, stack) if stack in checkpoint.family.stacks else []
-        else:
-            numbers = parse_numbers(wanted.split())
-        for number in numbers:
-            plan_layers(checkpoint, **{stack: [number]})
-            runs.append(Knockout(stack, number))
-    return runs
+def run_name(run: Run) -> str:
+    return BASELINE if run is None else str(run)
 
 
 def merged_flag(arguments: list[str], flag: str, *values: str) -> list[str]:
@@ -219,17 +188,17 @@ class Training:
     arguments: tuple[str, ...]  # for `swift sft`
     group: str  # in W&B
 
-    def result(self, run: Knockout, gpus: list[str]) -> dict[str, Any]:
+    def result(self, run: Run, gpus: list[str]) -> dict[str, Any]:
         """Train and measure: the run's record. A run that fails has an "error" in it, and raises nothing."""
         (self.out / "work").mkdir(parents=True, exist_ok=True)
         # Where a node was given up that still lives, a run may go on there beside its second try.
-        work = Path(tempfile.mkdtemp(prefix=f"{run.name}-", dir=self.out / "work"))
+        work = Path(tempfile.mkdtemp(prefix=f"{run_name(run)}-", dir=self.out / "work"))
         started = time.time()
         result = _empty_record(run)
         try:
             checkpoint = open_checkpoint(self.model)
-            if run.stack is not None:
-                checkpoint = plan_layers(checkpoint, **{run.stack: [run.layer]}).result
+            if run:
+                checkpoint = plan_without(checkpoint, [run]).result
             result["parameters"] = statistics(checkpoint)["parameters"]
             self._train(run, work, gpus)
             result |= read_curves(read_log(work / "swift"))
@@ -239,22 +208,22 @@ class Training:
         shutil.rmtree(work, ignore_errors=True)
         return result
 
-    def _train(self, run: Knockout, work: Path, gpus: list[str]) -> None:
+    def _train(self, run: Run, work: Path, gpus: list[str]) -> None:
         """Run ms-swift, which writes into `work`/swift. Raises RuntimeError with its last words if it fails."""
-        log = self.out / "logs" / f"{run.name}.log"
+        log = self.out / "logs" / f"{run_name(run)}.log"
         log.parent.mkdir(exist_ok=True)
         arguments = ["--model", str(self.model), "--model_type", self.model_type, *self.arguments]
-        arguments += ["--run_name", f"knockout/{run.name}", "--output_dir", str(work / "swift")]
+        arguments += ["--run_name", f"knockout/{run_name(run)}", "--output_dir", str(work / "swift")]
         arguments += ["--eval_strategy", "steps", "--save_strategy", "no"]
         environment = os.environ | {"WANDB_RUN_GROUP": self.group}
         for name in OF_TORCHRUN:
             environment.pop(name, None)
-        if run.stack is not None:
+        if run:
             plugin = work / "knockout_layers.py"
             plugin.write_text(PLUGIN)
             arguments = merged_flag(arguments, "--external_plugins", str(plugin))
             arguments = merged_flag(arguments, "--callbacks", "knockout_layers")
-            environment["PRUNEKIT_REMOVE"] = f"{run.stack}:{run.layer}"
+            environment["PRUNEKIT_REMOVE"] = str(run)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
             environment["NPROC_PER_NODE"] = str(len(gpus))  # torchrun takes a free port
@@ -268,13 +237,13 @@ class Training:
             raise RuntimeError(f"{_last_line(log)} (exit code {process.exitcode}; see {log})")
 
 
-def _empty_record(run: Knockout) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": run.name} | asdict(run)
-    record |= {"parameters": None, "token_acc": None, "loss": None, "curve": [], "training": []}
-    return record | {"error": None, "seconds": 0.0}
+def _empty_record(run: Run) -> dict[str, Any]:
+    which = run.json if run else {"name": BASELINE, "stack": None, "layer": None}
+    found = {"parameters": None, "token_acc": None, "loss": None, "curve": [], "training": []}
+    return which | found | {"error": None, "seconds": 0.0}
 
 
-def _read_record(file: Path, run: Knockout) -> dict[str, Any] | None:
+def _read_record(file: Path, run: Run) -> dict[str, Any] | None:
     """A run's record, None if there is none. PruneKitError for a file that is damaged."""
     if not file.exists():
         return None
@@ -292,11 +261,11 @@ def _read_record(file: Path, run: Knockout) -> dict[str, Any] | None:
             for key in ("curve", "training")
         )
     ):
-        raise PruneKitError(f"{file}: is no record of {run.name}'s training; remove it and run again")
+        raise PruneKitError(f"{file}: is no record of {run_name(run)}'s training; remove it and run again")
     return record
 
 
-def _result_on_node(training: Training, run: Knockout) -> dict[str, Any]:
+def _result_on_node(training: Training, run: Run) -> dict[str, Any]:
     return training.result(run, [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu])
 
 
@@ -317,18 +286,18 @@ class Sweep:
         if not gpus:
             os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
 
-    def result_file(self, run: Knockout) -> Path:
-        return self.training.out / "runs" / f"{run.name}.json"
+    def result_file(self, run: Run) -> Path:
+        return self.training.out / "runs" / f"{run_name(run)}.json"
 
-    def finished(self, runs: list[Knockout]) -> dict[str, dict[str, Any]]:
+    def finished(self, runs: list[Run]) -> dict[str, dict[str, Any]]:
         """Records by name of those among these runs that earlier sweeps here did. Failed ones aren't: do them again.
 
         A run that trained to the end and came to NaN is finished: it would do so again.
         """
-        records = {run.name: _read_record(self.result_file(run), run) for run in runs}
+        records = {run_name(run): _read_record(self.result_file(run), run) for run in runs}
         return {name: found for name, found in records.items() if found and (not found["error"] or found["curve"])}
 
-    def do_all(self, runs: list[Knockout]) -> Iterator[dict[str, Any]]:
+    def do_all(self, runs: list[Run]) -> Iterator[dict[str, Any]]:
         """Do these runs; yields each one's record as it ends, on disk by then. Failed runs have an "error" in it.
 
         To close the iterator early, as KeyboardInterrupt does, ends the runs that are going on; they leave no record.
@@ -340,7 +309,7 @@ class Sweep:
                 write_json(self.result_file(run), result)
                 yield result
 
-    def _on_cluster(self, runs: list[Knockout]) -> Iterator[tuple[Knockout, dict[str, Any]]]:
+    def _on_cluster(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
         work = partial(_result_on_node, self.training)
         with contextlib.closing(cluster.run_tasks(work, runs, gpus=self.gpus_per_task)) as tasks:
             for run, result in tasks:
@@ -348,10 +317,10 @@ class Sweep:
                     result = _empty_record(run) | {"error": f"{type(result).__name__}: {result}".splitlines()[0]}
                 yield run, result
 
-    def _here(self, runs: list[Knockout]) -> Iterator[tuple[Knockout, dict[str, Any]]]:
+    def _here(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
         stopped = threading.Event()
 
-        def do(run: Knockout) -> dict[str, Any] | None:
+        def do(run: Run) -> dict[str, Any] | None:
             gpus = self.slots.get()
             try:
                 return None if stopped.is_set() else self.training.result(run, gpus)

@@ -1,17 +1,14 @@
 """Drop text layers and vision blocks: a plan has all decisions, a cut its bytes."""
 
 import copy
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint, layer_numbers, statistics
-from prunekit.checkpoint.provenance import check_ranking
+from prunekit.checkpoint import Checkpoint, layer_numbers
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack, configs
-from prunekit.knockout.ranking import check_shape
 
 from .cut import Account
 
@@ -75,50 +72,6 @@ def parse_numbers(words: Iterable[str]) -> list[int]:
     return numbers
 
 
-def choose_from_ranking(
-    checkpoint: Checkpoint,
-    ranking: dict[str, Any],
-    keep_above: float = 0.95,
-    max_layers: int = MOST_LAYERS,
-    max_fraction: float = MOST_SHARE,
-    independent: bool = False,
-) -> list[dict[str, Any]]:
-    """What to remove by a knockout ranking: stack, layer and `relative`, the share of the baseline that it keeps.
-
-    With a greedy path in the ranking, the path is followed as long as what is left keeps `keep_above`; `relative` is
-    then that of the layer and all before it, gone together. Without one, or if `independent`, the removals that keep
-    `keep_above` alone are taken, cheapest first. Takes at most `max_layers`, and nothing that would bring the removed
-    share of all parameters over `max_fraction` or leave a stack with fewer layers than it must have: there a path
-    ends, while independent removals go on with the next. Raises PruneKitError if the ranking is of another model, or if
-    nothing qualifies.
-    """
-    check_shape(ranking)
-    check_ranking(checkpoint, ranking)
-    path = None if independent else ranking.get("greedy")
-    chosen: list[dict[str, Any]] = []
-    for entry in _path_steps(path["path"]) if path else ranking["removals"]:
-        cheap = entry.get("relative") is not None and entry["relative"] >= keep_above
-        if len(chosen) < max_layers and cheap and _fits(checkpoint, [*chosen, entry], max_fraction):
-            chosen.append(entry)
-        elif path:
-            break
-    if not chosen:
-        raise PruneKitError(
-            f"the ranking has nothing that keeps {keep_above:.0%} of the baseline within {max_fraction:.0%} of the "
-            "parameters; lower --keep-above or raise --max-fraction"
-        )
-    return chosen
-
-
-def _path_steps(path: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The layers of a greedy path one by one, each with what is left once it is gone."""
-    for before, point in itertools.pairwise(path):
-        for name in point["removed"]:
-            if name not in before["removed"]:
-                stack, number = name.rsplit("-", 1)
-                yield {"name": name, "stack": stack, "layer": int(number), "relative": point.get("relative")}
-
-
 def cautions(plan: LayersPlan) -> list[str]:
     """Where a plan takes more at once than recovers surely: over 10 layers, or over a quarter of a stack's."""
     counts = {stack: len(layer_numbers(plan.source, stack)) for stack in plan.removed}
@@ -130,22 +83,6 @@ def cautions(plan: LayersPlan) -> list[str]:
     return [
         f"{parts} at once: at most {MOST_SHARE:.0%} of them, or {MOST_LAYERS}, recover surely; drop fewer, recover, and look again"
     ]
-
-
-def _fits(checkpoint: Checkpoint, entries: list[dict[str, Any]], max_fraction: float) -> bool:
-    """Can these be removed together, and are they at most `max_fraction` of the parameters?"""
-    layers = {stack: [e["layer"] for e in entries if e["stack"] == stack] for stack in ("text", "vision")}
-    for stack, numbers in layers.items():
-        count = len(layer_numbers(checkpoint, stack)) if stack in checkpoint.family.stacks else 0
-        if max(numbers, default=-1) >= count:
-            raise PruneKitError(
-                f"the ranking has a {stack}-{max(numbers):02d}, the model has not: is it the ranking of this model?"
-            )
-    try:
-        plan = plan_layers(checkpoint, **layers)
-    except PruneKitError:
-        return False
-    return 1 - statistics(plan.result)["parameters"] / statistics(checkpoint)["parameters"] <= max_fraction
 
 
 def place_taps(taps: Sequence[int], kept: Sequence[int]) -> list[int]:

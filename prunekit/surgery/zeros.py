@@ -23,10 +23,8 @@ from prunekit.checkpoint import (
     statistics,
     write_checkpoint,
 )
-from prunekit.checkpoint.provenance import check_ranking
 from prunekit.errors import PruneKitError
 from prunekit.families import Family, Stack, configs
-from prunekit.knockout.ranking import check_shape
 
 SCORES = ("magnitude", "wanda", "gradient")
 SCOPES = ("global", "layer", "row")
@@ -214,22 +212,6 @@ def allocate(
     while missing := total - sum(found):
         for index in [index for index in order if found[index] < most[index]][:missing]:
             found[index] += 1
-    return found
-
-
-def knockout_importance(checkpoint: Checkpoint, ranking: Any) -> dict[tuple[str, int], float]:
-    """Importance of each layer from a ranking.json: the share of the baseline's token_acc that its removal costs.
-
-    A layer without which the model couldn't be measured is as important as can be (1). PruneKitError if the ranking
-    is no such file, of another model, or lacks a layer.
-    """
-    check_shape(ranking)
-    check_ranking(checkpoint, ranking)
-    shares = {(entry["stack"], entry["layer"]): entry.get("relative") for entry in ranking["removals"]}
-    found = {layer: 1.0 if share is None else min(1.0, max(0.0, 1 - share)) for layer, share in shares.items()}
-    for stack in {stack for stack, _ in found}:
-        if stack not in checkpoint.family.stacks:
-            raise PruneKitError(f"--ranking: has a stack {stack!r}, {checkpoint.family.model_type} has none")
     return found
 
 

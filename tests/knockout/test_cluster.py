@@ -16,9 +16,10 @@ from helpers.trainings import left_running
 
 from prunekit.errors import PruneKitError
 from prunekit.knockout.cluster import connected, run_tasks
+from prunekit.knockout.removal import Removal
 from prunekit.knockout.scanner import Job
 from prunekit.knockout.search import Scan, find_path
-from prunekit.knockout.trained import Knockout, Sweep
+from prunekit.knockout.trained import Sweep, run_name
 
 # Read by Ray when it is first imported, be it to find no cluster
 os.environ |= {
@@ -122,7 +123,7 @@ def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path)
     doomed = cluster.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
     (tmp_path / "doomed").write_text(str(doomed))
     sweep = Sweep(SlowTraining(tiny("qwen3_vl"), "qwen3_vl", tmp_path, (), "group"), [], 1)
-    runs = [Knockout(), *(Knockout("text", i) for i in range(5)), *(Knockout("vision", i) for i in range(6))]
+    runs = [None, *(Removal("text", i) for i in range(5)), *(Removal("vision", i) for i in range(6))]
     names = []
     for record in sweep.do_all(runs):
         names.append(record["name"])
@@ -131,7 +132,7 @@ def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path)
                 os.kill(doomed, signal.SIGKILL)
     begun = (tmp_path / "begun").read_text().split()
     assert begun.count(str(doomed)) == 1 and len(begun) == len(runs) + 1
-    assert sorted(names) == sorted(run.name for run in runs)
+    assert sorted(names) == sorted(run_name(run) for run in runs)
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs").iterdir()]
     assert len(records) == len(runs) and not any(record["error"] for record in records)
 
@@ -139,7 +140,7 @@ def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path)
 @pytest.mark.ci
 @pytest.mark.slow
 def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(cluster, reader, monkeypatch):
-    runs = [Knockout(), Knockout("text", 1), Knockout("vision", 3)]
+    runs = [None, Removal("text", 1), Removal("vision", 3)]
     sweep = Sweep(reader, [], 1)
     spread = {record["name"]: record for record in sweep.do_all(runs)}
     assert [record["error"] for record in spread.values()] == [None] * 3
@@ -158,7 +159,7 @@ def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(clu
 @pytest.mark.slow
 def test_a_scan_spread_over_nodes_finds_what_one_machine_does(cluster, texts, monkeypatch, tmp_path):
     job = Job(str(EMBEDDED), str(texts), batch_tokens=200)
-    candidates = [Knockout("text", 2), Knockout("vision", 3)]
+    candidates = [Removal("text", 2), Removal("vision", 3)]
     found = {}
     for where in ("cluster", "here"):
         with connected() if where == "cluster" else contextlib.nullcontext():

@@ -8,8 +8,8 @@ from helpers.tiny_models import load
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.knockout.healed import HealedScanner
+from prunekit.knockout.removal import Removal
 from prunekit.knockout.scanner import Scanner
-from prunekit.knockout.trained import Knockout
 from prunekit.model.scores import score_batches
 from prunekit.surgery.in_memory import removed
 from prunekit.surgery.layers import plan_layers
@@ -36,7 +36,7 @@ def loss(records, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_gone_is_healed_as_manual_select_heals_it(family, tiny):
     folder = tiny(family)
-    records = healed_scanner(folder).measure([Knockout("text", 2), Knockout("text", 4)], [])
+    records = healed_scanner(folder).measure([Removal("text", 2), Removal("text", 4)], [])
     model, plan = load(folder), plan_layers(open_checkpoint(folder), text=[2, 4])
     seams = fit_layers(plan, model, calibration(folder), quiet=True).seams
     assert any(seam["refitted"] for seam in seams)
@@ -49,7 +49,7 @@ def test_a_last_layer_s_candidate_is_what_healing_its_seam_gives(family, tiny):
     # Behind the last layer's seam nothing is left to refit: a candidate's seam is all of the healing
     folder = tiny(family)
     scanner = healed_scanner(folder)
-    [found] = [loss(scanner.measure([], [Knockout("text", 4)]), "text-04")]
+    [found] = [loss(scanner.measure([], [Removal("text", 4)]), "text-04")]
     model, plan = load(folder), plan_layers(open_checkpoint(folder), text=[4])
     [seam] = fit_layers(plan, model, calibration(folder), quiet=True).seams
     with removed(model, plan):
@@ -60,20 +60,20 @@ def test_a_last_layer_s_candidate_is_what_healing_its_seam_gives(family, tiny):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_vl"])
 def test_candidates_are_scored_alike_alone_and_among_others(family, tiny):
-    folder, gone = tiny(family), [Knockout("text", 1)]
-    together = healed_scanner(folder).measure(gone, [Knockout("text", i) for i in (0, 2, 3, 4)])
+    folder, gone = tiny(family), [Removal("text", 1)]
+    together = healed_scanner(folder).measure(gone, [Removal("text", i) for i in (0, 2, 3, 4)])
     for layer in (0, 3):
-        alone = healed_scanner(folder).measure(gone, [Knockout("text", layer)])
+        alone = healed_scanner(folder).measure(gone, [Removal("text", layer)])
         name = f"text-{layer:02d}"
         assert loss(together, name) == pytest.approx(loss(alone, name), rel=1e-5)
 
 
 def test_a_scan_leaves_the_healed_weights_and_the_uncut_ones_as_they_were(tiny):
-    scanner, gone = healed_scanner(tiny("qwen3_vl")), [Knockout("text", 1)]
+    scanner, gone = healed_scanner(tiny("qwen3_vl")), [Removal("text", 1)]
     uncut = [p.clone() for p in scanner.model.parameters()]
     scanner.heal(gone)
     healed = [p.clone() for p in scanner.model.parameters()]
-    scanner.measure(gone, [Knockout("text", 2), Knockout("text", 3)])
+    scanner.measure(gone, [Removal("text", 2), Removal("text", 3)])
     assert all(torch.equal(a, b) for a, b in zip(healed, scanner.model.parameters(), strict=True))
     scanner.heal([])
     assert all(torch.equal(a, b) for a, b in zip(uncut, scanner.model.parameters(), strict=True))
@@ -91,13 +91,13 @@ def test_a_scan_keeps_its_room_for_states(tiny):
 
 def test_the_divergence_of_a_healed_model_is_the_one_from_the_uncut_model(tiny):
     scanner = healed_scanner(tiny("llama"))
-    [first, _] = scanner.measure([Knockout("text", 2)], [])
+    [first, _] = scanner.measure([Removal("text", 2)], [])
     plain = Scanner(open_checkpoint(tiny("llama")), load(tiny("llama")), SCORED)
-    [cut] = [plain.measure([Knockout("text", 2)], [], 0)]
+    [cut] = [plain.measure([Removal("text", 2)], [], 0)]
     assert sum(first["scores"]["baseline"]["kl"]) > 0
     assert sum(first["scores"]["baseline"]["kl"]) != sum(cut["scores"]["baseline"]["kl"])
 
 
 def test_a_family_that_can_t_be_healed_is_refused(tiny):
     with pytest.raises(PruneKitError, match="norms"):
-        healed_scanner(tiny("gemma3_text")).measure([], [Knockout("text", 2)])
+        healed_scanner(tiny("gemma3_text")).measure([], [Removal("text", 2)])

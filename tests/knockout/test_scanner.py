@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.knockout.removal import Removal
 from prunekit.knockout.scanner import LIKELIEST, Scanner, _strip_suffix
-from prunekit.knockout.trained import Knockout
 from prunekit.model.scores import score_batches
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
@@ -63,7 +63,7 @@ def test_the_baseline_is_what_a_plain_evaluation_measures(family, tiny):
 def test_a_removal_scores_as_the_checkpoint_cut_on_disk_does(family, tiny, tmp_path):
     model = scanner(tiny(family))
     layers = model.kept("text", [])
-    scores = model.measure([], [Knockout("text", layer) for layer in layers], 0)["scores"]
+    scores = model.measure([], [Removal("text", layer) for layer in layers], 0)["scores"]
     for layer in (0, 2, layers[-1]):
         write_cut(cut_layers(plan_layers(model.checkpoint, text=[layer])), tmp_path / str(layer))
         expected = score_batches(load(tmp_path / str(layer)), model.batches)
@@ -75,7 +75,7 @@ def test_a_block_s_removal_scores_as_the_checkpoint_cut_on_disk_does(family, tin
     folder = tiny(family)
     model = scanner(folder, [image_batch(load(folder))])
     blocks = model.kept("vision", [])
-    scores = model.measure([], [Knockout("vision", block) for block in blocks], 0)["scores"]
+    scores = model.measure([], [Removal("vision", block) for block in blocks], 0)["scores"]
     for block in blocks:
         write_cut(cut_layers(plan_layers(model.checkpoint, vision=[block])), tmp_path / str(block))
         expected = score_batches(load(tmp_path / str(block)), model.batches)
@@ -86,8 +86,8 @@ def test_a_block_s_removal_scores_as_the_checkpoint_cut_on_disk_does(family, tin
 def test_a_second_removal_scores_as_the_checkpoint_without_both_does(tiny, tmp_path):
     folder = tiny("qwen3_vl")
     model = scanner(folder, [image_batch(load(folder))])
-    gone = [Knockout("text", 1), Knockout("vision", 2)]
-    more = [Knockout("text", 3), Knockout("vision", 4)]
+    gone = [Removal("text", 1), Removal("vision", 2)]
+    more = [Removal("text", 3), Removal("vision", 4)]
     scores = model.measure(gone, more, 0)["scores"]
     for name, cut in (
         ("baseline", {"text": [1], "vision": [2]}),
@@ -107,7 +107,7 @@ def test_scores_are_the_same_with_no_room_for_states(family, tiny):
     for room in (1 << 30, 1):
         model = scanner(folder, [batch])
         model.state_bytes = room
-        runs = [Knockout(stack, i) for stack in model.checkpoint.family.stacks for i in model.kept(stack, [])]
+        runs = [Removal(stack, i) for stack in model.checkpoint.family.stacks for i in model.kept(stack, [])]
         found.append({name: totals(scores) for name, scores in model.measure([], runs, 0)["scores"].items()})
     assert found[0].keys() == found[1].keys()
     for name, expected in found[0].items():
@@ -115,14 +115,14 @@ def test_scores_are_the_same_with_no_room_for_states(family, tiny):
 
 
 def test_without_an_image_in_the_batch_a_vision_block_is_not_missed(tiny):
-    scores = scanner(tiny("qwen3_vl")).measure([], [Knockout("vision", 0)], 0)["scores"]
+    scores = scanner(tiny("qwen3_vl")).measure([], [Removal("vision", 0)], 0)["scores"]
     assert scores["vision-00"] == scores["baseline"]
 
 
 def test_a_scan_leaves_the_model_as_it_was(tiny):
     model = scanner(tiny("qwen3_vl"))
     config, weights = model.model.config.to_json_string(), [p.clone() for p in model.model.parameters()]
-    model.measure([Knockout("text", 1)], [Knockout("text", 2), Knockout("vision", 1)], 0)
+    model.measure([Removal("text", 1)], [Removal("text", 2), Removal("vision", 1)], 0)
     assert model.model.config.to_json_string() == config
     assert all(torch.equal(a, b) for a, b in zip(weights, model.model.parameters(), strict=True))
 
@@ -136,7 +136,7 @@ def test_the_divergence_is_a_lower_bound_of_the_exact_one_and_near_it(tiny):
     model = scanner(tiny("llama"))
     batch = model.batches[0]
     assert model.model.config.vocab_size > LIKELIEST
-    measured = sum(model.measure([], [Knockout("text", 2)], 0)["scores"]["text-02"]["kl"])
+    measured = sum(model.measure([], [Removal("text", 2)], 0)["scores"]["text-02"]["kl"])
 
     def log_probabilities():
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -144,7 +144,7 @@ def test_the_divergence_is_a_lower_bound_of_the_exact_one_and_near_it(tiny):
             return model.model(**inputs).logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)
 
     before = log_probabilities()
-    with model.without([Knockout("text", 2)]):
+    with model.without([Removal("text", 2)]):
         after = log_probabilities()
     exact = float((before.exp() * (before - after)).sum())
     assert 0.5 * exact < measured <= exact * (1 + 1e-4)
@@ -164,7 +164,7 @@ def test_a_model_that_computes_nan_is_recorded_as_none(tiny):
     model = scanner(tiny("llama"))
     with torch.no_grad():
         model.model.model.layers[3].mlp.down_proj.weight.fill_(math.nan)
-    scores = model.measure([], [Knockout("text", 3), Knockout("text", 1)], 0)["scores"]
+    scores = model.measure([], [Removal("text", 3), Removal("text", 1)], 0)["scores"]
     assert set(scores["text-01"]["loss"]) == {None}
     assert None not in scores["text-03"]["loss"]
 

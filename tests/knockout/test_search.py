@@ -18,11 +18,11 @@ from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.knockout import scanner
 from prunekit.knockout import search as scan
+from prunekit.knockout.removal import Removal
 from prunekit.knockout.scanner import Job
 from prunekit.knockout.search import CRITERION, Records, Scan, find_path, paired
-from prunekit.knockout.trained import Knockout
 
-LAYERS = [Knockout("text", i) for i in range(8)] + [Knockout("vision", i) for i in range(6)]
+LAYERS = [Removal("text", i) for i in range(8)] + [Removal("vision", i) for i in range(6)]
 
 
 def run(*arguments, **kwargs):
@@ -124,13 +124,13 @@ class MadeUp(Scan):
         self.measured = {name: 0 for name in costs}
 
     def measure(self, gone, candidates, batches, what):
-        names, base = [k.name for k in gone], sum(self.costs[k.name] for k in gone)
+        names, base = [str(k) for k in gone], sum(self.costs[str(k)] for k in gone)
         for index in batches:
             known = self.records.scores.get((tuple(names), index), {})
             draws = np.random.default_rng(index)
             common = draws.normal(size=4)
             scores = {}
-            for name in ["baseline", *(k.name for k in candidates)]:
+            for name in ["baseline", *(str(k) for k in candidates)]:
                 if name in known:
                     continue
                 own = np.random.default_rng([index, sum(map(ord, name))]).normal(size=4) * self.noise
@@ -147,27 +147,27 @@ class MadeUp(Scan):
 
 
 def costs(values):
-    return {layer.name: value for layer, value in zip(LAYERS, values)}
+    return {str(layer): value for layer, value in zip(LAYERS, values)}
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.permutations([0.1 * i for i in range(14)]), st.integers(1, 13))
 def test_a_race_finds_the_best_of_removals_that_differ_clearly(values, keep):
     scan = MadeUp(costs(values), noise=0.05)
-    best, undecided = scan.race([], LAYERS, keep, {k.name: 1.0 for k in LAYERS}, share=1.0)
+    best, undecided = scan.race([], LAYERS, keep, {str(k): 1.0 for k in LAYERS}, share=1.0)
     assert set(best) == set(sorted(scan.costs, key=scan.costs.get)[:keep])
     assert not undecided
 
 
 def test_a_race_measures_clear_cases_least():
     scan = MadeUp(costs([0.0, 0.01, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5]), noise=0.3)
-    scan.race([], LAYERS, 1, {k.name: 1.0 for k in LAYERS}, share=1.0)
+    scan.race([], LAYERS, 1, {str(k): 1.0 for k in LAYERS}, share=1.0)
     assert scan.measured["text-02"] < scan.measured["text-01"] / 4
 
 
 def test_a_race_ends_with_its_share_of_the_work_and_names_what_is_undecided():
     scan = MadeUp(costs([0.0] * 14), noise=1.0)
-    best, undecided = scan.race([], LAYERS, 5, {k.name: 1.0 for k in LAYERS}, share=0.25)
+    best, undecided = scan.race([], LAYERS, 5, {str(k): 1.0 for k in LAYERS}, share=0.25)
     assert len(best) == 5
     assert undecided
     assert max(scan.measured.values()) <= 0.4 * scan.batches
@@ -175,7 +175,7 @@ def test_a_race_ends_with_its_share_of_the_work_and_names_what_is_undecided():
 
 def test_a_race_for_all_there_are_decides_at_once():
     scan = MadeUp(costs([0.1 * i for i in range(14)]))
-    best, undecided = scan.race([], LAYERS, 14, {k.name: 1.0 for k in LAYERS}, share=1.0)
+    best, undecided = scan.race([], LAYERS, 14, {str(k): 1.0 for k in LAYERS}, share=1.0)
     assert (len(best), undecided) == (14, set())
 
 
@@ -235,7 +235,7 @@ def without_times(out):
 def test_a_scan_scores_every_layer_and_block(finished):
     out, _ = finished
     removals = json.loads((out / "scan.json").read_text())["removals"]
-    assert [entry["name"] for entry in removals] == [layer.name for layer in LAYERS]
+    assert [entry["name"] for entry in removals] == [str(layer) for layer in LAYERS]
     keys = ("token_acc", "loss", "kl", "block_influence", "latency_saved", "parameters_saved")
     assert all(entry[key] is not None for entry in removals for key in keys[:3] + keys[5:])
     assert all(entry[key] is not None for entry in removals if entry["stack"] == "text" for key in keys)
@@ -489,7 +489,7 @@ def test_a_task_of_a_cluster_takes_one_gpu_at_the_most(monkeypatch, texts, scan_
 
 def test_a_cluster_s_answers_are_those_of_one_machine(monkeypatch, answers):
     job = Job(str(EMBEDDED), str(answers), device="cpu")
-    removals = [[Knockout("text", 7)], [Knockout("text", 3), Knockout("vision", 2)]]
+    removals = [[Removal("text", 7)], [Removal("text", 3), Removal("vision", 2)]]
     here = Scan(job, None, quiet=True).generate(removals, 5, 3)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(
@@ -501,7 +501,7 @@ def test_a_cluster_s_answers_are_those_of_one_machine(monkeypatch, answers):
 
 def test_shares_of_the_rows_answered_by_several_are_those_of_all(answers):
     job = Job(str(EMBEDDED), str(answers), device="cpu")
-    gone = (Knockout("text", 3),)
+    gone = (Removal("text", 3),)
     whole = scan.score_generation(job, 7, 3, [scan.answer_without((job, gone, 7, 3, 0, 1))])
     shares = [scan.answer_without((job, gone, 7, 3, n, 3)) for n in range(3)]
     assert [len(part) for part, _ in shares] == [3, 2, 2]

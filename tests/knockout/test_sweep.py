@@ -8,8 +8,9 @@ import pytest
 from prunekit.checkpoint import fingerprint, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.knockout import sweep as knockout
-from prunekit.knockout.sweep import Sweep, choose_runs, plan_knockouts, sweep_all
-from prunekit.knockout.trained import Training
+from prunekit.knockout.removal import list_removals
+from prunekit.knockout.sweep import choose_runs, sweep_all
+from prunekit.knockout.trained import Sweep, Training, run_name
 
 
 class StubTraining(Training):
@@ -17,7 +18,7 @@ class StubTraining(Training):
 
     def _train(self, run, work, gpus):
         (work / "swift").mkdir()
-        token_acc = 0.5 if run.stack is None else 0.4
+        token_acc = 0.5 if run is None else 0.4
         record = {"global_step/max_steps": "2/2", "eval_token_acc": token_acc, "eval_loss": 1.0}
         (work / "swift" / "logging.jsonl").write_text(json.dumps(record) + "\n")
 
@@ -27,7 +28,7 @@ def sweep(folder, out):
 
 
 def test_a_sweep_without_a_scan_writes_a_ranking_relative_to_its_trained_baseline(tiny, tmp_path):
-    runs = plan_knockouts(open_checkpoint(tiny("qwen3_vl")), "0-1", "none")
+    runs = [None, *list_removals(open_checkpoint(tiny("qwen3_vl")), "0-1", "none")]
     sweep_all(sweep(tiny("qwen3_vl"), tmp_path), runs, None, tmp_path)
     ranking = json.loads((tmp_path / "ranking.json").read_text())
     assert [removal["relative"] for removal in ranking["removals"]] == pytest.approx([0.8, 0.8])
@@ -57,11 +58,11 @@ def scan_of(*losses):
 
 @pytest.fixture
 def runs(tiny):
-    return plan_knockouts(open_checkpoint(tiny("qwen3_vl")), "0-2", "none")
+    return [None, *list_removals(open_checkpoint(tiny("qwen3_vl")), "0-2", "none")]
 
 
 def names(chosen):
-    return [run.name for run in chosen]
+    return [run_name(run) for run in chosen]
 
 
 def test_the_best_of_a_scan_are_trained_beside_the_baseline(runs):

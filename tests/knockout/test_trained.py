@@ -18,14 +18,8 @@ from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.knockout import sweep as knockout
 from prunekit.knockout import trained as trained_knockouts
-from prunekit.knockout.trained import (
-    Knockout,
-    Sweep,
-    Training,
-    merged_flag,
-    plan_knockouts,
-    read_curves,
-)
+from prunekit.knockout.removal import Removal
+from prunekit.knockout.trained import Sweep, Training, merged_flag, read_curves
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
 
@@ -52,8 +46,8 @@ def texter(tmp_path_factory):
 def test_a_knockout_in_memory_trains_as_the_checkpoint_cut_on_disk(family, stack, layer, request, tmp_path):
     training = request.getfixturevalue(family)
     write_cut(cut_layers(plan_layers(open_checkpoint(training.model), **{stack: [layer]})), tmp_path / "cut")
-    on_disk = replace(training, model=tmp_path / "cut").result(Knockout(), [])
-    in_memory = training.result(Knockout(stack, layer), [])
+    on_disk = replace(training, model=tmp_path / "cut").result(None, [])
+    in_memory = training.result(Removal(stack, layer), [])
     assert on_disk["error"] is None and len(on_disk["training"]) == 2
     assert {key: in_memory[key] for key in ("curve", "training", "parameters", "error")} == {
         key: on_disk[key] for key in ("curve", "training", "parameters", "error")
@@ -75,7 +69,7 @@ def test_a_knockout_trains_a_lora_and_keeps_the_users_callbacks(reader, tmp_path
     )
     plugins = (str(ROOT / "plugins" / "qwen_vl_token_ids.py"), str(plugin))
     more = ("--tuner_type", "lora", "--callbacks", "counter", "--external_plugins", *plugins)
-    result = replace(reader, arguments=(*reader.arguments, *more)).result(Knockout("text", 3), [])
+    result = replace(reader, arguments=(*reader.arguments, *more)).result(Removal("text", 3), [])
     assert result["error"] is None
     assert (tmp_path / "seen").read_text().split()[1] == "7"
     assert "Peft" in (tmp_path / "seen").read_text()
@@ -86,37 +80,9 @@ def test_no_temporary_checkpoint_is_left(reader):
 
 
 def test_a_failed_run_names_the_reason_and_its_log(reader):
-    result = replace(reader, arguments=(*reader.arguments, "--no_such_flag", "1")).result(Knockout(), [])
+    result = replace(reader, arguments=(*reader.arguments, "--no_such_flag", "1")).result(None, [])
     assert "no_such_flag" in result["error"]
     assert str(reader.out / "logs" / "baseline.log") in result["error"]
-
-
-# --- what is planned ---
-
-
-@pytest.fixture
-def checkpoint(tiny):
-    return open_checkpoint(tiny("qwen3_vl"))
-
-
-def test_all_means_the_baseline_and_every_layer(checkpoint):
-    names = [run.name for run in plan_knockouts(checkpoint, "all", "all")]
-    assert names == ["baseline", *(f"text-{i:02d}" for i in range(5)), *(f"vision-{i:02d}" for i in range(6))]
-
-
-def test_ranges_and_none_choose_layers(checkpoint):
-    names = [run.name for run in plan_knockouts(checkpoint, "1-2,4", "none")]
-    assert names == ["baseline", "text-01", "text-02", "text-04"]
-
-
-def test_a_layer_out_of_range_is_refused_before_any_run(checkpoint):
-    with pytest.raises(PruneKitError, match="5"):
-        plan_knockouts(checkpoint, "5", "none")
-
-
-def test_names_sort_in_the_order_of_layers():
-    names = [Knockout("text", layer).name for layer in (2, 10)]
-    assert names == sorted(names)
 
 
 # --- how a run is called, and what is read from it ---
@@ -193,7 +159,7 @@ def test_a_run_doesn_t_wait_for_the_nodes_and_ports_of_other_trainings(texter, t
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE"):
         monkeypatch.setenv(name, "7")
-    result = texter.result(Knockout(), ["4", "5"])
+    result = texter.result(None, ["4", "5"])
     seen = json.loads((tmp_path / "seen").read_text())
     assert result["error"].startswith("ValueError: enough (exit code 1")
     assert (seen["NPROC_PER_NODE"], seen["CUDA_VISIBLE_DEVICES"]) == ("2", "4,5")
@@ -234,10 +200,10 @@ class StubTraining(Training):
     """Trainings that only write the log that ms-swift would write; those of layer 0 fail, of layer 1 diverge."""
 
     def _train(self, run, work, gpus):
-        if run.layer == 0:
+        if run and run.layer == 0:
             raise RuntimeError("CUDA out of memory")
         (work / "swift").mkdir()
-        loss = float("nan") if run.layer == 1 else 1.0
+        loss = float("nan") if run and run.layer == 1 else 1.0
         (work / "swift" / "logging.jsonl").write_text(json.dumps(evaluation(4, loss=loss, token_acc=0.5)))
 
 
@@ -246,7 +212,7 @@ def sweep(tiny, tmp_path):
     return Sweep(StubTraining(tiny("qwen3_vl"), "qwen3_vl", tmp_path, (), "group"), [], 2)
 
 
-RUNS = [Knockout(), *(Knockout("text", layer) for layer in range(3))]
+RUNS = [None, *(Removal("text", layer) for layer in range(3))]
 
 
 def test_each_record_is_on_disk_when_its_run_has_ended(sweep):
@@ -312,7 +278,7 @@ def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
         "--dataset", str(tmp_path / "train.jsonl"), "--val_dataset", str(tmp_path / "val.jsonl"),
     )  # fmt: skip
     sweep = Sweep(Training(EMBEDDED, "qwen3_vl", tmp_path / "out", arguments, "group"), [], 1)
-    runs = [Knockout(), *(Knockout("text", layer) for layer in (0, 1, 6))]
+    runs = [None, *(Removal("text", layer) for layer in (0, 1, 6))]
     ranking = knockout.sweep_all(sweep, runs, None, tmp_path / "out")
     assert [entry["name"] for entry in ranking["removals"]] == ["text-06", "text-01", "text-00"]
     best, _, worst = (entry["relative"] for entry in ranking["removals"])
@@ -325,15 +291,16 @@ SWEEP = """
 import contextlib, json, sys
 from pathlib import Path
 from prunekit.errors import run_script
-from prunekit.knockout.trained import Knockout, Sweep, Training
+from prunekit.knockout.removal import Removal
+from prunekit.knockout.trained import Sweep, Training, run_name
 
 def main():
     spec = json.loads(sys.argv[1])
     training = Training(Path(spec["model"]), spec["model_type"], Path(spec["out"]), tuple(spec["arguments"]), "group")
     sweep = Sweep(training, spec["gpus"], 1)
-    runs = [Knockout(), Knockout("text", 2), Knockout("text", 3)]
-    todo = [run for run in runs if run.name not in sweep.finished(runs)]
-    print("sweep: todo", *[run.name for run in todo], flush=True)
+    runs = [None, Removal("text", 2), Removal("text", 3)]
+    todo = [run for run in runs if run_name(run) not in sweep.finished(runs)]
+    print("sweep: todo", *[run_name(run) for run in todo], flush=True)
     with contextlib.closing(sweep.do_all(todo)) as done:
         for record in done:
             print("sweep:", record["name"], record["error"], flush=True)

@@ -22,7 +22,6 @@ from prunekit.surgery.zeros import (
     Wish,
     allocate,
     choose_weights,
-    knockout_importance,
     measure,
     parse_pattern,
     plan_sparsify,
@@ -409,17 +408,10 @@ def test_zeros_of_a_tensor_stay_among_those_of_its_layers_budget(tiny, tmp_path)
     assert zeros == entry["sparsity"]["zeros"] == round(0.4 * entry["sparsity"]["weights"])
 
 
-def test_a_ranking_of_knockouts_says_importance(tiny):
-    checkpoint = open_checkpoint(tiny("llama"))
-    removals = [{"stack": "text", "layer": n, "relative": r} for n, r in enumerate((0.2, 1.02, None, 0.9, 0.5))]
-    found = knockout_importance(checkpoint, {"removals": removals})
-    assert [round(found["text", n], 3) for n in range(5)] == [0.8, 0.0, 1.0, 0.1, 0.5]
-    plan = plan_sparsify(checkpoint, Wish(sparsity=0.5, scope="layer"))
-    del found["text", 3]
+def test_budgets_need_an_importance_of_each_layer(tiny):
+    plan = plan_sparsify(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, scope="layer"))
     with pytest.raises(PruneKitError, match="no importance is known of text layer 3"):
-        with_importance(plan, found)
-    with pytest.raises(PruneKitError, match="isn't one that knockout_check.sh wrote.*removals is missing"):
-        knockout_importance(checkpoint, {"layers": []})
+        with_importance(plan, {("text", n): 0.5 for n in (0, 1, 2, 4)})
 
 
 # --- the script -----------------------------------------------------------------------------------------------

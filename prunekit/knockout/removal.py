@@ -1,0 +1,84 @@
+"""A layer that is knocked out: how it is spelled, which ones a command names, what is left without them."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prunekit.arguments import Parser
+from prunekit.checkpoint import Checkpoint, layer_numbers
+from prunekit.errors import PruneKitError
+from prunekit.surgery.layers import LayersPlan, parse_numbers, plan_layers
+
+BASELINE = "baseline"  # the whole model, among the names of removals
+STACKS = ("text", "vision")
+NAME = re.compile(r"(text|vision)-(\d{2,5})", re.ASCII)
+
+
+@dataclass(frozen=True, order=True)
+class Removal:
+    """One layer to do without, numbered as in the whole model. As text it is `text-03`, its name wherever one stands."""
+
+    stack: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.stack}-{self.layer:02d}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Removal":
+        """From its name. ValueError for any other text."""
+        if not (match := NAME.fullmatch(name)):
+            raise ValueError(f"{name!r} is no name like text-03")
+        return cls(match[1], int(match[2]))
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """What a record of this removal says of which it is."""
+        return {"name": str(self)} | asdict(self)
+
+
+def parse_removals(text: str) -> list[Removal]:
+    """From PRUNEKIT_REMOVE: words like `text:3,7-9` or `vision-02`, a stack once at the most."""
+    removals: list[Removal] = []
+    for word in text.split():
+        match = re.fullmatch("(text|vision)[:-](.+)", word)
+        if not match or any(removal.stack == match[1] for removal in removals):
+            raise PruneKitError(f"PRUNEKIT_REMOVE: {word!r} names no layers; write it like 'text:3,7 vision:2'")
+        removals += [Removal(match[1], number) for number in parse_numbers([match[2]])]
+    return removals
+
+
+def plan_without(checkpoint: Checkpoint, gone: Iterable[Removal]) -> LayersPlan:
+    """The cut that takes all these layers together. Raises as `plan_layers`."""
+    gone = list(gone)
+    return plan_layers(checkpoint, *([removal.layer for removal in gone if removal.stack == s] for s in STACKS))
+
+
+def list_removals(checkpoint: Checkpoint, text: str, vision: str) -> list[Removal]:
+    """Each layer named, to be removed alone: "all", "none" or numbers and ranges like "0-3,10".
+
+    Raises PruneKitError for layers that can't be removed.
+    """
+    removals = []
+    for stack, wanted in zip(STACKS, (text.strip(), vision.strip())):
+        if wanted == "all":
+            numbers = layer_numbers(checkpoint, stack) if stack in checkpoint.family.stacks else []
+        else:
+            numbers = parse_numbers(wanted.split()) if wanted != "none" else []
+        removals += [Removal(stack, number) for number in numbers]
+    for removal in removals:
+        plan_without(checkpoint, [removal])
+    return removals
+
+
+def knockout_parser(description: str | None, what: str) -> Parser:
+    """What the commands on knockouts have in common: the model, the folder of `what` they make, the layers."""
+    parser = Parser(description=description)
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--model-type", help="ms-swift's, default: the model's own model_type")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of the {what}; an unfinished one is continued")
+    parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
+    parser.add_argument("--vision", default="all", help="vision blocks, likewise")
+    return parser

@@ -1,0 +1,68 @@
+"""One layer knocked out: every spelling means the same, and what a command names can be removed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
+from prunekit.knockout.removal import Removal, list_removals, parse_removals, plan_without
+
+REMOVALS = st.builds(Removal, st.sampled_from(["text", "vision"]), st.integers(0, 99_999))
+
+
+@pytest.fixture
+def checkpoint(tiny):
+    return open_checkpoint(tiny("qwen3_vl"))
+
+
+@given(REMOVALS)
+def test_a_name_names_one_layer(removal):
+    assert Removal.parse(str(removal)) == removal
+    assert removal.json == {"name": str(removal), "stack": removal.stack, "layer": removal.layer}
+
+
+@given(REMOVALS)
+def test_a_name_does_for_a_wish_as_stack_and_number_do(removal):
+    assert parse_removals(str(removal)) == parse_removals(f"{removal.stack}:{removal.layer}") == [removal]
+
+
+@pytest.mark.parametrize("name", ["text-3", "text:03", "audio-03", "text-03 ", "text--3", "text-٠٣", ""])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="is no name like text-03"):
+        Removal.parse(name)
+
+
+def test_a_wish_names_layers_of_both_stacks():
+    assert [str(found) for found in parse_removals("text:3,7-8 vision:2")] == [
+        "text-03", "text-07", "text-08", "vision-02"
+    ]  # fmt: skip
+
+
+def test_names_sort_in_the_order_of_layers():
+    layers = [Removal("text", 2), Removal("text", 10), Removal("vision", 1)]
+    assert layers == sorted(layers) == sorted(layers, key=str)
+
+
+def test_all_means_every_layer(checkpoint):
+    names = [str(removal) for removal in list_removals(checkpoint, "all", "all")]
+    assert names == [*(f"text-{i:02d}" for i in range(5)), *(f"vision-{i:02d}" for i in range(6))]
+
+
+@pytest.mark.parametrize("nothing", ["none", "", " none "])
+def test_ranges_and_none_choose_layers(nothing, checkpoint):
+    assert [str(removal) for removal in list_removals(checkpoint, "1-2,4", nothing)] == [
+        "text-01",
+        "text-02",
+        "text-04",
+    ]
+
+
+def test_a_layer_out_of_range_is_refused_before_any_run(checkpoint):
+    with pytest.raises(PruneKitError, match="5"):
+        list_removals(checkpoint, "5", "none")
+
+
+def test_layers_of_both_stacks_are_planned_together(checkpoint):
+    plan = plan_without(checkpoint, [Removal("vision", 2), Removal("text", 3), Removal("text", 1)])
+    assert plan.removed == {"text": [1, 3], "vision": [2]}
