@@ -367,10 +367,10 @@ PUBLISH = [
     Mutant("dtype=arguments.dtype,", "dtype=None,"),
     Mutant("        overwrite=arguments.overwrite,", "        overwrite=True,"),
     Mutant("layers_only=new_head is not None", "layers_only=True"),
-    Mutant("fallback=base.path", "fallback=None"),
+    Mutant("fallback=origin.path", "fallback=None"),
     Mutant(
-        "history_entry(stage, base.path, statistics(base), statistics(result)",
-        "history_entry(stage, source.path, statistics(base), statistics(result)",
+        "history_entry(stage, origin.path, statistics(origin), statistics(result)",
+        "history_entry(stage, source.path, statistics(origin), statistics(result)",
     ),
     Mutant(
         "(source_folder / name for name in ADAPTER_FILES)",

@@ -45,13 +45,17 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool, "dict": dict, "li
 @functools.cache
 def package(name: str) -> Path:
     """The folder of an installed package, which isn't imported."""
-    return Path(importlib.util.find_spec(name).origin).parent
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no package {name}", name=name)
+    return Path(spec.origin).parent
 
 
 @functools.cache
 def _module(file: Path) -> tuple[dict[str, ast.ClassDef], dict[str, tuple[Path, str]]]:
     """The classes of a source file by name, and from which file its other names come."""
-    classes, imported = {}, {}
+    classes: dict[str, ast.ClassDef] = {}
+    imported: dict[str, tuple[Path, str]] = {}
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.ClassDef):
             classes[node.name] = node
@@ -78,12 +82,21 @@ def _find(file: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
     return _find(*imported[name]) if name in imported and imported[name][0].is_file() else None
 
 
-def _constants(node: ast.ClassDef) -> dict[str, str]:
-    """The strings that a class body assigns to names."""
+def _defined(file: Path, name: str) -> tuple[Path, ast.ClassDef]:
+    """As `_find`, of a class that is there."""
+    if (found := _find(file, name)) is None:
+        raise LookupError(f"{file}: no class {name}")
+    return found
+
+
+def _constants(node: ast.ClassDef) -> dict[str, Any]:
+    """The constants that a class body assigns to names."""
     return {
         item.targets[0].id: item.value.value
         for item in node.body
-        if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
+        if isinstance(item, ast.Assign)
+        and isinstance(item.targets[0], ast.Name)
+        and isinstance(item.value, ast.Constant)
     }
 
 
@@ -101,7 +114,7 @@ def _type(node: ast.expr, file: Path) -> Any:
         case ast.Subscript(ast.Name("Literal"), choices):
             return typing.Literal[ast.literal_eval(choices)]
         case ast.Subscript(ast.Name("List" | "list"), inner):
-            return list[_type(inner, file)]
+            return list[_type(inner, file)]  # type: ignore[misc]  # not known before it runs
         case ast.Subscript(ast.Name("Dict" | "dict")):
             return dict
         case ast.Name(name) if name in TYPES:
@@ -117,9 +130,9 @@ def _field(node: ast.expr | None) -> dict[str, Any] | None:
     A default that isn't written out is None; it can't be told from the source, and isn't needed to check a line.
     """
 
-    def value(node: ast.expr) -> Any:
+    def value(node: ast.expr | None) -> Any:
         try:
-            return ast.literal_eval(node)
+            return node and ast.literal_eval(node)
         except ValueError:
             return None
 
@@ -130,7 +143,8 @@ def _field(node: ast.expr | None) -> dict[str, Any] | None:
     given = {keyword.arg: keyword.value for keyword in node.keywords}
     if "init" in given and value(given["init"]) is False:
         return None
-    said = given["metadata"] if isinstance(given.get("metadata"), ast.Dict) else ast.Dict([], [])
+    metadata = given.get("metadata")
+    said = metadata if isinstance(metadata, ast.Dict) else ast.Dict([], [])
     pairs = {value(key): value(item) for key, item in zip(said.keys, said.values)}
     made = {"metadata": {key: pairs[key] for key in ("aliases", "choices") if pairs.get(key)}}
     if "default_factory" in given:
@@ -143,11 +157,11 @@ def _field(node: ast.expr | None) -> dict[str, Any] | None:
 @functools.cache
 def _dataclass(file: Path, name: str) -> type:
     """A dataclass with the fields of that class and of its bases, in their order."""
-    file, node = _find(file, name)
+    file, node = _defined(file, name)
     bases = [_dataclass(file, base.id) for base in node.bases if isinstance(base, ast.Name) and _find(file, base.id)]
     fields = []
     for item in node.body:
-        if not (node.decorator_list and isinstance(item, ast.AnnAssign)):
+        if not (node.decorator_list and isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
             continue
         kind, given = _type(item.annotation, file), _field(item.value)
         if kind == JSON:
@@ -167,6 +181,7 @@ def parser(kind: str) -> argparse.ArgumentParser:
     """The parser of `swift sft`, `rlhf`, `export` or `rollout`, as the installed ms-swift would make it."""
     # by its file: `import transformers` alone takes a second, and this module of it needs nothing of the rest
     spec = importlib.util.spec_from_file_location("hf_argparser", package("transformers") / "hf_argparser.py")
+    assert spec and spec.loader  # a .py file has one
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made = module.HfArgumentParser(_arguments(kind), add_help=False)
@@ -278,13 +293,14 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def _assigned(tree: ast.AST, registry: str) -> tuple[set[str], int]:
     """Names that `registry = {...}` and `registry["name"] = ...` put into a registry, and how many such lines there are."""
-    names, lines = set(), 0
+    names: set[Any] = set()
+    lines = 0
     for node in ast.walk(tree):
         match node:
             case ast.Assign([ast.Name(name)], ast.Dict(keys)) if name == registry and all(
                 isinstance(key, ast.Constant) for key in keys
             ):
-                names |= {key.value for key in keys}
+                names |= {key.value for key in keys if isinstance(key, ast.Constant)}
             case ast.Assign([ast.Subscript(ast.Name(name), ast.Constant(key))]) if name == registry:
                 names.add(key)
             case _:
@@ -293,7 +309,7 @@ def _assigned(tree: ast.AST, registry: str) -> tuple[set[str], int]:
     return names, lines
 
 
-def _plugin(path: Path) -> ast.AST:
+def _plugin(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text(encoding="utf-8"))
     except OSError:
@@ -314,7 +330,7 @@ def registered(path: Path, registry: str) -> tuple[set[str], set[str]]:
         return names, names
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    strings: set[Any] = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     return names | functions, names | functions | classes | strings
 
 
@@ -348,7 +364,9 @@ def _set_in(source: str, function: str) -> set[str]:
     """The strings in a set that a function of ms-swift's writes out."""
     tree = ast.parse((package("swift") / source).read_bytes())
     [node] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
-    return {item.value for part in ast.walk(node) if isinstance(part, ast.Set) for item in part.elts}
+    sets = [part for part in ast.walk(node) if isinstance(part, ast.Set)]
+    constants = [item.value for part in sets for item in part.elts if isinstance(item, ast.Constant)]
+    return {constant for constant in constants if isinstance(constant, str)}
 
 
 def _choices(value: str, known: list[str]) -> str:
@@ -504,12 +522,12 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
             raise PruneKitError(f"--adapters {_show(folder)}: no such folder")
     for name in REGEXES:
         try:
-            re.compile(get(name) or "")
+            re.compile(pattern := get(name) or "")
         except (re.error, RecursionError, OverflowError) as error:
-            raise PruneKitError(f"--{name} {get(name)[:80]!r}: no regular expression ({error})") from None
+            raise PruneKitError(f"--{name} {pattern[:80]!r}: no regular expression ({error})") from None
     for name, hint in typing.get_type_hints(_arguments(kind)).items():
-        if hint == JSON and name not in LENIENT and isinstance(get(name), str):
-            _json(f"--{name}", get(name))
+        if hint == JSON and name not in LENIENT and isinstance(text := get(name), str):
+            _json(f"--{name}", text)
     if kind not in ("sft", "rlhf"):
         return
     _check_settings("--deepspeed", args.deepspeed, DEEPSPEED)
@@ -521,7 +539,7 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise PruneKitError(f"--resume_from_checkpoint {_show(args.resume_from_checkpoint)}: no such folder")
     _check_choice("--eval_strategy", args.eval_strategy, ("no", "steps", "epoch"))
-    schedulers = _constants(_find(package("transformers") / "trainer_utils.py", "SchedulerType")[1]).values()
+    schedulers = _constants(_defined(package("transformers") / "trainer_utils.py", "SchedulerType")[1]).values()
     _check_choice("--lr_scheduler_type", args.lr_scheduler_type, schedulers)
     for name, (registry, source) in REGISTRIES.items():
         names = value if isinstance(value := get(name), list) else [value]
@@ -534,8 +552,8 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     elif args.rlhf_type == "grpo":
         for name in args.loss_type or ():
             _check_choice("--loss_type", name, GRPO_LOSSES)
-    source = (package("transformers") / "integrations/integration_utils.py").read_bytes()
-    trackers, _ = _assigned(ast.parse(source), "INTEGRATION_TO_CALLBACK")
+    integrations = (package("transformers") / "integrations/integration_utils.py").read_bytes()
+    trackers, _ = _assigned(ast.parse(integrations), "INTEGRATION_TO_CALLBACK")
     for name in args.report_to:
         _check_choice("--report_to", name, [*sorted(trackers), "all", "none"])
     _check_together(kind, args, processes)

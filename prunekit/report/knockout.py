@@ -173,7 +173,7 @@ def draw_knockout_curves(ranking: dict[str, Any], path: Path) -> None:
         lines.append((baseline, INK, "baseline"))
 
     figure, axes = new_figure(2, 10.2, 3.6)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis, curve, title in zip(axes[0], ("training", "curve"), ("training loss", "evaluation loss")):
         for record, colour, label in lines:
             points = [(p["step"], p["loss"]) for p in record[curve] if p["loss"] is not None]

@@ -89,7 +89,8 @@ def in_batches(rows: list[list[int]], size: int) -> list[list[int]]:
 
 def predict_labels(run: Run, features: list[dict[str, list[int]]], token: int, size: int = 32) -> list[int]:
     """The best label's number wherever a feature has a label (not -100), through all features in their order."""
-    rows, found = [feature["input_ids"] for feature in features], [[] for _ in features]
+    rows = [feature["input_ids"] for feature in features]
+    found: list[list[int]] = [[] for _ in features]
     for batch in in_batches(rows, size):
         best = run(pad([rows[number] for number in batch], token)).argmax(-1)
         for number, labels in zip(batch, best):
@@ -100,7 +101,7 @@ def predict_labels(run: Run, features: list[dict[str, list[int]]], token: int, s
 
 def mean_loss(run: Run, rows: list[list[int]], token: int, size: int = 8) -> float:
     """Loss of a causal model on rows of tokens: nats per token, the first of each row not counted."""
-    total = count = 0
+    total, count = 0.0, 0
     for batch in in_batches(rows, size):
         logits = run(pad([rows[number] for number in batch], token))
         for number, row in zip(batch, logits):

@@ -73,11 +73,12 @@ def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise PruneKitError(f"dataset {path} line {number} is not JSON ({error})") from None
-        words, tags = (row.get(key) if isinstance(row, dict) else None for key in ("tokens", "ner_tags"))
-        if not all(isinstance(a, list) and a and all(isinstance(b, str) for b in a) for a in (words, tags)):
+        lists: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in ("tokens", "ner_tags")]
+        if not all(isinstance(a, list) and a and all(isinstance(b, str) for b in a) for a in lists):
             raise PruneKitError(
                 f'dataset {path} line {number}: needs "tokens" and "ner_tags", lists of words and of names like "B-PER"'
             )
+        words, tags = lists
         if len(words) != len(tags):
             raise PruneKitError(
                 f"dataset {path} line {number}: {len(words)} tokens and {len(tags)} ner_tags; one tag a token"
@@ -256,8 +257,10 @@ class Distillation:
         given = {key: value for key, value in inputs.items() if key != "labels"}
         with torch.no_grad():
             teacher = self.teacher(**given, output_hidden_states=bool(self.hidden))
-        scaled = (functional.log_softmax(out.logits[mask].float() / self.temperature, -1) for out in (student, teacher))
-        soft = functional.kl_div(*scaled, reduction="batchmean", log_target=True) * self.temperature**2
+        ours, theirs = (
+            functional.log_softmax(out.logits[mask].float() / self.temperature, -1) for out in (student, teacher)
+        )
+        soft = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
         loss = self.hard * student.loss + (1 - self.hard) * soft
         if self.hidden:
             pairs = [
@@ -431,9 +434,11 @@ def train(
 
     from prunekit.training.publish import whole_checkpoints
 
-    run, scores = Path(arguments.output_dir), {}
+    run = Path(arguments.output_dir)
+    scores: dict[str, Any] = {}
 
     def compute_metrics(prediction):
+        assert validation is not None  # else nobody asks
         scores.update(validation.scores(prediction.predictions[prediction.label_ids != -100]))
         return {key: scores[key] for key in ("f1", "precision", "recall")}
 
@@ -473,12 +478,11 @@ def check_teacher(teacher: Checkpoint, student: Checkpoint, labels: dict[int, st
     keys = [("vocab_size", "vocab_size")]
     if hidden:
         keys.append((teacher.family.hidden, student.family.hidden))
-    for theirs, ours in keys:
-        if teacher.config.get(theirs) != student.config.get(ours):
-            mend = "leave out --hidden-weight" if ours != "vocab_size" else "it must read the same tokens"
+    for its, own in keys:
+        if teacher.config.get(its) != student.config.get(own):
+            mend = "leave out --hidden-weight" if own != "vocab_size" else "it must read the same tokens"
             raise PruneKitError(
-                f"{teacher.path}: {theirs} {teacher.config.get(theirs)}, the student's is "
-                f"{student.config.get(ours)}; {mend}"
+                f"{teacher.path}: {its} {teacher.config.get(its)}, the student's is {student.config.get(own)}; {mend}"
             )
 
 

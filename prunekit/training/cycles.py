@@ -35,7 +35,7 @@ from .zeros_settings import Gradual
 
 def _scores(file: Path, count: int) -> list[dict[str, float]]:
     """The scores of so many models, in the file's order, each on its one data set."""
-    scores = [next(iter(result["datasets"].values()), {}) for result in read_results(file)]
+    scores: list[dict[str, float]] = [next(iter(result["datasets"].values()), {}) for result in read_results(file)]
     if len(scores) != count or any(score.get("loss") is None for score in scores):
         raise PruneKitError(f"{file}: hasn't the loss of {count} models; remove it, and evaluate again")
     return scores
@@ -47,7 +47,7 @@ def read_cycles(folder: Path) -> dict[str, Any]:
     `worse` is the share by which its perplexity is above the dense model's.
     """
     [dense] = _scores(folder / "dense.json", 1)
-    cycles = []
+    cycles: list[dict[str, Any]] = []
     while (file := folder / f"{len(cycles) + 1}.json").exists():
         pruned, retrained = _scores(file, 2)
         prunings = [entry for entry in history(folder / file.stem) if entry.get("sparsity")]

@@ -172,11 +172,10 @@ def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
     files = [each.path / "tokenizer.json" for each in (student, teacher)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
         mine, theirs = _tokens(student.path), _tokens(teacher.path)
-        other = [n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]] if mine and theirs else []
-        if other:
+        if mine and theirs and (other := [n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]]):
             raise PruneKitError(
-                f"{teacher.path}: another vocabulary than {student.path}'s: token {other[0]} is {theirs[other[0]]!r}, not "
-                f"{mine[other[0]]!r}; a teacher needs the student's tokenizer"
+                f"{teacher.path}: another vocabulary than {student.path}'s: token {other[0]} is {theirs[other[0]]!r}, "
+                f"not {mine[other[0]]!r}; a teacher needs the student's tokenizer"
             )
         sizes = [(each.config.get("text_config") or each.config).get("vocab_size") for each in (student, teacher)]
         if not (mine and theirs) and sizes[0] != sizes[1]:
@@ -273,7 +272,7 @@ def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint) -> Lengths
     if found.completion:
         print(f"--max_completion_length {found.completion}: the model has no more positions", file=sys.stderr)
     memory = gpu_bytes() if vllm and swift.vllm_mode == "colocate" else None
-    if memory and not checkpoint.config.get("sliding_window"):
+    if memory and found.engine and not checkpoint.config.get("sliding_window"):
         sizes, gpus = statistics(checkpoint), swift.vllm_tensor_parallel_size
         share = swift.vllm_gpu_memory_utilization
         weights = 2 * sizes["parameters"]

@@ -128,16 +128,16 @@ def publish(
     PruneKitError unless the source has exactly the tensors of the base (copies of tied weights may be there or not;
     with a new head: exactly its layers), and as `write_checkpoint` does.
     """
-    base, source = open_checkpoint(base), open_checkpoint(source_folder)
-    check_out(out, source.path, base.path, overwrite=overwrite)
-    _check_same_tensors(source, base, layers_only=new_head is not None)
-    tensors, common = _with_dtypes(source, base, dtype)
-    config = copy.deepcopy(base.config) | {"architectures": source.config.get("architectures")}
+    origin, source = open_checkpoint(base), open_checkpoint(source_folder)
+    check_out(out, source.path, origin.path, overwrite=overwrite)
+    _check_same_tensors(source, origin, layers_only=new_head is not None)
+    tensors, common = _with_dtypes(source, origin, dtype)
+    config = copy.deepcopy(origin.config) | {"architectures": source.config.get("architectures")}
     config |= new_head or {}
     _set_dtype(config, common)
     result = replace(source, config=config, tensors=tensors)
-    entry = history_entry(stage, base.path, statistics(base), statistics(result), None, metrics, settings)
-    write_checkpoint(result, out, entry, overwrite, None, map(Path, extra_files), fallback=base.path)
+    entry = history_entry(stage, origin.path, statistics(origin), statistics(result), None, metrics, settings)
+    write_checkpoint(result, out, entry, overwrite, None, map(Path, extra_files), fallback=origin.path)
     return entry
 
 
@@ -220,7 +220,9 @@ def training_settings(folder: Path) -> dict[str, Any]:
     settings = {"steps": state.get("global_step"), "epochs": state.get("epoch")}
     settings |= {name: found.get(name) for name in TRAINING if name not in unused}
     settings["world_size"] = found.get("global_world_size")
-    factors = [settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")]
+    factors: list[Any] = [
+        settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+    ]
     if all(type(factor) is int for factor in factors):
         settings["global_batch"] = math.prod(factors)
     return {name: value for name, value in settings.items() if value not in (None, False, [], "")}
@@ -241,18 +243,18 @@ def publish_adapter(
     The history is the base's, and an entry that says by its `input_fingerprint` which model alone the adapter fits.
     """
     weights = read_header(source_folder / "adapter_model.safetensors")  # raises PruneKitError if torn
-    base = open_checkpoint(base)
-    numbers, need = statistics(base), sum(tensor.nbytes for tensor in weights.values())
+    origin = open_checkpoint(base)
+    numbers, need = statistics(origin), sum(tensor.nbytes for tensor in weights.values())
     size = {
         "adapter_parameters": sum(math.prod(tensor.shape) for tensor in weights.values()),
         "adapter_bytes": need,
     }
-    entry = history_entry(stage, base.path, numbers, numbers | size, None, metrics, settings)
+    entry = history_entry(stage, origin.path, numbers, numbers | size, None, metrics, settings)
     with new_folder(out, overwrite, need) as folder:
         for file in [*(source_folder / name for name in ADAPTER_FILES), *extra_files]:
             shutil.copyfile(file, folder / file.name)
         lora = read_json(folder / "adapter_config.json")
-        write_records(folder, base.config, numbers, [*history(base.path), entry], adapter=lora)
+        write_records(folder, origin.config, numbers, [*history(origin.path), entry], adapter=lora)
 
 
 def main() -> None:

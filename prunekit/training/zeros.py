@@ -21,7 +21,7 @@ from prunekit.checkpoint import read_json, write_json
 from prunekit.errors import PruneKitError
 from prunekit.families import family_of
 from prunekit.surgery.zeros import chooser
-from prunekit.surgery.zeros_pick import find_cuts, sort_keys
+from prunekit.surgery.zeros_pick import Cut, find_cuts, sort_keys
 
 from .zeros_settings import Dynamic, Gradual
 
@@ -62,7 +62,7 @@ class KeepZeros(TrainerCallback):
     def sparsity(self) -> float:
         return self.zeros / sum(mask.numel() for mask in self.masks.values())
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, *, model=None, **kwargs):
         self.weights = self._choose(model)
         saved = resumed_from(args, state)
         if saved and (saved / MASKS).is_file():
@@ -139,7 +139,7 @@ def prune_lowest(weights: dict[str, torch.Tensor], sparsity: float, scope: str) 
             weight = weights[name].detach()
             yield name, sort_keys(weight.abs(), weight)
 
-    cuts = {}
+    cuts: dict[str, Cut] = {}
     for names in [list(weights)] if scope == "global" else [[name] for name in weights]:
         wanted = round(sparsity * sum(weights[name].numel() for name in names))
         zeros = sum(int((weights[name] == 0).sum()) for name in names)
@@ -211,6 +211,8 @@ class GradualPruning(MovingSparsity):
     into the history. Resumed, it goes on where it was.
     """
 
+    settings: Gradual
+
     def _first_masks(self, saved: Path | None) -> dict[str, torch.Tensor]:
         return {name: weight.detach() == 0 for name, weight in self.weights.items()}
 
@@ -270,6 +272,8 @@ class GradualPruning(MovingSparsity):
 
 class DynamicSparsity(MovingSparsity):
     """Moves zeros as `Dynamic` says: each matrix always has as many of them as in the beginning."""
+
+    settings: Dynamic
 
     def __init__(self, settings: Dynamic, trainer=None):
         super().__init__(settings, trainer)

@@ -49,6 +49,7 @@ class Gradual:
         """The sparsity after each event: `start` after the first, `sparsity` after the last."""
         last = self.events - 1
         follow = SCHEDULES[self.schedule]
+        assert self.start is not None  # __post_init__ has filled it in
         return [follow(self.start, self.sparsity, i / last) for i in range(last)] + [self.sparsity]
 
     def steps(self, max_steps: int) -> list[int]:
