@@ -2,7 +2,6 @@
 
 import torch  # noqa: F401
 import transformers.models.auto.modeling_auto  # noqa: F401
+import wandb  # noqa: F401
 from swift import sft_main  # noqa: F401
 from swift.trainers import Seq2SeqTrainer  # noqa: F401
-
-import wandb  # noqa: F401
