@@ -410,6 +410,13 @@ def _is_file(text: str) -> bool:
         return False
 
 
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        return False
+
+
 def _json(flag: str, text: str) -> dict[str, Any]:
     """A JSON object, or the content of a file that holds one."""
     try:
@@ -518,7 +525,7 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
         if not _is_file(file):
             raise PruneKitError(f"{_show(file)}: no such file (--system, --new_special_tokens, --custom_dataset_info)")
     for folder in args.adapters:
-        if not Path(folder).is_dir():
+        if not _is_folder(folder):
             raise PruneKitError(f"--adapters {_show(folder)}: no such folder")
     for name in REGEXES:
         try:
@@ -536,7 +543,7 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     _check_choice("--ddp_backend", args.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
     if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", args.max_shard_size, re.IGNORECASE):  # read at the first saving
         raise PruneKitError(f"--max_shard_size {_show(args.max_shard_size)}: give a size like 5GB")
-    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+    if args.resume_from_checkpoint and not _is_folder(args.resume_from_checkpoint):
         raise PruneKitError(f"--resume_from_checkpoint {_show(args.resume_from_checkpoint)}: no such folder")
     _check_choice("--eval_strategy", args.eval_strategy, ("no", "steps", "epoch"))
     schedulers = _constants(_defined(package("transformers") / "trainer_utils.py", "SchedulerType")[1]).values()

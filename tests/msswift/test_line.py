@@ -410,6 +410,12 @@ def test_any_line_is_taken_or_refused_in_one_line(case):
         assert len(str(error).splitlines()) == 1  # noqa: PT017
 
 
+@pytest.mark.parametrize("flag", ["--adapters", "--resume_from_checkpoint"])
+def test_a_folder_of_a_name_too_long_isn_t_there(flag):
+    with pytest.raises(PruneKitError, match="no such folder"):
+        check_line("sft", parse("sft", [flag, "x" * 5000]))
+
+
 @given(st.sampled_from(sorted(CLASSES)), st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_value_of_a_known_flag_is_taken_or_refused(kind, data):
