@@ -17,27 +17,20 @@ that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from prunekit.arguments import finite_float
-from prunekit.checkpoint import statistics
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
 from prunekit.knockout.ranking import knockout_importance, read_ranking
-from prunekit.surgery.script import open_input, parse_surgery, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
 from prunekit.surgery.zeros import (
-    NO_GAIN,
     SCOPES,
     SCORES,
-    Sparsification,
     Wish,
-    apply_sparsify,
-    check_shared_out,
-    magnitude,
+    cut_zeros,
     parse_pattern,
-    plan_sparsify,
-    select,
-    sparsity_record,
+    plan_zeros,
+    say_zeros,
     with_importance,
 )
 
@@ -63,54 +56,8 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
     pattern = parse_pattern(arguments.pattern) if arguments.pattern else None
     return Wish(
         arguments.threshold, arguments.sparsity, pattern, scope, arguments.score, arguments.modules, arguments.power,
-        arguments.max_sparsity,
+        arguments.max_sparsity, arguments.layer_importance, arguments.ranking, arguments.refit,
     )  # fmt: skip
-
-
-def prepare(plan: Sparsification, arguments: argparse.Namespace) -> tuple[Sparsification, dict[str, Any] | None]:
-    """The selected plan, and what its history shall say of calibration."""
-    scores, settings, metrics, kind = magnitude, {}, None, arguments.layer_importance
-    if kind == "knockout":
-        ranking = read_ranking(Path(arguments.ranking), plan.source)
-        plan = with_importance(plan, knockout_importance(plan.source, ranking))
-    if arguments.calib:
-        model, data = model_and_calibration(plan.source, arguments)
-        from prunekit.surgery import (
-            zeros_scores as weight_scores,  # torch: seconds, after all that can be checked without it
-        )
-
-        settings |= {
-            "calib": str(arguments.calib),
-            "calibration_data": [data.record],
-            "calibration_tokens": data.tokens,
-        }
-        inputs = (plan.source, model, data, plan.weights)
-        if kind in weight_scores.IMPORTANCE:
-            plan = with_importance(plan, weight_scores.IMPORTANCE[kind](*inputs))
-        if arguments.score in weight_scores.SCORES_OF:
-            scores = weight_scores.SCORES_OF[arguments.score](*inputs)
-    if kind:
-        settings |= {"layer_importance": kind, "ranking": arguments.ranking}
-    plan = select(plan, scores)
-    if arguments.refit:
-        from prunekit.surgery.zeros_fit import refit
-
-        plan, metrics = refit(plan, model, data)
-        settings["refit"] = True
-        if metrics:
-            print("refitted: held-out loss {held_out_loss_dense:.4f} -> {held_out_loss:.4f}".format(**metrics))
-    return plan, {"settings": settings, "metrics": metrics or None} if settings else None
-
-
-def print_result(plan: Sparsification) -> None:
-    found = sparsity_record(plan.zeros, plan.sizes, statistics(plan.source)["parameters"])
-    shares = found["tensors"].values()
-    print(
-        f"{found['zeros']:,} of {found['weights']:,} weights zero, {found['sparsity']:.2%} (before: "
-        f"{plan.zeros_before:,}); {min(shares):.1%} to {max(shares):.1%} of a tensor, "
-        f"{found['of_all_parameters']:.1%} of all parameters"
-    )
-    print(f"note: {NO_GAIN}")
 
 
 def main() -> None:
@@ -136,16 +83,21 @@ def main() -> None:
     arguments = parse_surgery(parser)
 
     checkpoint = open_input(arguments)
-    plan = plan_sparsify(checkpoint, wish_of(arguments))
-    if arguments.layer_importance:
-        check_shared_out(plan.wish)
-    plan, calibration = prepare(plan, arguments)
-    print_result(plan)
-    if arguments.dry_run:
-        print("dry run: nothing written")
-        return
-    apply_sparsify(plan, arguments.out, arguments.overwrite, arguments.max_shard_bytes, calibration)
-    print(f"wrote {arguments.out}")
+    plan = plan_zeros(checkpoint, wish_of(arguments))
+    if arguments.ranking:
+        ranking = read_ranking(Path(arguments.ranking), checkpoint)
+        plan = with_importance(plan, knockout_importance(checkpoint, ranking))
+    if arguments.calib:
+        model, data = model_and_calibration(checkpoint, arguments)
+        from prunekit.surgery.zeros_fit import fit_zeros  # torch: seconds, after all that can be checked without it
+
+        cut = fit_zeros(plan, model, data)
+        if cut.metrics:
+            print("refitted: held-out loss {held_out_loss_dense:.4f} -> {held_out_loss:.4f}".format(**cut.metrics))
+    else:
+        cut = cut_zeros(plan)
+    print(say_zeros(cut))
+    save(cut, arguments)
 
 
 if __name__ == "__main__":

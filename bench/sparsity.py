@@ -32,13 +32,13 @@ from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.report import style
 from prunekit.surgery import zeros_scores as weight_scores
+from prunekit.surgery.cut import write_cut
 from prunekit.surgery.zeros import (
-    Sparsification,
     Wish,
-    apply_sparsify,
+    ZerosCut,
+    cut_zeros,
     magnitude,
-    plan_sparsify,
-    select,
+    plan_zeros,
     with_importance,
 )
 from prunekit.surgery.zeros_fit import refit
@@ -105,28 +105,27 @@ class Bench:
     def scores(self, score: str, modules: str | None):
         if score == "magnitude":
             return magnitude
-        weights = plan_sparsify(self.checkpoint, Wish(sparsity=0.5, modules=modules)).weights
+        weights = plan_zeros(self.checkpoint, Wish(sparsity=0.5, modules=modules)).weights
         return weight_scores.SCORES_OF[score](self.checkpoint, self.model(), self.data(), weights)
 
     @cache  # noqa: B019
     def importance(self, kind: str):
-        weights = plan_sparsify(self.checkpoint, Wish(sparsity=0.5)).weights
+        weights = plan_zeros(self.checkpoint, Wish(sparsity=0.5)).weights
         return weight_scores.IMPORTANCE[kind](self.checkpoint, self.model(), self.data(), weights)
 
     def losses(self, model) -> dict[str, float]:
         return {name: score_batches(model, batches)["loss"] for name, batches in self.tests().items()}
 
     def sparsify(self, name: str, wish: Wish, importance: str | None = None, refitted: bool = False) -> Path:
-        plan = plan_sparsify(self.checkpoint, wish)
+        plan = plan_zeros(self.checkpoint, wish)
         if importance:
             plan = with_importance(plan, self.importance(importance))
-        plan = select(plan, self.scores(wish.score, wish.modules))
-        return self.write(name, plan, refitted)
+        return self.write(name, cut_zeros(plan, self.scores(wish.score, wish.modules)), refitted)
 
-    def write(self, name: str, plan: Sparsification, refitted: bool) -> Path:
+    def write(self, name: str, cut: ZerosCut, refitted: bool) -> Path:
         if refitted:
-            plan, _ = refit(plan, load_model(plan.source), self.data())
-        apply_sparsify(plan, self.work / name, overwrite=True)
+            cut = refit(cut, load_model(cut.source), self.data())
+        write_cut(cut, self.work / name, overwrite=True)
         return self.work / name
 
     def sparsify_again(self, model, name: str, wish: Wish, refitted: bool) -> Path:
@@ -136,9 +135,9 @@ class Bench:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(self.checkpoint.path / file, folder)
         checkpoint = open_checkpoint(folder)
-        plan, score = plan_sparsify(checkpoint, wish), weight_scores.SCORES_OF[wish.score]
-        plan = select(plan, score(checkpoint, load_model(checkpoint), self.data(), plan.weights))
-        return self.write(name, plan, refitted)
+        plan, score = plan_zeros(checkpoint, wish), weight_scores.SCORES_OF[wish.score]
+        cut = cut_zeros(plan, score(checkpoint, load_model(checkpoint), self.data(), plan.weights))
+        return self.write(name, cut, refitted)
 
     def untrained(self, name: str) -> dict:
         score, scope, importance, power = UNTRAINED[name]

@@ -131,7 +131,7 @@ SPARSITY = [
     Mutant("RowCut(wish.pattern[0], w.inputs, wish.pattern[1])", "RowCut(wish.pattern[0], -1, wish.pattern[1])"),
     Mutant("(cuts[name].mask(k) | (k == 0)).sum()", "cuts[name].mask(k).sum()"),
     Mutant('"sparsity": count / chosen', '"sparsity": count / parameters'),
-    Mutant("sum(plan.zeros.values()) - plan.zeros_before", "sum(plan.zeros.values())"),
+    Mutant("sum(self.zeros.values()) - self.zeros_before", "sum(self.zeros.values())"),
     Mutant("wish.pattern[1] - wish.pattern[0]", "wish.pattern[0]"),
     Mutant("return values.abs()", "return values", equivalent="sort_keys takes magnitudes"),
 ]
@@ -154,7 +154,7 @@ SPARSE_FIT = [
     Mutant("sides.student.step(self.number + 1, keep=False)", "sides.student.step(self.number + 1)"),
     Mutant("torch.where(kept & ((found == 0) | ~torch.isfinite(found)), values, found)", "found"),
     Mutant("for stack, row in reversed(family.stacks.items())", "for stack, row in family.stacks.items()"),
-    Mutant("found[0][found[1]].copy_(_zeroed(plan, name))", "pass"),
+    Mutant("found[0][found[1]].copy_(cut.zeroed(name))", "pass"),
     Mutant(
         'losses["held_out_loss"] = score_batches(model, data.held_out)',
         'losses["held_out_loss"] = score_batches(model, data.fit)',

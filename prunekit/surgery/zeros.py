@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -18,13 +17,13 @@ from tqdm import tqdm
 from prunekit.checkpoint import (
     TORCH_DTYPES,
     Checkpoint,
-    history_entry,
     layer_numbers,
     statistics,
-    write_checkpoint,
 )
 from prunekit.errors import PruneKitError
 from prunekit.families import Family, Stack, configs
+
+from .cut import Account
 
 SCORES = ("magnitude", "wanda", "gradient")
 SCOPES = ("global", "layer", "row")
@@ -56,23 +55,58 @@ class Wish:
     modules: str | None = None
     power: float = 1.0
     maximum: float = 0.95  # of a layer, where budgets follow importance
+    importance: str | None = None  # of layers: what it comes from
+    ranking: str | None = None  # file that it is read from, if it is that of knockouts
+    refit: bool = False
 
 
 @dataclass(frozen=True)
-class Sparsification:
-    """What will become zero: `result` computes its tensors, with their zeros, when they are written (after `select`)."""
+class ZerosPlan:
+    """Which weights are meant, and how their zeros are shared out; which of them become zero, scores decide."""
 
     source: Checkpoint
     wish: Wish
     weights: dict[str, Weight]
     importance: dict[tuple[str, int], float] | None = None
-    result: Checkpoint | None = None
-    zeros: dict[str, int] = field(default_factory=dict)  # after it, by tensor
-    zeros_before: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
         return {name: math.prod(self.source.tensors[name].shape) for name in self.weights}
+
+
+@dataclass(frozen=True)
+class ZerosCut:
+    """A checkpoint whose chosen weights are computed, with their zeros, when they are written."""
+
+    plan: ZerosPlan
+    result: Checkpoint
+    zeroed: Callable[[str], Any]  # of a chosen tensor's name: its values with their zeros, otherwise as they were
+    zeros: dict[str, int]  # by tensor
+    zeros_before: int
+    settings: dict[str, Any] = field(default_factory=dict)  # of the data, like metrics
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.plan.source
+
+    def record(self) -> dict[str, Any]:
+        return sparsity_record(self.zeros, self.plan.sizes, statistics(self.source)["parameters"])
+
+    def account(self) -> Account:
+        plan, wish = self.plan, self.plan.wish
+        unused = ["importance", "ranking", "refit"]
+        unused += ([] if plan.importance else ["power", "maximum"]) + ([] if wish.sparsity else ["scope"])
+        settings = {key: value for key, value in vars(wish).items() if value is not None and key not in unused}
+        if wish.pattern:
+            settings["pattern"] = f"{wish.pattern[1] - wish.pattern[0]}:{wish.pattern[1]}"
+        settings |= self.settings
+        if wish.importance:
+            settings |= {"layer_importance": wish.importance, "ranking": wish.ranking}
+        if wish.refit:
+            settings["refit"] = True
+        removed = {"weights": sum(self.zeros.values()) - self.zeros_before}
+        return Account("sparsify", removed, self.metrics or None, settings, {"sparsity": self.record()})
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -103,7 +137,7 @@ def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | 
     try:
         wanted = re.compile(modules or "")
     except (re.error, RecursionError, OverflowError) as error:
-        raise PruneKitError(f"--modules {modules[:80]!r}: not a regular expression ({error})") from None
+        raise PruneKitError(f"--modules {(modules or '')[:80]!r}: not a regular expression ({error})") from None
     projections = {stack: _projection(row) for stack, row in family.stacks.items()}
 
     def choose(name: str) -> tuple[str | None, int | None] | None:
@@ -124,14 +158,14 @@ def choose_weights(checkpoint: Checkpoint, modules: str | None = None) -> dict[s
     for name, tensor in checkpoint.tensors.items():
         if len(tensor.shape) < 2 or not (found := choose(name)):
             continue
-        stack, layer = found
-        axis = _input_axis(checkpoint, family.stacks[stack], name, tensor.shape) if stack else -1
-        chosen[name] = Weight(stack, layer, axis)
+        owner, layer = found
+        axis = _input_axis(checkpoint, family.stacks[owner], name, tensor.shape) if owner else -1
+        chosen[name] = Weight(owner, layer, axis)
         if tensor.dtype not in TORCH_DTYPES:
             raise PruneKitError(f"{name}: has dtype {tensor.dtype}; leave it out with --modules")
     if not chosen:
         some = next(filter(chooser(family, None), checkpoint.tensors))
-        raise PruneKitError(f"--modules {modules[:80]!r}: matches no weight; they are named like {some}")
+        raise PruneKitError(f"--modules {(modules or '')[:80]!r}: matches no weight; they are named like {some}")
     return chosen
 
 
@@ -146,7 +180,7 @@ def _input_axis(checkpoint: Checkpoint, row: Stack, name: str, shape: tuple[int,
     return -1 if (shape[-1] == hidden) == reads_hidden or shape[-1] == shape[-2] else -2
 
 
-def plan_sparsify(checkpoint: Checkpoint, wish: Wish) -> Sparsification:
+def plan_zeros(checkpoint: Checkpoint, wish: Wish) -> ZerosPlan:
     """Plan to zero weights as wished. Raises PruneKitError for numbers out of range, wishes that contradict each other,
     and weights that don't divide into the pattern's groups. Reads no weights and writes no file."""
     given = [name for name in ("threshold", "sparsity", "pattern") if getattr(wish, name) is not None]
@@ -169,7 +203,9 @@ def plan_sparsify(checkpoint: Checkpoint, wish: Wish) -> Sparsification:
                     f"{name}: its {inputs} inputs don't divide into groups of {wish.pattern[1]}; "
                     "leave it out with --modules"
                 )
-    return Sparsification(checkpoint, wish, weights)
+    if wish.importance:
+        check_shared_out(wish)
+    return ZerosPlan(checkpoint, wish, weights)
 
 
 def allocate(
@@ -215,7 +251,7 @@ def allocate(
     return found
 
 
-def _layers(plan: Sparsification) -> dict[Any, list[str]]:
+def _layers(plan: ZerosPlan) -> dict[Any, list[str]]:
     groups = defaultdict(list)
     for name, weight in plan.weights.items():
         groups[None if weight.layer is None else (weight.stack, weight.layer)].append(name)
@@ -228,7 +264,7 @@ def check_shared_out(wish: Wish) -> None:
         raise PruneKitError("--layer-importance shares out a --sparsity by layers: --scope layer or row")
 
 
-def with_importance(plan: Sparsification, importance: Mapping[tuple[str, int], float]) -> Sparsification:
+def with_importance(plan: ZerosPlan, importance: Mapping[tuple[str, int], float]) -> ZerosPlan:
     """The plan with budgets that follow layers' importance. PruneKitError if a layer has none, or there is no budget."""
     check_shared_out(plan.wish)
     for group in _layers(plan):
@@ -237,9 +273,10 @@ def with_importance(plan: Sparsification, importance: Mapping[tuple[str, int], f
     return replace(plan, importance=dict(importance))
 
 
-def _budgets(plan: Sparsification, total: int, zeros: dict[str, int]) -> dict[str, int]:
+def _budgets(plan: ZerosPlan, total: int, zeros: dict[str, int]) -> dict[str, int]:
     """Zeros of each tensor: the same share of all, or of all in a layer whose budget follows its importance."""
-    sizes, groups = plan.sizes, {None: list(plan.weights)}
+    sizes = plan.sizes
+    groups: dict[Any, list[str]] = {None: list(plan.weights)}
     counts = [total]
     if plan.importance is not None:
         groups = _layers(plan)
@@ -276,8 +313,8 @@ def magnitude(name: str, values):
     return values.abs()
 
 
-def select(plan: Sparsification, scores: Scores = magnitude) -> Sparsification:
-    """The plan with its cuts made: `result` computes its zeros when it is written, and `zeros` counts them.
+def cut_zeros(plan: ZerosPlan, scores: Scores = magnitude) -> ZerosCut:
+    """Zero the weights that score lowest; magnitudes need no data.
 
     Reads the chosen weights two to four times, a tensor at a time. Raises PruneKitError if the sparsity can't be met.
     """
@@ -306,34 +343,36 @@ def select(plan: Sparsification, scores: Scores = magnitude) -> Sparsification:
         count = sum(sizes.values())
         total = math.floor(Fraction(str(wish.sparsity)) * count + Fraction(1, 2))
         allocate([count], [0.0], total, least=[sum(zeros.values())])  # raises if it can't be met
+    cuts: dict[str, Cut | RowCut] = {}
     if wish.threshold is not None:
         key = int(sort_keys(torch.tensor(wish.threshold), torch.tensor(1.0)))
-        cuts = dict.fromkeys(plan.weights, Cut(key))
+        cuts |= dict.fromkeys(plan.weights, Cut(key))
     elif wish.pattern:
-        cuts = {name: RowCut(wish.pattern[0], w.inputs, wish.pattern[1]) for name, w in plan.weights.items()}
+        cuts |= {name: RowCut(wish.pattern[0], w.inputs, wish.pattern[1]) for name, w in plan.weights.items()}
     elif wish.scope == "global":
-        cuts = find_cuts(partial(all_keys, "select"), total)
+        cuts |= find_cuts(partial(all_keys, "select"), total)
     else:
-        budgets, cuts = _budgets(plan, total, zeros), {}
+        budgets = _budgets(plan, total, zeros)
         for name, keys in all_keys("select"):
             if wish.scope == "row":
                 cuts[name] = RowCut(budgets[name], plan.weights[name].inputs)
             else:
-                cuts |= find_cuts(lambda name=name, keys=keys: [(name, keys)], budgets[name])
+                cuts |= find_cuts(partial(iter, [(name, keys)]), budgets[name])
+
+    def zeroed(name: str):
+        values = plan.source.read(name)
+        return values.masked_fill_(cuts[name].mask(keys_of(name, values)), 0)
 
     def compute(name: str) -> memoryview:
-        values = plan.source.read(name)
-        values.masked_fill_(cuts[name].mask(keys_of(name, values)), 0)
-        return tensor_bytes(values)
+        return tensor_bytes(zeroed(name))
 
-    after = {name: cut.count for name, cut in cuts.items()}
+    after = {name: cut.count or 0 for name, cut in cuts.items()}
     if wish.sparsity is None:  # then only the masks can say it
         after = {name: int((cuts[name].mask(k) | (k == 0)).sum()) for name, k in all_keys("count anew")}
     tensors = plan.source.tensors | {
         name: replace(plan.source.tensors[name], compute=partial(compute, name)) for name in plan.weights
     }
-    result = replace(plan.source, tensors=tensors)
-    return replace(plan, result=result, zeros=after, zeros_before=sum(zeros.values()))
+    return ZerosCut(plan, replace(plan.source, tensors=tensors), zeroed, after, sum(zeros.values()))
 
 
 def sparsity_record(zeros: Mapping[str, int], sizes: Mapping[str, int], parameters: int) -> dict[str, Any]:
@@ -348,35 +387,15 @@ def sparsity_record(zeros: Mapping[str, int], sizes: Mapping[str, int], paramete
     }
 
 
-def apply_sparsify(
-    plan: Sparsification,
-    out: str | Path,
-    overwrite: bool = False,
-    max_shard_bytes: int | None = None,
-    calibration: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a selected plan's checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does.
-
-    `calibration` is what the entry shall say of it: settings and metrics.
-    """
-    numbers, wish = statistics(plan.source), plan.wish
-    settings = {key: value for key, value in vars(wish).items() if value is not None}
-    if wish.pattern:
-        settings["pattern"] = f"{wish.pattern[1] - wish.pattern[0]}:{wish.pattern[1]}"
-    unused = ([] if plan.importance else ["power", "maximum"]) + ([] if wish.sparsity else ["scope"])
-    settings = {key: value for key, value in settings.items() if key not in unused}
-    entry = history_entry(
-        "sparsify",
-        plan.source.path,
-        numbers,
-        numbers,
-        removed={"weights": sum(plan.zeros.values()) - plan.zeros_before},
-        metrics=calibration and calibration["metrics"],
-        settings=settings | (calibration["settings"] if calibration else {}),
+def say_zeros(cut: ZerosCut) -> str:
+    """What became zero, for a user."""
+    found = cut.record()
+    shares = found["tensors"].values()
+    return (
+        f"{found['zeros']:,} of {found['weights']:,} weights zero, {found['sparsity']:.2%} (before: "
+        f"{cut.zeros_before:,}); {min(shares):.1%} to {max(shares):.1%} of a tensor, "
+        f"{found['of_all_parameters']:.1%} of all parameters\nnote: {NO_GAIN}"
     )
-    entry["sparsity"] = sparsity_record(plan.zeros, plan.sizes, numbers["parameters"])
-    write_checkpoint(plan.result, out, entry, overwrite, max_shard_bytes)
-    return entry
 
 
 def measure(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Any]:

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from prunekit.checkpoint import TORCH_DTYPES
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack
 from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 
+from .cut import calibrated_on
 from .sides import MADE_UP_ZEROS, Sides
-from .zeros import Sparsification, tensor_bytes
-from .zeros_scores import EXPERT, place, plain_name, watch_inputs
+from .zeros import ZerosCut, ZerosPlan, cut_zeros, magnitude, tensor_bytes, with_importance
+from .zeros_scores import EXPERT, IMPORTANCE, SCORES_OF, place, plain_name, watch_inputs
 
 STEPS = 10  # of conjugate gradients: more of them gain nothing, and cost as much as the forward passes
 
@@ -119,7 +119,8 @@ class Layer:
         self.turns: dict[int, list[str]] = defaultdict(list)
         for name, relative in names.items():
             self.turns[_turn(sides.row, relative)].append(name)
-        self.readers, self.read = {}, {turn: [] for turn in self.turns}
+        self.readers: dict[int, nn.Module] = {}
+        self.read: dict[int, list[torch.Tensor]] = {turn: [] for turn in self.turns}
         for turn, each in self.turns.items():
             name = names[each[0]]
             expert = EXPERT.match(name)
@@ -165,30 +166,25 @@ def _reaching(model: nn.Module, row: Stack, batches: list[dict]) -> list[tuple[d
     return [(batch, call) for batch in batches for call in record_calls(model, row, [batch])]
 
 
-def _relative_names(plan: Sparsification, stack: str, row: Stack) -> dict[int, dict[str, str]]:
+def _relative_names(plan: ZerosPlan, stack: str, row: Stack) -> dict[int, dict[str, str]]:
     found: dict[int, dict[str, str]] = defaultdict(dict)
     for name, weight in plan.weights.items():
-        if weight.stack == stack:
+        if weight.stack == stack and weight.layer is not None:
             found[weight.layer][name] = re.sub(rf"{row.prefix}{weight.layer}\.", "", name, count=1)
     return dict(sorted(found.items()))
 
 
-def _zeroed(plan: Sparsification, name: str) -> torch.Tensor:
-    """A chosen weight with its zeros, otherwise as it was."""
-    tensor = plan.result.tensors[name]
-    return torch.frombuffer(tensor.compute(), dtype=getattr(torch, TORCH_DTYPES[tensor.dtype])).view(tensor.shape)
-
-
-def _refitted(layer: Layer, plan: Sparsification, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _refitted(layer: Layer, cut: ZerosCut, names: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint's new values of a layer's weights, which the model then has, too."""
-    parameters = dict(layer.module.named_parameters())
+    parameters, weights = dict(layer.module.named_parameters()), cut.plan.weights
     for turn in sorted(layer.turns):
         fit, judge = layer.moments(turn)
         if not (fit.finite() and judge.finite()):
             raise PruneKitError(f"layer {layer.number} reads what isn't finite; try --dtype float32")
         for name in layer.turns[turn]:
-            values, kept = plan.source.read(name), _zeroed(plan, name) != 0
-            rows = [each.movedim(plan.weights[name].inputs, -1) for each in (values, kept)]
+            values, kept = cut.source.read(name), cut.zeroed(name) != 0
+            rows = [each.movedim(weights[name].inputs, -1) for each in (values, kept)]
+            experts: list[int | None]
             if values.ndim == 3:
                 experts = list(range(len(values)))
             else:
@@ -198,28 +194,41 @@ def _refitted(layer: Layer, plan: Sparsification, names: dict[str, str]) -> Iter
                 fit_rows(weight.float(), stays, fit.of(expert), judge.of(expert)).cpu()
                 for weight, stays, expert in zip(*(each.to(fit.device) for each in rows), experts)
             ]
-            found = torch.stack(fitted).movedim(-1, plan.weights[name].inputs).reshape(values.shape)
+            found = torch.stack(fitted).movedim(-1, weights[name].inputs).reshape(values.shape)
             found = found.to(values.dtype)
             # In 16 bits a weight could become zero, too
             found = torch.where(kept & ((found == 0) | ~torch.isfinite(found)), values, found)
-            parameter, part = place(parameters, names[name])
-            target = parameter[part]
+            found_at = place(parameters, names[name])
+            assert found_at, f"{name} isn't in its layer"
+            target = found_at[0][found_at[1]]
             target.copy_(found if target.shape == found.shape else found.transpose(-1, -2))
             yield name, found
 
 
+def fit_zeros(plan: ZerosPlan, model: nn.Module, data: Calibration) -> ZerosCut:
+    """Zeros by what the plan's wish says of data: layers' importance, scores, and a refit of what stays.
+
+    `model` is the dense one, which a refit changes. Raises as `with_importance`, `cut_zeros`, `refit` and the scores do.
+    """
+    wish, inputs = plan.wish, (plan.source, model, data, plan.weights)
+    if wish.importance in IMPORTANCE:
+        plan = with_importance(plan, IMPORTANCE[wish.importance](*inputs))
+    scores = SCORES_OF[wish.score](*inputs) if wish.score in SCORES_OF else magnitude
+    cut = replace(cut_zeros(plan, scores), settings=calibrated_on(data))
+    return refit(cut, model, data) if wish.refit else cut
+
+
 @torch.no_grad()
-def refit(
-    plan: Sparsification, model: nn.Module, data: Calibration, quiet: bool | None = None
-) -> tuple[Sparsification, dict[str, float]]:
-    """The selected plan with the weights that stay refitted, and the loss on the held-out rows.
+def refit(cut: ZerosCut, model: nn.Module, data: Calibration, quiet: bool | None = None) -> ZerosCut:
+    """The cut with the weights that stay refitted; its metrics are the loss on the held-out rows.
 
     `model` is the dense one; it ends up sparse. Refitted are the weights of layers; what else was chosen keeps its
     values. The losses are `held_out_loss_dense` and `held_out_loss`; none for encoders, which predict no next token.
     Memory: beside the model the chosen weights, two states per token, and of one layer what its matrices read. Raises
     PruneKitError for activations that aren't finite.
     """
-    family, losses = plan.source.family, {}
+    plan, family = cut.plan, cut.source.family
+    losses: dict[str, float] = {}
     if family.causal:
         losses["held_out_loss_dense"] = score_batches(model, data.held_out)["loss"]
     # Towers first: what they give is what the text layers read
@@ -237,16 +246,16 @@ def refit(
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, weight in plan.weights.items():
         if weight.stack is None and (found := place(parameters, plain_name(name))):
-            found[0][found[1]].copy_(_zeroed(plan, name))
-    tensors = dict(plan.result.tensors)
+            found[0][found[1]].copy_(cut.zeroed(name))
+    tensors = dict(cut.result.tensors)
     with tqdm(total=sum(map(len, names.values())), desc="refit", disable=quiet) as progress:
         for stack, (fit, held_out) in reached.items():
             batches, calls = map(list, zip(*fit, *held_out))
             sides = Sides(model, family, stack, batches, range(len(fit), len(batches)), calls)
             for number, chosen in names[stack].items():
-                for name, values in _refitted(Layer(sides, number, chosen), plan, chosen):
+                for name, values in _refitted(Layer(sides, number, chosen), cut, chosen):
                     tensors[name] = replace(tensors[name], compute=partial(tensor_bytes, values))
                 progress.update()
     if family.causal:
         losses["held_out_loss"] = score_batches(model, data.held_out)["loss"]
-    return replace(plan, result=replace(plan.result, tensors=tensors)), losses
+    return replace(cut, result=replace(cut.result, tensors=tensors), metrics=losses)

@@ -164,8 +164,8 @@ def gradient_norms(
             "take another score"
         )
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    places = {name: place(parameters, plain_name(name)) for name in weights}
-    if lost := [name for name, found in places.items() if found is None]:
+    places = {name: found for name in weights if (found := place(parameters, plain_name(name)))}
+    if lost := [name for name in weights if name not in places]:
         raise PruneKitError(f"{lost[0]}: not found in the model; leave it out with --modules")
     trained = {id(parameter): parameter for parameter, _ in places.values()}
     model.requires_grad_(False)
@@ -223,7 +223,7 @@ def gradient_importance(
     scores = gradient(checkpoint, model, data, weights)
     sums: dict[tuple[str, int], list[float]] = {}
     for name, weight in weights.items():
-        if weight.layer is not None:
+        if weight.stack is not None and weight.layer is not None:
             found = scores(name, checkpoint.read(name))
             total = sums.setdefault((weight.stack, weight.layer), [0.0, 0])
             total[0] += float(found.double().sum())

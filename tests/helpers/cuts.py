@@ -3,7 +3,7 @@
 from prunekit.checkpoint import open_checkpoint
 from prunekit.surgery import width
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.zeros import Wish, apply_sparsify, plan_sparsify, select, with_importance
+from prunekit.surgery.zeros import Wish, cut_zeros, plan_zeros, with_importance
 
 
 def cut_width(folder, out, **wanted):
@@ -13,7 +13,7 @@ def cut_width(folder, out, **wanted):
 
 
 def sparsify(folder, out, importance=None, scores=None, **wish):
-    plan = plan_sparsify(open_checkpoint(folder), Wish(**wish))
+    plan = plan_zeros(open_checkpoint(folder), Wish(**wish))
     if importance is not None:
         plan = with_importance(plan, importance)
-    return apply_sparsify(select(plan, *([scores] if scores else [])), out)
+    return write_cut(cut_zeros(plan, *([scores] if scores else [])), out)

@@ -22,10 +22,10 @@ from prunekit.surgery.zeros import (
     Wish,
     allocate,
     choose_weights,
+    cut_zeros,
     measure,
     parse_pattern,
-    plan_sparsify,
-    select,
+    plan_zeros,
     with_importance,
 )
 from prunekit.surgery.zeros_pick import find_cuts, sort_keys
@@ -202,7 +202,7 @@ def test_a_pattern_that_leaves_all_or_nothing_is_refused(text):
 )  # fmt: skip
 def test_wishes_at_the_ends_of_their_ranges_are_refused(wish, tiny):
     with pytest.raises(PruneKitError, match="^--"):
-        plan_sparsify(open_checkpoint(tiny("llama")), Wish(**wish))
+        plan_zeros(open_checkpoint(tiny("llama")), Wish(**wish))
 
 
 def test_groups_of_a_pattern_need_not_divide_by_what_goes(tiny, tmp_path):
@@ -255,14 +255,14 @@ def test_inputs_of_stacked_experts_are_found_in_either_layout(turned, tiny, tmp_
 
 
 def test_scores_that_are_not_finite_are_refused_but_for_magnitudes(own, tiny):
-    plan = plan_sparsify(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, score="wanda"))
+    plan = plan_zeros(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, score="wanda"))
     with pytest.raises(PruneKitError, match="its wanda scores aren't finite; try --dtype float32"):
-        select(plan, lambda name, values: values.abs() * math.nan)
+        cut_zeros(plan, lambda name, values: values.abs() * math.nan)
     folder = own("llama")
     tensors = tensors_of(folder)
     tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = math.inf
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert select(plan_sparsify(open_checkpoint(folder), Wish(sparsity=0.5))).zeros
+    assert cut_zeros(plan_zeros(open_checkpoint(folder), Wish(sparsity=0.5))).zeros
 
 
 def test_bf16_shards_are_read_and_written_tensor_by_tensor(tiny, tmp_path):
@@ -409,7 +409,7 @@ def test_zeros_of_a_tensor_stay_among_those_of_its_layers_budget(tiny, tmp_path)
 
 
 def test_budgets_need_an_importance_of_each_layer(tiny):
-    plan = plan_sparsify(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, scope="layer"))
+    plan = plan_zeros(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, scope="layer"))
     with pytest.raises(PruneKitError, match="no importance is known of text layer 3"):
         with_importance(plan, {("text", n): 0.5 for n in (0, 1, 2, 4)})
 

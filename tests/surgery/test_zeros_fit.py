@@ -19,7 +19,8 @@ from prunekit.errors import PruneKitError
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.surgery import zeros_fit as sparse_fit
-from prunekit.surgery.zeros import Wish, apply_sparsify, plan_sparsify, select
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.zeros import Wish, cut_zeros, plan_zeros
 from prunekit.surgery.zeros_fit import fit_rows, refit
 
 FAMILIES = ["llama", "qwen3_moe", "gemma3_text", "gpt2", "qwen2", "bert", "distilbert"]
@@ -30,11 +31,11 @@ def moments(values):
 
 
 def refitted(folder, out, data=PADDED, **wish):
-    plan = select(plan_sparsify(open_checkpoint(folder), Wish(**wish)))
+    cut = cut_zeros(plan_zeros(open_checkpoint(folder), Wish(**wish)))
     model = load(folder)
-    plan, losses = refit(plan, model, data, quiet=True)
-    apply_sparsify(plan, out)
-    return model, losses
+    cut = refit(cut, model, data, quiet=True)
+    write_cut(cut, out)
+    return model, cut.metrics
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def test_of_all_steps_the_one_that_leaves_least_where_it_is_judged_is_taken():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_weights_are_zero_as_without_and_other_tensors_keep_their_bits(family, tiny, tmp_path):
     wish = {"sparsity": 0.6, "scope": "row"}
-    apply_sparsify(select(plan_sparsify(open_checkpoint(tiny(family)), Wish(**wish))), tmp_path / "zeros")
+    write_cut(cut_zeros(plan_zeros(open_checkpoint(tiny(family)), Wish(**wish))), tmp_path / "zeros")
     refitted(tiny(family), tmp_path / "out", **wish)
     chosen = history(tmp_path / "out")[-1]["sparsity"]["tensors"]
     dense, zeros, after = (
@@ -201,7 +202,7 @@ def test_what_is_of_no_layer_has_its_zeros_while_layers_are_judged(tiny, tmp_pat
 def test_a_refitted_model_is_nearer_to_the_dense_one(family, tiny, tmp_path):
     many = [padded_batch(20), padded_batch(23, 3), padded_batch(17, 2)]
     data = Calibration(many, many[:1], 100)
-    apply_sparsify(select(plan_sparsify(open_checkpoint(tiny(family)), Wish(sparsity=0.5))), tmp_path / "zeros")
+    write_cut(cut_zeros(plan_zeros(open_checkpoint(tiny(family)), Wish(sparsity=0.5))), tmp_path / "zeros")
     refitted(tiny(family), tmp_path / "out", data, sparsity=0.5)
     ids = {key: many[1][key] for key in ("input_ids", "attention_mask")}
     dense, zeros, after = (
@@ -235,15 +236,15 @@ def test_stacked_experts_are_fitted_as_single_ones(tiny, tmp_path):
 def test_activations_that_are_not_finite_are_refused(tiny):
     model = load(tiny("llama"))
     model.model.layers[2].mlp.up_proj.weight.data.fill_(float("inf"))
-    plan = select(plan_sparsify(open_checkpoint(tiny("llama")), Wish(sparsity=0.5)))
+    cut = cut_zeros(plan_zeros(open_checkpoint(tiny("llama")), Wish(sparsity=0.5)))
     with pytest.raises(PruneKitError, match="layer 2 reads what isn't finite; try --dtype float32"):
-        refit(plan, model, PADDED, quiet=True)
+        refit(cut, model, PADDED, quiet=True)
 
 
 def test_a_tower_that_no_row_reaches_is_refused(tiny):
-    plan = select(plan_sparsify(open_checkpoint(tiny("qwen3_vl")), Wish(sparsity=0.5)))
+    cut = cut_zeros(plan_zeros(open_checkpoint(tiny("qwen3_vl")), Wish(sparsity=0.5)))
     with pytest.raises(PruneKitError, match="too few calibration rows reach the vision layers"):
-        refit(plan, load(tiny("qwen3_vl")), PADDED, quiet=True)
+        refit(cut, load(tiny("qwen3_vl")), PADDED, quiet=True)
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
