@@ -21,14 +21,7 @@ from prunekit.data.batches import add_calibration_arguments, model_and_calibrati
 from prunekit.errors import PruneKitError, run_script
 from prunekit.inspect import comparison
 from prunekit.knockout.ranking import choose_from_ranking, read_ranking
-from prunekit.surgery.layers import (
-    cautions,
-    check_healable,
-    cut_layers,
-    parse_numbers,
-    plan_layers,
-    say_seam,
-)
+from prunekit.surgery.layers import cautions, check_healable, cut_layers, parse_numbers, plan_layers, say_seam
 from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
 
 
@@ -75,11 +68,8 @@ def main() -> None:
     text, vision = choose(checkpoint, arguments)
     taps = None if arguments.taps is None else parse_numbers(arguments.taps)
     plan = plan_layers(checkpoint, text, vision, taps, parse_numbers(arguments.drop_taps))
-    for stack, numbers in plan.removed.items():
-        print(f"{stack}: removes {', '.join(map(str, numbers))}")
-    for note in plan.notes:
-        print(note)
-    print(comparison(statistics(checkpoint), statistics(plan.result)))
+    removed = [f"{stack}: removes {', '.join(map(str, numbers))}" for stack, numbers in plan.removed.items()]
+    print(*removed, *plan.notes, comparison(statistics(checkpoint), statistics(plan.result)), sep="\n")
     cut = cut_layers(plan)
     if arguments.heal:
         check_healable(plan)
