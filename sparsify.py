@@ -1,7 +1,8 @@
 """Set single weights of a checkpoint to zero: those with the lowest scores.
 
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5
-    python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --score wanda --calib data/train.jsonl
+    python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --score wanda \
+        --calib data/train.jsonl
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --calib data/train.jsonl \\
         --layer-importance activation --power 0.5
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --pattern 2:4 --modules 'mlp|o_proj' \\
@@ -10,9 +11,9 @@
 The projections of all layers are meant, experts included, or those that --modules names. --sparsity counts over them:
 with --scope global (default) one threshold goes through all, with layer each tensor gets the same share, with row each
 output of each tensor (default for wanda). --layer-importance gives important layers less of it and the others more, the
-sum as asked. --threshold zeroes every weight whose score is below it. Magnitudes are read tensor by tensor; other scores
-and importances need the model in memory and --calib, and so does --refit: the weights that stay then make up for those
-that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
+sum as asked. --threshold zeroes every weight whose score is below it. Magnitudes are read tensor by tensor; other
+scores and importances need the model in memory and --calib, and so does --refit: the weights that stay then make up for
+those that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
 """
 
 import argparse

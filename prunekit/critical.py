@@ -38,7 +38,8 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
             if gone := removed.get(stack):
                 if max(gone) >= (before := entry.get(f"{counted}_before") or 0):
                     raise PruneKitError(
-                        f"{checkpoint.path}: pruning_info.json has {stack} layer {max(gone)} of {before} removed; mend it"
+                        f"{checkpoint.path}: pruning_info.json has {stack} layer {max(gone)} of {before} removed; "
+                        f"mend it"
                     )
                 beside, left = _beside(gone, before)
                 layers[stack] = beside | {left.index(old) for old in layers[stack] if old in left}

@@ -1,7 +1,8 @@
 """Checkpoint folders: read lazily, write atomically, tell their story.
 
 A checkpoint is a Hugging Face folder with config.json and safetensors. Surgery makes a new `Checkpoint` whose tensors
-still point at the bytes of the old files (renamed, dropped, or computed), and `write_checkpoint` has the kernel move them.
+still point at the bytes of the old files (renamed, dropped, or computed), and `write_checkpoint` has the kernel move
+them.
 """
 
 from .agreement import Heads, heads, layer_numbers

@@ -77,7 +77,8 @@ def check_agreement(checkpoint: Checkpoint) -> None:
             shape, keys = (table[1], said[family.hidden]), f"{table[2]}, {family.hidden}"
         if shape and tensor.shape != shape:
             raise PruneKitError(
-                f"{checkpoint.path}: {name} is {list(tensor.shape)}, by config.json ({keys}) it would be {list(shape)}; mend "
+                f"{checkpoint.path}: {name} is {list(tensor.shape)}, by config.json ({keys}) it would be "
+                f"{list(shape)}; mend "
                 "config.json or download it again"
             )
     if family.taps and family.vision:

@@ -33,7 +33,7 @@ def _is_checkpoint_like(folder: Path) -> bool:
 
 
 def check_out(out: str | Path, *inputs: Path, overwrite: bool = False) -> Path:
-    """OUT as a path, if it may be written: new, empty, or (with `overwrite`) a checkpoint that is none of the inputs."""
+    """OUT as a path, if it may be written: new, empty, or (with `overwrite`) a checkpoint that is no input."""
     out = named(out)
     for path in inputs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
@@ -142,7 +142,7 @@ def _size(nbytes: int) -> str:
 
 @contextlib.contextmanager
 def scratch_folder(out: str | Path) -> Iterator[Path]:
-    """A folder `OUT.partial-…` beside OUT for the time of the block. What killed processes left for this OUT is removed.
+    """A folder `OUT.partial-…` beside OUT for the time of the block. What killed processes left for OUT is removed.
 
     Raises PruneKitError if it can't be made, or if the disk fills up in the block.
     """

@@ -31,7 +31,8 @@ TASKS = {  # by the end of an architecture's name: the hub's name for the task, 
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
 }
 METRICS = (  # of all that a stage measured, what says how good the model is; of an eval_ and a plain one, the first
-    "eval_token_acc", "eval_reward", "eval_f1", "eval_loss", "token_acc", "exact_match", "reward", "f1", "held_out_loss",
+    "eval_token_acc", "eval_reward", "eval_f1", "eval_loss", "token_acc", "exact_match", "reward", "f1",
+    "held_out_loss",
     "loss", "same_best",
 )  # fmt: skip
 MOST_METRICS = 3

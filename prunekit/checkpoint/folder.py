@@ -1,4 +1,4 @@
-"""Hugging Face folders, opened: config, shards and index, checked before anything counts on them; their fingerprints."""
+"""Hugging Face folders, opened: config, shards and index, checked before they are counted on; their fingerprints."""
 
 import contextlib
 import hashlib

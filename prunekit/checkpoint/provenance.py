@@ -1,6 +1,7 @@
 """What a run is made from, by content: its model, teacher, adapters and data.
 
-    python -m prunekit.checkpoint.provenance --of checkpoints/recovered.run -- --model checkpoints/pruned --dataset train.jsonl
+    python -m prunekit.checkpoint.provenance --of checkpoints/recovered.run -- --model checkpoints/pruned \
+        --dataset train.jsonl
 
 The launchers call this before ms-swift runs, with ms-swift's arguments behind `--`. It prints two lines: what --of, a
 run's folder or a published one, was made from instead (empty: the same, or nothing is there yet), and what a run of
@@ -135,8 +136,8 @@ def check_base(model: Checkpoint, adapter: str | Path) -> None:
         )
     elif _contents(found["model"]) != [fingerprint(model)]:
         raise PruneKitError(
-            f"{adapter}: was trained on {history(adapter)[-1].get('input')} as it was then, not on {model.path}: merge it "
-            "into that, or train it anew with lora.sh"
+            f"{adapter}: was trained on {history(adapter)[-1].get('input')} as it was then, not on {model.path}: "
+            "merge it into that, or train it anew with lora.sh"
         )
 
 
@@ -150,8 +151,8 @@ def check_ranking(model: Checkpoint, ranking: Any) -> None:
         )
     elif found != fingerprint(model):
         raise PruneKitError(
-            f"the ranking is of {ranking.get('model')} as it was then, not of {model.path}: make one of this model with "
-            "knockout_check.sh"
+            f"the ranking is of {ranking.get('model')} as it was then, not of {model.path}: make one of this model "
+            "with knockout_check.sh"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a folder tells of itself: its history, its model card, the records of its stage; and what later stages take over."""
+"""What a folder tells of itself: history, model card, the records of its stage; and what later stages take over."""
 
 import contextlib
 import importlib.metadata

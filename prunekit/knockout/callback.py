@@ -13,7 +13,7 @@ from .removal import parse_removals, plan_without
 
 
 class KnockoutLayers(TrainerCallback):
-    """Cuts the layers that PRUNEKIT_REMOVE names. PruneKitError for a model that another tuner than LoRA has wrapped."""
+    """Cuts the layers that PRUNEKIT_REMOVE names. PruneKitError for a model wrapped by another tuner than LoRA."""
 
     def on_init_end(self, args, state, control, **kwargs):
         # When a callback is made the Trainer has no model yet; here it has one, and no optimizer for it.

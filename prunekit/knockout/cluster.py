@@ -7,7 +7,8 @@
 
 As for torchrun, every node has this checkout and its environment at the same path, and sees model, data and outputs at
 the same paths, on a file system that they share. Whoever reaches a Ray cluster's ports can run code on it: keep it on
-addresses that only its nodes reach, or ask for a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN the same on all nodes). Nothing is opened here; a driver listens where its node does.
+addresses that only its nodes reach, or ask for a token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN the same on all nodes).
+Nothing is opened here; a driver listens where its node does.
 """
 
 import contextlib

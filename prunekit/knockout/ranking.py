@@ -182,7 +182,7 @@ def build_ranking(
 
 
 def finalists(scan: dict[str, Any], count: int | None) -> list[str]:
-    """Names of the `count` cheapest removals by the scan's predictor (None: all), cheapest first; never a failed one."""
+    """Names of the `count` cheapest removals by the scan's predictor (None: all), cheapest first; no failed one."""
     scan = _finite(scan)
     costs = {
         entry["name"]: cost

@@ -18,7 +18,7 @@ NAME = re.compile(r"(text|vision)-(\d{2,5})", re.ASCII)
 
 @dataclass(frozen=True, order=True)
 class Removal:
-    """One layer to do without, numbered as in the whole model. As text it is `text-03`, its name wherever one stands."""
+    """One layer to do without, numbered as in the whole model. As text it is `text-03`, its name everywhere."""
 
     stack: str
     layer: int

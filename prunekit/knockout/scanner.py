@@ -137,7 +137,7 @@ class Scanner:
         return {"scores": scores, "influence": trace.influence, "seconds": trace.seconds}
 
     def refer(self, index: int) -> None:
-        """Have the output that the KL on a batch compares with: the model's as it is now, unless there is one already."""
+        """Have the output that the KL on a batch compares with: the model's as it is now, unless there is one."""
         if index not in self.references:
             with torch.inference_mode():
                 batch = self.batches[index]

@@ -55,7 +55,7 @@ def run_name(run: Run) -> str:
 
 
 def merged_flag(arguments: list[str], flag: str, *values: str) -> list[str]:
-    """The arguments with one `flag` at their end: these values, then all that the flag had, however often it stood there.
+    """The arguments with one `flag` at their end: these values, then all that the flag had, however often it stood.
 
     ms-swift takes only a flag's last occurrence.
     """

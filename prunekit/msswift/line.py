@@ -237,7 +237,8 @@ POSITIVE = (
     "num_generations", "num_generations_eval", "num_iterations", "steps_per_generation", "generation_batch_size",
     "gkd_logits_topk", "lora_rank", "lora_alpha", "adam_epsilon", "epsilon", "max_pixels", "sequence_parallel_size",
     "vllm_max_model_len", "vllm_tensor_parallel_size", "vllm_data_parallel_size", "vllm_max_num_seqs", "max_model_len",
-    "chord_sft_per_device_train_batch_size", "eval_accumulation_steps", "move_model_batches", "max_turns", "ddp_timeout",
+    "chord_sft_per_device_train_batch_size", "eval_accumulation_steps", "move_model_batches", "max_turns",
+    "ddp_timeout",
 )  # fmt: skip
 NATURAL = (
     "learning_rate", "vit_lr", "aligner_lr", "weight_decay", "max_grad_norm", "warmup_steps", "temperature", "seed",
@@ -292,7 +293,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def _assigned(tree: ast.AST, registry: str) -> tuple[set[str], int]:
-    """Names that `registry = {...}` and `registry["name"] = ...` put into a registry, and how many such lines there are."""
+    """Names that `registry = {...}` and `registry["name"] = ...` put into a registry, and the number of such lines."""
     names: set[Any] = set()
     lines = 0
     for node in ast.walk(tree):
@@ -486,7 +487,8 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
     rewards = len(args.reward_funcs) + len(args.reward_model or ())
     if args.reward_weights and len(args.reward_weights) != rewards:
         raise PruneKitError(
-            f"--reward_weights gives {len(args.reward_weights)} for {rewards} rewards: give one for each of --reward_funcs"
+            f"--reward_weights gives {len(args.reward_weights)} for {rewards} rewards: give one for each of "
+            f"--reward_funcs"
         )
     steps = args.steps_per_generation or args.gradient_accumulation_steps or 1
     batch = args.generation_batch_size or args.per_device_train_batch_size * processes * steps
@@ -501,8 +503,8 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
     )
     if (args.val_dataset or args.split_dataset_ratio) and args.eval_strategy != "no" and rows % generations:
         raise PruneKitError(
-            f"--per_device_eval_batch_size {args.per_device_eval_batch_size}: {rows} rows on {processes} processes aren't a "
-            f"multiple of --num_generations {generations}"
+            f"--per_device_eval_batch_size {args.per_device_eval_batch_size}: {rows} rows on {processes} processes "
+            f"aren't a multiple of --num_generations {generations}"
         )
 
 

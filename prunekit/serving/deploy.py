@@ -111,7 +111,8 @@ def export_onnx(model, file: Path) -> None:
             )  # fmt: skip
         except OnnxExporterError as error:
             raise PruneKitError(
-                f"{type(model).__name__}: torch.onnx can't export it ({type(error).__name__}); choose --format torchao-int8"
+                f"{type(model).__name__}: torch.onnx can't export it ({type(error).__name__}); choose --format "
+                f"torchao-int8"
             ) from error
 
 
@@ -127,7 +128,7 @@ def quantise_onnx(file: Path, out: Path) -> None:
 
 
 def quantise_torchao(checkpoint: Checkpoint, folder: Path, dynamic: bool) -> None:
-    """INT8 weights of linear layers (not embeddings, nor the head tied to them) as torchao keeps them in safetensors."""
+    """INT8 weights of linear layers (not embeddings, nor a head tied to them) as torchao keeps them in safetensors."""
     import transformers
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
@@ -148,7 +149,7 @@ def _check_inputs(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _compare(ours, theirs, mask) -> dict[str, float]:
-    """How far logits are from the checkpoint's where the mask is 1: largest difference (as a share), cosine, same best."""
+    """How far logits are from the checkpoint's where the mask is 1: largest difference (a share), cosine, same best."""
     import numpy as np
 
     a, b = (logits[mask.astype(bool)].astype("f8") for logits in (ours, theirs))
@@ -383,8 +384,9 @@ def where_zeros_save_nothing(rows: list[dict[str, Any]]) -> list[str]:
         size = max(row["batches"], key=int)
         speed = first["batches"][size]["latency"] / row["batches"][size]["latency"]
         lines.append(
-            f"{row['model']}: {row['zeros']:.1%} of its layers' weights are zero, and that saves nothing here: its file is "
-            f"{row['bytes'] / first['bytes']:.2f} and its speed {speed:.2f} times that of {first['model']}, since files "
-            "and kernels treat zeros as any number; INT8 and removed layers, heads or neurons do save"
+            f"{row['model']}: {row['zeros']:.1%} of its layers' weights are zero, and that saves nothing here: its "
+            f"file is "
+            f"{row['bytes'] / first['bytes']:.2f} and its speed {speed:.2f} times that of {first['model']}, since "
+            "files and kernels treat zeros as any number; INT8 and removed layers, heads or neurons do save"
         )
     return lines

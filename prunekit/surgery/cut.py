@@ -1,4 +1,4 @@
-"""What all cuts have in common: a plan decides, by shapes alone; what it or a fit makes of it is a cut, which is written.
+"""What all cuts share: a plan decides, by shapes alone; what it or a fit makes of it is a cut, which is written.
 
 A plan of X is an `XPlan`: nothing is computed yet, and there is nothing to write. A cut, `XCut`, has a checkpoint whose
 tensors can all be read or computed, and says what the history shall say of it.

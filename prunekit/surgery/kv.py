@@ -90,7 +90,8 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
     rope = [part | (part.get("rope_parameters") or {}) for part in configs(checkpoint.config, row)]
     if method == "calibrated" and any((part.get("partial_rotary_factor") or 1) != 1 for part in rope):
         raise PruneKitError(
-            f"{checkpoint.path}: partial_rotary_factor: calibrated merging takes whole heads to be rotated; use --method mean"
+            f"{checkpoint.path}: partial_rotary_factor: calibrated merging takes whole heads to be rotated; use "
+            f"--method mean"
         )
     if method not in METHODS:
         raise PruneKitError(f"--method {method}: choose one of {', '.join(METHODS)}")
@@ -100,7 +101,8 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
         old = tensors[name]
         if not old.shape or old.shape[0] != present * head_dim or old.dtype not in TORCH_DTYPES:
             raise PruneKitError(
-                f"{name}: {old.dtype} {list(old.shape)}, where {present} KV heads of {head_dim} have {present * head_dim} "
+                f"{name}: {old.dtype} {list(old.shape)}, where {present} KV heads of {head_dim} have "
+                f"{present * head_dim} "
                 "floating-point rows; copy or download it again"
             )
         tensors[name] = replace(old, shape=(kv_heads * head_dim, *old.shape[1:]))

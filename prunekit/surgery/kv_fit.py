@@ -1,9 +1,9 @@
 """Merge KV heads so that attention stays nearly what it was: closed forms on calibration activations, layer by layer.
 
 V has neither RoPE nor a norm: a group shares the basis that keeps most of what o_proj reads of its values, and the way
-back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group shares
-one combination of its keys per frequency, and the way back is folded into q_proj. Pairs that hardly turn over the rows
-share a basis as values do, whatever pair and head their content comes from. Where q and k have a norm behind
+back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE rotates commute with RoPE: a group
+shares one combination of its keys per frequency, and the way back is folded into q_proj. Pairs that hardly turn over
+the rows share a basis as values do, whatever pair and head their content comes from. Where q and k have a norm behind
 their projections (Qwen3), the fold has the right direction, and the norm's gains can be fitted to give it its length.
 Then o_proj is refitted to what the original's attention writes, and on request q, k, v, o and norms together, by a few
 gradient steps within the layer; what a layer gets comes from the merged ones before it.
@@ -43,7 +43,7 @@ LEAST_GAIN = 1e-3  # of what is read of the slow pairs, for them to share a basi
 
 
 class Attention:
-    """The parts of a layer's attention that merging changes. Weights are handled in fp64, biases as their last column."""
+    """The parts of a layer's attention that merging changes. Weights are in fp64, biases as their last column."""
 
     def __init__(self, layer: nn.Module, row: Stack, kv_heads: int, head_dim: int):
         self.module = layer.get_submodule(row.o.rpartition(".")[0])
@@ -243,7 +243,7 @@ def fold_before_norm(
     inputs: Sequence[torch.Tensor],
     fit_gains: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and gains of q_proj or k_proj and its norm that give about what `change` makes of the heads behind the norm.
+    """Weight and gains of q_proj or k_proj and its norm that give about what `change` makes of heads behind the norm.
 
     change: a map of `Maps`. before: root mean square of each old head in front of the norm, which the fold takes to be
     constant. The direction is right then; how long the result is, the norm decides by its input, the result over the
@@ -303,7 +303,7 @@ def merge_layer(
 
 
 def loss_behind(replay: Replay, model: nn.Module, batches: dict[int, dict]) -> float:
-    """The loss of a model whose layers were all run: only what is behind them is. batches: by their place in the replay."""
+    """The loss of a model whose layers were all run, by what is behind them. batches: by their place in the replay."""
     loss = tokens = 0.0
     for index, batch in batches.items():
         last = {replay.done - 1: replay.states[index].to(replay.device)}
@@ -377,8 +377,8 @@ def refine(
 
     entered: what the layer gets from the merged ones before it. wanted: what the original's attention writes. Both per
     batch; one batch a step, the learning rate is a share of each parameter's root mean square and falls as a cosine.
-    Computes in the model's dtype, the parameters meanwhile in fp32. Returns the share of the weighted squares of what is
-    wanted that is missing on the rows that judge, before and after; what makes it larger is left as it was.
+    Computes in the model's dtype, the parameters meanwhile in fp32. Returns the share of the weighted squares of what
+    is wanted that is missing on the rows that judge, before and after; what makes it larger is left as it was.
     """
     start = attention.parameters()
     dtype, device = attention.o.weight.dtype, attention.o.weight.device
@@ -458,7 +458,8 @@ def fit_kv(
     needed = of_text.kv // plan.kv_heads * of_text.dim
     if tokens < needed:
         raise PruneKitError(
-            f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise --calib-tokens"
+            f"{tokens} calibration tokens to fit {needed} dimensions of a group of heads: give more rows or raise "
+            f"--calib-tokens"
         )
     judged = range(len(data.fit), len(batches))
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches), store)

@@ -37,9 +37,9 @@ def shared_basis(covariance: torch.Tensor, readers: torch.Tensor) -> tuple[torch
     """One vector for those of a group's heads: v' = P v of all of them, and v_h is then about R_h v'.
 
     covariance: E[v v^T] of the group's concatenated vectors, (heads * width, heads * width). readers: the sum of r r^T
-    over all r by which a head is read, (heads, width, width): rows of o_proj for values, queries for keys. Least error in
-    what is read, by PCA in the readers' metric. Returns P (width, heads * width), R (heads, width, width) and what is
-    lost, as squares of what is read. E|v'|^2 is the heads' mean.
+    over all r by which a head is read, (heads, width, width): rows of o_proj for values, queries for keys. Least error
+    in what is read, by PCA in the readers' metric. Returns P (width, heads * width), R (heads, width, width) and what
+    is lost, as squares of what is read. E|v'|^2 is the heads' mean.
     """
     count, width, _ = readers.shape
     eye = torch.eye(width, dtype=readers.dtype, device=readers.device)
@@ -55,7 +55,7 @@ def shared_basis(covariance: torch.Tensor, readers: torch.Tensor) -> tuple[torch
 
 
 def turned(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Radians by which RoPE turns each pair between the ends of the longest row, (pairs,). cos, sin: (rows, length, head_dim)."""
+    """Radians by which RoPE turns each pair over the longest row, (pairs,). cos, sin: (rows, length, head_dim)."""
     angle = torch.atan2(sin.double(), cos.double())[..., : cos.shape[-1] // 2]
     step = torch.remainder(angle.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
     way = nn.functional.pad(step.cumsum(1), (0, 0, 1, 0))

@@ -81,7 +81,8 @@ def cautions(plan: LayersPlan) -> list[str]:
         return []
     parts = " and ".join(f"{gone[stack]} of {counts[stack]} {stack} layers" for stack in much or gone)
     return [
-        f"{parts} at once: at most {MOST_SHARE:.0%} of them, or {MOST_LAYERS}, recover surely; drop fewer, recover, and look again"
+        f"{parts} at once: at most {MOST_SHARE:.0%} of them, or {MOST_LAYERS}, recover surely; drop fewer, recover, "
+        f"and look again"
     ]
 
 

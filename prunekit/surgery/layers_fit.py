@@ -95,7 +95,7 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
 
 
 def changed_tensors(result: Checkpoint, row: Stack, number: int, fit: Fit) -> dict[str, Tensor]:
-    """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values when they are written."""
+    """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values on writing."""
     pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
     solution = fit.solution.cpu()
 

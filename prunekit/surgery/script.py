@@ -25,7 +25,7 @@ def surgery_parser(usage: str) -> Parser:
 
 
 def parse_surgery(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line's arguments, with `max_shard_bytes` (None: sharded like the input). Ends the script without OUT."""
+    """The command line's arguments, with `max_shard_bytes` (None: as the input). Ends the script without OUT."""
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")

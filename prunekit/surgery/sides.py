@@ -167,7 +167,7 @@ class Sides:
         store: Store = in_memory,
         plan: LayersPlan | None = None,
     ):
-        """`judged`: batches that only judge. `calls`: the uncut stack's. `plan`: of the layers that the student lacks."""
+        """`judged`: batches that only judge. `calls`: the uncut stack's. `plan`: of layers that the student lacks."""
         self.model, self.stack, self.batches, self.judged, self.store = model, stack, batches, judged, store
         self.row = family.stacks[stack]
         owner, attribute = find_stack(model, self.row)
@@ -234,8 +234,8 @@ class Sides:
     ) -> Fit:
         """Fit the first of these projections of a layer to the targets, in view of what the others could do.
 
-        Targets are states behind the layer, or those between its attention and its MLP. The ridge is the one that leaves
-        least on the rows that judge.
+        Targets are states behind the layer, or those between its attention and its MLP. The ridge is the one that
+        leaves least on the rows that judge.
         """
         projections = [Projection(self.layers[layer], name) for name in names]
         fit, judge = LeastSquares(), LeastSquares()

@@ -114,7 +114,7 @@ class WidthCut:
         return Account("width_cut", removed, self.metrics or None, settings, more)
 
 
-# --- where heads and neurons lie ---------------------------------------------------------------------------------------
+# --- where heads and neurons lie --------------------------------------------------------------------------------------
 
 
 def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
@@ -182,7 +182,7 @@ def narrow(array: Any, part: Part, kept: Sequence[int], unit: int = 1, zero: boo
     return result
 
 
-# --- plan --------------------------------------------------------------------------------------------------------------
+# --- plan -------------------------------------------------------------------------------------------------------------
 
 
 def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, groups: int | None, mask: bool) -> Heads:
@@ -321,7 +321,7 @@ def _masks(plan: WidthPlan, part: Part) -> bool:
     return plan.neurons_masked if part.role in ("in", "out") else plan.heads_masked
 
 
-# --- scores and choice -------------------------------------------------------------------------------------------------
+# --- scores and choice ------------------------------------------------------------------------------------------------
 
 
 def best(scores, number: int) -> list[int]:
@@ -330,7 +330,7 @@ def best(scores, number: int) -> list[int]:
 
 
 def keep_heads(scores, kv_count: int, number: Heads) -> tuple[list[int], list[int]]:
-    """(query heads, KV heads) to keep of a layer: so many. Every KV head kept keeps as many query heads as every other."""
+    """(query heads, KV heads) to keep of a layer: so many. Every KV head kept keeps as many query heads."""
     import numpy as np
 
     groups = np.asarray(scores, float).reshape(kv_count, -1)

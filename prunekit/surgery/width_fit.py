@@ -2,8 +2,9 @@
 
 Layer by layer, each on what the cut ones before it give: heads are scored and cut, o_proj is refitted to the uncut
 model's state behind attention; then neurons are scored and cut, and down_proj is refitted to its state behind the
-layer, or to make up for a part of the error that comes in. A refit stays where it brings held-out rows nearer to these states. In memory nothing is removed: what goes is
-zeroed where the output projection reads it, and `width.choose` writes the smaller tensors.
+layer, or to make up for a part of the error that comes in. A refit stays where it brings held-out rows nearer to these
+states. In memory nothing is removed: what goes is zeroed where the output projection reads it, and `width.choose`
+writes the smaller tensors.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ class Layer:
             yield expert, (self.experts.act_fn(gate) * up).float()
 
 
-# --- scores ------------------------------------------------------------------------------------------------------------
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
 def focus(weights: torch.Tensor, score: str) -> torch.Tensor:
@@ -202,7 +203,7 @@ def taylor(
     }
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 def gate_heads(layer: Layer, kept: list[int]) -> Any:
@@ -248,8 +249,9 @@ def fit_width(
 ) -> WidthCut:
     """`fit_once` with each share of the incoming error in `MADE_UP_WIDTH`: the lower loss on held-out rows decides.
 
-    How much of the errors before it a refit should make up for depends on how much is lost: all, where that is much, else
-    less. `again` loads the uncut model anew: `model` gives its memory back before. What isn't refitted is cut once.
+    How much of the errors before it a refit should make up for depends on how much is lost: all, where that is much,
+    else less. `again` loads the uncut model anew: `model` gives its memory back before. What isn't refitted is cut
+    once.
     """
     cut = fit_once(plan, model, data, score, MADE_UP_WIDTH[0])
     for made_up in MADE_UP_WIDTH[1:] if refits(plan) else ():

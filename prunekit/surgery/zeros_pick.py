@@ -13,7 +13,7 @@ HALF = 16
 
 
 def sort_keys(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """int32 keys in the order of non-negative scores (of any shape, read as fp32); zero weights come first, with key 0."""
+    """int32 keys in the order of non-negative scores (any shape, read as fp32); zero weights come first, with key 0."""
     bits = scores.float().abs().contiguous().view(torch.int32)  # floats of one sign sort as their bits do
     return torch.where(weights == 0, 0, bits.clamp(max=2**31 - 2) + 1)
 
@@ -38,8 +38,8 @@ class Cut:
 class RowCut:
     """Of one tensor: the lowest of each row go, `count` in all, as many in each row as can be.
 
-    A row is the weights of one output, or with `group` that many neighbours of it, of which `count` go in each. `inputs`
-    is the tensor's input axis.
+    A row is the weights of one output, or with `group` that many neighbours of it, of which `count` go in each.
+    `inputs` is the tensor's input axis.
     """
 
     count: int

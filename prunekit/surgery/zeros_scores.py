@@ -234,7 +234,7 @@ def gradient_importance(
 def activation_importance(
     checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
 ) -> dict[tuple[str, int], float]:
-    """Importance of each layer: 1 - cosine of what enters and what leaves it, mean over tokens (ShortGPT, 2403.03853)."""
+    """Importance of each layer: 1 - cosine of what enters and leaves it, mean over tokens (ShortGPT, 2403.03853)."""
     totals: dict[tuple[str, int], list[float]] = {}
     mask = torch.empty(0)
 

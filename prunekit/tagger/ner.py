@@ -52,7 +52,7 @@ class Rows(list[Row]):
 
 
 def read_rows(dataset: str | Path) -> Rows:
-    """Rows of a JSONL file (by its suffix) or of CoNLL text. PruneKitError names the file and the line of what is bad."""
+    """Rows of a JSONL file (by its suffix) or of CoNLL text. PruneKitError names file and line of what is bad."""
     path, digest = Path(dataset), DataDigest()
     if not path.is_file():
         raise PruneKitError(f"dataset {path} is not there: give a JSONL or CoNLL file")

@@ -2,7 +2,8 @@
 
     python -m prunekit.training.cycles plan --model checkpoints/base --sparsity 0.7 --cycles 4 --into runs/sparse.cycles
     python -m prunekit.training.cycles judge --cycles runs/sparse.cycles
-    python -m prunekit.training.cycles publish --cycles runs/sparse.cycles --base checkpoints/base --out checkpoints/sparse
+    python -m prunekit.training.cycles publish --cycles runs/sparse.cycles --base checkpoints/base \
+        --out checkpoints/sparse
 
 A folder of cycles holds the checkpoints 1, 2, ... and beside each N.json, what prunekit.evaluate says of it before and
 after retraining; dense.json says it of the dense model.
@@ -123,7 +124,8 @@ def judge(arguments: argparse.Namespace) -> int:
     last = found["cycles"][-1]
     print(
         f"cycle {last['cycle']}: sparsity {last['sparsity']:.1%}, loss {last['before']['loss']:.4f}, pruned "
-        f"{last['after']['loss']:.4f}, retrained {last['retrained']['loss']:.4f}; perplexity {last['worse']:+.1%} of dense"
+        f"{last['after']['loss']:.4f}, retrained {last['retrained']['loss']:.4f}; perplexity {last['worse']:+.1%} of "
+        f"dense"
     )
     return 0 if last["worse"] <= arguments.worse else 3
 

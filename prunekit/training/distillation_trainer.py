@@ -1,4 +1,4 @@
-"""ms-swift's GKD trainer with our loss: see distillation_loss.py. plugins/distillation.py puts it in ms-swift's place."""
+"""ms-swift's GKD trainer with our loss (distillation_loss.py). plugins/distillation.py puts it in ms-swift's place."""
 
 import inspect
 import sys
@@ -40,7 +40,8 @@ class DistillationTrainer(GKDTrainer):
         super().__init__(*args, **kwargs)
         if self.use_teacher_api and self.temperature != 1:
             raise PruneKitError(
-                f"--temperature {self.temperature}: a teacher server answers at temperature 1: set that, or --teacher_model"
+                f"--temperature {self.temperature}: a teacher server answers at temperature 1: set that, or "
+                f"--teacher_model"
             )
 
     def _compute_jsd_loss(self, student_logits, teacher_output, labels):

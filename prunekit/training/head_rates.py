@@ -41,7 +41,8 @@ class Rates:
         """PruneKitError for weights of 16 bits, which round most of a weak head's small steps away."""
         if dtype in ("bfloat16", "float16") and 0 < self.weak < 1 and self.weak_share:
             raise PruneKitError(
-                f"HEAD_RATES: weak heads would stand still in {dtype} weights: train with --torch_dtype float32 --bf16 true"
+                f"HEAD_RATES: weak heads would stand still in {dtype} weights: train with --torch_dtype float32 "
+                f"--bf16 true"
             )
 
     @classmethod

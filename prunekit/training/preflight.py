@@ -1,13 +1,16 @@
 """Refuse bad input in a second, before a stage writes anything or touches a GPU.
 
-    python -m prunekit.training.preflight --model checkpoints/base --out checkpoints/recovered --swift sft -- --dataset train.jsonl
+    python -m prunekit.training.preflight --model checkpoints/base --out checkpoints/recovered --swift sft -- \
+        --dataset train.jsonl
 
 Every launcher calls this first. What follows `--` is the whole line that ms-swift will get, the user's own flags last.
 Prints one line that names the mistake and the mend, and exits 2; or answers, and exits 0:
 
-    MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the user names another
+    MODEL_TYPE=, TEACHER_TYPE=    architectures of the model and of the teacher: ms-swift's --model_type, unless the
+                                  user names another
     TEMPLATE=                     the model's chat template; empty where ms-swift finds it by itself
-    TARGET_MODULES=               a LoRA's, where the line says all-linear and that isn't all of this model's; else empty
+    TARGET_MODULES=               a LoRA's, where the line says all-linear and that isn't all of this model's; else
+                                  empty
     MAX_LENGTH=, COMPLETION_LENGTH=   what --max_length and --max_completion_length must be; empty: as they are
     ENGINE_LENGTH=                vLLM's max_model_len; empty without vLLM
     FREE_PORTS=                   as many as --free-ports asks for: 41001,41002
@@ -59,8 +62,8 @@ HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IG
 def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
     """Check that a data set holds ms-swift messages rows and that their images can be read (its first 10,000 rows).
 
-    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are tables and texts. Raises
-    PruneKitError naming the line, and for files that ms-swift can't read.
+    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are tables and texts.
+    Raises PruneKitError naming the line, and for files that ms-swift can't read.
     """
     path = Path(re.sub(r"#\d+$", "", name))
     local = is_file(name) or is_file(path)
@@ -88,7 +91,7 @@ def check_environment() -> int:
 
 
 def open_here(name: Path) -> Checkpoint:
-    """open_checkpoint, but a hub's name is refused and its folder in the cache named: ms-swift asks another hub for it."""
+    """open_checkpoint, but a hub's name is refused, its folder in the cache named: ms-swift asks another hub for it."""
     checkpoint = open_checkpoint(name)
     if not name.exists():
         raise PruneKitError(f"{name}: ms-swift would fetch it from a hub again; give its folder, {checkpoint.path}")
@@ -118,7 +121,8 @@ def check_adapter(folder: Path, base: Checkpoint) -> None:
         for stack, count in layers.items():
             if (number := re.match(base.family.stacks[stack].prefix + r"(\d+)\.", module)) and int(number[1]) >= count:
                 raise PruneKitError(
-                    f"{folder}: trained for {stack} layer {number[1]}, of which {base.path} has {count}: give the MODEL that lora.sh had"
+                    f"{folder}: trained for {stack} layer {number[1]}, of which {base.path} has {count}: give the "
+                    f"MODEL that lora.sh had"
                 )
         shape = weights.get(plain(module) + ".weight")
         if shape is None or len(shape) != 2:
@@ -137,8 +141,8 @@ def check_targets(targets: Iterable[str], base: Checkpoint) -> None:
     modules = {part for name in base.tensors for part in _endings(name.rpartition(".")[0])}
     if not any(target in modules or target.startswith("all-") for target in targets):
         raise PruneKitError(
-            f"--target_modules {' '.join(targets)[:80]}: {base.path} has no such module: give all-linear, or names like "
-            f"{' '.join(base.family.text.projections)}, one by one"
+            f"--target_modules {' '.join(targets)[:80]}: {base.path} has no such module: give all-linear, or names "
+            f"like {' '.join(base.family.text.projections)}, one by one"
         )
 
 
@@ -180,7 +184,8 @@ def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
         sizes = [(each.config.get("text_config") or each.config).get("vocab_size") for each in (student, teacher)]
         if not (mine and theirs) and sizes[0] != sizes[1]:
             raise PruneKitError(
-                f"{teacher.path}: a vocabulary of {sizes[1]} tokens, {student.path} has {sizes[0]}; a teacher needs the student's tokenizer"
+                f"{teacher.path}: a vocabulary of {sizes[1]} tokens, {student.path} has {sizes[0]}; a teacher needs "
+                f"the student's tokenizer"
             )
     sees, shows = student.config.get("vision_config"), teacher.config.get("vision_config")
     if isinstance(sees, dict):
@@ -189,7 +194,8 @@ def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
         for key in ("patch_size", "spatial_merge_size", "temporal_patch_size"):
             if sees.get(key) != shows.get(key):
                 raise PruneKitError(
-                    f"{teacher.path}: cuts images by {key} {shows.get(key)}, {student.path} by {sees.get(key)}: give a teacher of its kind"
+                    f"{teacher.path}: cuts images by {key} {shows.get(key)}, {student.path} by {sees.get(key)}: give "
+                    f"a teacher of its kind"
                 )
 
 
@@ -204,7 +210,8 @@ def check_best(swift: argparse.Namespace) -> None:
     every = swift.eval_steps or swift.save_steps
     if evals != saves or (saves == "steps" and every % swift.save_steps):
         raise PruneKitError(
-            f"CHECKPOINT=best: it is evaluated every {every:g} steps and saved every {swift.save_steps:g} ({evals}, {saves}); "
+            f"CHECKPOINT=best: it is evaluated every {every:g} steps and saved every {swift.save_steps:g} ({evals}, "
+            f"{saves}); "
             "give the same --eval_steps and --save_steps, or set CHECKPOINT=last"
         )
 
@@ -250,8 +257,8 @@ def check_disk(out: Path, size: int, factor: float = 1) -> None:
     free = shutil.disk_usage(folder).free
     if free < size * factor:
         raise PruneKitError(
-            f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {size * factor / 1e9:.1f} GB ({factor:g} times "
-            f"the model's {size / 1e9:.2f} GB: checkpoints with optimizer states, and the result): make room"
+            f"{folder} has {free / 1e9:.1f} GB free, {out.name} may need {size * factor / 1e9:.1f} GB ({factor:g} "
+            f"times the model's {size / 1e9:.2f} GB: checkpoints with optimizer states, and the result): make room"
         )
 
 

@@ -1,6 +1,7 @@
 """Publish what a training run wrote as a clean checkpoint: weights, config, tokenizer, history, and nothing else.
 
-    python -m prunekit.training.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered --stage full_run
+    python -m prunekit.training.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered \
+        --stage full_run
 
 --run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
 published lies elsewhere (as `swift export` writes it). A LoRA's adapter is published as an adapter folder. If --run
@@ -47,8 +48,10 @@ from prunekit.rules import REAL
 
 RECORDS = ("logging.jsonl", "command.sh", "sparsity.json")
 TRAINING = (  # of ms-swift's args.json, what says most about a training
-    "tuner_type", "rlhf_type", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim", "optimizer",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "torch_dtype", "bf16", "fp16", "callbacks",
+    "tuner_type", "rlhf_type", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim",
+    "optimizer",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "torch_dtype", "bf16", "fp16",
+    "callbacks",
     "lora_rank", "lora_alpha", "reward_funcs", "beta", "lmbda", "seed",
 )  # fmt: skip
 OF_LORA = ("lora_rank", "lora_alpha")
@@ -212,7 +215,7 @@ def find_checkpoint(run: Path, which: str = "last") -> tuple[Path, str]:
 
 
 def training_settings(folder: Path) -> dict[str, Any]:
-    """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of very many."""
+    """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of many."""
     state, found = _read_object(folder / "trainer_state.json"), _read_object(folder / "args.json") or {}
     if state is None:
         return {}
@@ -238,7 +241,7 @@ def publish_adapter(
     extra_files: Iterable[Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """Copy an adapter (adapter_config.json and adapter_model.safetensors) to OUT, atomically, with a history and a card.
+    """Copy an adapter (adapter_config.json, adapter_model.safetensors) to OUT, atomically, with a history and a card.
 
     The history is the base's, and an entry that says by its `input_fingerprint` which model alone the adapter fits.
     """

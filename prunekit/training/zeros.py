@@ -1,8 +1,8 @@
-"""Sparsity while a model trains: callbacks for transformers' Trainer that keep, deepen or move the zeros of its weights.
+"""Sparsity while a model trains: callbacks for transformers' Trainer that keep, deepen or move its zeros.
 
-`KeepZeros` is a plain TrainerCallback; plugins/sparsity.py hands it and its kin to ms-swift. Gradients of masked weights
-are zeroed before the optimizer and DDP see them, so its moments, gradient clipping and weight decay never know of them,
-and masked weights are set to zero after each step, whatever optimizer it was.
+`KeepZeros` is a plain TrainerCallback; plugins/sparsity.py hands it and its kin to ms-swift. Gradients of masked
+weights are zeroed before the optimizer and DDP see them, so its moments, gradient clipping and weight decay never know
+of them, and masked weights are set to zero after each step, whatever optimizer it was.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,7 +43,7 @@ def weight_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class KeepZeros(TrainerCallback):
-    """What is zero in the matrices of a model (not in embeddings) when training begins stays zero, exactly, all the time.
+    """What is zero in the matrices of a model (not in embeddings) when training begins stays zero, exactly.
 
     A resumed run takes its masks from the checkpoint, where they are kept beside the weights. Raises PruneKitError if
     nothing is zero.
@@ -154,9 +154,10 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def moved(mask: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, share: float) -> torch.Tensor:
-    """A mask with as many zeros in other places: those of the smallest weights, no longer those of the largest gradients.
+    """A mask with as many zeros elsewhere: at the smallest weights, no longer at the largest gradients.
 
-    `share` of the weights that are not masked are dropped; as many of all that are masked then, the dropped included, grow.
+    `share` of the weights that are not masked are dropped; as many of all that are masked then, the dropped included,
+    grow.
     """
     new, active = mask.clone(), ~mask
     count = min(int(share * int(active.sum())), int(mask.sum()))
