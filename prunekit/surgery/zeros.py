@@ -1,6 +1,7 @@
 """Unstructured sparsity: which weights of a checkpoint become zero, and the checkpoint with these zeros.
 
-Magnitudes are read tensor by tensor, so no model is ever in memory; other scores come from prunekit/surgery/zeros_scores.py.
+Magnitudes are read tensor by tensor, so no model is ever in memory; other scores come from
+prunekit/surgery/zeros_scores.py.
 """
 
 import math
@@ -131,8 +132,9 @@ def _projection(row: Stack) -> re.Pattern[str]:
 def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | None, int | None] | None]:
     """What says of a matrix's name if it is chosen, and of which stack and layer it is (None, None: of none).
 
-    Chosen are the layers' projections in whose names the regex `modules` is found (None: all). Embeddings, output heads,
-    routers and whatever else is no layer's projection must match it from end to end. PruneKitError for a bad regex.
+    Chosen are the layers' projections in whose names the regex `modules` is found (None: all). Embeddings, output
+    heads, routers and whatever else is no layer's projection must match it from end to end. PruneKitError for a bad
+    regex.
     """
     try:
         wanted = re.compile(modules or "")
@@ -220,8 +222,8 @@ def allocate(
 
     Each group's ratio is proportional to 1 - (importance / largest importance) ** power, but at most `maximum` and at
     least `least` weights (what is zero already). What is over because groups are full goes to the others. Raises
-    PruneKitError if `total` is less than all that is zero already, more than the groups can take, or if an importance is
-    negative or no number.
+    PruneKitError if `total` is less than all that is zero already, more than the groups can take, or if an importance
+    is negative or no number.
     """
     least = least or [0] * len(sizes)
     if not all(0 <= importance < math.inf for importance in importances):
@@ -265,7 +267,7 @@ def check_shared_out(wish: Wish) -> None:
 
 
 def with_importance(plan: ZerosPlan, importance: Mapping[tuple[str, int], float]) -> ZerosPlan:
-    """The plan with budgets that follow layers' importance. PruneKitError if a layer has none, or there is no budget."""
+    """The plan with budgets by layers' importance. PruneKitError if a layer has none, or there is no budget."""
     check_shared_out(plan.wish)
     for group in _layers(plan):
         if group is not None and group not in importance:
@@ -376,7 +378,7 @@ def cut_zeros(plan: ZerosPlan, scores: Scores = magnitude) -> ZerosCut:
 
 
 def sparsity_record(zeros: Mapping[str, int], sizes: Mapping[str, int], parameters: int) -> dict[str, Any]:
-    """What a history says of sparsity: zeros, their share of the chosen weights and of all parameters, and by tensor."""
+    """What a history says of sparsity: zeros, their share of the chosen weights, of all parameters, and by tensor."""
     count, chosen = sum(zeros.values()), sum(sizes.values())
     return {
         "zeros": count,

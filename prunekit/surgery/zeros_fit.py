@@ -208,7 +208,8 @@ def _refitted(layer: Layer, cut: ZerosCut, names: dict[str, str]) -> Iterator[tu
 def fit_zeros(plan: ZerosPlan, model: nn.Module, data: Calibration) -> ZerosCut:
     """Zeros by what the plan's wish says of data: layers' importance, scores, and a refit of what stays.
 
-    `model` is the dense one, which a refit changes. Raises as `with_importance`, `cut_zeros`, `refit` and the scores do.
+    `model` is the dense one, which a refit changes. Raises as `with_importance`, `cut_zeros`, `refit` and the scores
+    do.
     """
     wish, inputs = plan.wish, (plan.source, model, data, plan.weights)
     if wish.importance in IMPORTANCE:
