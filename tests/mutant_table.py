@@ -292,7 +292,7 @@ RANKING = [
     Mutant("(scanned if after is None else after)", "(after if after is None else scanned)"),
     Mutant("if known and not error else None", "if known else None"),
     Mutant("known = after is not None or _cost(scan, entry) is not None", "known = True"),
-    Mutant('trained_baseline is None or trained_baseline["error"]', "trained_baseline is None"),
+    Mutant('if trained_baseline and not trained_baseline["error"] else None', "if trained_baseline else None"),
     Mutant('if run and not error and run["token_acc"] is None:', "if False:"),
     Mutant("costs[name])[:count]", "costs[name])"),
     Mutant("key=lambda name: costs[name]", "key=lambda name: -costs[name]"),

@@ -15,7 +15,7 @@ import contextlib
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def run_tasks(
     gpus: int = 0,
     cpus: int = 1,
     retries: int = 3,
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any]]:
     """Call `function(item)` for each item on the Ray cluster at RAY_ADDRESS; yields (item, result) as they finish.
 
     A task has `gpus` GPUs (its CUDA_VISIBLE_DEVICES, "" for none) and `cpus` CPUs of one node, the driver's working

@@ -77,7 +77,7 @@ class HealedScanner:
                 with scanner.without(gone):
                     traces.append(scanner.trace(scanner.batches[index], gone))
             scanner.state_bytes = room
-            records = [
+            records: list[dict[str, Any]] = [
                 {
                     "scores": {BASELINE: scanner.score(trace.final, index)},
                     "influence": trace.influence,

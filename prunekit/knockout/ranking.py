@@ -71,8 +71,8 @@ def choose_from_ranking(
     alone = ((Removal(e["stack"], e["layer"]), e.get("relative")) for e in ranking["removals"])
     chosen: list[tuple[Removal, float]] = []
     for removal, relative in _path_steps(path["path"]) if path else alone:
-        cheap = relative is not None and relative >= keep_above
-        if len(chosen) < max_layers and cheap and _fits(checkpoint, [*(r for r, _ in chosen), removal], max_fraction):
+        fits = len(chosen) < max_layers and _fits(checkpoint, [*(r for r, _ in chosen), removal], max_fraction)
+        if fits and relative is not None and relative >= keep_above:
             chosen.append((removal, relative))
         elif path:
             break
@@ -137,8 +137,7 @@ def build_ranking(
     scan, trained = _finite(scan), _finite(trained)
     runs = {record["name"]: record for record in trained}
     trained_baseline = runs.pop(BASELINE, None)
-    failed = trained_baseline is None or trained_baseline["error"]
-    trained_acc = None if failed else trained_baseline["token_acc"]
+    trained_acc = trained_baseline["token_acc"] if trained_baseline and not trained_baseline["error"] else None
     baseline = {**(scan["baseline"] if scan else {}), "trained": trained_baseline}
     found = {entry["name"]: entry for entry in scan["removals"]} if scan else {}
     for name, record in runs.items():
@@ -149,7 +148,7 @@ def build_ranking(
     for name, entry in found.items():
         run = runs.get(name)
         scanned = _share(entry.get("token_acc"), baseline.get("token_acc"))
-        after = _share(run and run["token_acc"], trained_acc)
+        after = _share(run["token_acc"] if run else None, trained_acc)
         error = entry["error"] or (run and run["error"])
         if run and not error and run["token_acc"] is None:
             error = "its training ended without a number"
@@ -238,11 +237,13 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 def _cost(scan: dict[str, Any] | None, entry: dict[str, Any]) -> float | None:
     """What the scan's predictor says of a removal, so that less is cheaper."""
-    value = entry.get(scan["predictor"]) if scan else None
+    if not scan:
+        return None
+    value = entry.get(scan["predictor"])
     return -value if value is not None and scan["predictor"] in HIGHER_IS_CHEAPER else value
 
 
-def _order(scan: dict[str, Any] | None, entry: dict[str, Any]) -> tuple[int, float]:
+def _order(scan: dict[str, Any] | None, entry: dict[str, Any]) -> tuple[int, float | None]:
     if entry["relative"] is None:
         return 2, 0.0
     if entry["relative_trained"] is not None:
@@ -323,5 +324,5 @@ def log_to_wandb(ranking: dict[str, Any], pictures: Sequence[Path], group: str) 
 def _wandb_table(rows: list[dict[str, Any]]):
     import wandb
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
     return wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in rows])

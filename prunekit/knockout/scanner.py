@@ -237,7 +237,7 @@ class Scanner:
     def _tapped(self, plan: LayersPlan, stack: str) -> list[int]:
         """Positions of layers whose output is read by more than the next layer (DeepStack's taps)."""
         family = self.checkpoint.family
-        if stack != "vision" or not family.taps:
+        if stack != "vision" or not family.taps or not family.vision:
             return []
         return configs(plan.result.config, family.vision)[0].get(family.taps.key, list(family.taps.default))
 

@@ -20,8 +20,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from collections.abc import Generator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,8 @@ def _end_descendants(*_: Any) -> None:
 
 def _end_with_parent() -> None:
     """Wait for the death of the process that asked for this one, then end this one: the fork server outlives that."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     _end_descendants()
 
 
@@ -239,7 +240,7 @@ class Training:
 
 def _empty_record(run: Run) -> dict[str, Any]:
     which = run.json if run else {"name": BASELINE, "stack": None, "layer": None}
-    found = {"parameters": None, "token_acc": None, "loss": None, "curve": [], "training": []}
+    found: dict[str, Any] = {"parameters": None, "token_acc": None, "loss": None, "curve": [], "training": []}
     return which | found | {"error": None, "seconds": 0.0}
 
 
@@ -297,7 +298,7 @@ class Sweep:
         records = {run_name(run): _read_record(self.result_file(run), run) for run in runs}
         return {name: found for name, found in records.items() if found and (not found["error"] or found["curve"])}
 
-    def do_all(self, runs: list[Run]) -> Iterator[dict[str, Any]]:
+    def do_all(self, runs: list[Run]) -> Generator[dict[str, Any]]:
         """Do these runs; yields each one's record as it ends, on disk by then. Failed runs have an "error" in it.
 
         To close the iterator early, as KeyboardInterrupt does, ends the runs that are going on; they leave no record.
@@ -309,7 +310,7 @@ class Sweep:
                 write_json(self.result_file(run), result)
                 yield result
 
-    def _on_cluster(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    def _on_cluster(self, runs: list[Run]) -> Generator[tuple[Run, dict[str, Any]]]:
         work = partial(_result_on_node, self.training)
         with contextlib.closing(cluster.run_tasks(work, runs, gpus=self.gpus_per_task)) as tasks:
             for run, result in tasks:
@@ -317,13 +318,15 @@ class Sweep:
                     result = _empty_record(run) | {"error": f"{type(result).__name__}: {result}".splitlines()[0]}
                 yield run, result
 
-    def _here(self, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+    def _here(self, runs: list[Run]) -> Generator[tuple[Run, dict[str, Any]]]:
         stopped = threading.Event()
 
-        def do(run: Run) -> dict[str, Any] | None:
+        def do(run: Run) -> dict[str, Any]:
             gpus = self.slots.get()
             try:
-                return None if stopped.is_set() else self.training.result(run, gpus)
+                if stopped.is_set():
+                    raise CancelledError
+                return self.training.result(run, gpus)
             finally:
                 self.slots.put(gpus)
 

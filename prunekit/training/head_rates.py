@@ -49,7 +49,7 @@ class Rates:
     def parse(cls, text: str, **defaults: float) -> "Rates":
         """From words like `weak=0.1 refresh=100`. PruneKitError names what it doesn't know."""
         values: dict[str, Any] = dict(defaults)
-        kinds = {field.name: field.type for field in fields(cls)}
+        kinds: dict[str, Any] = {field.name: field.type for field in fields(cls)}
         for word in text.split():
             name, _, value = word.partition("=")
             if name not in kinds or not re.fullmatch(r"\d+" if kinds[name] is int else r"\d*\.?\d+", value):
