@@ -13,6 +13,8 @@ from helpers.paths import ROOT
 from PIL import Image
 from safetensors.numpy import save_file
 
+TRAINERS = ["full_run.sh", "distil.sh", "lora.sh", "rl_run.sh"]
+LAUNCHERS = [*TRAINERS, "export_lora.sh"]
 STUB = ROOT / "tests/helpers/stub_swift.py"
 # What nvidia-smi says on a machine without a working driver goes to its standard output.
 NVIDIA_SMI = """#!/bin/sh

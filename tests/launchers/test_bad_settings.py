@@ -1,0 +1,172 @@
+"""What launchers refuse, in one line and before anything runs."""
+
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from helpers.lab import LAUNCHERS, TRAINERS, Lab, executable
+from helpers.paths import ROOT
+
+
+def refused(lab: Lab, launcher: str, message: str, *arguments: object, **env: str) -> None:
+    """One line on standard error that has the message, exit code 2, and nothing written or started."""
+    before = sorted(lab.folder.rglob("*"))
+    result = lab.run(launcher, *arguments, **{"GPUS": ""} | env)
+    assert result.returncode == 2, result.stderr
+    assert re.fullmatch(r"error: [^\n]*\n", result.stderr), result.stderr
+    assert message in result.stderr
+    assert lab.calls() == []
+    assert sorted(lab.folder.rglob("*")) == before
+
+
+EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh"]
+BAD_SETTINGS = [
+    *(({name: value}, "full_run.sh") for name, value in {
+        "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16",
+        "PLAIN": "yes",
+        "RESTART": "yes", "KEEP_RUN": "-", "OVERWRITE": "true", "CHECKPOINT": "first", "GLOBAL_BATCH": "0",
+        "DEEPSPEED": "zero9",
+    }.items()),
+    *(({"GPUS": gpus}, "full_run.sh") for gpus in ("abc", "99", "0,0", "-1", "0,", "0 1")),
+    ({"NNODES": "2"}, "full_run.sh"),
+    *(({name: value}, "progressive_run.sh") for name, value in {
+        "STEPS1": "0", "STEPS2": "-1", "STEPS3": "a b", "ACCUMULATE": "a[$(touch pwned)]",
+    }.items()),
+    *(({name: value}, "knockout_check.sh") for name, value in {
+        "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2",
+        "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
+        "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "FINALISTS": "-1", "MODE": "x",
+    }.items()),
+    *(({name: value}, "sparse_run.sh") for name, value in {
+        "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
+    }.items()),
+    *(({"GPUS": "0,1", name: value}, "distil.sh") for name, value in {
+        "ROLLOUT_GPUS": "x", "ROLLOUT_PORT": "0", "ROLLOUT_DEADLINE": "soon",
+    }.items()),
+    *(({"MASTER_ADDR": "a", "NNODES": "2"}, name) for name in ("export_lora.sh", "knockout_check.sh", "sparse_run.sh")),
+    ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("env", "launcher"), BAD_SETTINGS, ids=str)
+def test_bad_settings_are_refused_by_the_shell_alone(lab, env, launcher):
+    """In one line that names them, before Python, which takes seconds, is called or anything is written."""
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    refused(lab, launcher, f"{list(env)[-1]}=", STUB_GPUS="4", **env)
+
+
+@pytest.mark.parametrize("launcher", EVERY)
+def test_a_setting_is_never_run_as_a_command(lab, launcher):
+    source = (ROOT / launcher).read_text()
+    if launcher == "full_run.sh":
+        source += (ROOT / "lib/common.sh").read_text()
+    names = set(re.findall(r"^([A-Z_0-9]+)=\$\{\1", source, re.MULTILINE))
+    assert len(names) > 2
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    for name in names | {"NNODES", "NODE_RANK", "MASTER_PORT"}:
+        lab.run(launcher, **{"GPUS": "0,1"} | {name: "a[$(touch pwned)]"})
+    assert not (lab.folder / "pwned").exists()
+
+
+def test_gpus_of_a_machine_without_any_are_refused(lab):
+    (lab.folder / "env/bin/nvidia-smi").unlink()
+    if list(Path("/dev").glob("nvidia*")):
+        pytest.skip("there are GPUs")
+    refused(lab, "full_run.sh", "GPUS=0: there is no GPU here", GPUS="0")
+
+
+def test_what_is_refused_late_leaves_nothing_either(lab):
+    """The plan of a cycle's sparsity is refused when the run's folder is there already."""
+    folder = lab.out.with_name("out.cycles")
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"model": "another"}')
+    refused(lab, "sparse_run.sh", "holds cycles with other settings")
+
+
+def test_a_refusal_leaves_an_interrupted_run_alone(lab):
+    lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
+    before = sorted(lab.work.rglob("*"))
+    assert lab.run("full_run.sh", "--max_steps", 9, GPUS="").returncode == 2
+    assert sorted(lab.work.rglob("*")) == before
+    assert lab.run("full_run.sh", GPUS="").returncode == 0
+
+
+def test_a_build_that_was_killed_does_not_hold_up_the_next(lab):
+    lock = lab.folder / ".cache/torch_extensions/py311_cu130/cpu_adam/lock"
+    lock.parent.mkdir(parents=True)
+    for age, left in ((60, True), (3600, False)):
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+        lab.run("full_run.sh", GPUS="0", DEEPSPEED="zero2_offload", STUB_FAIL_AT=1, RESTART=1)
+        assert lock.exists() == left, "one that is being built must stay"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_missing_model_and_a_used_output_are_refused(lab, launcher):
+    refused(lab, launcher, "absent", MODEL="absent")
+    refused(lab, launcher, "exists; choose another OUT or pass --overwrite", OUTPUT="env")
+
+
+@pytest.mark.parametrize("launcher", TRAINERS)
+def test_missing_data_is_refused(lab, launcher):
+    refused(lab, launcher, "absent.jsonl is not there", DATASET="absent.jsonl")
+    if launcher != "rl_run.sh":
+        refused(lab, launcher, "absent.jsonl is not there", VAL_DATASET="absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"messages": [{"role": "user", "content": ""}]}\nhello\n', "line 2 is not JSON"),
+        ('{"query": "a", "response": "b"}\n', 'line 1 has no list "messages"'),
+        (
+            '{"messages": [{"role": "user", "content": ""}], "images": ["gone.png"]}\n',
+            "line 1 names an image that is not there: 'gone.png'",
+        ),
+    ],
+    ids=["no JSONL", "no messages", "no image"],
+)
+def test_bad_data_is_refused_and_its_line_named(lab, content, message):
+    (lab.folder / "bad.jsonl").write_text(content)
+    refused(lab, "full_run.sh", message, DATASET="bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env", "arguments", "message"),
+    [
+        ("full_run.sh", {"MODEL": "adapter"}, [], "adapter: a LoRA adapter, not a checkpoint"),
+        ("full_run.sh", {"MODEL": "env"}, [], "env: no config.json here"),
+        ("full_run.sh", {"OUTPUT": "train.jsonl/out"}, [], "no folder that you may write to"),
+        ("distil.sh", {"TEACHER": "absent"}, [], "absent"),
+        ("distil.sh", {"GPUS": "0,1", "ROLLOUT_GPUS": "0,1"}, [], "leaves no GPU"),
+        ("distil.sh", {"GPUS": "0,1", "ROLLOUT_PORT": "many"}, [], "ROLLOUT_PORT=many: give a whole number"),
+        ("export_lora.sh", {"ADAPTER": "env"}, [], "env holds no adapter"),
+        ("rl_run.sh", {"ALGORITHM": "PPO"}, [], "unknown ALGORITHM PPO: GSPO, GDPO or CHORD"),
+        ("rl_run.sh", {"ALGORITHM": "CHORD", "CHORD_DATASET": "absent.jsonl"}, [], "absent.jsonl is not"),
+        (
+            "rl_run.sh",
+            {},
+            ["--reward_funcs", "ocr_wer", "--reward_weights", "1"],
+            "unknown reward ocr_wer: choose from accuracy, cosine",
+        ),
+        ("rl_run.sh", {}, ["--external_plugins", "absent.py"], "plugin absent.py is not there"),
+    ],
+)
+def test_bad_settings_are_refused(lab, launcher, env, arguments, message):
+    refused(lab, launcher, message, *arguments, **env)
+
+
+def test_rl_without_the_truth_in_its_rows_is_refused(lab):
+    (lab.folder / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": ""}]}\n')
+    refused(lab, "rl_run.sh", 'line 1 has no column "solution"', DATASET="bad.jsonl")
+
+
+def test_a_used_port_is_refused(lab):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        refused(lab, "distil.sh", f"port {port} is in use", GPUS="0,1", ROLLOUT_PORT=port)

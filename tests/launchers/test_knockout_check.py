@@ -1,0 +1,48 @@
+"""Trained knockouts by knockout_check.sh, side by side and on a cluster."""
+
+import sys
+
+import pytest
+from helpers.lab import executable, values
+
+
+@pytest.fixture
+def knockouts(lab):
+    """knockouts(**env): the arguments of prunekit.knockout.sweep for a sweep without a scan, which isn't run."""
+    told = lab.folder / "told"
+    executable(
+        lab.folder / "env/bin/python",
+        f'#!/bin/sh\n[ "$2" = prunekit.knockout.sweep ] || exec {sys.executable} "$@"\nprintf "%s\\n" "$@" > {told}\n',
+    )
+
+    def run(**env: str) -> list[str]:
+        result = lab.run("knockout_check.sh", MODE="train", **env)
+        assert result.returncode == 0, result.stderr
+        return told.read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("here", "of_a_task", "dtype", "deepspeed"),
+    [("0,1,2,3", "1", "bfloat16", True), ("", "2", "bfloat16", True), ("0,1", "0", "float32", False)],
+)
+def test_trainings_on_a_cluster_are_told_of_their_gpus_and_not_of_those_here(
+    knockouts, here, of_a_task, dtype, deepspeed
+):
+    argv = knockouts(GPUS=here, GPUS_PER_TASK=of_a_task, RAY_ADDRESS="10.0.0.1:6379")
+    assert values(argv, "--torch_dtype") == [dtype]
+    assert ("--deepspeed" in argv) == deepspeed and ("--use_cpu" in argv) != deepspeed
+    batch, accumulation = (
+        int(values(argv, flag)[0]) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")
+    )
+    assert batch * accumulation * max(1, int(of_a_task)) == 16
+
+
+@pytest.mark.parametrize("jobs", ["1", "2", "4"])
+def test_knockouts_side_by_side_have_the_rows_of_one_alone(knockouts, jobs):
+    argv = knockouts(GPUS="0,1,2,3", JOBS=jobs)
+    batch, accumulation = (
+        int(values(argv, flag)[0]) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")
+    )
+    assert batch * accumulation * (4 // int(jobs)) == 16
