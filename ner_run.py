@@ -19,31 +19,25 @@ from typing import Any
 from prunekit.arguments import Parser, finite_float, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
 from prunekit.checkpoint.provenance import model_record
+from prunekit.checkpoint.training_run import whole_checkpoints
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.families import positions
 from prunekit.report import draw_curves
-from prunekit.tagger.ner import (
+from prunekit.tagger.rows import Row, check_labels, encode, labels_of, load_tokenizer, model_labels, read_rows
+from prunekit.tagger.scores import Data, scores_table
+from prunekit.tagger.train import (
     HARD_SHARE,
     TEMPERATURE,
-    Data,
     Distillation,
-    Row,
-    check_labels,
     check_teacher,
-    encode,
-    labels_of,
     load_classifier,
-    load_tokenizer,
     matching_layers,
-    model_labels,
-    read_rows,
-    scores_table,
     setup_wandb,
     train,
     training_arguments,
 )
-from prunekit.training.publish import publish, whole_checkpoints
+from prunekit.training.publish import publish
 
 
 def train_model(

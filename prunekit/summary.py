@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import Parser
-from prunekit.checkpoint import history, read_json, statistics, write_json
+from prunekit.checkpoint import history, statistics, write_json
 from prunekit.errors import PruneKitError, run_script
 from prunekit.report import draw_stages
-from prunekit.rules import REAL, TEXT, Items, Keys, Values, check
+from prunekit.report.results import read_results
+from prunekit.rules import REAL
 
 
 def line(folder: Path) -> str:
@@ -31,14 +32,6 @@ def line(folder: Path) -> str:
         if key in metrics:
             text += f"  {key} {metrics[key]:.3f}"
     return text
-
-
-def read_results(file: Path) -> list[dict[str, Any]]:
-    """What `prunekit.evaluate --json` wrote: of each model, its scores by data set."""
-    results = read_json(file)
-    scores = Values(Keys(dict.fromkeys(("token_acc", "exact_match", "loss"), REAL)))
-    check(results, Items(Keys({"model": TEXT, "datasets": scores}, ("model", "datasets"))), file)
-    return results
 
 
 def read_evaluations(files: list[Path]) -> dict[str, dict[str, dict[str, float]]]:

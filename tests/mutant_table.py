@@ -348,6 +348,16 @@ ANSWERS = [
 
 EVALUATE = [Mutant("datasets[name] = rows", "pass")]
 
+TRAINING_RUN = [
+    Mutant(
+        "except (ValueError, RecursionError):\n                continue",
+        "except (ValueError, RecursionError):\n                break",
+    ),
+    Mutant("if isinstance(record, dict):", "if True:"),
+    Mutant("if REAL.holds(v)}", "if isinstance(v, int | float)}"),
+    Mutant('if (run / "config.json").exists():', "if False:"),
+]
+
 PUBLISH = [
     Mutant("if not BUFFERS.match(name)}", "}"),
     Mutant("base.family.tied if is_tied(base)", "base.family.tied if True"),
@@ -356,13 +366,6 @@ PUBLISH = [
     Mutant("base.tensors[twin].dtype if twin and not dtype else common", "common"),
     Mutant("    config[key] = dtype\n", ""),
     Mutant("                part[key] = dtype\n", "                pass\n"),
-    Mutant(
-        "except (ValueError, RecursionError):\n                continue",
-        "except (ValueError, RecursionError):\n                break",
-    ),
-    Mutant("if isinstance(record, dict):", "if True:"),
-    Mutant("if REAL.holds(v)}", "if isinstance(v, int | float)}"),
-    Mutant('if (run / "config.json").exists():', "if False:"),
     Mutant('print(whole[max(whole)] if whole else "")', 'print(whole[min(whole)] if whole else "")'),
     Mutant("dtype=arguments.dtype,", "dtype=None,"),
     Mutant("        overwrite=arguments.overwrite,", "        overwrite=True,"),
@@ -406,6 +409,7 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/knockout/removal.py": ("tests/knockout/test_removal.py tests/plugins/test_plugins.py -k not swift",
     REMOVAL),
     "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not (wandb or script)", RANKING),
+    "prunekit/checkpoint/training_run.py": ("tests/training/test_publish.py", TRAINING_RUN),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
     "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),
     "prunekit/data/answers.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", ANSWERS),

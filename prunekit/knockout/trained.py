@@ -31,8 +31,8 @@ from typing import Any
 import psutil
 
 from prunekit.checkpoint import open_checkpoint, read_json, statistics, write_json
+from prunekit.checkpoint.training_run import read_log
 from prunekit.errors import PruneKitError
-from prunekit.training.publish import read_log
 
 from . import cluster
 from .removal import BASELINE, Removal, plan_without

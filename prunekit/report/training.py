@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prunekit.checkpoint.training_run import read_log
 from prunekit.errors import PruneKitError
 from prunekit.rules import REAL
-from prunekit.training.publish import read_log
 
 from .style import FREE, KEY, LINES, MUTED, PALE, new_figure, save_figure
 

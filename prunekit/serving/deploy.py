@@ -29,16 +29,8 @@ from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, need_packages
 from prunekit.families import family_of, positions, text_value
 from prunekit.surgery.zeros import measure
-from prunekit.tagger.ner import (
-    TOKEN_CLASSIFIER,
-    Data,
-    Row,
-    check_labels,
-    encode,
-    load_tokenizer,
-    model_labels,
-    read_rows,
-)
+from prunekit.tagger.rows import TOKEN_CLASSIFIER, Row, check_labels, encode, load_tokenizer, model_labels, read_rows
+from prunekit.tagger.scores import Data
 
 from .run import INPUTS, ONNX, load_served, model_class, pad
 

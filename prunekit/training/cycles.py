@@ -27,8 +27,8 @@ from prunekit.checkpoint import (
 )
 from prunekit.checkpoint.provenance import data_record
 from prunekit.errors import PruneKitError, run_script
+from prunekit.report.results import read_results
 from prunekit.rules import COUNT, REAL, TEXT, Items, Keys, Values, check
-from prunekit.summary import read_results
 from prunekit.surgery.zeros import choose_weights, measure
 
 from .zeros_settings import Gradual

@@ -20,6 +20,7 @@ from helpers.tiny_taggers import save_tagger, save_tokenizer, write_rows
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
+from prunekit.ner import evaluate
 from prunekit.serving.deploy import (
     Measuring,
     check_measurable,
@@ -31,7 +32,7 @@ from prunekit.serving.deploy import (
     where_zeros_save_nothing,
 )
 from prunekit.serving.run import load_served, mean_loss, measure, pad
-from prunekit.tagger.ner import evaluate, read_rows
+from prunekit.tagger.rows import read_rows
 
 ROWS = [list(range(5, 30)), list(range(40, 47)), list(range(20, 33))]
 

@@ -22,23 +22,13 @@ from safetensors.torch import load_file, save_file
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.checkpoint.provenance import data_record
 from prunekit.errors import PruneKitError
+from prunekit.ner import evaluate, main
 from prunekit.serving.run import load_served, pad
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
-from prunekit.tagger.ner import (
-    Data,
-    Row,
-    check_teacher,
-    encode,
-    entity_scores,
-    evaluate,
-    join,
-    labels_of,
-    load_tokenizer,
-    main,
-    matching_layers,
-    read_rows,
-)
+from prunekit.tagger.rows import Row, encode, join, labels_of, load_tokenizer, read_rows
+from prunekit.tagger.scores import Data, entity_scores
+from prunekit.tagger.train import check_teacher, matching_layers
 from prunekit.training.publish import publish
 
 pytestmark = pytest.mark.usefixtures("plain_trainer")

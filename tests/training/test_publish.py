@@ -9,9 +9,10 @@ from helpers.tiny_models import build, load, logits
 from safetensors.torch import load_file, save_file
 
 from prunekit.checkpoint import HISTORY, append_history, history, open_checkpoint
+from prunekit.checkpoint.training_run import final_metrics, find_checkpoint, read_log, whole_checkpoints
 from prunekit.errors import PruneKitError
 from prunekit.training import publish as publishing
-from prunekit.training.publish import final_metrics, find_checkpoint, publish, read_log, whole_checkpoints
+from prunekit.training.publish import publish
 
 
 @pytest.fixture

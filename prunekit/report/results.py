@@ -1,0 +1,15 @@
+"""What an evaluation has written, read."""
+
+from pathlib import Path
+from typing import Any
+
+from prunekit.checkpoint import read_json
+from prunekit.rules import REAL, TEXT, Items, Keys, Values, check
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """What `prunekit.evaluate --json` wrote: of each model, its scores by data set."""
+    results = read_json(file)
+    scores = Values(Keys(dict.fromkeys(("token_acc", "exact_match", "loss"), REAL)))
+    check(results, Items(Keys({"model": TEXT, "datasets": scores}, ("model", "datasets"))), file)
+    return results
