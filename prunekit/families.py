@@ -3,14 +3,50 @@
 To add a family: add a row to `FAMILIES` and a tiny model to tests/helpers/tiny_models.py.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunekit.errors import PruneKitError
 from prunekit.rules import COUNT, FACTOR, FLAG, NAMES, NUMBER, NUMBERS, OBJECT, TEXT, Keys, Values, broken, short
 
 # What may stand before a tensor's name, depending on release and on whether the model was saved with its head
 NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)\.)+"
+
+
+_EXPERT = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?(\w+?)(?:\.(weight|bias))?")
+
+
+class Spot(NamedTuple):
+    """What a parameter of a module is, by its name."""
+
+    name: str  # of the module; of experts the name that a plain MLP's would have
+    kind: str  # weight or bias
+    experts: bool = False  # it is an expert's, or all of theirs in one
+    expert: int | None = None  # whose; None: no expert's, or those of all in one tensor
+
+    @property
+    def stacked(self) -> bool:
+        return self.experts and self.expert is None
+
+    @property
+    def last(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def module(self) -> str:
+        """Where it is in memory, where experts are stacked."""
+        return f"{self.name.rpartition('.')[0]}.experts" if self.experts else self.name
+
+
+def spot_of(name: str) -> Spot:
+    """name: from the model on, or relative to a layer."""
+    if expert := _EXPERT.fullmatch(name):
+        block, number, linear, kind = expert.groups()
+        return Spot(f"{block}.{linear}", kind or "weight", True, int(number) if number else None)
+    module, _, kind = name.rpartition(".")
+    return Spot(module, kind)
 
 
 @dataclass(frozen=True)
@@ -46,6 +82,16 @@ class Stack:
         """The last names of attention's and the MLP's projections, each once."""
         names = (self.q, self.k, self.v, self.o, *self.mlp)
         return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+    def within(self, name: str) -> tuple[int, str] | None:
+        """(layer, name relative to it) of a checkpoint's tensor; None if it is none of this stack's layers'."""
+        match = re.match(rf"{self.prefix}(\d+)\.(.+)", name)
+        return (int(match[1]), match[2]) if match else None
+
+    def tensors_of(self, names: Iterable[str], layer: int, module: str) -> dict[str, str]:
+        """Of a checkpoint's names those of a layer's projection (its experts', too) or norm: each weight or bias."""
+        found = {name: spot_of(within[1]) for name in names if (within := self.within(name)) and within[0] == layer}
+        return {name: spot.kind for name, spot in found.items() if spot.name == module}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ gradient steps within the layer; what a layer gets comes from the merged ones be
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +21,12 @@ from accelerate.utils import recursively_apply
 from torch import nn
 from tqdm import tqdm
 
-from prunekit.checkpoint import Tensor, float_bytes, heads
+from prunekit.checkpoint import Heads, Tensor, float_bytes, heads
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack
 from prunekit.model.offload import bring
+from prunekit.model.parts import LayerParts
 from prunekit.model.replay import Replay, Store, given, in_memory, record_calls
 from prunekit.model.scores import score_batches
 
@@ -45,19 +45,15 @@ LEAST_GAIN = 1e-3  # of what is read of the slow pairs, for them to share a basi
 class Attention:
     """The parts of a layer's attention that merging changes. Weights are in fp64, biases as their last column."""
 
-    def __init__(self, layer: nn.Module, row: Stack, kv_heads: int, head_dim: int):
-        self.module = layer.get_submodule(row.o.rpartition(".")[0])
-        self.q, self.k, self.v, self.o = (layer.get_submodule(name) for name in (row.q, row.k, row.v, row.o))
-        self.norms = [
-            layer.get_submodule(name)
-            for name in (row.q_norm, row.k_norm)
-            if hasattr(self.module, name.rpartition(".")[2])
-        ]
-        self.kv_heads, self.head_dim = kv_heads, head_dim
+    def __init__(self, layer: nn.Module, row: Stack, heads: Heads):
+        parts = LayerParts(layer, row, heads)
+        self.module, self.norms = parts.attention, list(parts.norms.values())
+        self.modules = {part.name: part.module for part in (parts.q, parts.k, parts.v, parts.o)} | parts.norms
+        self.q, self.k, self.v, self.o = list(self.modules.values())[:4]
+        self.kv_heads, self.head_dim = heads.kv, heads.dim
 
     def parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
-        modules = (self.q, self.k, self.v, self.o, *self.norms)
-        return [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
+        return [(m, name, p) for m in self.modules.values() for name, p in m.named_parameters(recurse=False)]
 
     def heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head_dim) of inputs (tokens, hidden)."""
@@ -468,7 +464,7 @@ def fit_kv(
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
-            attention = Attention(layer, row, of_text.kv, of_text.dim)
+            attention = Attention(layer, row, of_text)
             came, wanted = original_attention(layer, row, sides.teacher, number)
             entered = enter(layer, attention, sides.student, number)
             wanted = [
@@ -496,14 +492,8 @@ def fit_kv(
             if refine_steps:
                 refine(attention, sides, entered, wanted, refine_steps)
             sides.student.step(number + 1)
-            for name, module in (
-                (row.q, attention.q),
-                (row.k, attention.k),
-                (row.v, attention.v),
-                (row.o, attention.o),
-                *zip((row.q_norm, row.k_norm), attention.norms),
-            ):
-                tensors |= _written(tensors, rf"{row.prefix}{number}\.{re.escape(name)}", module, store)
+            for name, module in attention.modules.items():
+                tensors |= _written(tensors, row.tensors_of(tensors, number, name), module, store)
             if on_disk:
                 layer.to("meta")
             progress.update()
@@ -522,8 +512,8 @@ def fit_kv(
     return KVCut(plan, replace(plan.outline, tensors=tensors), settings, losses)
 
 
-def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module, store: Store) -> dict[str, Tensor]:
-    """The checkpoint's tensors of a module, with the values it has in memory."""
+def _written(tensors: dict[str, Tensor], names: dict[str, str], module: nn.Module, store: Store) -> dict[str, Tensor]:
+    """A module's tensors, with the values it has in memory. names: theirs, each weight or bias."""
 
     def compute(value: torch.Tensor, dtype: str, name: str) -> memoryview:
         return float_bytes(value.float().numpy(), dtype, name)
@@ -531,10 +521,9 @@ def _written(tensors: dict[str, Tensor], prefix: str, module: nn.Module, store: 
     values = {name: store(value.detach().cpu()) for name, value in module.named_parameters(recurse=False)}
     return {
         name: replace(
-            tensor,
-            shape=tuple(values[match[1]].shape),
-            compute=partial(compute, values[match[1]], tensor.dtype, name),
+            tensors[name],
+            shape=tuple(values[kind].shape),
+            compute=partial(compute, values[kind], tensors[name].dtype, name),
         )
-        for name, tensor in tensors.items()
-        if (match := re.fullmatch(rf"{prefix}\.(weight|bias)", name))
+        for name, kind in names.items()
     }

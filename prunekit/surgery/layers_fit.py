@@ -8,7 +8,6 @@ they are, and inference pays nothing. (A linear map in place of the removed laye
 the idea of ReplaceMe, 2505.02819. Refitting the projections themselves has more freedom at the same price.)
 """
 
-import re
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -96,15 +95,11 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
 
 def changed_tensors(result: Checkpoint, row: Stack, number: int, fit: Fit) -> dict[str, Tensor]:
     """The checkpoint's tensors of a projection, to be computed from the checkpoint's own values on writing."""
-    pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
     solution = fit.solution.cpu()
 
     def compute(name: str) -> memoryview:
         changed = fit.projection.changed(name, torch.from_numpy(result.read_array(name)), solution)
         return float_bytes(changed.numpy(), result.tensors[name].dtype, name)
 
-    return {
-        name: replace(tensor, compute=partial(compute, name))
-        for name, tensor in result.tensors.items()
-        if re.fullmatch(pattern, name)
-    }
+    names = row.tensors_of(result.tensors, number, fit.projection.name)
+    return {name: replace(result.tensors[name], compute=partial(compute, name)) for name in names}

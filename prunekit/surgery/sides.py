@@ -5,7 +5,6 @@ comes nearest to the uncut one's (the teacher's) state there. All is folded into
 """
 
 import contextlib
-import re
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from prunekit.families import Family, Stack
+from prunekit.model.parts import Experts, Linear, find_part
 from prunekit.model.replay import Replay, Store, find_stack, in_memory, record_calls
 
 from .in_memory import removed
@@ -63,26 +62,24 @@ class Projection:
     """
 
     def __init__(self, layer: nn.Module, name: str):
-        self.name = name
-        block, _, linear = name.rpartition(".")
-        parent = layer.get_submodule(block)
-        self.experts = None if hasattr(parent, linear) else parent.experts
-        self.module = parent if self.experts is not None else getattr(parent, linear)
-        self.bias = self.experts is None and self.module.bias is not None
-        self.inputs_first = isinstance(self.module, Conv1D)
+        self.name, part = name, find_part(layer, name)
+        self.experts = isinstance(part, Experts)
+        self.module = part.block if isinstance(part, Experts) else part.module
+        self.bias = not self.experts and self.module.bias is not None
+        self.inputs_first = isinstance(part, Linear) and part.inputs_first
         self.parameters = (
-            dict(self.module.named_parameters()) if self.experts is None else {linear: getattr(self.experts, linear)}
+            {"down_proj": part.module.down_proj} if isinstance(part, Experts) else dict(part.module.named_parameters())
         )
 
     def features(self, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """(tokens, inputs [+ 1]) in fp32."""
-        x = (inputs if self.experts is None else output).flatten(0, -2).float()
+        x = (output if self.experts else inputs).flatten(0, -2).float()
         return torch.cat([x, x.new_ones(len(x), 1)], 1) if self.bias else x
 
     def changed(self, name: str, value: torch.Tensor, solution: torch.Tensor) -> torch.Tensor:
         """A parameter after the fit, in fp32. `name` ends in bias for the bias; experts come one by one or stacked."""
         value = value.float()
-        if self.experts is not None:  # ([experts,] hidden, width), or (experts, width, hidden) in some releases
+        if self.experts:  # ([experts,] hidden, width), or (experts, width, hidden) in some releases
             by_rows = value.shape[-2] == len(solution)
             return value + (solution @ value if by_rows else value @ solution.T)
         if name.endswith("bias"):
@@ -93,14 +90,8 @@ class Projection:
     def alone(self) -> "Projection":
         """What `changed` needs, without holding the model."""
         other = copy(self)
-        other.module, other.parameters, other.experts = None, {}, None if self.experts is None else True
+        other.module, other.parameters = None, {}
         return other
-
-    def pattern(self) -> str:
-        """Regex of the checkpoint's names for its parameters, relative to the layer."""
-        block, _, linear = self.name.rpartition(".")
-        experts = r"experts\.(?:\d+\.)?" if self.experts is not None else ""
-        return rf"{re.escape(block)}\.{experts}{linear}(?:\.weight|\.bias)?"
 
 
 @dataclass(frozen=True)

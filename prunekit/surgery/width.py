@@ -1,7 +1,6 @@
 """Narrower layers: fewer attention heads and MLP neurons. A plan (pure), scores that choose, a cut (bytes)."""
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +18,7 @@ from prunekit.checkpoint import (
     layer_numbers,
 )
 from prunekit.errors import PruneKitError
-from prunekit.families import Stack, configs
+from prunekit.families import Stack, configs, spot_of
 
 from .cut import Account
 
@@ -121,32 +120,31 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     """The text stack's tensors that have an axis of heads or neurons, by name. Fused q, k and v aren't among them."""
     family, row = checkpoint.family, checkpoint.family.text
     hidden = configs(checkpoint.config, row)[0][family.hidden]
-    block, _, out = row.mlp[-1].rpartition(".")
     linears = {row.o: "o"} | dict.fromkeys(row.mlp[:-1], "in") | {row.mlp[-1]: "out"}
     if row.qkv is None:
         linears |= {row.q: "q", row.k: "k", row.v: "v"}
     parts = {}
     for name, tensor in checkpoint.tensors.items():
-        if not (match := re.match(rf"{row.prefix}(\d+)\.(.+)", name)):
+        if not (within := row.within(name)):
             continue
-        layer, rest = int(match[1]), match[2]
-        linear, _, kind = rest.rpartition(".")
-        expert = re.fullmatch(rf"{re.escape(block)}\.experts\.(?:(\d+)\.)?(\w+?)(?:\.weight)?", rest)
-        if row.experts and expert and expert[1]:
-            reads = expert[2] == out
-            parts[name] = Part(layer, "out" if reads else "in", int(reads), int(expert[1]))
-        elif row.experts and expert:
+        layer, spot = within[0], spot_of(within[1])
+        reads = spot.name == row.mlp[-1]
+        if spot.experts and (not row.experts or spot.kind == "bias"):
+            continue
+        if spot.expert is not None:
+            parts[name] = Part(layer, "out" if reads else "in", int(reads), spot.expert)
+        elif spot.stacked:
             # Down projections are (experts, hidden, neurons), or turned, as some releases have them.
-            down = tensor if expert[2] == out else checkpoint.tensors[name.replace(expert[2], out)]
+            down = tensor if reads else checkpoint.tensors[name.replace(spot.last, row.mlp[-1].rpartition(".")[2])]
             axis = 2 if down.shape[1] == hidden else 1
-            if expert[2] == out:
+            if reads:
                 parts[name] = Part(layer, "out", axis, stacked=True)
             else:
                 parts[name] = Part(layer, "in", 3 - axis, stacked=True, halves=2)
-        elif (role := linears.get(linear)) and kind == "weight":
+        elif (role := linears.get(spot.name)) and spot.kind == "weight":
             rows = 1 if row.inputs_first else 0
             parts[name] = Part(layer, role, 1 - rows if role in ("o", "out") else rows)
-        elif role in ("q", "k", "v", "in") and kind == "bias":
+        elif role in ("q", "k", "v", "in") and spot.kind == "bias":
             parts[name] = Part(layer, role, 0)
     return parts
 
@@ -374,8 +372,8 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
         by_layer.setdefault(part.layer, []).append(name)
 
     def weight(layer: int, linear: str):
-        name = rf"{row.prefix}{layer}\.{re.escape(linear)}\.weight"
-        array = checkpoint.read_array(next(n for n in checkpoint.tensors if re.fullmatch(name, n)))
+        names = row.tensors_of(checkpoint.tensors, layer, linear)
+        array = checkpoint.read_array(next(name for name, kind in names.items() if kind == "weight"))
         return array.T if row.inputs_first else array
 
     for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):

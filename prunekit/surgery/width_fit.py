@@ -9,7 +9,6 @@ writes the smaller tensors.
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
@@ -21,43 +20,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from prunekit.checkpoint import Heads, heads
+from prunekit.checkpoint import heads
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack
+from prunekit.model.parts import Experts, LayerParts, Linear
 from prunekit.model.replay import find_stack, record_calls
 from prunekit.model.scores import counted_states, final_states, logits_in_parts, score_batches
 
 from .cut import calibrated_on
 from .sides import MADE_UP_WIDTH, Fit, Sides, states_between
 from .width import Change, Scores, WidthCut, WidthPlan, choose, keep_heads, keep_neurons, magnitudes
-
-
-class Layer:
-    """Where a layer's heads and neurons are read, in memory."""
-
-    def __init__(self, module: nn.Module, row: Stack, heads: Heads):
-        self.row, self.heads = row, heads
-        self.o = module.get_submodule(row.o)
-        self.attention = module.get_submodule(row.q.rpartition(".")[0])  # returns its distributions, if eager
-        block, _, out = row.mlp[-1].rpartition(".")
-        mlp = module.get_submodule(block) if block else module
-        self.experts = None if hasattr(mlp, out) else mlp.experts
-        self.out = getattr(mlp, out) if self.experts is None else None
-
-    def columns(self, linear: nn.Module) -> torch.Tensor:
-        """A projection's weight as (outputs, inputs)."""
-        return linear.weight.T.float() if self.row.inputs_first else linear.weight.float()
-
-    def expert_features(self, mask: torch.Tensor, arguments) -> Iterator[tuple[int, torch.Tensor]]:
-        """(expert, its neurons' activations (tokens routed to it, neurons)) of a call of the experts."""
-        states, chosen = arguments[0].flatten(0, -2), arguments[1]
-        counted = mask.to(states.device).flatten()
-        for expert in range(len(self.experts.gate_up_proj)):
-            rows = states[(chosen == expert).any(-1) & counted]
-            gate, up = nn.functional.linear(rows, self.experts.gate_up_proj[expert]).chunk(2, -1)
-            yield expert, (self.experts.act_fn(gate) * up).float()
-
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
@@ -98,7 +71,7 @@ class Student:
             some.step(number + 1, keep=False)
 
 
-def head_scores(layer: Layer, student: Student, number: int, score: str) -> np.ndarray:
+def head_scores(layer: LayerParts, student: Student, number: int, score: str) -> np.ndarray:
     """(heads,) by activation, entropy or variance."""
     total: Any = 0.0
     tokens = 0
@@ -121,36 +94,37 @@ def head_scores(layer: Layer, student: Student, number: int, score: str) -> np.n
     if score != "activation":
         student.watch(number, (layer.attention, distributions))
         return (total / max(tokens, 1)).cpu().numpy()
-    student.watch(number, (layer.o, moments))
-    columns = layer.columns(layer.o).unflatten(1, (layer.heads.query, layer.heads.dim))
+    student.watch(number, (layer.o.module, moments))
+    columns = layer.o.matrix.float().unflatten(1, (layer.heads.query, layer.heads.dim))
     written = (torch.einsum("ohi,ohj->hij", columns, columns) * total).sum((1, 2))
     return written.clamp_min(0).sqrt().cpu().numpy()
 
 
-def neuron_scores(layer: Layer, student: Student, number: int) -> np.ndarray:
+def neuron_scores(layer: LayerParts, student: Student, number: int) -> np.ndarray:
     """(experts, neurons): root mean square of what each writes, times a constant."""
-    if layer.experts is None:
+    down = layer.down
+    if isinstance(down, Linear):
         totals = [0.0]
 
         def squares(mask, inputs, output):
             totals[0] = totals[0] + inputs[0][mask.to(inputs[0].device)].float().square().sum(0)
 
-        student.watch(number, (layer.out, squares))
-        norms = layer.columns(layer.out).norm(dim=0)[None]
+        student.watch(number, (down.module, squares))
+        norms = down.matrix.float().norm(dim=0)[None]
     else:
-        totals = [0.0] * len(layer.experts.gate_up_proj)
+        totals = [0.0] * len(down)
 
         def squares(mask, inputs, output):
-            for expert, x in layer.expert_features(mask, inputs):
-                totals[expert] = totals[expert] + x.square().sum(0)
+            for expert, _, _, x in down.read(inputs, {}, mask):
+                totals[expert] = totals[expert] + x.float().square().sum(0)
 
-        student.watch(number, (layer.experts, squares))
-        norms = layer.experts.down_proj.float().norm(dim=1)
+        student.watch(number, (down.module, squares))
+        norms = down.module.down_proj.float().norm(dim=1)
     return (torch.stack(totals).sqrt() * norms).cpu().numpy()
 
 
 def taylor(
-    model: nn.Module, row: Stack, layers: list[Layer], batches: list[dict], quiet: bool | None = None
+    model: nn.Module, row: Stack, layers: list[LayerParts], batches: list[dict], quiet: bool | None = None
 ) -> dict[int, Scores]:
     """First-order importance of the uncut model's heads and neurons: E[(sum of gradient * value)^2], by layer.
 
@@ -173,11 +147,11 @@ def taylor(
         embedding = model.get_input_embeddings()
         undo.enter_context(embedding.register_forward_hook(lambda _, inputs, output: output.requires_grad_()))
         for number, layer in enumerate(layers):
-            modules = [("heads", layer.o)] + ([("neurons", layer.out)] if layer.experts is None else [])
-            for what, module in modules:
-                undo.enter_context(module.register_forward_pre_hook(partial(enter, (number, what))))
-            if layer.experts is not None:
-                layer.experts.down_proj.requires_grad_(True)
+            for what, part in (("heads", layer.o), ("neurons", layer.down)):
+                if isinstance(part, Experts):
+                    part.module.down_proj.requires_grad_(True)
+                else:
+                    undo.enter_context(part.module.register_forward_pre_hook(partial(enter, (number, what))))
         for batch in tqdm(batches, desc="gradients", leave=False, disable=quiet):
             states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
             leaf = states.detach().requires_grad_()
@@ -188,11 +162,11 @@ def taylor(
                 x = entered[number, "heads"]
                 gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.heads.query, layer.heads.dim))
                 heads_of[number] = heads_of[number] + gates.sum((1, 3)).square().sum(0)
-                if layer.experts is None:
+                if isinstance(layer.down, Linear):
                     x = entered[number, "neurons"]
                     squares = (x.grad.float() * x.detach().float()).sum(1).square().sum(0)[None]
                 else:
-                    down = layer.experts.down_proj
+                    down = layer.down.module.down_proj
                     squares = (down.grad.float() * down.detach().float()).sum(1).square()
                     down.grad = None
                 neurons_of[number] = neurons_of[number] + squares
@@ -206,28 +180,28 @@ def taylor(
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def gate_heads(layer: Layer, kept: list[int]) -> Any:
+def gate_heads(layer: LayerParts, kept: list[int]) -> Any:
     """Zero the other heads where they are read; returns the hook."""
-    return _gate(layer, layer.o, kept, layer.heads.dim)
+    return _gate(layer.o, kept, layer.heads.dim)
 
 
-def gate_neurons(layer: Layer, kept: list[list[int]]) -> Any:
+def gate_neurons(layer: LayerParts, kept: list[list[int]]) -> Any:
     """Zero the other neurons where they are read; returns the hook, or None for experts, whose weights are zeroed."""
-    if layer.experts is None:
-        return _gate(layer, layer.out, kept[0], 1)
+    if isinstance(layer.down, Linear):
+        return _gate(layer.down, kept[0], 1)
+    down = layer.down.module.down_proj
     for expert, numbers in enumerate(kept):
-        gone = torch.ones(layer.experts.down_proj.shape[-1], dtype=torch.bool)
+        gone = torch.ones(down.shape[-1], dtype=torch.bool)
         gone[numbers] = False
-        layer.experts.down_proj[expert][:, gone.to(layer.experts.down_proj.device)] = 0
+        down[expert][:, gone.to(down.device)] = 0
     return None
 
 
-def _gate(layer: Layer, module: nn.Module, kept: list[int], unit: int) -> Any:
-    count = layer.columns(module).shape[1] // unit
-    mask = torch.zeros(count, dtype=module.weight.dtype, device=module.weight.device)
+def _gate(part: Linear, kept: list[int], unit: int) -> Any:
+    mask = part.matrix.new_zeros(part.matrix.shape[1] // unit)
     mask[kept] = 1
     mask = mask.repeat_interleave(unit)
-    return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
+    return part.module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * mask, *inputs[1:]))
 
 
 def _reachable(targets: list[torch.Tensor], uncut: list, cut: list, made_up: float) -> list[torch.Tensor]:
@@ -293,7 +267,7 @@ def fit_once(
     batches = [*data.fit, *data.held_out]
     judged = range(len(data.fit), len(batches))
     owner, attribute = find_stack(model, row)
-    layers = [Layer(layer, row, of_text) for layer in getattr(owner, attribute)]
+    layers = [LayerParts(layer, row, of_text) for layer in getattr(owner, attribute)]
     losses: dict[str, float] = {}
     if family.causal:
         losses["held_out_loss_uncut"] = score_batches(model, data.held_out)["loss"]
@@ -312,8 +286,7 @@ def fit_once(
         fit = sides.fit(number, (name,), targets, behind_attention)
         if fit.left < fit.before:
             fit.apply()
-            pattern = rf"{row.prefix}{number}\.{fit.projection.pattern()}"
-            for tensor in filter(re.compile(pattern).fullmatch, plan.source.tensors):
+            for tensor in row.tensors_of(plan.source.tensors, number, name):
                 changes.setdefault(tensor, []).append(as_change(fit))
 
     with contextlib.ExitStack() as gates, tqdm(total=len(layers), desc="narrow", disable=quiet) as progress:

@@ -22,7 +22,7 @@ from prunekit.checkpoint import (
     statistics,
 )
 from prunekit.errors import PruneKitError
-from prunekit.families import Family, Stack, configs
+from prunekit.families import Family, Spot, Stack, configs, spot_of
 
 from .cut import Account
 
@@ -119,14 +119,11 @@ def parse_pattern(text: str) -> tuple[int, int]:
     return group - kept, group
 
 
-def _projection(row: Stack) -> re.Pattern[str]:
-    """Of a stack: names of its layers' projections, those of a mixture of experts included."""
-    plain = "|".join(re.escape(name) for name in sorted({row.q, row.k, row.v, row.o, *row.mlp}))
-    block = re.escape(row.mlp[-1].rpartition(".")[0])
-    linear = "|".join(sorted({name.rpartition(".")[2] for name in row.mlp} | {"gate_up_proj"}))
-    return re.compile(
-        rf"{row.prefix}(\d+)\.(?:(?:{plain})\.weight|{block}\.experts\.(?:\d+\.)?(?:{linear})(?:\.weight)?)"
-    )
+def _is_projection(row: Stack, spot: Spot) -> bool:
+    """Whether it is a weight of a layer's projection, or of a mixture's experts."""
+    block = row.mlp[-1].rpartition(".")[0]
+    names = {*row.mlp, f"{block}.gate_up_proj"} if spot.experts else {row.q, row.k, row.v, row.o, *row.mlp}
+    return spot.kind == "weight" and spot.name in names
 
 
 def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | None, int | None] | None]:
@@ -140,12 +137,11 @@ def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | 
         wanted = re.compile(modules or "")
     except (re.error, RecursionError, OverflowError) as error:
         raise PruneKitError(f"--modules {(modules or '')[:80]!r}: not a regular expression ({error})") from None
-    projections = {stack: _projection(row) for stack, row in family.stacks.items()}
 
     def choose(name: str) -> tuple[str | None, int | None] | None:
-        for stack, pattern in projections.items():
-            if match := pattern.fullmatch(name):
-                return (stack, int(match[1])) if wanted.search(name) else None
+        for stack, row in family.stacks.items():
+            if (within := row.within(name)) and _is_projection(row, spot_of(within[1])):
+                return (stack, within[0]) if wanted.search(name) else None
         return (None, None) if modules and wanted.fullmatch(name) else None
 
     return choose
@@ -178,7 +174,7 @@ def _input_axis(checkpoint: Checkpoint, row: Stack, name: str, shape: tuple[int,
         return -1
     # All experts in one: releases differ in the order of the axes, so the hidden size has to tell
     hidden = configs(checkpoint.config, row)[0][checkpoint.family.hidden]
-    reads_hidden = row.mlp[-1].rpartition(".")[2] not in name
+    reads_hidden = spot_of(name).last != row.mlp[-1].rpartition(".")[2]
     return -1 if (shape[-1] == hidden) == reads_hidden or shape[-1] == shape[-2] else -2
 
 

@@ -9,7 +9,6 @@ before what reads them, each on what the refitted ones before it give.
 """
 
 import contextlib
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,14 +21,15 @@ from tqdm import tqdm
 
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
-from prunekit.families import Stack
+from prunekit.families import Stack, spot_of
+from prunekit.model.parts import place
 from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 
 from .cut import calibrated_on
 from .sides import MADE_UP_ZEROS, Sides
 from .zeros import ZerosCut, ZerosPlan, cut_zeros, magnitude, tensor_bytes, with_importance
-from .zeros_scores import EXPERT, IMPORTANCE, SCORES_OF, place, plain_name, watch_inputs
+from .zeros_scores import IMPORTANCE, SCORES_OF, plain_name, watch_inputs
 
 STEPS = 10  # of conjugate gradients: more of them gain nothing, and cost as much as the forward passes
 
@@ -105,9 +105,8 @@ def fit_rows(
 
 def _turn(row: Stack, name: str) -> int:
     """When a projection's input is there: before attention, behind it, before the MLP, before what it writes with."""
-    plain, expert = name.removesuffix(".weight"), EXPERT.match(name)
-    last = expert[3].startswith("down") if expert else plain == row.mlp[-1]
-    return 3 if last else 0 if plain in (row.q, row.k, row.v) else 1 if plain == row.o else 2
+    plain = spot_of(name).name
+    return 3 if plain == row.mlp[-1] else 0 if plain in (row.q, row.k, row.v) else 1 if plain == row.o else 2
 
 
 class Layer:
@@ -122,9 +121,7 @@ class Layer:
         self.readers: dict[int, nn.Module] = {}
         self.read: dict[int, list[torch.Tensor]] = {turn: [] for turn in self.turns}
         for turn, each in self.turns.items():
-            name = names[each[0]]
-            expert = EXPERT.match(name)
-            self.readers[turn] = self.module.get_submodule(expert[1] if expert else name.removesuffix(".weight"))
+            self.readers[turn] = self.module.get_submodule(spot_of(names[each[0]]).module)
         sides.teacher.step(number)
         sides.student.step(number)
         with contextlib.ExitStack() as hooks:
@@ -169,8 +166,8 @@ def _reaching(model: nn.Module, row: Stack, batches: list[dict]) -> list[tuple[d
 def _relative_names(plan: ZerosPlan, stack: str, row: Stack) -> dict[int, dict[str, str]]:
     found: dict[int, dict[str, str]] = defaultdict(dict)
     for name, weight in plan.weights.items():
-        if weight.stack == stack and weight.layer is not None:
-            found[weight.layer][name] = re.sub(rf"{row.prefix}{weight.layer}\.", "", name, count=1)
+        if weight.stack == stack and (within := row.within(name)):
+            found[within[0]][name] = within[1]
     return dict(sorted(found.items()))
 
 
@@ -188,8 +185,7 @@ def _refitted(layer: Layer, cut: ZerosCut, names: dict[str, str]) -> Iterator[tu
             if values.ndim == 3:
                 experts = list(range(len(values)))
             else:
-                rows, expert = [each[None] for each in rows], EXPERT.match(names[name])
-                experts = [int(expert[2]) if expert else None]
+                rows, experts = [each[None] for each in rows], [spot_of(names[name]).expert]
             fitted = [
                 fit_rows(weight.float(), stays, fit.of(expert), judge.of(expert)).cpu()
                 for weight, stays, expert in zip(*(each.to(fit.device) for each in rows), experts)

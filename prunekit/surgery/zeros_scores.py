@@ -17,13 +17,12 @@ from tqdm import tqdm
 from prunekit.checkpoint import Checkpoint
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
-from prunekit.families import NAME_PREFIX
+from prunekit.families import NAME_PREFIX, spot_of
+from prunekit.model.parts import Experts, place, text_tokens
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import counted_states, final_states, logits_in_parts, model_inputs
 
 from .zeros import Scores, Weight
-
-EXPERT = re.compile(r"(.*\.experts)\.(?:(\d+)\.)?(\w+?)(?:\.weight)?$")
 
 
 def plain_name(name: str) -> str:
@@ -43,25 +42,9 @@ def _run(checkpoint: Checkpoint, model: nn.Module, batch: dict[str, Any]) -> Non
         model(**inputs)
 
 
-def text_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(n,): which of the flattened tokens count: all but padding, or all where the values aren't of text tokens."""
-    count = values.shape[:-1].numel()
-    if count != mask.numel():
-        return torch.arange(count, device=values.device)
-    return mask.flatten().nonzero()[:, 0].to(values.device)
-
-
 def _tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(tokens, width) in fp32, without padding."""
     return values.flatten(0, -2)[text_tokens(values, mask)].float()
-
-
-def _expert_inputs(experts: nn.Module, values: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What one expert's two projections read: (tokens, hidden), (tokens, width), for the tokens routed to it."""
-    first, _ = (getattr(experts, name)[expert] for name in ("gate_up_proj", "down_proj"))
-    out = values @ first if getattr(experts, "is_transposed", False) else values @ first.T
-    gate, up = out.chunk(2, dim=-1)
-    return values, experts.act_fn(gate) * up
 
 
 def watch_inputs(module: nn.Module, mask: Callable[[], torch.Tensor], seen: Callable[..., None]) -> Any:
@@ -77,14 +60,9 @@ def watch_inputs(module: nn.Module, mask: Callable[[], torch.Tensor], seen: Call
         seen(None, None, inputs[0].flatten(0, -2)[tokens].float(), tokens)
 
     def routed(_, inputs: tuple, kwargs: dict) -> None:
-        given = dict(zip(("hidden_states", "top_k_index"), inputs)) | kwargs
-        states, chosen = given["hidden_states"].flatten(0, -2), given["top_k_index"].flatten(0, -2)
-        tokens = text_tokens(states, mask())
-        for number in range(len(module.down_proj)):
-            mine = tokens[(chosen[tokens] == number).any(-1)]
-            read = _expert_inputs(module, states[mine], number)
+        for number, tokens, *read in Experts("", module, module).read(inputs, kwargs, mask()):
             for part, values in zip(("gate_up_proj", "down_proj"), read):
-                seen(part, number, values.float(), mine)
+                seen(part, number, values.float(), tokens)
 
     if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
         return module.register_forward_pre_hook(routed, with_kwargs=True)
@@ -100,8 +78,8 @@ def input_norms(
     """
     squares: dict[str, torch.Tensor] = {}
     mask = torch.empty(0)
-    watched = {plain_name(name).removesuffix(".weight") for name in weights}
-    watched |= {expert[1] for name in watched if (expert := EXPERT.match(name))}
+    spots = {name: spot_of(plain_name(name)) for name in weights}
+    watched = {spot.module for spot in spots.values()} | {spot.name for spot in spots.values()}
 
     def add(name: str, module: nn.Module, part: str | None, number: int | None, values, _) -> None:
         total = values.square().sum(0)
@@ -121,15 +99,10 @@ def input_norms(
 
     norms = {}
     for name in weights:
-        plain, expert = plain_name(name), EXPERT.match(plain_name(name))
-        if plain.removesuffix(".weight") in squares:
-            found = squares[plain.removesuffix(".weight")]
-        elif expert:
-            part = "down_proj" if expert[3].startswith("down") else "gate_up_proj"
-            found = squares.get(f"{expert[1]}.{part}")
-            found = found[int(expert[2])] if found is not None and expert[2] else found
-        else:
-            found = None
+        spot = spots[name]
+        part = "down_proj" if spot.last.startswith("down") else "gate_up_proj"
+        found = squares.get(f"{spot.module}.{part}" if spot.experts else spot.module)
+        found = found[spot.expert] if found is not None and spot.expert is not None else found
         if found is None:
             raise PruneKitError(f"{name}: reads nothing of this data, or can't be watched; leave it out with --modules")
         norms[name] = found.sqrt().cpu()
@@ -194,20 +167,6 @@ def gradient_norms(
         # Releases differ in the order of stacked experts' axes
         norms[name] = norm if norm.shape == checkpoint.tensors[name].shape else norm.transpose(-1, -2)
     return norms
-
-
-def place(parameters: dict[str, nn.Parameter], plain: str) -> tuple[nn.Parameter, Any] | None:
-    """(parameter, part of it) that a checkpoint's tensor is in memory, where experts are stacked."""
-    if plain in parameters:
-        return parameters[plain], ...
-    if not (expert := EXPERT.match(plain)) or not expert[2]:
-        return None
-    block, number, linear = expert[1], int(expert[2]), expert[3]
-    if linear.startswith("down"):
-        return parameters[f"{block}.down_proj"], number
-    both = parameters[f"{block}.gate_up_proj"]
-    half = both.shape[1] // 2
-    return both, (number, slice(0, half) if linear.startswith("gate") else slice(half, None))
 
 
 def gradient(checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]) -> Scores:

@@ -15,7 +15,7 @@ from torch import nn
 
 from prunekit.checkpoint import Checkpoint, heads, history
 from prunekit.errors import PruneKitError
-from prunekit.families import Stack
+from prunekit.model.parts import LayerParts, Slice
 from prunekit.model.replay import find_stack
 
 KEY = "head_rates"  # in the optimizer's first parameter group: saved and resumed with it
@@ -88,31 +88,17 @@ def known_scores(checkpoint: Checkpoint) -> list[list[float]] | None:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Where heads lie side by side: `length` rows or columns of a parameter, from `start` on."""
+class Owned:
+    """What belongs to one layer's heads."""
 
-    parameter: nn.Parameter
-    axis: int
-    start: int
-    length: int
-    grouped: bool = False  # they are KV heads
-
-    def of(self, value: torch.Tensor) -> torch.Tensor:
-        """A view of the heads, in the parameter or in what is shaped like it."""
-        return value.narrow(self.axis, self.start, self.length)
-
-    def by_head(self, value: torch.Tensor, heads: int) -> torch.Tensor:
-        """(heads, head_dim, the rest) of a weight, in fp32."""
-        return self.of(value).movedim(self.axis, 0).reshape(heads, self.length // heads, -1).float()
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The parameters of one layer's heads."""
-
-    slices: list[Slice]
+    slices: list[tuple[Slice, bool]]  # rows of q, k and v, columns of o; whether they are of KV heads
     o: Slice
     v: Slice
+
+
+def find_owned(parts: LayerParts) -> Owned:
+    slices = [(each, part is not parts.q) for part in (parts.q, parts.k, parts.v) for each in part.outputs()]
+    return Owned([*slices, (parts.o.inputs(), False)], parts.o.inputs(), parts.v.outputs()[0])
 
 
 class HeadRates:
@@ -129,7 +115,7 @@ class HeadRates:
         self.settings, self.row = settings, checkpoint.family.text
         self.heads = heads(checkpoint)
         owner, attribute = find_stack(model, self.row)
-        self.layers = [_find(layer, self.row, self.heads.kv * self.heads.dim) for layer in getattr(owner, attribute)]
+        self.layers = [find_owned(LayerParts(layer, self.row, self.heads)) for layer in getattr(owner, attribute)]
         for parameter in self.parameters():
             settings.check_dtype(str(parameter.dtype).removeprefix("torch."))
         if scores is not None and [len(row) for row in scores] != [self.heads.query] * len(self.layers):
@@ -140,7 +126,7 @@ class HeadRates:
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that belongs to heads."""
         for layer in self.layers:
-            yield from dict.fromkeys(each.parameter for each in layer.slices)
+            yield from dict.fromkeys(each.parameter for each, _ in layer.slices)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on every step of the optimizer is scaled. What is known of the heads is saved in its state."""
@@ -151,10 +137,10 @@ class HeadRates:
         """(heads,) of each layer, as they are now."""
         return [torch.tensor(row) for row in self._state(optimizer)["rates"]]
 
-    def _pruned(self, layer: Layer) -> torch.Tensor:
+    def _pruned(self, layer: Owned) -> torch.Tensor:
         return (layer.o.by_head(layer.o.parameter, self.heads.query) == 0).flatten(1).all(1).cpu()
 
-    def _norms(self, layer: Layer) -> torch.Tensor:
+    def _norms(self, layer: Owned) -> torch.Tensor:
         o = layer.o.by_head(layer.o.parameter, self.heads.query)
         v = layer.v.by_head(layer.v.parameter, self.heads.kv)
         outer = (v @ v.mT).repeat_interleave(self.heads.query // self.heads.kv, 0)
@@ -177,7 +163,7 @@ class HeadRates:
         if self.settings.refresh:
             self._look(state)
         for rates, layer in zip(state["rates"], self.layers):
-            for each in layer.slices if min(rates) < 1 else ():
+            for each, _ in layer.slices if min(rates) < 1 else ():
                 if each.parameter.grad is not None and each.parameter not in self._before:
                     self._before[each.parameter] = each.parameter.detach().clone()
 
@@ -200,34 +186,16 @@ class HeadRates:
         for rates, layer in zip(self._state(optimizer)["rates"], self.layers):
             of_heads = torch.tensor(rates)
             of_groups = of_heads.view(self.heads.kv, -1).amax(1)  # as active as its most active reader
-            for each in layer.slices:
+            for each, grouped in layer.slices:
                 if each.parameter not in self._before:
                     continue
-                rate = of_groups if each.grouped else of_heads
+                rate = of_groups if grouped else of_heads
                 shape = [1] * each.parameter.ndim
                 shape[each.axis] = -1
                 rate = rate.repeat_interleave(each.length // len(rate)).view(shape).to(each.parameter)
                 now = each.of(each.parameter)
                 now.copy_(each.of(self._before[each.parameter]).lerp(now, rate))
         self._before.clear()
-
-
-def _find(layer: nn.Module, row: Stack, kv_length: int) -> Layer:
-    """Where heads lie in a layer's parameters: rows of q, k and v, columns of o."""
-    rows = 1 if row.inputs_first else 0
-    if row.qkv:
-        fused = layer.get_submodule(row.qkv)
-        total = fused.weight.shape[rows]
-        sections = [(fused, 0, total - 2 * kv_length, False)]
-        sections += [(fused, total - n * kv_length, kv_length, True) for n in (2, 1)]
-    else:
-        modules = [(layer.get_submodule(name), name != row.q) for name in (row.q, row.k, row.v)]
-        sections = [(module, 0, module.weight.shape[rows], grouped) for module, grouped in modules]
-    weights = [Slice(module.weight, rows, *where) for module, *where in sections]
-    biases = [Slice(module.bias, 0, *where) for module, *where in sections if module.bias is not None]
-    o = layer.get_submodule(row.o).weight
-    reader = Slice(o, 1 - rows, 0, o.shape[1 - rows])
-    return Layer([*weights, *biases, reader], reader, weights[-1])
 
 
 def freeze_others(model: nn.Module, rates: HeadRates) -> None:

@@ -15,7 +15,7 @@ from helpers.calibration import data, self_labelled, text_batches, write_texts
 from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import FAMILIES, KV4, TEXT, build, head_dim_of, load, logits, text_config
 
-from prunekit.checkpoint import heads, history, open_checkpoint, scratch_folder
+from prunekit.checkpoint import Heads, heads, history, open_checkpoint, scratch_folder
 from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
@@ -158,7 +158,7 @@ def test_the_cache_has_one_head_and_generation_is_the_same_with_it(family, tiny,
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_vl"])
 def test_heads_that_are_alike_go_together(family, slow):
     model, row = alike(build(family), turns=family == "qwen2"), ROWS[family].text
-    attention = Attention(getattr(*find_stack(model, row))[1], row, 4, head_dim_of(model))
+    attention = Attention(getattr(*find_stack(model, row))[1], row, Heads(8, 4, head_dim_of(model)))
     moments = moments_of(attention, [torch.randn(300, 32, generator=torch.Generator().manual_seed(0))], slow)
     assert plan_layer(moments, 2, text_config(model).num_attention_heads).groups == [(0, 2), (1, 3)]
 
@@ -260,7 +260,7 @@ def test_slow_pairs_of_many_heads_are_shared_exactly_where_they_span_few_dimensi
     """Whatever head and pair their content comes from, with heads whose rows of k_proj are one subspace's."""
     model, row = build("llama"), ROWS["llama"].text
     count = model.config.num_key_value_heads
-    attention = Attention(getattr(*find_stack(model, row))[1], row, count, head_dim_of(model))
+    attention = Attention(getattr(*find_stack(model, row))[1], row, Heads(8, count, head_dim_of(model)))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 32, generator=generator)
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_slow_pairs_of_many_heads_are_shared_exactly_where_they_span_few_dimensi
 def test_what_the_keys_of_a_row_have_in_common_counts_for_nothing():
     model, row = build("llama"), ROWS["llama"].text
     count = model.config.num_key_value_heads
-    attention = Attention(getattr(*find_stack(model, row))[1], row, count, head_dim_of(model))
+    attention = Attention(getattr(*find_stack(model, row))[1], row, Heads(8, count, head_dim_of(model)))
     generator = torch.Generator().manual_seed(0)
     x, common = torch.randn(2, 60, 32, generator=generator), torch.randn(2, 1, 32, generator=generator)
     mask = torch.arange(60) < torch.tensor([[60], [40]])
@@ -312,7 +312,7 @@ def attention_of(family):
     row = ROWS[family].text
     model = build(family)
     layer = getattr(*find_stack(model, row))[1]
-    return Attention(layer, row, text_config(model).num_key_value_heads, head_dim_of(model))
+    return Attention(layer, row, Heads(8, text_config(model).num_key_value_heads, head_dim_of(model)))
 
 
 @torch.no_grad()
@@ -405,7 +405,7 @@ def test_fitted_gains_give_turned_heads_their_length_back():
 
     @torch.no_grad()
     def wrong(fit_gains):
-        attention = Attention(getattr(*find_stack(model := alike(build("qwen3")), row))[1], row, 4, 16)
+        attention = Attention(getattr(*find_stack(model := alike(build("qwen3")), row))[1], row, Heads(8, 4, 16))
         assert model.config.num_attention_heads == 8
         for norm, gain in zip(attention.norms, gains):
             norm.weight.copy_(gain)
@@ -472,7 +472,7 @@ def refined(folder, family, kv_heads, steps, rate):
     model, calibration, row = load(folder), data(fit=12), ROWS[family].text
     layer = getattr(*find_stack(model, row))[0]
     present = text_config(model).num_key_value_heads
-    attention = Attention(layer, row, present, head_dim_of(model))
+    attention = Attention(layer, row, Heads(8, present, head_dim_of(model)))
     batches = [*calibration.fit, *calibration.held_out]
     judged = range(len(calibration.fit), len(batches))
     sides = Sides(model, ROWS[family], "text", batches, judged, record_calls(model, row, batches))
@@ -557,7 +557,7 @@ def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatc
         tried = []
 
         def missing(sides, number, states, tried=tried, better=better):
-            tried.append(Attention(sides.layers[number], sides.row, 1, 16).q.weight.clone())
+            tried.append(Attention(sides.layers[number], sides.row, Heads(8, 1, 16)).q.weight.clone())
             return 1.0 if (len(tried) % 2 == 1) == better else 2.0
 
         monkeypatch.setattr(kv_merge, "fit_output", missing)

@@ -20,11 +20,12 @@ from prunekit.data.batches import calibrate
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
 from prunekit.model.load import load_model
+from prunekit.model.parts import LayerParts, Linear
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import score_batches
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.width import SCORES, keep_heads, plan_width
-from prunekit.surgery.width_fit import Layer, fit_once, focus, taylor
+from prunekit.surgery.width_fit import fit_once, focus, taylor
 
 REMOVABLE = [family for family in FAMILIES if ROWS[family].removable_heads != "none"]
 CAUSAL = [family for family in FAMILIES if ROWS[family].causal]
@@ -36,14 +37,15 @@ def zeroed(folder, plan):
     of_text = heads(plan.source)
     owner, attribute = find_stack(model, row)
     for number, module in enumerate(getattr(owner, attribute)):
-        kept, layer = plan.kept[number], Layer(module, row, of_text)
+        kept, layer = plan.kept[number], LayerParts(module, row, of_text)
         axis = 0 if row.inputs_first else 1
         with torch.no_grad():
             for head in range(of_text.query) if kept.heads is not None else ():
                 if head not in kept.heads:
-                    layer.o.weight.narrow(axis, head * of_text.dim, of_text.dim).zero_()
+                    layer.o.module.weight.narrow(axis, head * of_text.dim, of_text.dim).zero_()
             for expert, neurons in enumerate(kept.neurons or ()):
-                weight = layer.out.weight if layer.experts is None else layer.experts.down_proj[expert]
+                down = layer.down.module
+                weight = down.weight if isinstance(layer.down, Linear) else down.down_proj[expert]
                 gone = [i for i in range(weight.shape[axis]) if i not in neurons]
                 weight.index_fill_(axis, torch.tensor(gone), 0)
     return model
@@ -157,13 +159,13 @@ def test_what_is_never_used_goes_first(score, tiny):
 
 def test_taylor_is_the_gradient_of_a_gate_on_each_head_and_neuron(tiny):
     model, row = load(tiny("llama")), ROWS["llama"].text
-    layers = [Layer(layer, row, Heads(4, 2, 16)) for layer in model.model.layers]
+    layers = [LayerParts(layer, row, Heads(4, 2, 16)) for layer in model.model.layers]
     batch = text_batches(1, rows=1)[0]
     scores = taylor(model, row, layers, [batch])
     assert all(parameter.requires_grad for parameter in model.parameters())
     gates = [torch.ones(64), torch.ones(48)]
     gates = [gate.requires_grad_() for gate in gates]
-    for module, gate in zip((layers[3].o, layers[3].out), gates):
+    for module, gate in zip((layers[3].o.module, layers[3].down.module), gates):
         module.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,))
     output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     labels = batch["labels"][:, 1:]

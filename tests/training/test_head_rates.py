@@ -41,9 +41,9 @@ def rated(folder, settings, weight_decay=0.1, scores=None, **kwargs):
     return model, rates, optimizer
 
 
-def per_head(rates, layer, each, value):
+def per_head(rates, each, value, grouped=False):
     """(heads or KV heads, the rest) of a parameter's slice."""
-    count = rates.heads.kv if each.grouped else rates.heads.query
+    count = rates.heads.kv if grouped else rates.heads.query
     return each.of(value).movedim(each.axis, 0).reshape(count, -1)
 
 
@@ -63,11 +63,11 @@ def test_every_heads_update_is_its_rate_times_the_plain_one(family, tiny):
     ours, theirs = model.state_dict(), plain.state_dict()
     seen = 0
     for layer in rates.layers:
-        for each in layer.slices:
+        for each, grouped in layer.slices:
             name = names[each.parameter]
-            done = per_head(rates, layer, each, ours[name] - before[name])
-            wanted = per_head(rates, layer, each, theirs[name] - before[name])
-            of = expected.view(rates.heads.kv, -1).amax(1) if each.grouped else expected
+            done = per_head(rates, each, ours[name] - before[name], grouped)
+            wanted = per_head(rates, each, theirs[name] - before[name], grouped)
+            of = expected.view(rates.heads.kv, -1).amax(1) if grouped else expected
             ratio = done.norm(dim=1) / wanted.norm(dim=1)
             torch.testing.assert_close(ratio, of, rtol=2e-3, atol=0)
             seen += 1
@@ -158,12 +158,12 @@ def test_pruned_heads_keep_every_bit_under_adamw_and_weight_decay(family, foreac
     after = model.state_dict()
     for number, layer in enumerate(rates.layers):
         gone = [head for head in range(rates.heads.query) if head not in plan.kept[number].heads]
-        for each in layer.slices:
+        for each, grouped in layer.slices:
             name = names[each.parameter]
-            old, new = (per_head(rates, layer, each, values[name]) for values in (before, after))
-            if not each.grouped:
+            old, new = (per_head(rates, each, values[name], grouped) for values in (before, after))
+            if not grouped:
                 assert torch.equal(old[gone], new[gone]) and not torch.equal(old, new)
-        o = per_head(rates, layer, layer.o, after[names[layer.o.parameter]])
+        o = per_head(rates, layer.o, after[names[layer.o.parameter]])
         assert not o[gone].any()
 
 
@@ -238,7 +238,7 @@ def test_every_familys_heads_are_found(family, tiny):
     rates = HeadRates(load(tiny(family)), checkpoint := open_checkpoint(tiny(family)), Rates())
     count, kv_count, width = heads(checkpoint)
     for layer in rates.layers:
-        lengths = [each.length for each in layer.slices if each.parameter.ndim == 2]
+        lengths = [each.length for each, _ in layer.slices if each.parameter.ndim == 2]
         assert lengths == [count * width, kv_count * width, kv_count * width, count * width]
 
 
