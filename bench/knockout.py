@@ -34,11 +34,12 @@ from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
 from prunekit.knockout.removal import Removal, list_removals
 from prunekit.knockout.scanner import Job, load_scanner
-from prunekit.knockout.search import HealedScan, Scan, describe, find_path
+from prunekit.knockout.search import HealedScan, Scan, find_path
 from prunekit.knockout.trained import Sweep, Training, run_name
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.report import style
+from prunekit.scan import describe
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.in_memory import removed
 from prunekit.surgery.layers import cut_layers, plan_layers

@@ -1,49 +1,26 @@
-"""Fast scan: score every removal of a layer in memory, or find a set of them one by one, without training.
+"""Searches among removals: all of them, a race for the best, a greedy path; here, by processes, or on a Ray cluster."""
 
-    python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/knockout/scan
-    python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --race --greedy 8
-    python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --processes 8
-
-Writes OUT/scan.json: token_acc, loss, KL, block influence, parameters and time saved by each removal; with --greedy the
-path of sets. Every measurement is a line of OUT/records.jsonl at once, so the same command continues an interrupted
-scan. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with RAY_ADDRESS
-set the nodes of a Ray cluster do, but for --heal, which refuses it.
-"""
-
-import argparse
-import contextlib
-import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import distributed
 from tqdm import tqdm
 
-from prunekit.arguments import device, natural, positive_int, share
-from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics, write_json
-from prunekit.checkpoint.work_folder import claim_folder, fingerprint
-from prunekit.data.answers import generate, score_answers
-from prunekit.data.batches import calibrate, read_calibration
-from prunekit.data.rows import Rows, check_answered
-from prunekit.errors import PruneKitError, run_script
-from prunekit.model.load import check_causal
+from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
+from prunekit.data.batches import calibrate
+from prunekit.data.rows import Rows
+from prunekit.errors import PruneKitError
 
 from . import cluster
+from .generation import answer_without, score_generation
 from .healed import HealedScanner
-from .ranking import finalists
-from .removal import BASELINE, Removal, knockout_parser, list_removals, plan_without
-from .scanner import Job, encoder_for, finite, load_scanner, rows_of
+from .records import METRICS, Records, paired
+from .removal import BASELINE, Removal, plan_without
+from .scanner import Job, finite, load_scanner
 
-KINDS = ("right", "loss", "kl", "tokens")  # of a sample's scores
-METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
-PREDICTOR = "token_acc"  # what of an untrained removal says most about the trained one: see docs/knockout.md
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
 SURE = 2.0  # standard errors
 FEW_SAMPLES = 8  # below, a standard error says nothing
@@ -58,83 +35,6 @@ def measure_batch(item: tuple[Job, tuple[Removal, ...], tuple[Removal, ...], int
 
 def count_batches(job: Job) -> int:
     return len(load_scanner(job).batches)
-
-
-def _check_record(record: Any) -> None:
-    """ValueError, TypeError, KeyError or AttributeError for what is no line of records.jsonl."""
-    names = [*record["gone"], *record["scores"], *record["influence"], *record["seconds"]]
-    numbers = [record["batch"], *record["seconds"].values(), record["seconds"]["all"]]
-    for total, count in record["influence"].values():
-        numbers += [total or 0.0, count]
-    for scores in record["scores"].values():
-        lists = [scores[kind] for kind in KINDS]
-        if len({*map(len, lists)}) != 1:
-            raise ValueError("lists differ in length")
-        numbers += [value for values in lists for value in values if value is not None]
-    if not all(type(name) is str for name in names) or not all(type(n) in (int, float) for n in numbers):
-        raise TypeError("a name is no text, or a value no number")
-
-
-class Records:
-    """What was measured, by removed layers and batch; a line of a file each, so that nothing is measured twice.
-
-    Raises PruneKitError for a file that is damaged, save for a last line that a kill tore: that is dropped.
-    """
-
-    def __init__(self, file: Path | None):
-        self.file, self.scores, self.layers = file, {}, {}
-        if file and file.exists():
-            raw = file.read_bytes()
-            whole = raw[: raw.rfind(b"\n") + 1]
-            for number, line in enumerate(whole.splitlines(), 1):
-                try:
-                    record = json.loads(line)
-                    _check_record(record)
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                    raise PruneKitError(
-                        f"{file} line {number}: is no record of a scan; remove the file and run again"
-                    ) from None
-                self._take(record)
-            if whole != raw:  # a kill tore the last line: it is measured again
-                file.write_bytes(whole)
-
-    def _take(self, record: dict[str, Any]) -> None:
-        key = (tuple(record["gone"]), record["batch"])
-        self.scores.setdefault(key, {}).update(record["scores"])
-        self.layers.setdefault(key, (record["influence"], record["seconds"]))
-
-    def add(self, record: dict[str, Any]) -> None:
-        if self.file:
-            with self.file.open("a") as lines:
-                lines.write(json.dumps(record, allow_nan=False) + "\n")
-        self._take(record)
-
-    def table(self, gone: Sequence[Removal], names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-        """By name: `right`, `loss`, `kl` and `tokens`, each (samples,), over the batches in which all names were scored."""
-        key = tuple(str(removal) for removal in gone)
-        batches = [
-            scores
-            for (removed, _), scores in sorted(self.scores.items())
-            if removed == key and all(name in scores for name in names)
-        ]
-        return {
-            name: {
-                kind: np.array([value for scores in batches for value in scores[name][kind]], dtype=float)
-                for kind in KINDS
-            }
-            for name in names
-        }
-
-
-def paired(table: dict[str, dict[str, np.ndarray]], one: str, other: str, metric: str) -> tuple[float, float]:
-    """(difference of a metric per token, one less other; its standard error), over the same samples."""
-    kind = METRICS[metric]
-    difference, tokens = table[one][kind] - table[other][kind], table[one]["tokens"]
-    mean = float(difference.sum() / tokens.sum())
-    rest = difference - mean * tokens
-    count = len(rest)
-    error = math.sqrt(float((rest**2).sum()) * count / max(count - 1, 1)) / float(tokens.sum())
-    return mean, error if count > 1 else math.inf
 
 
 class Scan:
@@ -356,33 +256,6 @@ class HealedScan(Scan):
             self.records.add({"gone": list(key), "batch": index, **found[0], "scores": scores})
 
 
-def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) -> tuple[list[str], int]:
-    """Greedy answers to some of the data set's first rows without some layers, and how many were cut.
-
-    Item: job, layers, rows, tokens of an answer at most, and which of how many equal shares of the rows.
-    """
-    from swift import TransformersEngine
-
-    job, gone, rows, tokens, share_, shares = item
-    scanner, mine = load_scanner(job), rows_of(job)[:rows][share_::shares]
-    if not mine:
-        return [], 0
-    with scanner.without(gone):
-        engine = TransformersEngine(scanner.model, template=encoder_for(job).template)
-        return generate(engine, mine, max_new_tokens=tokens)
-
-
-def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[list[str], int]]) -> dict[str, Any]:
-    """Exact match and character error rate of what `answer_without` gave for all shares of the rows, in their order."""
-    samples = rows_of(job)[:rows]
-    answers = [""] * len(samples)
-    for share_, (part, _) in enumerate(parts):
-        answers[share_ :: len(parts)] = part
-    scores = {key: finite(value) for key, value in score_answers(answers, samples, {}).items()}
-    cut = sum(part for _, part in parts)
-    return scores | {"samples": len(samples), "n_cut": cut, "max_new_tokens": tokens}
-
-
 def find_path(
     scan: Scan,
     candidates: Sequence[Removal],
@@ -423,207 +296,3 @@ def find_path(
                 return path
             best = min(costs, key=costs.get)
         gone = [*gone, Removal.parse(best)]
-
-
-def main() -> None:
-    parser = knockout_parser(__doc__, "scan")
-    parser.add_argument("--dataset", required=True, help='JSONL to score on: ms-swift messages or {"text": ...}')
-    parser.add_argument(
-        "--tokens", type=natural, default=65_536, help="of the data set to score on, 0: all (default: 65536)"
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive_int,
-        default=4096,
-        help="of a row; longer ones are left out (default: 4096)",
-    )
-    parser.add_argument("--batch-tokens", type=positive_int, default=4096, help="padding included (default: 4096)")
-    parser.add_argument("--no-suffix", action="store_true", help="don't count what ends every answer (<|im_end|>)")
-    parser.add_argument("--race", action="store_true", help="samples only where it is undecided which are the best")
-    parser.add_argument("--race-share", type=share, default=0.3, help="of the full scan's work at most (default: 0.3)")
-    parser.add_argument("--best", type=positive_int, default=10, help="how many the race is for (default: 10)")
-    parser.add_argument("--greedy", type=positive_int, metavar="K", help="find a set of K layers, one by one")
-    parser.add_argument("--target-params", type=share, metavar="SHARE", help="or until so many parameters are left")
-    parser.add_argument(
-        "--heal", action="store_true", help="score with the seams healed (with --greedy; needs --calib)"
-    )
-    parser.add_argument("--calib", metavar="JSONL", help="to heal on: other rows than those of --dataset")
-    parser.add_argument("--calib-tokens", type=positive_int, default=16_384, metavar="N", help="(default: 16384)")
-    parser.add_argument(
-        "--generate", type=natural, default=0, metavar="N", help="also answer N rows without each of the best"
-    )
-    parser.add_argument(
-        "--generate-tokens",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="of such an answer (default: 64)",
-    )
-    parser.add_argument("--device", type=device, help="default: cuda if there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="to compute in")
-    parser.add_argument("--template", help="ms-swift's, default: the one most like the checkpoint's own")
-    parser.add_argument("--processes", type=positive_int, default=1, help="on this machine, a GPU each (default: 1)")
-    parser.add_argument(
-        "--gpus-per-task",
-        type=natural,
-        default=0,
-        help="on a Ray cluster: 0 for its CPUs, else each task takes one (default: 0)",
-    )
-    args = parser.parse_args()
-    if args.heal != bool(args.calib) or (args.heal and not (args.greedy or args.target_params)):
-        parser.error("--heal needs --calib, and --greedy or --target-params")
-    if os.environ.get("RAY_ADDRESS"):
-        if args.heal:
-            parser.error("--heal works on one machine: unset RAY_ADDRESS")
-        if args.processes > 1 or "RANK" in os.environ:
-            parser.error("--processes and torchrun are for one machine: unset RAY_ADDRESS")
-    if torch.cuda.is_available() and args.processes > torch.cuda.device_count() and args.device != "cpu":
-        parser.error(f"--processes {args.processes}: needs a GPU each, there are {torch.cuda.device_count()}")
-    run_scan(args)
-
-
-def run_scan(args: argparse.Namespace) -> None:
-    """Refuse what can be refused, then scan, in this process or as several."""
-    checkpoint = open_checkpoint(args.model)
-    check_causal(checkpoint)
-    candidates = list_removals(checkpoint, args.text, args.vision)
-    if not candidates:
-        raise PruneKitError(f"--text {args.text} --vision {args.vision}: names no layer to score")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = args.device
-    if world > 1 and torch.cuda.is_available() and device in (None, "cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    job = Job(
-        args.model, args.dataset, args.tokens or None, args.max_length, args.batch_tokens, args.race, not args.no_suffix,
-        device, args.dtype, args.model_type, args.template,
-    )  # fmt: skip
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    calib = read_calibration(args.calib) if args.calib else None
-    if calib and any(k.stack == "vision" for k in candidates) and not any(row.get("images") for row in calib):
-        raise PruneKitError(f"--calib {args.calib}: no row has an image, to heal vision blocks on; or --vision none")
-    rows = rows_of(job)
-    if args.generate:
-        if "text" in rows[0]:
-            raise PruneKitError(
-                f"--generate: {args.dataset} has texts, no questions with answers; give messages, or leave it out"
-            )
-        for number, row in enumerate(rows[: args.generate], 1):
-            check_answered(f"dataset {args.dataset} row {number}", row)
-    encoder_for(job)  # the tokenizer is there, model type and template are known
-    # How it is computed, and where things lie: the model goes by its fingerprint
-    ignored = ("model", "out", "gpus_per_task", "device", "processes")
-    settings = {key: value for key, value in vars(args).items() if key not in ignored}
-    settings |= {
-        "fingerprint": fingerprint(checkpoint),
-        "data": [each.record for each in (rows, calib) if each],
-    }
-    with contextlib.ExitStack() as held:
-        if rank == 0:
-            held.enter_context(claim_folder(args.out, settings, "scan"))
-        if args.processes > 1 and world == 1:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-            os.execv(sys.executable, [*command, str(args.processes), "-m", "prunekit.scan", *sys.argv[1:]])
-        if world > 1:
-            # A process that dies ends the others at once; one that is slow may take its time
-            distributed.init_process_group("gloo", timeout=timedelta(days=1))
-        if os.environ.get("RAY_ADDRESS"):
-            held.enter_context(cluster.connected())
-        result = search(args, job, candidates, calib)
-        if rank == 0:
-            write_json(args.out / "scan.json", result | {"settings": settings})
-            print_scan(result)
-    if world > 1:
-        distributed.destroy_process_group()
-
-
-def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib: Rows | None) -> dict[str, Any]:
-    """Do what the command line asks for: the content of scan.json."""
-    scan = Scan(job, args.out / "records.jsonl", min(1, args.gpus_per_task))
-    best, undecided = None, set()
-    if args.race:
-        best, undecided = scan.race([], candidates, args.best, {str(k): 1.0 for k in candidates}, args.race_share)
-    else:
-        scan.measure([], candidates, range(scan.batches), "scan")
-    result = describe(scan, candidates, best, undecided)
-    answers = args.generate, args.generate_tokens
-    if args.generate:
-        chosen = result["best"][: args.best]
-        generated = scan.generate([[k] for k in candidates if str(k) in chosen], *answers)
-        entries = [entry for entry in result["removals"] if entry["name"] in chosen]
-        for entry, found in zip(entries, generated, strict=True):
-            entry["generation"] = found
-    if args.greedy or args.target_params:
-        searched = scan
-        if calib:
-            searched = HealedScan(job, args.out / "records-healed.jsonl", calib, args.calib_tokens)
-        race_share = args.race_share if args.race and not calib else None
-        path = find_path(searched, candidates, args.greedy, args.target_params, race_share, *answers)
-        result["greedy"] = {
-            "healed": args.heal,
-            "criterion": f"{CRITERION} per parameter saved",
-            "path": path,
-        }
-    return result
-
-
-def describe(scan: Scan, candidates: Sequence[Removal], best: list[str] | None, undecided: set[str]) -> dict[str, Any]:
-    """The content of scan.json."""
-    removals = []
-    for removal in candidates:
-        scores = scan.score([], str(removal))
-        parameters = scan.parameters_without([removal])
-        removals.append(
-            {
-                **removal.json,
-                "parameters": parameters,
-                "parameters_saved": scan.parameters - parameters,
-                **scan.layer_figures([], str(removal)),
-                **scores,
-                "decided": str(removal) not in undecided,
-                "generation": None,
-                "error": None if scores["loss"] is not None else "loss is NaN",
-            }
-        )
-    result = {
-        "predictor": PREDICTOR if best is None else CRITERION,
-        "counts_suffix": scan.job.counts_suffix,
-        "baseline": {**scan.score([], BASELINE), "parameters": scan.parameters},
-        "removals": removals,
-        "greedy": None,
-    }
-    return result | {"best": best or finalists(result, None)}
-
-
-def print_scan(result: dict[str, Any]) -> None:
-    base = result["baseline"]
-    counted = "" if result["counts_suffix"] else ", suffix tokens left out"
-    print(
-        f"baseline: token_acc {base['token_acc']:.4f}, loss {base['loss']:.4f} ({base['samples']} samples, {base['tokens']} tokens{counted})"
-    )
-    by_name = {entry["name"]: entry for entry in result["removals"]}
-    for name in result["best"]:
-        entry = by_name[name]
-        answered = entry["generation"]
-        print(
-            f"{name:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± {entry['standard_error']['loss'] or 0:.4f}"
-            f"  KL {entry['kl']:.4f}  {entry['parameters_saved'] / base['parameters']:.1%} of the parameters"
-            + (f"  exact match {answered['exact_match']:.3f}" if answered else "")
-            + ("" if entry["decided"] else "  (undecided)")
-        )
-    for entry in (result["greedy"] or {}).get("path", [])[1:]:
-        print(
-            f"without {' '.join(entry['removed'])}: token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f}"
-            f"  {entry['parameters'] / base['parameters']:.1%} of the parameters left"
-        )
-    entries = [*result["removals"], *(result["greedy"] or {}).get("path", [])]
-    answered = [entry["generation"] for entry in entries if entry["generation"]]
-    if cut := sum(found["n_cut"] for found in answered):
-        print(
-            f"warning: {cut} of {sum(found['samples'] for found in answered)} answers were cut at "
-            f"{answered[0]['max_new_tokens']} tokens: if right ones are as long, raise --generate-tokens (GENERATE_TOKENS)",
-            file=sys.stderr,
-        )
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -518,6 +518,12 @@ def test_a_ranking_of_a_stack_that_the_model_has_not_says_no_importance(tiny):
         knockout_importance(open_checkpoint(tiny("llama")), {"removals": removals})
 
 
+def test_a_file_of_another_models_ranking_is_refused(tiny, tmp_path):
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking_of(("text", 3, 1.0)) | {"fingerprint": "another"}))
+    with pytest.raises(PruneKitError, match="as it was then"):
+        read_ranking(tmp_path / "ranking.json", open_checkpoint(tiny("llama")))
+
+
 def test_a_file_that_is_no_ranking_is_refused(tiny, tmp_path):
     (tmp_path / "ranking.json").write_text('{"layers": []}')
     with pytest.raises(PruneKitError, match="isn't one that knockout_check.sh wrote.*removals is missing"):

@@ -39,6 +39,12 @@ def test_a_wish_names_layers_of_both_stacks():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("wish", ["text", "text:", "3", "audio:1", "text:1 text:2", "text-01 text:2", "text,1"])
+def test_a_wish_that_names_no_layers_is_refused(wish):
+    with pytest.raises(PruneKitError, match="^PRUNEKIT_REMOVE: .* names no layers"):
+        parse_removals(wish)
+
+
 def test_names_sort_in_the_order_of_layers():
     layers = [Removal("text", 2), Removal("text", 10), Removal("vision", 1)]
     assert layers == sorted(layers) == sorted(layers, key=str)

@@ -14,13 +14,15 @@ from helpers.paths import EMBEDDED, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunekit import scan
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.knockout import scanner
-from prunekit.knockout import search as scan
+from prunekit.knockout import cluster, scanner
+from prunekit.knockout.generation import answer_without, score_generation
+from prunekit.knockout.records import Records, paired
 from prunekit.knockout.removal import Removal
 from prunekit.knockout.scanner import Job
-from prunekit.knockout.search import CRITERION, Records, Scan, find_path, paired
+from prunekit.knockout.search import CRITERION, Scan, find_path
 
 LAYERS = [Removal("text", i) for i in range(8)] + [Removal("vision", i) for i in range(6)]
 
@@ -481,8 +483,8 @@ def test_a_task_of_a_cluster_takes_one_gpu_at_the_most(monkeypatch, texts, scan_
         return [(item, function(item)) for item in items]
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr(scan.cluster, "connected", contextlib.nullcontext)
-    monkeypatch.setattr(scan.cluster, "run_tasks", run_tasks)
+    monkeypatch.setattr(cluster, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(cluster, "run_tasks", run_tasks)
     scan_here(EMBEDDED, texts, "--gpus-per-task", 4, "--text", 7, "--vision", "none")
     assert set(asked) == {1}
 
@@ -492,9 +494,7 @@ def test_a_cluster_s_answers_are_those_of_one_machine(monkeypatch, answers):
     removals = [[Removal("text", 7)], [Removal("text", 3), Removal("vision", 2)]]
     here = Scan(job, None, quiet=True).generate(removals, 5, 3)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr(
-        scan.cluster, "run_tasks", lambda function, items, gpus: [(i, function(i)) for i in reversed(items)]
-    )
+    monkeypatch.setattr(cluster, "run_tasks", lambda function, items, gpus: [(i, function(i)) for i in reversed(items)])
     assert Scan(job, None, quiet=True).generate(removals, 5, 3) == here
     assert [found["samples"] for found in here] == [5, 5]
 
@@ -502,10 +502,10 @@ def test_a_cluster_s_answers_are_those_of_one_machine(monkeypatch, answers):
 def test_shares_of_the_rows_answered_by_several_are_those_of_all(answers):
     job = Job(str(EMBEDDED), str(answers), device="cpu")
     gone = (Removal("text", 3),)
-    whole = scan.score_generation(job, 7, 3, [scan.answer_without((job, gone, 7, 3, 0, 1))])
-    shares = [scan.answer_without((job, gone, 7, 3, n, 3)) for n in range(3)]
+    whole = score_generation(job, 7, 3, [answer_without((job, gone, 7, 3, 0, 1))])
+    shares = [answer_without((job, gone, 7, 3, n, 3)) for n in range(3)]
     assert [len(part) for part, _ in shares] == [3, 2, 2]
-    assert scan.score_generation(job, 7, 3, shares) == whole
+    assert score_generation(job, 7, 3, shares) == whole
 
 
 def test_answers_that_were_cut_are_counted_and_warned_of(scan_here, answers, capsys):

@@ -1,0 +1,36 @@
+"""Real answers of a model without some layers, scored."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prunekit.data.answers import generate, score_answers
+
+from .removal import Removal
+from .scanner import Job, encoder_for, finite, load_scanner, rows_of
+
+
+def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) -> tuple[list[str], int]:
+    """Greedy answers to some of the data set's first rows without some layers, and how many were cut.
+
+    Item: job, layers, rows, tokens of an answer at most, and which of how many equal shares of the rows.
+    """
+    from swift import TransformersEngine
+
+    job, gone, rows, tokens, share_, shares = item
+    scanner, mine = load_scanner(job), rows_of(job)[:rows][share_::shares]
+    if not mine:
+        return [], 0
+    with scanner.without(gone):
+        engine = TransformersEngine(scanner.model, template=encoder_for(job).template)
+        return generate(engine, mine, max_new_tokens=tokens)
+
+
+def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[list[str], int]]) -> dict[str, Any]:
+    """Exact match and character error rate of what `answer_without` gave for all shares of the rows, in their order."""
+    samples = rows_of(job)[:rows]
+    answers = [""] * len(samples)
+    for share_, (part, _) in enumerate(parts):
+        answers[share_ :: len(parts)] = part
+    scores = {key: finite(value) for key, value in score_answers(answers, samples, {}).items()}
+    cut = sum(part for _, part in parts)
+    return scores | {"samples": len(samples), "n_cut": cut, "max_new_tokens": tokens}
