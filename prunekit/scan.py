@@ -6,8 +6,8 @@
 
 Writes OUT/scan.json: token_acc, loss, KL, block influence, parameters and time saved by each removal; with --greedy the
 path of sets. Every measurement is a line of OUT/records.jsonl at once, so the same command continues an interrupted
-scan. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with RAY_ADDRESS
-set the nodes of a Ray cluster do, but for --heal, which refuses it.
+scan. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with
+RAY_ADDRESS set the nodes of a Ray cluster do, but for --heal, which refuses it.
 """
 
 import argparse
@@ -106,7 +106,8 @@ def run_scan(args: argparse.Namespace) -> None:
     if world > 1 and torch.cuda.is_available() and device in (None, "cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     job = Job(
-        args.model, args.dataset, args.tokens or None, args.max_length, args.batch_tokens, args.race, not args.no_suffix,
+        args.model, args.dataset, args.tokens or None, args.max_length, args.batch_tokens, args.race,
+        not args.no_suffix,
         device, args.dtype, args.model_type, args.template,
     )  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -151,7 +152,8 @@ def run_scan(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib: Rows | None) -> dict[str, Any]:
     """Do what the command line asks for: the content of scan.json."""
     scan = Scan(job, args.out / "records.jsonl", min(1, args.gpus_per_task))
-    best, undecided = None, set()
+    best: list[str] | None = None
+    undecided: set[str] = set()
     if args.race:
         best, undecided = scan.race([], candidates, args.best, {str(k): 1.0 for k in candidates}, args.race_share)
     else:
@@ -210,14 +212,16 @@ def print_scan(result: dict[str, Any]) -> None:
     base = result["baseline"]
     counted = "" if result["counts_suffix"] else ", suffix tokens left out"
     print(
-        f"baseline: token_acc {base['token_acc']:.4f}, loss {base['loss']:.4f} ({base['samples']} samples, {base['tokens']} tokens{counted})"
+        f"baseline: token_acc {base['token_acc']:.4f}, loss {base['loss']:.4f} ({base['samples']} samples, "
+        f"{base['tokens']} tokens{counted})"
     )
     by_name = {entry["name"]: entry for entry in result["removals"]}
     for name in result["best"]:
         entry = by_name[name]
         answered = entry["generation"]
         print(
-            f"{name:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± {entry['standard_error']['loss'] or 0:.4f}"
+            f"{name:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± "
+            f"{entry['standard_error']['loss'] or 0:.4f}"
             f"  KL {entry['kl']:.4f}  {entry['parameters_saved'] / base['parameters']:.1%} of the parameters"
             + (f"  exact match {answered['exact_match']:.3f}" if answered else "")
             + ("" if entry["decided"] else "  (undecided)")
@@ -232,7 +236,8 @@ def print_scan(result: dict[str, Any]) -> None:
     if cut := sum(found["n_cut"] for found in answered):
         print(
             f"warning: {cut} of {sum(found['samples'] for found in answered)} answers were cut at "
-            f"{answered[0]['max_new_tokens']} tokens: if right ones are as long, raise --generate-tokens (GENERATE_TOKENS)",
+            f"{answered[0]['max_new_tokens']} tokens: if right ones are as long, raise --generate-tokens "
+            f"(GENERATE_TOKENS)",
             file=sys.stderr,
         )
 

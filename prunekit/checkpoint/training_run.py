@@ -13,8 +13,10 @@ from .format import read_json
 from .records import LOG
 
 TRAINING = (  # of ms-swift's args.json, what says most about a training
-    "tuner_type", "rlhf_type", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim", "optimizer",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "torch_dtype", "bf16", "fp16", "callbacks",
+    "tuner_type", "rlhf_type", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "optim",
+    "optimizer",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "torch_dtype", "bf16", "fp16",
+    "callbacks",
     "lora_rank", "lora_alpha", "reward_funcs", "beta", "lmbda", "seed",
 )  # fmt: skip
 
@@ -92,7 +94,7 @@ def find_checkpoint(run: Path, which: str = "last") -> tuple[Path, str]:
 
 
 def training_settings(folder: Path) -> dict[str, Any]:
-    """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of very many."""
+    """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of many."""
     state, found = _read_object(folder / "trainer_state.json"), _read_object(folder / "args.json") or {}
     if state is None:
         return {}

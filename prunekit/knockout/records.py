@@ -38,7 +38,9 @@ class Records:
     """
 
     def __init__(self, file: Path | None):
-        self.file, self.scores, self.layers = file, {}, {}
+        self.file = file
+        self.scores: dict[tuple[tuple[str, ...], int], dict[str, Any]] = {}
+        self.layers: dict[tuple[tuple[str, ...], int], tuple[dict[str, Any], dict[str, float]]] = {}
         if file and file.exists():
             raw = file.read_bytes()
             whole = raw[: raw.rfind(b"\n") + 1]
@@ -66,7 +68,7 @@ class Records:
         self._take(record)
 
     def table(self, gone: Sequence[Removal], names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-        """By name: `right`, `loss`, `kl` and `tokens`, each (samples,), over the batches in which all names were scored."""
+        """By name: `right`, `loss`, `kl`, `tokens`, each (samples,), over batches in which all names were scored."""
         key = tuple(str(removal) for removal in gone)
         batches = [
             scores

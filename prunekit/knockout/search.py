@@ -55,6 +55,7 @@ class Scan:
             self.records.file = records if self.rank == 0 else None
         self.gpus_per_task, self.quiet = gpus_per_task, quiet or self.rank > 0 or None
         self.cluster = bool(os.environ.get("RAY_ADDRESS"))
+        self.batches: int
         [(_, self.batches)] = self._everywhere(count_batches, [job]) if self.cluster else [(job, count_batches(job))]
         self.parameters = statistics(self.checkpoint)["parameters"]
 
@@ -64,9 +65,9 @@ class Scan:
                 raise result
             yield item, result
 
-    def _gather(self, mine: list) -> list[list]:
+    def _gather(self, mine: Any) -> list[Any]:
         """What each process found, the first one's first."""
-        gathered: list[list] = [mine] * self.world
+        gathered: list[Any] = [mine] * self.world
         if self.world > 1:
             distributed.all_gather_object(gathered, mine)
         return gathered
@@ -130,14 +131,16 @@ class Scan:
         share: float,
         what: str = "race",
     ) -> tuple[list[str], set[str]]:
-        """Find the `keep` best candidates (by the loss they add, times their weight) without scoring all of them on all samples.
+        """Find the `keep` best candidates (by the loss they add, times their weight) without scoring all on all
+        samples.
 
         Successive accepts and rejects (Bubeck, Wang and Viswanathan 2013): after every few batches, a candidate whose
         paired difference to the one on the other side of the cut is over `SURE` standard errors is decided, and gets no
         more samples. Ends when all are decided, the samples are used up, or `share` of the full scan's layer runs is.
         Returns the names of the best, and of those that were left undecided.
         """
-        undecided, chosen, best = list(candidates), [], []
+        undecided, best = list(candidates), []
+        chosen: list[str] = []
         cost = {str(k): 1 + self._behind(k) for k in candidates}
         every = self._behind(Removal("vision", -1))
         full, spent = self.batches * (every + sum(cost.values())), 0
@@ -183,7 +186,7 @@ class Scan:
         return text - 1 - removal.layer if removal.stack == "text" else text + vision - 1 - removal.layer
 
     def score(self, gone: Sequence[Removal], name: str) -> dict[str, Any]:
-        """Metrics of one removal (or the baseline) per token, with the standard errors of what sets it off the baseline.
+        """Metrics of one removal (or the baseline) per token, with standard errors of what sets it off the baseline.
 
         A removal that was scored on some of the samples gets the baseline's figure on all of them and its own
         difference: so all are comparable.
@@ -191,19 +194,21 @@ class Scan:
         everything = self.records.table(gone, [BASELINE])[BASELINE]
         tokens = everything["tokens"].sum()
         result: dict[str, Any] = {}
-        errors = {}
+        errors: dict[str, float | None] = {}
         table = self.records.table(gone, [BASELINE, name])
         for metric, kind in METRICS.items():
             base = float(everything[kind].sum() / tokens)
-            difference, errors[metric] = paired(table, name, BASELINE, metric)
+            difference, error = paired(table, name, BASELINE, metric)
             result[metric] = finite(base + difference)
-            errors[metric] = finite(errors[metric])
+            errors[metric] = finite(error)
         result["samples"] = len(table[name]["tokens"])
         result["tokens"] = int(table[name]["tokens"].sum())
         return result if name == BASELINE else result | {"standard_error": errors}
 
     def layer_figures(self, gone: Sequence[Removal], name: str) -> dict[str, Any]:
-        """Block influence (1 - mean cosine of a layer's input and output, ShortGPT, 2403.03853) and share of a pass's time."""
+        """Block influence (1 - mean cosine of a layer's input and output, ShortGPT, 2403.03853), share of a pass's
+        time.
+        """
         key = tuple(str(k) for k in gone)
         found = [pair for (removed, _), pair in self.records.layers.items() if removed == key]
         influence = [part[name] for part, _ in found if name in part]
@@ -220,7 +225,7 @@ def _worst_if_nan(value: float) -> float:
 
 
 class HealedScan(Scan):
-    """A scan in which the model is healed after every cut, and each candidate's seam. Each process heals the whole model.
+    """A scan in which the model is healed after every cut, and each candidate's seam. Each process heals all of it.
 
     `calib`: the rows to heal on.
     """
@@ -275,12 +280,14 @@ def find_path(
     while True:
         scan.measure(gone, [], range(scan.batches), f"without {len(gone)} layers")
         left = scan.parameters_without(gone)
+        assert left is not None  # each of these was possible
         entry = {"removed": [str(k) for k in gone], "parameters": left, **scan.score(gone, BASELINE)}
         [answered] = scan.generate([gone], generation, generation_tokens) if generation else [None]
         path.append(entry | {"generation": answered})
         done = len(gone) == count or (target is not None and left <= target * scan.parameters)
-        after = {k: scan.parameters_without([*gone, k]) for k in candidates if k not in gone}
-        possible = [k for k, parameters in after.items() if parameters is not None]
+        without = {k: scan.parameters_without([*gone, k]) for k in candidates if k not in gone}
+        after = {k: parameters for k, parameters in without.items() if parameters is not None}
+        possible = list(after)
         if done or not possible:
             return path
         weight = {str(k): 1 / (left - after[k]) for k in possible}
@@ -294,5 +301,5 @@ def find_path(
             costs = {name: (cost - base) * weight[name] for name, cost in costs.items() if cost is not None}
             if not costs:
                 return path
-            best = min(costs, key=costs.get)
+            best = min(costs, key=costs.__getitem__)
         gone = [*gone, Removal.parse(best)]

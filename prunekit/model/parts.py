@@ -124,7 +124,8 @@ class LayerParts:
 
 
 def place(parameters: dict[str, nn.Parameter], name: str) -> tuple[nn.Parameter, Any] | None:
-    """(parameter, part of it) that a checkpoint's tensor is in memory, where experts are stacked; None if it's not there.
+    """(parameter, part of it) that a checkpoint's tensor is in memory, where experts are stacked; None if it's not
+    there.
 
     parameters: by names that are relative to what `name` is relative to.
     """

@@ -5,8 +5,8 @@
 
 --run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
 published lies elsewhere (as `swift export` writes it). A LoRA's adapter is published as an adapter folder. If --run
-holds a made_from.json (prunekit.checkpoint.provenance), the base must be the model that is in it. With --find-resume nothing is
-written: the checkpoint that an interrupted run can resume from is printed, if there is one.
+holds a made_from.json (prunekit.checkpoint.provenance), the base must be the model that is in it. With --find-resume
+nothing is written: the checkpoint that an interrupted run can resume from is printed, if there is one.
 """
 
 import copy

@@ -7,8 +7,8 @@ from helpers.paths import ROOT
 
 LIBRARY = ROOT / "prunekit"
 ORDER = (  # from below; names on one line know nothing of each other, and what is not here is a command, above all
-    ("errors",), ("rules", "arguments"), ("families",), ("msswift",), ("checkpoint",), ("model",), ("data",), ("surgery",),
-    ("report",), ("knockout", "training", "tagger"), ("serving",),
+    ("errors",), ("rules", "arguments"), ("families",), ("msswift",), ("checkpoint",), ("model",), ("data",),
+    ("surgery",), ("report",), ("knockout", "training", "tagger"), ("serving",),
 )  # fmt: skip
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 WINGS = {path.stem for path in LIBRARY.iterdir()}
