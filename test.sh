@@ -10,6 +10,7 @@ PATH=$PWD/.venv/bin:$PATH
 
 ruff check .
 ruff format --check .
+mypy
 shellcheck -x ./*.sh lib/*.sh .ci/run
 export WANDB_MODE=offline
 pytest --numprocesses 2 --dist loadfile "$@"
