@@ -1,6 +1,6 @@
 """Publish what a training run wrote as a clean checkpoint: weights, config, tokenizer, history, and nothing else.
 
-    python -m prunekit.training.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered \
+    python -m prunekit.training.publish --run runs/sft --base checkpoints/pruned --out checkpoints/recovered \\
         --stage full_run
 
 --run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
