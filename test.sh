@@ -13,4 +13,4 @@ ruff format --check .
 mypy
 shellcheck -x ./*.sh lib/*.sh .ci/run
 export WANDB_MODE=offline
-pytest --numprocesses 2 --dist loadfile "$@"
+pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
