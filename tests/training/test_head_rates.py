@@ -294,7 +294,7 @@ def trained(tmp_path_factory):
     done = subprocess.run(
         [*map(str, command)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
     )
