@@ -6,6 +6,7 @@ os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
 )
 
+import json
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,27 @@ def own(tiny, tmp_path):
         return Path(shutil.copytree(tiny(family, **kwargs), tmp_path / f"own-{family}"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Forty rows of text that the embedded model can be scored on."""
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    rows = [{"text": f"word {i * 7919 % 1000} and {'ab' * (i % 9)}"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory):
+    """Questions and answers."""
+    file = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    rows = [
+        [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * (n % 3 + 1)}]
+        for n in range(1, 13)
+    ]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return file
 
 
 @pytest.fixture

@@ -10,15 +10,6 @@ from PIL import Image
 from prunekit.knockout.trained import Training
 
 
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory):
-    """Forty rows of text that the embedded model can be scored on."""
-    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rows = [{"text": f"word {i * 7919 % 1000} and {'ab' * (i % 9)}"} for i in range(40)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Messages with images, for the embedded reader."""
