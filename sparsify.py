@@ -16,49 +16,15 @@ scores and importances need the model in memory and --calib, and so does --refit
 those that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
 """
 
-import argparse
 from pathlib import Path
 
 from prunekit.arguments import finite_float
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
-from prunekit.errors import PruneKitError, run_script
+from prunekit.errors import run_script
 from prunekit.knockout.ranking import knockout_importance, read_ranking
 from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
-from prunekit.surgery.zeros import (
-    SCOPES,
-    SCORES,
-    Wish,
-    cut_zeros,
-    parse_pattern,
-    plan_zeros,
-    say_zeros,
-    with_importance,
-)
-
-
-def wish_of(arguments: argparse.Namespace) -> Wish:
-    """What the user asks for, with defaults that depend on each other; PruneKitError where wishes contradict."""
-    scope = arguments.scope
-    if scope is None:
-        scope = "row" if arguments.score == "wanda" else "layer" if arguments.layer_importance else "global"
-    elif arguments.sparsity is None:
-        raise PruneKitError("--scope says how a --sparsity is shared out; leave it out")
-    if (arguments.layer_importance == "knockout") != bool(arguments.ranking):
-        raise PruneKitError("--layer-importance knockout and --ranking need each other")
-    needed = (
-        arguments.refit or arguments.score != "magnitude" or arguments.layer_importance in ("gradient", "activation")
-    )
-    if needed != bool(arguments.calib):
-        raise PruneKitError(
-            "this score, importance or refit needs data: --calib data/train.jsonl"
-            if needed
-            else "--calib: magnitudes and rankings need no data; leave it out"
-        )
-    pattern = parse_pattern(arguments.pattern) if arguments.pattern else None
-    return Wish(
-        arguments.threshold, arguments.sparsity, pattern, scope, arguments.score, arguments.modules, arguments.power,
-        arguments.max_sparsity, arguments.layer_importance, arguments.ranking, arguments.refit,
-    )  # fmt: skip
+from prunekit.surgery.zeros import cut_zeros, plan_zeros, say_zeros, with_importance
+from prunekit.surgery.zeros_wish import SCOPES, SCORES, wish_of
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
-from prunekit.surgery import kv_fit as kv_merge
+from prunekit.surgery import kv_fit, kv_merge
 from prunekit.surgery.kv import plan_kv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,9 +161,10 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
             data = calibrate(model, checkpoint, calib, args.ablation_tokens, 512, 1024)
             judged = {name: calibrate(model, checkpoint, files[name], args.test_tokens, 512) for name in tests}
             with contextlib.ExitStack() as patches:
-                for name in parts:
-                    patches.enter_context(mock.patch.multiple(kv_merge, **OFF[name]))
-                kv_merge.fit_kv(plan_kv(checkpoint, kv_heads, "calibrated"), model, data, refine)
+                for what, value in ((what, value) for name in parts for what, value in OFF[name].items()):
+                    module = kv_merge if hasattr(kv_merge, what) else kv_fit
+                    patches.enter_context(mock.patch.object(module, what, value))
+                kv_fit.fit_kv(plan_kv(checkpoint, kv_heads, "calibrated"), model, data, refine)
             name = f"refined, {refine} steps" if refine else f"without {part}" if part else "all"
             result[case][name] = {
                 test: score_batches(model, [*each.fit, *each.held_out]) for test, each in judged.items()
@@ -194,15 +195,15 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
     cases += [
         (f"{slow} {length}", length, value)
         for length in lengths
-        for slow, value in (("slow pairs,", kv_merge.SLOW), ("without,", -1.0))
+        for slow, value in (("slow pairs,", kv_fit.SLOW), ("without,", -1.0))
     ]
     for name, length, slow in cases:
         model = load_model(checkpoint)
         judged = {seen: calibrate(model, checkpoint, test, args.test_tokens, seen) for seen in lengths}
         if length:
             data = calibrate(model, checkpoint, train, args.ablation_tokens, length)
-            with mock.patch.object(kv_merge, "SLOW", slow):
-                kv_merge.fit_kv(plan_kv(checkpoint, 1, "calibrated"), model, data)
+            with mock.patch.object(kv_fit, "SLOW", slow):
+                kv_fit.fit_kv(plan_kv(checkpoint, 1, "calibrated"), model, data)
         result[name] = {
             str(seen): score_batches(model, [*each.fit, *each.held_out])["loss"] for seen, each in judged.items()
         }

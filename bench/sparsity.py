@@ -33,15 +33,9 @@ from prunekit.model.scores import score_batches
 from prunekit.report import style
 from prunekit.surgery import zeros_scores as weight_scores
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.zeros import (
-    Wish,
-    ZerosCut,
-    cut_zeros,
-    magnitude,
-    plan_zeros,
-    with_importance,
-)
+from prunekit.surgery.zeros import ZerosCut, cut_zeros, magnitude, plan_zeros, with_importance
 from prunekit.surgery.zeros_fit import refit
+from prunekit.surgery.zeros_wish import Wish
 from prunekit.training.zeros import DynamicSparsity, GradualPruning, KeepZeros
 from prunekit.training.zeros_settings import Dynamic, Gradual
 

@@ -86,6 +86,9 @@ KV_MERGE = [
     Mutant("size * (total @ metric / rows / metric).sqrt()", "size / metric.sqrt()"),
     Mutant("norm.weight + gain - old)", "gain)"),
     Mutant("attention.q.out_features // attention.k.out_features", "1"),
+]
+
+KV_FIT = [
     Mutant('score_batches(model, [batch])["loss"] * counted', 'score_batches(model, [batch])["loss"]'),
     Mutant("if fit.left < fit.before:", "if fit.left < math.inf:"),
     Mutant("if not after < before:", "if False:"),
@@ -104,17 +107,24 @@ KV_MERGE = [
     Mutant("tokens < needed", "tokens <= needed"),
 ]
 
-SPARSITY = [
+ZEROS_WISH = [
     Mutant("return group - kept, group", "return kept, group"),
     Mutant("if not 0 < kept < group:", "if not 0 < kept <= group:"),
+    Mutant("if len(given) != 1:", "if len(given) < 1:"),
+    Mutant("not 0 < wish.sparsity < 1:", "not 0 < wish.sparsity <= 1:"),
+    Mutant("not 0 < wish.maximum <= 1", "not 0 <= wish.maximum <= 1"),
+]
+
+ZEROS_WEIGHTS = [
     Mutant("if wanted.search(name) else None", "if wanted.fullmatch(name) else None"),
     Mutant("if modules and wanted.fullmatch(name)", "if modules and wanted.search(name)"),
     Mutant("if row.inputs_first:\n        return -2", "if row.inputs_first:\n        return -1"),
     Mutant("(shape[-1] == hidden) == reads_hidden", "(shape[-1] == hidden) != reads_hidden"),
-    Mutant("if len(given) != 1:", "if len(given) < 1:"),
-    Mutant("not 0 < wish.sparsity < 1:", "not 0 < wish.sparsity <= 1:"),
+    Mutant('"sparsity": count / chosen', '"sparsity": count / statistics(checkpoint)["parameters"]'),
+]
+
+ZEROS = [
     Mutant("if inputs % wish.pattern[1]:", "if inputs % wish.pattern[0]:"),
-    Mutant("not 0 < wish.maximum <= 1", "not 0 <= wish.maximum <= 1"),
     Mutant("(importance / largest) ** power", "(importance / largest)"),
     Mutant("max(1 - (importance", "max((importance"),
     Mutant("* sizes[i] % 1, reverse=True)", "* sizes[i] % 1)"),
@@ -130,7 +140,6 @@ SPARSITY = [
     Mutant("RowCut(budgets[name], plan.weights[name].inputs)", "RowCut(budgets[name])"),
     Mutant("RowCut(wish.pattern[0], w.inputs, wish.pattern[1])", "RowCut(wish.pattern[0], -1, wish.pattern[1])"),
     Mutant("(cuts[name].mask(k) | (k == 0)).sum()", "cuts[name].mask(k).sum()"),
-    Mutant('"sparsity": count / chosen', '"sparsity": count / parameters'),
     Mutant("sum(self.zeros.values()) - self.zeros_before", "sum(self.zeros.values())"),
     Mutant("wish.pattern[1] - wish.pattern[0]", "wish.pattern[0]"),
     Mutant("return values.abs()", "return values", equivalent="sort_keys takes magnitudes"),
@@ -400,8 +409,11 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/sides.py": (f"tests/surgery/test_sides.py {FIT_TESTS}", SIDES),
     "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
     "prunekit/surgery/kv_math.py": (KV_TESTS, KV_MATH),
-    "prunekit/surgery/kv_fit.py": (KV_TESTS, KV_MERGE),
-    "prunekit/surgery/zeros.py": (ZEROS_TESTS, SPARSITY),
+    "prunekit/surgery/kv_merge.py": (KV_TESTS, KV_MERGE),
+    "prunekit/surgery/kv_fit.py": (KV_TESTS, KV_FIT),
+    "prunekit/surgery/zeros.py": (ZEROS_TESTS, ZEROS),
+    "prunekit/surgery/zeros_weights.py": (ZEROS_TESTS, ZEROS_WEIGHTS),
+    "prunekit/surgery/zeros_wish.py": (ZEROS_TESTS, ZEROS_WISH),
     "prunekit/surgery/zeros_fit.py": (
         "tests/surgery/test_zeros_fit.py -k not (distilbert or bert or gemma3 or script or data)",
         SPARSE_FIT,

@@ -28,7 +28,7 @@ from prunekit.checkpoint import (
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, need_packages
 from prunekit.families import family_of, positions, text_value
-from prunekit.surgery.zeros import measure
+from prunekit.surgery.zeros_weights import measure
 from prunekit.tagger.rows import TOKEN_CLASSIFIER, Row, check_labels, encode, load_tokenizer, model_labels, read_rows
 from prunekit.tagger.scores import Data
 

@@ -10,32 +10,19 @@ from tqdm import tqdm
 
 from prunekit.checkpoint import (
     DTYPE_BYTES,
-    TORCH_DTYPES,
     Checkpoint,
     Heads,
     float_bytes,
     heads,
-    layer_numbers,
 )
 from prunekit.errors import PruneKitError
-from prunekit.families import Stack, configs, spot_of
+from prunekit.families import configs
 
 from .cut import Account
+from .width_parts import Part, check_shapes, find_parts, mlp_widths, narrow, neurons_key
 
 SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
 ROUND = 8  # a share of the neurons is rounded to such multiples, which matrix units like
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a layer's attention or MLP, and where heads or neurons lie in it."""
-
-    layer: int
-    role: str  # q, k, v, o; `in` and `out` of neurons
-    axis: int
-    expert: int | None = None  # whose; None: no expert's, or those of all experts in one tensor
-    stacked: bool = False  # experts are its first axis
-    halves: int = 1  # 2: gate and up, one behind the other
 
 
 @dataclass(frozen=True)
@@ -111,73 +98,6 @@ class WidthCut:
         masked += ["neurons"] * bool(plan.neurons and plan.neurons_masked)
         settings = {"score": self.score, "masked": masked} | self.settings
         return Account("width_cut", removed, self.metrics or None, settings, more)
-
-
-# --- where heads and neurons lie --------------------------------------------------------------------------------------
-
-
-def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
-    """The text stack's tensors that have an axis of heads or neurons, by name. Fused q, k and v aren't among them."""
-    family, row = checkpoint.family, checkpoint.family.text
-    hidden = configs(checkpoint.config, row)[0][family.hidden]
-    linears = {row.o: "o"} | dict.fromkeys(row.mlp[:-1], "in") | {row.mlp[-1]: "out"}
-    if row.qkv is None:
-        linears |= {row.q: "q", row.k: "k", row.v: "v"}
-    parts = {}
-    for name, tensor in checkpoint.tensors.items():
-        if not (within := row.within(name)):
-            continue
-        layer, spot = within[0], spot_of(within[1])
-        reads = spot.name == row.mlp[-1]
-        if spot.experts and (not row.experts or spot.kind == "bias"):
-            continue
-        if spot.expert is not None:
-            parts[name] = Part(layer, "out" if reads else "in", int(reads), spot.expert)
-        elif spot.stacked:
-            # Down projections are (experts, hidden, neurons), or turned, as some releases have them.
-            down = tensor if reads else checkpoint.tensors[name.replace(spot.last, row.mlp[-1].rpartition(".")[2])]
-            axis = 2 if down.shape[1] == hidden else 1
-            if reads:
-                parts[name] = Part(layer, "out", axis, stacked=True)
-            else:
-                parts[name] = Part(layer, "in", 3 - axis, stacked=True, halves=2)
-        elif (role := linears.get(spot.name)) and spot.kind == "weight":
-            rows = 1 if row.inputs_first else 0
-            parts[name] = Part(layer, role, 1 - rows if role in ("o", "out") else rows)
-        elif role in ("q", "k", "v", "in") and spot.kind == "bias":
-            parts[name] = Part(layer, role, 0)
-    return parts
-
-
-def mlp_widths(checkpoint: Checkpoint, parts: dict[str, Part]) -> dict[str, int]:
-    """Neurons of each MLP, by the config key that says so: dense layers', experts'. PruneKitError if layers differ."""
-    widths: dict[str, int] = {}
-    for name, part in parts.items():
-        if part.role == "out":
-            key = _neurons_key(checkpoint.family.text, part.stacked or part.expert is not None)
-            width = checkpoint.tensors[name].shape[part.axis]
-            if widths.setdefault(key, width) != width:
-                raise PruneKitError(f"{name}: {width} neurons, other layers have {widths[key]}; the folder is damaged")
-    return widths
-
-
-def _neurons_key(row: Stack, of_experts: bool) -> str:
-    return row.experts if of_experts and row.experts else row.width
-
-
-def narrow(array: Any, part: Part, kept: Sequence[int], unit: int = 1, zero: bool = False):
-    """An array of a part with only these heads (of `unit` rows or columns) or neurons; with `zero` the others are 0."""
-    import numpy as np
-
-    count = array.shape[part.axis] // part.halves
-    index = (np.asarray(kept, int)[:, None] * unit + np.arange(unit)).reshape(-1)
-    index = np.concatenate([index + half * count for half in range(part.halves)])
-    if not zero:
-        return array.take(index, part.axis)
-    at = tuple(index if axis == part.axis else slice(None) for axis in range(array.ndim))
-    result = np.zeros_like(array)
-    result[at] = array[at]
-    return result
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
@@ -260,7 +180,7 @@ def plan_width(
     if not cut_heads and not cut_neurons:
         raise PruneKitError("nothing to cut; name what stays with --heads, --kv-groups or --neurons")
     parts, notes = find_parts(checkpoint), []
-    _check_shapes(checkpoint, parts)
+    check_shapes(checkpoint, parts)
     heads_masked = mask or family.removable_heads == "none"
     heads_of = None
     if cut_heads:
@@ -289,29 +209,9 @@ def plan_width(
     return replace(plan, outline=replace(checkpoint, config=config, tensors=tensors))
 
 
-def _check_shapes(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
-    count, kv_count, width = heads(checkpoint)
-    wanted = {"q": count, "o": count, "k": kv_count, "v": kv_count}
-    for layer in layer_numbers(checkpoint, "text"):
-        roles = {part.role for part in parts.values() if part.layer == layer}
-        if not {"o", "in", "out"} <= roles or ("q" in roles) != ({"k", "v"} <= roles):
-            raise PruneKitError(
-                f"{checkpoint.path}: layer {layer} lacks projections of attention or MLP; the folder is damaged"
-            )
-    for name, part in parts.items():
-        tensor = checkpoint.tensors[name]
-        if tensor.dtype not in TORCH_DTYPES:
-            raise PruneKitError(f"{name}: {tensor.dtype}; only floating-point weights can be cut")
-        if part.role in wanted and tensor.shape[part.axis] != wanted[part.role] * width:
-            raise PruneKitError(
-                f"{name}: {list(tensor.shape)}, where {wanted[part.role]} heads of {width} have "
-                f"{wanted[part.role] * width}; copy or download it again"
-            )
-
-
 def _kept_number(plan: WidthPlan, part: Part) -> int | None:
     if part.role in ("in", "out"):
-        return plan.neurons.get(_neurons_key(plan.source.family.text, part.stacked or part.expert is not None))
+        return plan.neurons.get(neurons_key(plan.source.family.text, part.stacked or part.expert is not None))
     return plan.heads and (plan.heads.kv if part.role in ("k", "v") else plan.heads.query)
 
 
@@ -342,7 +242,7 @@ def keep_heads(scores, kv_count: int, number: Heads) -> tuple[list[int], list[in
 
 def keep_neurons(scores, plan: WidthPlan) -> list[list[int]]:
     """Neurons to keep of a layer's experts, or of its one MLP. scores: (experts, neurons)."""
-    number = plan.neurons[_neurons_key(plan.source.family.text, len(scores) > 1)]
+    number = plan.neurons[neurons_key(plan.source.family.text, len(scores) > 1)]
     return [best(each, number) for each in scores]
 
 

@@ -5,7 +5,6 @@ prunekit/surgery/zeros_scores.py.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,50 +14,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prunekit.checkpoint import (
-    TORCH_DTYPES,
-    Checkpoint,
-    layer_numbers,
-    statistics,
-)
+from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.families import Family, Spot, Stack, configs, spot_of
 
 from .cut import Account
+from .zeros_weights import Weight, choose_weights, count_zeros, sparsity_record
+from .zeros_wish import Wish, check_shared_out, check_wish
 
-SCORES = ("magnitude", "wanda", "gradient")
-SCOPES = ("global", "layer", "row")
 LEAST_WEIGHT = 1e-9  # of a layer in sharing out: what the others can't take goes even to the most important
 NO_GAIN = (
     "zeros in dense weight files save neither space nor time: every one is stored and multiplied. They pay where files "
     "are compressed, or with a runtime that skips them"
 )
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where a weight matrix stands in the model, and which of its axes are the inputs."""
-
-    stack: str | None = None
-    layer: int | None = None
-    inputs: int = -1
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What a user asks for; exactly one of threshold, sparsity and pattern (zeros, of) is there."""
-
-    threshold: float | None = None
-    sparsity: float | None = None
-    pattern: tuple[int, int] | None = None
-    scope: str = "global"
-    score: str = "magnitude"
-    modules: str | None = None
-    power: float = 1.0
-    maximum: float = 0.95  # of a layer, where budgets follow importance
-    importance: str | None = None  # of layers: what it comes from
-    ranking: str | None = None  # file that it is read from, if it is that of knockouts
-    refit: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +59,7 @@ class ZerosCut:
         return self.plan.source
 
     def record(self) -> dict[str, Any]:
-        return sparsity_record(self.zeros, self.plan.sizes, statistics(self.source)["parameters"])
+        return sparsity_record(self.source, self.zeros)
 
     def account(self) -> Account:
         plan, wish = self.plan, self.plan.wish
@@ -110,88 +77,10 @@ class ZerosCut:
         return Account("sparsify", removed, self.metrics or None, settings, {"sparsity": self.record()})
 
 
-def parse_pattern(text: str) -> tuple[int, int]:
-    """(zeros, group) of a pattern N:M, of which N in M neighbours are kept: (2, 4) for 2:4."""
-    numbers = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
-    kept, group = map(int, numbers.groups()) if numbers else (0, 0)
-    if not 0 < kept < group:
-        raise PruneKitError(f"--pattern {text[:40]}: write it N:M, of M neighbours N are kept, like 2:4")
-    return group - kept, group
-
-
-def _is_projection(row: Stack, spot: Spot) -> bool:
-    """Whether it is a weight of a layer's projection, or of a mixture's experts."""
-    block = row.mlp[-1].rpartition(".")[0]
-    names = {*row.mlp, f"{block}.gate_up_proj"} if spot.experts else {row.q, row.k, row.v, row.o, *row.mlp}
-    return spot.kind == "weight" and spot.name in names
-
-
-def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | None, int | None] | None]:
-    """What says of a matrix's name if it is chosen, and of which stack and layer it is (None, None: of none).
-
-    Chosen are the layers' projections in whose names the regex `modules` is found (None: all). Embeddings, output
-    heads, routers and whatever else is no layer's projection must match it from end to end. PruneKitError for a bad
-    regex.
-    """
-    try:
-        wanted = re.compile(modules or "")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise PruneKitError(f"--modules {(modules or '')[:80]!r}: not a regular expression ({error})") from None
-
-    def choose(name: str) -> tuple[str | None, int | None] | None:
-        for stack, row in family.stacks.items():
-            if (within := row.within(name)) and _is_projection(row, spot_of(within[1])):
-                return (stack, within[0]) if wanted.search(name) else None
-        return (None, None) if modules and wanted.fullmatch(name) else None
-
-    return choose
-
-
-def choose_weights(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Weight]:
-    """The weight matrices to sparsify, by name: what `chooser` chooses. PruneKitError if that is nothing."""
-    family, chosen = checkpoint.family, {}
-    choose = chooser(family, modules)
-    for stack in family.stacks:
-        layer_numbers(checkpoint, stack)  # raises if the folder is damaged
-    for name, tensor in checkpoint.tensors.items():
-        if len(tensor.shape) < 2 or not (found := choose(name)):
-            continue
-        owner, layer = found
-        axis = _input_axis(checkpoint, family.stacks[owner], name, tensor.shape) if owner else -1
-        chosen[name] = Weight(owner, layer, axis)
-        if tensor.dtype not in TORCH_DTYPES:
-            raise PruneKitError(f"{name}: has dtype {tensor.dtype}; leave it out with --modules")
-    if not chosen:
-        some = next(filter(chooser(family, None), checkpoint.tensors))
-        raise PruneKitError(f"--modules {(modules or '')[:80]!r}: matches no weight; they are named like {some}")
-    return chosen
-
-
-def _input_axis(checkpoint: Checkpoint, row: Stack, name: str, shape: tuple[int, ...]) -> int:
-    if row.inputs_first:
-        return -2
-    if len(shape) < 3:
-        return -1
-    # All experts in one: releases differ in the order of the axes, so the hidden size has to tell
-    hidden = configs(checkpoint.config, row)[0][checkpoint.family.hidden]
-    reads_hidden = spot_of(name).last != row.mlp[-1].rpartition(".")[2]
-    return -1 if (shape[-1] == hidden) == reads_hidden or shape[-1] == shape[-2] else -2
-
-
 def plan_zeros(checkpoint: Checkpoint, wish: Wish) -> ZerosPlan:
     """Plan to zero weights as wished. Raises PruneKitError for numbers out of range, wishes that contradict each other,
     and weights that don't divide into the pattern's groups. Reads no weights and writes no file."""
-    given = [name for name in ("threshold", "sparsity", "pattern") if getattr(wish, name) is not None]
-    if len(given) != 1:
-        raise PruneKitError("give one of --sparsity, --threshold and --pattern")
-    if wish.sparsity is not None and not 0 < wish.sparsity < 1:
-        raise PruneKitError(f"--sparsity {wish.sparsity}: a share of the weights, between 0 and 1")
-    if wish.threshold is not None and not 0 < wish.threshold < math.inf:
-        raise PruneKitError(f"--threshold {wish.threshold}: a positive number; scores below it become zero")
-    if not 0 < wish.maximum <= 1:
-        raise PruneKitError(f"--max-sparsity {wish.maximum}: a share of a layer's weights, above 0, at most 1")
-    if not 0 < wish.power < math.inf:
-        raise PruneKitError(f"--power {wish.power}: a positive number")
+    check_wish(wish)
     weights = choose_weights(checkpoint, wish.modules)
     if wish.pattern:
         for name, weight in weights.items():
@@ -254,12 +143,6 @@ def _layers(plan: ZerosPlan) -> dict[Any, list[str]]:
     for name, weight in plan.weights.items():
         groups[None if weight.layer is None else (weight.stack, weight.layer)].append(name)
     return groups
-
-
-def check_shared_out(wish: Wish) -> None:
-    """PruneKitError if there is no budget that layers' importance could share out."""
-    if wish.sparsity is None or wish.scope == "global":
-        raise PruneKitError("--layer-importance shares out a --sparsity by layers: --scope layer or row")
 
 
 def with_importance(plan: ZerosPlan, importance: Mapping[tuple[str, int], float]) -> ZerosPlan:
@@ -333,10 +216,7 @@ def cut_zeros(plan: ZerosPlan, scores: Scores = magnitude) -> ZerosCut:
         for name in tqdm(plan.weights, desc=what, leave=False, disable=None):
             yield name, keys_of(name)
 
-    zeros = {
-        name: int((plan.source.read(name) == 0).sum())
-        for name in tqdm(plan.weights, desc="count zeros", leave=False, disable=None)
-    }
+    zeros = count_zeros(plan.source, plan.weights)
     if wish.sparsity is not None:
         count = sum(sizes.values())
         total = math.floor(Fraction(str(wish.sparsity)) * count + Fraction(1, 2))
@@ -373,18 +253,6 @@ def cut_zeros(plan: ZerosPlan, scores: Scores = magnitude) -> ZerosCut:
     return ZerosCut(plan, replace(plan.source, tensors=tensors), zeroed, after, sum(zeros.values()))
 
 
-def sparsity_record(zeros: Mapping[str, int], sizes: Mapping[str, int], parameters: int) -> dict[str, Any]:
-    """What a history says of sparsity: zeros, their share of the chosen weights, of all parameters, and by tensor."""
-    count, chosen = sum(zeros.values()), sum(sizes.values())
-    return {
-        "zeros": count,
-        "weights": chosen,
-        "sparsity": count / chosen,
-        "of_all_parameters": count / parameters,
-        "tensors": {name: zeros[name] / sizes[name] for name in zeros},
-    }
-
-
 def say_zeros(cut: ZerosCut) -> str:
     """What became zero, for a user."""
     found = cut.record()
@@ -394,14 +262,3 @@ def say_zeros(cut: ZerosCut) -> str:
         f"{cut.zeros_before:,}); {min(shares):.1%} to {max(shares):.1%} of a tensor, "
         f"{found['of_all_parameters']:.1%} of all parameters\nnote: {NO_GAIN}"
     )
-
-
-def measure(checkpoint: Checkpoint, modules: str | None = None) -> dict[str, Any]:
-    """`sparsity_record` of what is zero in a checkpoint's chosen weights now, read a tensor at a time."""
-    weights = choose_weights(checkpoint, modules)
-    zeros = {
-        name: int((checkpoint.read(name) == 0).sum())
-        for name in tqdm(weights, desc="count zeros", leave=False, disable=None)
-    }
-    sizes = {name: math.prod(checkpoint.tensors[name].shape) for name in weights}
-    return sparsity_record(zeros, sizes, statistics(checkpoint)["parameters"])

@@ -22,7 +22,8 @@ from prunekit.model.parts import Experts, place, text_tokens
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import counted_states, final_states, logits_in_parts, model_inputs
 
-from .zeros import Scores, Weight
+from .zeros import Scores
+from .zeros_weights import Weight
 
 
 def plain_name(name: str) -> str:

@@ -29,7 +29,7 @@ from prunekit.checkpoint.provenance import data_record
 from prunekit.errors import PruneKitError, run_script
 from prunekit.report.results import read_results
 from prunekit.rules import COUNT, REAL, TEXT, Items, Keys, Values, check
-from prunekit.surgery.zeros import choose_weights, measure
+from prunekit.surgery.zeros_weights import choose_weights, measure
 
 from .zeros_settings import Gradual
 

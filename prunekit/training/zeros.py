@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from prunekit.checkpoint import read_json, write_json
 from prunekit.errors import PruneKitError
 from prunekit.families import family_of
-from prunekit.surgery.zeros import chooser
 from prunekit.surgery.zeros_pick import Cut, find_cuts, sort_keys
+from prunekit.surgery.zeros_weights import chooser
 
 from .zeros_settings import Dynamic, Gradual
 

@@ -3,7 +3,8 @@
 from prunekit.checkpoint import open_checkpoint
 from prunekit.surgery import width
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.zeros import Wish, cut_zeros, plan_zeros, with_importance
+from prunekit.surgery.zeros import cut_zeros, plan_zeros, with_importance
+from prunekit.surgery.zeros_wish import Wish
 
 
 def cut_width(folder, out, **wanted):

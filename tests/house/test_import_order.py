@@ -13,7 +13,8 @@ ORDER = (  # from below; names on one line know nothing of each other, and what 
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 WINGS = {path.stem for path in LIBRARY.iterdir()}
 WITHOUT_TORCH = [LIBRARY / "families.py", *(LIBRARY / "checkpoint").glob("*.py"), *(LIBRARY / "msswift").glob("*.py")]
-WITHOUT_TORCH += [LIBRARY / "surgery" / f"{plan}.py" for plan in ("layers", "kv", "width", "zeros")]
+PLANS = ("layers", "kv", "width", "width_parts", "zeros", "zeros_weights", "zeros_wish")
+WITHOUT_TORCH += [LIBRARY / "surgery" / f"{plan}.py" for plan in PLANS]
 
 
 def imported(nodes) -> set[str]:

@@ -24,21 +24,12 @@ from prunekit.model.load import load_model
 from prunekit.model.offload import on_disk
 from prunekit.model.replay import find_stack, in_memory, record_calls
 from prunekit.model.scores import score_batches
-from prunekit.surgery import kv_fit as kv_merge
+from prunekit.surgery import kv_fit
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.kv import cut_kv, plan_kv
-from prunekit.surgery.kv_fit import (
-    Attention,
-    enter,
-    fit_kv,
-    fold_before_norm,
-    gather,
-    merge_layer,
-    original_attention,
-    plan_layer,
-    refine,
-)
+from prunekit.surgery.kv_fit import enter, fit_kv, original_attention, refine
 from prunekit.surgery.kv_math import as_pairs, choose_groups, partitions, rotation, shared_basis, shared_keys, turned
+from prunekit.surgery.kv_merge import Attention, fold_before_norm, gather, merge_layer, plan_layer
 from prunekit.surgery.sides import Sides
 
 SHARED = [family for family in FAMILIES if ROWS[family].kv_heads]
@@ -507,7 +498,7 @@ def test_where_nothing_is_missing_nothing_moves(tiny):
 @torch.no_grad()
 def test_an_output_that_is_not_better_refitted_stays(tiny, monkeypatch):
     monkeypatch.setattr(Sides, "fit", lambda *_, **__: SimpleNamespace(left=2.0, before=1.0, apply=lambda: 1 / 0))
-    assert kv_merge.fit_output(SimpleNamespace(fit=Sides.fit, row=ROWS["llama"].text), 0, []) == 1.0
+    assert kv_fit.fit_output(SimpleNamespace(fit=Sides.fit, row=ROWS["llama"].text), 0, []) == 1.0
 
 
 def test_the_loss_behind_is_a_mean_over_tokens_not_over_batches(tiny):
@@ -534,15 +525,15 @@ def test_padding_is_not_merged_for(tiny):
 @torch.no_grad()
 def test_attention_makes_up_for_half_of_what_comes_in_wrong(tiny, monkeypatch):
     came, entered, wanted = [], [], []
-    original, came_in, fit = kv_merge.original_attention, kv_merge.enter, kv_merge.fit_output
+    original, came_in, fit = kv_fit.original_attention, kv_fit.enter, kv_fit.fit_output
 
     def behind(sides, number, states):
         wanted.append([state.clone() for state in states])
         return fit(sides, number, states)
 
-    monkeypatch.setattr(kv_merge, "original_attention", lambda *a: came.append(original(*a)) or came[-1])
-    monkeypatch.setattr(kv_merge, "enter", lambda *a: entered.append(came_in(*a)) or entered[-1])
-    monkeypatch.setattr(kv_merge, "fit_output", behind)
+    monkeypatch.setattr(kv_fit, "original_attention", lambda *a: came.append(original(*a)) or came[-1])
+    monkeypatch.setattr(kv_fit, "enter", lambda *a: entered.append(came_in(*a)) or entered[-1])
+    monkeypatch.setattr(kv_fit, "fit_output", behind)
     merge(tiny("llama"), 1)
     assert len(wanted) == 5
     for number in (1, 3):
@@ -560,7 +551,7 @@ def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatc
             tried.append(Attention(sides.layers[number], sides.row, Heads(8, 1, 16)).q.weight.clone())
             return 1.0 if (len(tried) % 2 == 1) == better else 2.0
 
-        monkeypatch.setattr(kv_merge, "fit_output", missing)
+        monkeypatch.setattr(kv_fit, "fit_output", missing)
         _, model = merge(tiny("qwen3"), 1)
         kept = [layer.self_attn.q_proj.weight for layer in model.model.layers]
         assert all(torch.equal(one, two) for one, two in zip(kept, tried[0 if better else 1 :: 2]))
@@ -568,8 +559,8 @@ def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatc
 
 @torch.no_grad()
 def test_slow_are_the_pairs_that_turn_by_a_radian_at_the_most(tiny, monkeypatch):
-    seen, collect = [], kv_merge.gather
-    monkeypatch.setattr(kv_merge, "gather", lambda *a: seen.append(a[-1]) or collect(*a))
+    seen, collect = [], kv_fit.gather
+    monkeypatch.setattr(kv_fit, "gather", lambda *a: seen.append(a[-1]) or collect(*a))
     _, model = merge(tiny("llama"), 1)
     rates = model.model.rotary_emb.inv_freq
     assert seen[0].tolist() == (rates * 11 <= 1).tolist() and 0 < seen[0].sum() < len(rates)

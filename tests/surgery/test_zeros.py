@@ -18,17 +18,10 @@ from prunekit.checkpoint import history, open_checkpoint
 from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.surgery import zeros_scores as weight_scores
-from prunekit.surgery.zeros import (
-    Wish,
-    allocate,
-    choose_weights,
-    cut_zeros,
-    measure,
-    parse_pattern,
-    plan_zeros,
-    with_importance,
-)
+from prunekit.surgery.zeros import allocate, cut_zeros, plan_zeros, with_importance
 from prunekit.surgery.zeros_pick import find_cuts, sort_keys
+from prunekit.surgery.zeros_weights import choose_weights, measure
+from prunekit.surgery.zeros_wish import Wish, parse_pattern
 
 DECODERS = ["llama", "qwen3_moe", "gemma3_text", "gpt2"]
 ENCODERS = ["bert", "roberta", "camembert", "distilbert"]

@@ -20,8 +20,9 @@ from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.surgery import zeros_fit as sparse_fit
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.zeros import Wish, cut_zeros, plan_zeros
+from prunekit.surgery.zeros import cut_zeros, plan_zeros
 from prunekit.surgery.zeros_fit import fit_rows, refit
+from prunekit.surgery.zeros_wish import Wish
 
 FAMILIES = ["llama", "qwen3_moe", "gemma3_text", "gpt2", "qwen2", "bert", "distilbert"]
 

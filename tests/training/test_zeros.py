@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.surgery.zeros import choose_weights
+from prunekit.surgery.zeros_weights import choose_weights
 from prunekit.training import zeros as sparse_training
 from prunekit.training.zeros import (
     MASKS,
