@@ -28,6 +28,9 @@ HEAL=${HEAL:-}                      # 1: choose that set with its seams healed o
 GENERATE=${GENERATE:-0}             # also answer so many rows without each finalist: token_acc hides a collapse
 GENERATE_TOKENS=${GENERATE_TOKENS:-64} # of an answer; what is cut there counts as wrong, and is warned of
 
+BY=${BY:-}                          # a column of the rows (skill, source): score each of its groups of rows, too
+GATE=${GATE:-mean}                  # worst: by the group that loses most, instead of the mean of all rows
+
 SCAN_ARGS=(
   --tokens 65536                    # of VAL_DATASET, 0: all
   --max-length 4096
@@ -56,6 +59,9 @@ need_number GENERATE 0
 need_number GENERATE_TOKENS 1
 [ -z "$HEAL" ] || [ -z "${RAY_ADDRESS:-}" ] || die "HEAL=$HEAL: works on one machine; unset RAY_ADDRESS"
 need_switch RACE HEAL
+need GATE 'mean|worst' "choose mean or worst"
+[ "$GATE" = mean ] || [ -n "$BY" ] || die "GATE=$GATE: worst of which groups? Set BY to a column of the rows"
+[ "$GATE" = mean ] || [ -z "$RACE" ] || die "GATE=$GATE: needs every removal scored on every row; leave out RACE"
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
 processes=$PROCESSES
 if [ -n "${RAY_ADDRESS:-}" ]; then
@@ -79,7 +85,7 @@ if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT/scan" ] && [ ! -d "$OUTPUT/trained" ] && 
 fi
 claim_work
 setup_wandb
-LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS")
+LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS" ${BY:+--by "$BY" --gate "$GATE"})
 if [ "$MODE" != train ]; then
   [ -z "${RAY_ADDRESS:-}" ] || processes=1
   run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \

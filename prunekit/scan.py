@@ -3,10 +3,12 @@
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/knockout/scan
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --race --greedy 8
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --processes 8
+    python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --by skill --gate worst
 
 Writes OUT/scan.json: token_acc, loss, KL, block influence, parameters and time saved by each removal; with --greedy the
 path of sets. Every measurement is a line of OUT/records.jsonl at once, so the same command continues an interrupted
-scan. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with
+scan. With --by COLUMN each group of rows that have the same there is scored, too; --gate worst goes by the group that
+keeps least. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with
 RAY_ADDRESS set the nodes of a Ray cluster do, but for --heal, which refuses it.
 """
 
@@ -25,11 +27,12 @@ from prunekit.arguments import device, natural, positive_int, share
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.data.batches import read_calibration
+from prunekit.data.groups import FEW, groups_of
 from prunekit.data.rows import Rows, check_answered
 from prunekit.errors import PruneKitError, run_script
 from prunekit.knockout import cluster
-from prunekit.knockout.ranking import finalists
-from prunekit.knockout.removal import BASELINE, Removal, knockout_parser, list_removals
+from prunekit.knockout.ranking import finalists, kept_shares, worst_group
+from prunekit.knockout.removal import BASELINE, WORST, Removal, knockout_parser, list_removals
 from prunekit.knockout.scanner import Job, encoder_for, rows_of
 from prunekit.knockout.search import CRITERION, HealedScan, Scan, find_path
 from prunekit.model.load import check_causal
@@ -84,6 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.heal != bool(args.calib) or (args.heal and not (args.greedy or args.target_params)):
         parser.error("--heal needs --calib, and --greedy or --target-params")
+    if args.gate == WORST and (args.race or not args.by):
+        parser.error("--gate worst needs --by, and every removal scored on every row: leave out --race")
     if os.environ.get("RAY_ADDRESS"):
         if args.heal:
             parser.error("--heal works on one machine: unset RAY_ADDRESS")
@@ -108,13 +113,15 @@ def run_scan(args: argparse.Namespace) -> None:
     job = Job(
         args.model, args.dataset, args.tokens or None, args.max_length, args.batch_tokens, args.race,
         not args.no_suffix,
-        device, args.dtype, args.model_type, args.template,
+        device, args.dtype, args.model_type, args.template, args.by,
     )  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     calib = read_calibration(args.calib) if args.calib else None
     if calib and any(k.stack == "vision" for k in candidates) and not any(row.get("images") for row in calib):
         raise PruneKitError(f"--calib {args.calib}: no row has an image, to heal vision blocks on; or --vision none")
     rows = rows_of(job)
+    if args.by:
+        groups_of(rows, args.by, FEW)
     if args.generate:
         if "text" in rows[0]:
             raise PruneKitError(
@@ -123,8 +130,9 @@ def run_scan(args: argparse.Namespace) -> None:
         for number, row in enumerate(rows[: args.generate], 1):
             check_answered(f"dataset {args.dataset} row {number}", row)
     encoder_for(job)  # the tokenizer is there, model type and template are known
-    # How it is computed, and where things lie: the model goes by its fingerprint
-    ignored = ("model", "out", "gpus_per_task", "device", "processes")
+    # How it is computed, and where things lie: the model goes by its fingerprint. Samples are scored one by one: they
+    # can be grouped again.
+    ignored = ("model", "out", "gpus_per_task", "device", "processes", "by", "gate")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     settings |= {
         "fingerprint": fingerprint(checkpoint),
@@ -158,7 +166,7 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib:
         best, undecided = scan.race([], candidates, args.best, {str(k): 1.0 for k in candidates}, args.race_share)
     else:
         scan.measure([], candidates, range(scan.batches), "scan")
-    result = describe(scan, candidates, best, undecided)
+    result = describe(scan, candidates, best, undecided, args.gate)
     answers = args.generate, args.generate_tokens
     if args.generate:
         chosen = result["best"][: args.best]
@@ -171,7 +179,7 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib:
         if calib:
             searched = HealedScan(job, args.out / "records-healed.jsonl", calib, args.calib_tokens)
         race_share = args.race_share if args.race and not calib else None
-        path = find_path(searched, candidates, args.greedy, args.target_params, race_share, *answers)
+        path = find_path(searched, candidates, args.greedy, args.target_params, race_share, *answers, args.gate)
         result["greedy"] = {
             "healed": args.heal,
             "criterion": f"{CRITERION} per parameter saved",
@@ -180,7 +188,9 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib:
     return result
 
 
-def describe(scan: Scan, candidates: Sequence[Removal], best: list[str] | None, undecided: set[str]) -> dict[str, Any]:
+def describe(
+    scan: Scan, candidates: Sequence[Removal], best: list[str] | None, undecided: set[str], gate: str
+) -> dict[str, Any]:
     """The content of scan.json."""
     removals = []
     for removal in candidates:
@@ -204,8 +214,14 @@ def describe(scan: Scan, candidates: Sequence[Removal], best: list[str] | None, 
         "baseline": {**scan.score([], BASELINE), "parameters": scan.parameters},
         "removals": removals,
         "greedy": None,
-    }
+    } | ({"by": scan.job.by, "gate": gate} if scan.job.by else {})
     return result | {"best": best or finalists(result, None)}
+
+
+def _worst(entry: dict[str, Any], base: dict[str, Any]) -> str:
+    kept = kept_shares(entry, base)
+    group = worst_group(kept)
+    return f"  worst: {group} keeps {kept[group]:.1%}" if group else ""
 
 
 def print_scan(result: dict[str, Any]) -> None:
@@ -224,12 +240,13 @@ def print_scan(result: dict[str, Any]) -> None:
             f"{entry['standard_error']['loss'] or 0:.4f}"
             f"  KL {entry['kl']:.4f}  {entry['parameters_saved'] / base['parameters']:.1%} of the parameters"
             + (f"  exact match {answered['exact_match']:.3f}" if answered else "")
+            + _worst(entry, base)
             + ("" if entry["decided"] else "  (undecided)")
         )
     for entry in (result["greedy"] or {}).get("path", [])[1:]:
         print(
             f"without {' '.join(entry['removed'])}: token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f}"
-            f"  {entry['parameters'] / base['parameters']:.1%} of the parameters left"
+            f"  {entry['parameters'] / base['parameters']:.1%} of the parameters left{_worst(entry, base)}"
         )
     entries = [*result["removals"], *(result["greedy"] or {}).get("path", [])]
     answered = [entry["generation"] for entry in entries if entry["generation"]]

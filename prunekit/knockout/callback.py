@@ -1,11 +1,17 @@
-"""The callback of plugins/knockout_layers.py: ms-swift trains a model from which it has cut layers in memory."""
+"""Callbacks of knockouts: ms-swift trains a model from which it has cut layers in memory, and scores groups of rows."""
 
 import gc
+import json
 import os
+from typing import Any
 
 from swift.callbacks.base import TrainerCallback
+from swift.dataset import LazyLLMDataset
+from transformers import Trainer
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.data.groups import group_of
+from prunekit.data.rows import iterate
 from prunekit.errors import PruneKitError
 from prunekit.surgery.in_memory import cut
 
@@ -27,3 +33,25 @@ class KnockoutLayers(TrainerCallback):
         except ValueError as error:  # another tuner has wrapped it
             raise PruneKitError(f"{error}: knock layers out with --tuner_type full or lora") from None
         gc.collect()
+
+
+class GroupScores(TrainerCallback):
+    """Logs token_acc and loss of each group of validation rows when a training ends, by ms-swift's own evaluation.
+
+    PRUNEKIT_BY: JSON, the column and the rows' files. W&B has them as eval/GROUP_token_acc and eval/GROUP_loss.
+    """
+
+    def on_train_end(self, args, state, control, **kwargs):
+        column, *files = json.loads(os.environ["PRUNEKIT_BY"])
+        trainer = self.trainer
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for file in files:
+            for _, row in iterate(file):
+                groups.setdefault(group_of(row, column), []).append(row)
+        args.dataloader_persistent_workers = False  # or the loader that there is serves again, whatever it is to load
+        for name, rows in groups.items():
+            loader = trainer.get_eval_dataloader(LazyLLMDataset(rows, trainer.template.encode))
+            loss = trainer.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics["eval_loss"]
+            found = trainer.compute_custom_metrics(trainer.custom_metrics["eval"])
+            # ms-swift's own would add the metrics that were just reset
+            Trainer.log(trainer, {f"eval_{name}_loss": loss, f"eval_{name}_token_acc": found["token_acc"]})

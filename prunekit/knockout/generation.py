@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunekit.data.answers import generate, score_answers
+from prunekit.data.groups import group_of
 
 from .removal import Removal
 from .scanner import Job, encoder_for, finite, load_scanner, rows_of
@@ -31,6 +32,13 @@ def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[lis
     answers = [""] * len(samples)
     for share_, (part, _) in enumerate(parts):
         answers[share_ :: len(parts)] = part
-    scores = {key: finite(value) for key, value in score_answers(answers, samples, {}).items()}
+
+    def scored(group: str | None = None) -> dict[str, Any]:
+        mine = [i for i, row in enumerate(samples) if group is None or group_of(row, str(job.by)) == group]
+        found = score_answers([answers[i] for i in mine], [samples[i] for i in mine], {})
+        return {key: finite(value) for key, value in found.items()} | {"samples": len(mine)}
+
+    groups = sorted({group_of(row, job.by) for row in samples}) if job.by else []
     cut = sum(part for _, part in parts)
-    return scores | {"samples": len(samples), "n_cut": cut, "max_new_tokens": tokens}
+    by_group = {"groups": {group: scored(group) for group in groups}} if groups else {}
+    return scored() | {"n_cut": cut, "max_new_tokens": tokens} | by_group

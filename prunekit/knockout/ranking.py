@@ -15,7 +15,7 @@ from prunekit.errors import PruneKitError
 from prunekit.rules import FLAG, LAYER, REAL, Items, Keys, Rule, check
 from prunekit.surgery.layers import MOST_LAYERS, MOST_SHARE
 
-from .removal import BASELINE, NAME, STACKS, Removal, plan_without
+from .removal import BASELINE, MEAN, NAME, STACKS, WORST, Removal, plan_without
 
 HIGHER_IS_CHEAPER = ("token_acc",)  # of the predictors; of the others (loss, kl, block_influence) lower is
 NESTED = ("standard_error", "generation", "trained")  # in a removal: None, or a dict
@@ -126,18 +126,21 @@ def build_ranking(
     model: str,
     settings: dict[str, Any],
     fingerprint: str | None = None,
+    by: str | None = None,
+    gate: str = MEAN,
 ) -> dict[str, Any]:
     """The content of ranking.json, from a fast scan's result (None: there was none) and the trained knockouts'.
 
     Every removal gets `relative`, its share of the baseline's token_acc: after training if it was trained, like the
     baseline, else as scanned. It is None for what failed or has no number. Trained removals come first, best first;
     then the others, cheapest by the scan's predictor first; at the end those without `relative`. `fingerprint` is the
-    model's: the ranking holds for no other.
+    model's: the ranking holds for no other. `by` is the column whose values group the rows: every removal then has the
+    same of each of its `groups`, and the name of the `worst_group`, which by the gate `worst` says what `relative` is.
     """
     scan, trained = _finite(scan), _finite(trained)
     runs = {record["name"]: record for record in trained}
     trained_baseline = runs.pop(BASELINE, None)
-    trained_acc = trained_baseline["token_acc"] if trained_baseline and not trained_baseline["error"] else None
+    trained_whole = trained_baseline if trained_baseline and not trained_baseline["error"] else None
     baseline = {**(scan["baseline"] if scan else {}), "trained": trained_baseline}
     found = {entry["name"]: entry for entry in scan["removals"]} if scan else {}
     for name, record in runs.items():
@@ -147,22 +150,23 @@ def build_ranking(
     removals = []
     for name, entry in found.items():
         run = runs.get(name)
-        scanned = _share(entry.get("token_acc"), baseline.get("token_acc"))
-        after = _share(run["token_acc"] if run else None, trained_acc)
+        scanned, after = kept_shares(entry, baseline), kept_shares(run, trained_whole)
+        best = scanned if after[None] is None else after
         error = entry["error"] or (run and run["error"])
         if run and not error and run["token_acc"] is None:
             error = "its training ended without a number"
-        known = after is not None or _cost(scan, entry) is not None
+        known = after[None] is not None or _cost(scan, entry) is not None
         removals.append(
             entry
             | {
                 "error": error,
                 "finalist": run is not None,
                 "trained": run,
-                "relative_scanned": scanned,
-                "relative_trained": after,
-                "relative": (scanned if after is None else after) if known and not error else None,
+                "relative_scanned": _gated(scanned, gate),
+                "relative_trained": _gated(after, gate),
+                "relative": _gated(best, gate) if known and not error else None,
             }
+            | (_of_groups(entry, best, relative_scanned=scanned, relative_trained=after) if by else {})
         )
     removals.sort(key=lambda entry: _order(scan, entry))
 
@@ -176,8 +180,8 @@ def build_ranking(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "baseline": baseline,
         "removals": removals,
-        "greedy": scan and scan.get("greedy") and _with_shares(scan["greedy"], scan["baseline"]),
-    }
+        "greedy": scan and scan.get("greedy") and _with_shares(scan["greedy"], scan["baseline"], gate),
+    } | ({"by": by, "gate": gate} if by else {})
 
 
 def finalists(scan: dict[str, Any], count: int | None) -> list[str]:
@@ -207,18 +211,19 @@ def find_bend(points: Sequence[tuple[float, float]]) -> int | None:
     return bend if heights[bend] >= LEAST_BEND else None
 
 
-def _with_shares(greedy: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+def _with_shares(greedy: dict[str, Any], baseline: dict[str, Any], gate: str) -> dict[str, Any]:
     """A greedy path with each point's shares of the baseline, and where it bends."""
     path = [
         point
         | {
-            "relative": _share(point["token_acc"], baseline["token_acc"]),
+            "relative": _gated(kept := kept_shares(point, baseline), gate),
             "parameters_share": _share(point["parameters"], baseline["parameters"]),
         }
+        | (_of_groups(point, kept) if "groups" in point else {})
         for point in greedy["path"]
     ]
-    measured = [index for index, point in enumerate(path) if point["token_acc"] is not None]
-    bend = find_bend([(path[index]["parameters"], path[index]["token_acc"]) for index in measured])
+    measured = [index for index, point in enumerate(path) if point["relative"] is not None]
+    bend = find_bend([(path[index]["parameters"], path[index]["relative"]) for index in measured])
     return greedy | {"path": path, "bend": None if bend is None else measured[bend]}
 
 
@@ -235,11 +240,46 @@ def _share(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None
 
 
+Kept = dict[str | None, float | None]  # shares of the baseline's token_acc: of all rows by None, of groups by name
+
+
+def kept_shares(found: dict[str, Any] | None, baseline: dict[str, Any] | None) -> Kept:
+    """What a score, a removal's or a path's, keeps of the baseline's."""
+    found, baseline = found or {}, baseline or {}
+    whole = baseline.get("groups", {})
+    return {None: _share(found.get("token_acc"), baseline.get("token_acc"))} | {
+        group: _share(scores["token_acc"], whole[group]["token_acc"] if group in whole else None)
+        for group, scores in found.get("groups", {}).items()
+    }
+
+
+def worst_group(kept: Kept) -> str | None:
+    """The group that keeps least; None without groups that the baseline gets anything of right."""
+    known = {group: share for group, share in kept.items() if group is not None and share is not None}
+    return min(known, key=known.__getitem__, default=None)
+
+
+def _gated(kept: Kept, gate: str) -> float | None:
+    return kept[worst_group(kept) if gate == WORST else None]
+
+
+def _of_groups(entry: dict[str, Any], kept: Kept, **more: Kept) -> dict[str, Any]:
+    """A removal's groups with their shares, and which of them is the worst."""
+    shares = more | {"relative": kept}
+    groups = {
+        group: entry.get("groups", {}).get(group, {}) | {name: each.get(group) for name, each in shares.items()}
+        for group in sorted(group for group in kept if group is not None)
+    }
+    return {"groups": groups, "worst_group": worst_group(kept)}
+
+
 def _cost(scan: dict[str, Any] | None, entry: dict[str, Any]) -> float | None:
     """What the scan's predictor says of a removal, so that less is cheaper."""
     if not scan:
         return None
     value = entry.get(scan["predictor"])
+    if scan.get("gate") == WORST:
+        value = _gated(kept_shares(entry, scan["baseline"]), WORST)
     return -value if value is not None and scan["predictor"] in HIGHER_IS_CHEAPER else value
 
 

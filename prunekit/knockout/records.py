@@ -1,17 +1,18 @@
 """What a scan has measured: records.jsonl, and differences of removals in it."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prunekit.data.groups import ratio
 from prunekit.errors import PruneKitError
 
 from .removal import Removal
 
+Table = dict[str, dict[str, np.ndarray]]  # by name and kind, (samples,)
 KINDS = ("right", "loss", "kl", "tokens")  # of a sample's scores
 METRICS = {"token_acc": "right", "loss": "loss", "kl": "kl"}  # and what of a sample they are means of
 
@@ -67,14 +68,10 @@ class Records:
                 lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._take(record)
 
-    def table(self, gone: Sequence[Removal], names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    def table(self, gone: Sequence[Removal], names: Sequence[str]) -> Table:
         """By name: `right`, `loss`, `kl`, `tokens`, each (samples,), over batches in which all names were scored."""
         key = tuple(str(removal) for removal in gone)
-        batches = [
-            scores
-            for (removed, _), scores in sorted(self.scores.items())
-            if removed == key and all(name in scores for name in names)
-        ]
+        batches = [self.scores[key, index] for index in self.batches(gone, names)]
         return {
             name: {
                 kind: np.array([value for scores in batches for value in scores[name][kind]], dtype=float)
@@ -83,13 +80,17 @@ class Records:
             for name in names
         }
 
+    def batches(self, gone: Sequence[Removal], names: Sequence[str]) -> list[int]:
+        """The batches in which all names were scored, in the order of a table's samples."""
+        key = tuple(str(removal) for removal in gone)
+        return [
+            index
+            for (removed, index), scores in sorted(self.scores.items())
+            if removed == key and all(name in scores for name in names)
+        ]
 
-def paired(table: dict[str, dict[str, np.ndarray]], one: str, other: str, metric: str) -> tuple[float, float]:
+
+def paired(table: Table, one: str, other: str, metric: str) -> tuple[float, float]:
     """(difference of a metric per token, one less other; its standard error), over the same samples."""
     kind = METRICS[metric]
-    difference, tokens = table[one][kind] - table[other][kind], table[one]["tokens"]
-    mean = float(difference.sum() / tokens.sum())
-    rest = difference - mean * tokens
-    count = len(rest)
-    error = math.sqrt(float((rest**2).sum()) * count / max(count - 1, 1)) / float(tokens.sum())
-    return mean, error if count > 1 else math.inf
+    return ratio(table[one][kind] - table[other][kind], table[one]["tokens"])

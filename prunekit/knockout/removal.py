@@ -13,6 +13,7 @@ from prunekit.surgery.layers import LayersPlan, parse_numbers, plan_layers
 
 BASELINE = "baseline"  # the whole model, among the names of removals
 STACKS = ("text", "vision")
+MEAN, WORST = GATES = "mean", "worst"  # whose quality makes a removal cheap: all rows', the worst group's of them
 NAME = re.compile(r"(text|vision)-(\d{2,5})", re.ASCII)
 
 
@@ -81,4 +82,6 @@ def knockout_parser(description: str | None, what: str) -> Parser:
     parser.add_argument("--out", type=Path, required=True, help=f"folder of the {what}; an unfinished one is continued")
     parser.add_argument("--text", default="all", help="text layers: all, none, or like 0-3,10 (default: all)")
     parser.add_argument("--vision", default="all", help="vision blocks, likewise")
+    parser.add_argument("--by", metavar="COLUMN", help="score each group of rows, too: by skill, source, task, ...")
+    parser.add_argument("--gate", choices=GATES, default=MEAN, help="what counts: all rows, or the worst group of --by")
     return parser

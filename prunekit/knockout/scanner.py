@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint
 from prunekit.data.batches import draw_rows, into_batches, read_calibration
 from prunekit.data.encode import Encoder, encoder_of
+from prunekit.data.groups import FEW, group_of
 from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
 from prunekit.families import configs
@@ -32,6 +34,7 @@ from .removal import BASELINE, Removal, plan_without
 LIKELIEST = 64  # tokens of the unpruned output whose probabilities the KL compares one by one
 STATE_BYTES = 128 << 20  # for kept states, or a tenth of the weights if that is more
 FAIR_BATCHES = 32
+GROUP = "prunekit_group"  # of a row, beside what the model gets of it
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Job:
     dtype: str | None = None
     model_type: str | None = None
     template: str | None = None
+    by: str | None = None  # a column of the rows: scores by groups of them, too
 
 
 @dataclass
@@ -85,10 +89,19 @@ def _strip_suffix(labels: list[int], suffix: list[int]) -> list[int]:
 
 
 class Scanner:
-    """A causal model and batches of its samples in memory, with labels (-100: not counted)."""
+    """A causal model and batches of its samples in memory, with labels (-100: not counted).
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, batches: list[dict[str, Any]]):
-        self.checkpoint, self.model, self.batches = checkpoint, model, batches
+    `groups`: those of each batch's samples, by the job's column.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        batches: list[dict[str, Any]],
+        groups: Sequence[list[str]] = (),
+    ):
+        self.checkpoint, self.model, self.batches, self.groups = checkpoint, model, batches, groups
         self.references: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         self.state_bytes = max(STATE_BYTES, weights // 10) // len(checkpoint.family.stacks)
@@ -293,17 +306,31 @@ def load_scanner(job: Job) -> Scanner:
     checkpoint, encoder = open_checkpoint(job.model), encoder_for(job)
     model = load_model(checkpoint, job.device, job.dtype)
     encoder.see(model)
-    items = draw_rows(rows_of(job), encoder.encode, job.max_tokens)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any] | None:
+        item = encoder.encode(row)
+        return item | {GROUP: group_of(row, job.by)} if item and job.by else item
+
+    items = draw_rows(rows_of(job), encode, job.max_tokens)
     if not job.counts_suffix and encoder.template:
         suffix = encoder.template._encode_context_list(encoder.template.template_meta.suffix)[0]
         items = [item | {"labels": _strip_suffix(item["labels"], suffix)} for item in items]
     items = [item for item in items if any(label != -100 for label in item["labels"][1:])]
     if not items:
         raise PruneKitError(f"dataset {job.dataset}: no row of at most {job.max_length} tokens has an answer to score")
+    if job.by:
+        counts = Counter(item[GROUP] for item in items)
+        for name in sorted({group_of(row, job.by) for row in rows_of(job)}):
+            if counts[name] < FEW:
+                raise PruneKitError(
+                    f"dataset {job.dataset}: {job.by} {name!r} has {counts[name]} of the {len(items)} rows within "
+                    f"--tokens {job.max_tokens or 0} and --max-length {job.max_length}, too few to score: raise them"
+                )
     if job.fair_batches:
         size = -(-len(items) // FAIR_BATCHES)
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
     else:
         chunks = [items]
     groups = [group for chunk in chunks for group in into_batches(chunk, job.batch_tokens)]
-    return Scanner(checkpoint, model, [dict(encoder.collate(group)) for group in groups])
+    names = [[item.pop(GROUP, "") for item in group] for group in groups]
+    return Scanner(checkpoint, model, [dict(encoder.collate(group)) for group in groups], names)

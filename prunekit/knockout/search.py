@@ -1,24 +1,27 @@
 """Searches among removals: all of them, a race for the best, a greedy path; here, by processes, or on a Ray cluster."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import distributed
 from tqdm import tqdm
 
 from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
 from prunekit.data.batches import calibrate
+from prunekit.data.groups import ratio
 from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
 
 from . import cluster
 from .generation import answer_without, score_generation
 from .healed import HealedScanner
-from .records import METRICS, Records, paired
-from .removal import BASELINE, Removal, plan_without
+from .records import METRICS, Records, Table, paired
+from .removal import BASELINE, MEAN, WORST, Removal, plan_without
 from .scanner import Job, finite, load_scanner
 
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
@@ -33,8 +36,9 @@ def measure_batch(item: tuple[Job, tuple[Removal, ...], tuple[Removal, ...], int
     return {"gone": [str(removal) for removal in gone], "batch": index, **found}
 
 
-def count_batches(job: Job) -> int:
-    return len(load_scanner(job).batches)
+def groups_of_batches(job: Job) -> Sequence[list[str]]:
+    """Of each batch the groups of its samples, "" without a column to group by."""
+    return load_scanner(job).groups
 
 
 class Scan:
@@ -55,8 +59,11 @@ class Scan:
             self.records.file = records if self.rank == 0 else None
         self.gpus_per_task, self.quiet = gpus_per_task, quiet or self.rank > 0 or None
         self.cluster = bool(os.environ.get("RAY_ADDRESS"))
-        self.batches: int
-        [(_, self.batches)] = self._everywhere(count_batches, [job]) if self.cluster else [(job, count_batches(job))]
+        self.groups: Sequence[list[str]]
+        [(_, self.groups)] = (
+            self._everywhere(groups_of_batches, [job]) if self.cluster else [(job, groups_of_batches(job))]
+        )
+        self.batches = len(self.groups)
         self.parameters = statistics(self.checkpoint)["parameters"]
 
     def _everywhere(self, function: Callable, items: list) -> Iterator[tuple[Any, Any]]:
@@ -189,15 +196,31 @@ class Scan:
         """Metrics of one removal (or the baseline) per token, with standard errors of what sets it off the baseline.
 
         A removal that was scored on some of the samples gets the baseline's figure on all of them and its own
-        difference: so all are comparable.
+        difference: so all are comparable. With a column to group by, `groups` has the same of each group's samples.
         """
-        everything = self.records.table(gone, [BASELINE])[BASELINE]
-        tokens = everything["tokens"].sum()
+        whole, own = self._tables(gone, [BASELINE]), self._tables(gone, [BASELINE, name])
+        figures = {group: self._figures(name, whole[group], own[group]) for group in whole}
+        return figures.pop(None) | ({"groups": figures} if figures else {})
+
+    def _tables(self, gone: Sequence[Removal], names: Sequence[str]) -> dict[str | None, Table]:
+        """What was measured of these names, by None, and each group's part of it, by the group's name."""
+        table = self.records.table(gone, names)
+        tables: dict[str | None, Table] = {None: table}
+        if self.job.by:
+            groups = np.array([group for batch in self.records.batches(gone, names) for group in self.groups[batch]])
+            for group in sorted({group for batch in self.groups for group in batch}):
+                tables[group] = {
+                    name: {kind: values[groups == group] for kind, values in kinds.items()}
+                    for name, kinds in table.items()
+                }
+        return tables
+
+    def _figures(self, name: str, whole: Table, table: Table) -> dict[str, Any]:
+        """Those of `score`; `whole` has the baseline's samples, `table` those that `name` was scored on, too."""
         result: dict[str, Any] = {}
         errors: dict[str, float | None] = {}
-        table = self.records.table(gone, [BASELINE, name])
         for metric, kind in METRICS.items():
-            base = float(everything[kind].sum() / tokens)
+            base, _ = ratio(whole[BASELINE][kind], whole[BASELINE]["tokens"])
             difference, error = paired(table, name, BASELINE, metric)
             result[metric] = finite(base + difference)
             errors[metric] = finite(error)
@@ -261,6 +284,15 @@ class HealedScan(Scan):
             self.records.add({"gone": list(key), "batch": index, **found[0], "scores": scores})
 
 
+def _spent(found: dict[str, Any], uncut: dict[str, Any], gate: str) -> float:
+    """What a path adds to the loss, by the gate `worst` to that of the group that it adds most to; NaN if one is."""
+    pairs = [(found, uncut)]
+    if gate == WORST:
+        pairs = [(scores, uncut["groups"][group]) for group, scores in found["groups"].items()]
+    losses = [(after[CRITERION], before[CRITERION]) for after, before in pairs]
+    return math.nan if None in itertools.chain(*losses) else max(after - before for after, before in losses)
+
+
 def find_path(
     scan: Scan,
     candidates: Sequence[Removal],
@@ -269,19 +301,22 @@ def find_path(
     race_share: float | None,
     generation: int = 0,
     generation_tokens: int = 64,
+    gate: str = MEAN,
 ) -> list[dict[str, Any]]:
     """Remove what costs least loss per parameter saved, scan again, and so on: the greedy path.
 
-    Ends after `count` removals, at `target` of the parameters, or where nothing more can go. With `race_share` each
-    choice is a race for the best one. Entries: `removed` (names), `parameters`, metrics of the model so cut.
+    By the gate `worst` a set costs what it adds to the loss of that group of rows which loses most by it. Ends after
+    `count` removals, at `target` of the parameters, or where nothing more can go. With `race_share` each choice is a
+    race for the best one. Entries: `removed` (names), `parameters`, metrics of the model so cut.
     """
     gone: list[Removal] = []
-    path = []
+    path: list[dict[str, Any]] = []
     while True:
         scan.measure(gone, [], range(scan.batches), f"without {len(gone)} layers")
         left = scan.parameters_without(gone)
         assert left is not None  # each of these was possible
-        entry = {"removed": [str(k) for k in gone], "parameters": left, **scan.score(gone, BASELINE)}
+        score = scan.score(gone, BASELINE)
+        entry = {"removed": [str(k) for k in gone], "parameters": left, **score}
         [answered] = scan.generate([gone], generation, generation_tokens) if generation else [None]
         path.append(entry | {"generation": answered})
         done = len(gone) == count or (target is not None and left <= target * scan.parameters)
@@ -296,9 +331,9 @@ def find_path(
             [best], _ = scan.race(gone, possible, 1, weight, race_share, what)
         else:
             scan.measure(gone, possible, range(scan.batches), what)
-            base = scan.score(gone, BASELINE)[CRITERION]
-            costs = {str(k): scan.score(gone, str(k))[CRITERION] for k in possible}
-            costs = {name: (cost - base) * weight[name] for name, cost in costs.items() if cost is not None}
+            base = _spent(score, path[0], gate)
+            costs = {str(k): _spent(scan.score(gone, str(k)), path[0], gate) for k in possible}
+            costs = {name: (cost - base) * weight[name] for name, cost in costs.items() if not math.isnan(cost)}
             if not costs:
                 return path
             best = min(costs, key=costs.__getitem__)

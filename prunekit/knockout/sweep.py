@@ -21,10 +21,12 @@ from prunekit.arguments import natural, positive_int
 from prunekit.checkpoint import open_checkpoint, read_json
 from prunekit.checkpoint.provenance import made_from
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
+from prunekit.data.batches import read_calibration
+from prunekit.data.groups import FEW, groups_of
 from prunekit.errors import PruneKitError, run_script
 
 from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
-from .removal import BASELINE, Removal, knockout_parser, list_removals
+from .removal import BASELINE, MEAN, WORST, Removal, knockout_parser, list_removals
 from .trained import Run, Sweep, Training, run_name
 
 OURS = {"scan", "trained", "ranking.json", "ranking.csv", "ranking.png", "greedy.png", "curves.png"}
@@ -50,6 +52,8 @@ def read_scan(file: Path) -> dict[str, Any]:
             if str(Removal(entry["stack"], int(entry["layer"]))) != entry["name"]:
                 raise ValueError
             entry["error"], entry["decided"], entry["generation"]
+            for scores in entry.get("groups", {}).values():
+                check(scores | {"parameters": None})
         for point in (scan["greedy"] or {"path": []})["path"]:
             check(point)
             " ".join(point["removed"])
@@ -71,18 +75,20 @@ def choose_runs(runs: list[Run], scan: dict[str, Any] | None, count: int | None)
     return [chosen[name] for name in (BASELINE, *best) if name in chosen]
 
 
-def sweep_all(sweep: Sweep, runs: list[Run], scan: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+def sweep_all(
+    sweep: Sweep, runs: list[Run], scan: dict[str, Any] | None, out: Path, gate: str = MEAN
+) -> dict[str, Any]:
     """Do every run that isn't done; returns the ranking, which is on disk after every run."""
     results = sweep.finished(runs)
     todo = [run for run in runs if run_name(run) not in results]
     if results:
         print(f"{len(results)} of {len(runs)} runs are done already")
-    settings = {"swift": list(sweep.training.arguments), "scan": scan and scan["settings"]}
-    model = sweep.training.model
-    of = fingerprint(open_checkpoint(model))
+    training = sweep.training
+    settings = {"swift": list(training.arguments), "scan": scan and scan["settings"]}
+    of = fingerprint(open_checkpoint(training.model))
 
     def write() -> dict[str, Any]:
-        ranking = build_ranking(scan, list(results.values()), str(model), settings, of)
+        ranking = build_ranking(scan, list(results.values()), str(training.model), settings, of, training.by, gate)
         write_ranking(out, ranking)
         return ranking
 
@@ -122,6 +128,8 @@ def main() -> None:
         help="on a Ray cluster (RAY_ADDRESS), instead of --gpus and --jobs",
     )
     args = parser.parse_args(own)
+    if args.gate == WORST and not args.by:
+        parser.error("--gate worst needs --by")
 
     checkpoint = open_checkpoint(args.model)
     runs: list[Run] = [None, *list_removals(checkpoint, args.text, args.vision)]
@@ -137,6 +145,14 @@ def main() -> None:
         scan = read_scan(args.out / "scan" / "scan.json")
         if scan["settings"]["fingerprint"] != model:
             raise PruneKitError(f"{args.out}: holds a scan of another model; choose another OUT or remove it")
+        if (scan.get("by"), scan.get("gate", MEAN)) != (args.by, args.gate):
+            raise PruneKitError(f"{args.out}: holds a scan by other groups or another gate: scan again (MODE=scan)")
+    data = made_from(swift)
+    validation = [record["path"] for record in data.get("val_dataset", ())]
+    if args.by and not validation:
+        raise PruneKitError(f"--by {args.by}: needs rows to group: give --val_dataset (VAL_DATASET)")
+    for name in validation if args.by else ():
+        groups_of(read_calibration(name), args.by, FEW)
     runs = choose_runs(runs, scan, args.finalists)
     training = Training(
         checkpoint.path,
@@ -144,24 +160,29 @@ def main() -> None:
         args.out / "trained",
         tuple(swift),
         args.group,
+        args.by,
+        tuple(validation),
     )
     with contextlib.ExitStack() as held:
         if runs:
             # On other numbers of GPUs the same flags are other batches
             each = args.gpus_per_task if on_cluster else len(gpus) // args.jobs
-            data = {name: found for name, found in made_from(swift).items() if name != "model"}
+            data.pop("model", None)
             settings = {"fingerprint": model, "swift": swift, "data": data, "gpus_per_run": each}
+            settings |= {"by": args.by} if args.by else {}
             held.enter_context(claim_folder(training.out, settings, "sweep of knockouts"))
             shutil.rmtree(training.out / "work", ignore_errors=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        ranking = sweep_all(Sweep(training, gpus, args.jobs, args.gpus_per_task), runs, scan, args.out)
+        ranking = sweep_all(Sweep(training, gpus, args.jobs, args.gpus_per_task), runs, scan, args.out, args.gate)
         shutil.rmtree(training.out / "work", ignore_errors=True)
     pictures = [args.out / name for name in ("ranking.png", "greedy.png", "curves.png") if (args.out / name).exists()]
     log_to_wandb(ranking, pictures, args.group)
     print(f"wrote {args.out / 'ranking.json'}, ranking.csv and {', '.join(path.name for path in pictures)}")
     for entry in ranking["removals"]:
         if entry["relative_trained"] is not None:
-            print(f"{entry['name']:>10}  {entry['relative_trained']:7.1%} of the baseline's token_acc, trained")
+            group = entry.get("worst_group")
+            worst = f"; worst: {group} {entry['groups'][group]['relative']:.1%}" if group else ""
+            print(f"{entry['name']:>10}  {entry['relative_trained']:7.1%} of the baseline's token_acc, trained{worst}")
     if (greedy := ranking["greedy"]) and greedy["bend"] is not None:
         print(f"the greedy curve bends behind {' '.join(greedy['path'][greedy['bend']]['removed'])}")
     trained = [ranking["baseline"]["trained"], *(entry["trained"] for entry in ranking["removals"])]

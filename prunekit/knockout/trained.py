@@ -8,6 +8,7 @@ with RAY_ADDRESS set one or the other on any node of a Ray cluster.
 import argparse
 import contextlib
 import ctypes
+import json
 import math
 import multiprocessing
 import os
@@ -39,11 +40,12 @@ from .removal import BASELINE, Removal, plan_without
 
 OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)")
+GROUP = re.compile("eval_(.+)_token_acc")  # of a log: what GroupScores writes of each group
 PLUGIN = """
-from prunekit.knockout.callback import KnockoutLayers
+from prunekit.knockout.callback import GroupScores, KnockoutLayers
 from swift.callbacks import callbacks_map
 
-callbacks_map["knockout_layers"] = KnockoutLayers
+callbacks_map |= {"knockout_layers": KnockoutLayers, "group_scores": GroupScores}
 """
 
 
@@ -158,11 +160,17 @@ def read_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
     `error` is None, or says that a loss or token_acc of the last evaluation is no number; all that is none is None.
     """
     curve = [record for record in log if "eval_token_acc" in record]
+    groups = {
+        match[1]: {"token_acc": _finite(value), "loss": _finite(record[f"eval_{match[1]}_loss"])}
+        for record in log
+        for key, value in record.items()
+        if (match := GROUP.fullmatch(key))
+    }
     if not curve:
         raise RuntimeError("the run ended without an evaluation: is eval_steps at most max_steps?")
     last = {"loss": curve[-1]["eval_loss"], "token_acc": curve[-1]["eval_token_acc"]}
     wrong = [name for name, value in last.items() if not math.isfinite(value)]
-    return {
+    return ({"groups": groups} if groups else {}) | {
         "token_acc": _finite(last["token_acc"]),
         "loss": _finite(last["loss"]),
         "curve": [
@@ -188,6 +196,8 @@ class Training:
     out: Path
     arguments: tuple[str, ...]  # for `swift sft`
     group: str  # in W&B
+    by: str | None = None  # a column of the validation rows: token_acc and loss by groups of them, too
+    validation: tuple[str, ...] = ()  # their files, where `by` is given
 
     def result(self, run: Run, gpus: list[str]) -> dict[str, Any]:
         """Train and measure: the run's record. A run that fails has an "error" in it, and raises nothing."""
@@ -219,12 +229,18 @@ class Training:
         environment = os.environ | {"WANDB_RUN_GROUP": self.group}
         for name in OF_TORCHRUN:
             environment.pop(name, None)
+        callbacks = []
         if run:
-            plugin = work / "knockout_layers.py"
+            callbacks.append("knockout_layers")
+            environment["PRUNEKIT_REMOVE"] = str(run)
+        if self.by:
+            callbacks.append("group_scores")
+            environment["PRUNEKIT_BY"] = json.dumps([self.by, *self.validation])
+        if callbacks:
+            plugin = work / "knockout_callbacks.py"
             plugin.write_text(PLUGIN)
             arguments = merged_flag(arguments, "--external_plugins", str(plugin))
-            arguments = merged_flag(arguments, "--callbacks", "knockout_layers")
-            environment["PRUNEKIT_REMOVE"] = str(run)
+            arguments = merged_flag(arguments, "--callbacks", *callbacks)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
             environment["NPROC_PER_NODE"] = str(len(gpus))  # torchrun takes a free port

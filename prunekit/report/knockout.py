@@ -1,5 +1,6 @@
 """Pictures of a ranking: what each removal costs, the greedy path, the curves of trained knockouts."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
     """What removing each layer leaves of the baseline's token_acc, a panel per stack, with lines at 95% and 90%.
 
     Bars are what the scan found, with its standard error, and diamonds what was left after the training; bars are
-    trained values where there was no scan. What leaves less than 60% is a stub with its number.
+    trained values where there was no scan. What leaves less than 60% is a stub with its number. Of a ranking by groups
+    of rows a map below says what each removal leaves of each group; by its gate `worst` bars are the worst group's.
     """
     from matplotlib.lines import Line2D
 
@@ -24,7 +26,12 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
         sorted((r for r in ranking["removals"] if r["stack"] == stack), key=lambda r: r["layer"]) for stack in stacks
     ]
     widths = [max(3.6, 0.14 * len(removals)) for removals in by_stack]
-    figure, axes = new_figure(len(stacks), 1.5 + sum(widths), 3.6, width_ratios=widths)
+    groups = sorted(ranking["removals"][0]["groups"]) if ranking.get("by") else []
+    heights = [3.6, 0.7 + 0.2 * len(groups)] if groups else [3.6]
+    figure, axes = new_figure(
+        len(stacks), 1.5 + sum(widths) + (1.2 if groups else 0), sum(heights), len(heights),
+        width_ratios=widths, height_ratios=heights,
+    )  # fmt: skip
     scanned_any = any(removal["relative_scanned"] is not None for removal in ranking["removals"])
     trained_any = any(removal["relative_trained"] is not None for removal in ranking["removals"])
     baseline = ranking["baseline"] if scanned_any else ranking["baseline"]["trained"]
@@ -52,9 +59,10 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
                     position, top - floor, bottom=floor, color=share_colour(bar), width=0.72,
                     hatch="" if bar > floor else "/////", edgecolor="white", linewidth=0,
                 )  # fmt: skip
-                error = (removal.get("standard_error") or {}).get("token_acc")
+                scores, whole = _behind(removal, ranking)
+                error = (scores.get("standard_error") or {}).get("token_acc")
                 if scanned_any and error and bar > floor:
-                    error /= baseline["token_acc"]
+                    error /= whole["token_acc"]
                     axis.errorbar(position, bar, error, color=INK, linewidth=0.8)
                     top += error
             if diamond is not None:
@@ -85,18 +93,62 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
         axis.grid(axis="x", visible=False)
         axis.set_title(f"{stack} {'layers' if stack == 'text' else 'blocks'}")
         axis.set_xlabel("removed, not trained (± standard error)" if scanned_any else "removed, then trained briefly")
+    if groups:
+        _draw_groups(figure, axes[1], by_stack, groups, baseline["groups"], scanned_any, floor)
     if scanned_any and trained_any:
         mark = Line2D([], [], marker="D", linestyle="", markersize=5, color="white", markeredgecolor=INK)
         axes[0][-1].legend([mark], ["after a brief training"], frameon=False, fontsize=8, loc="lower right",
                            bbox_to_anchor=(1, 1), borderaxespad=0.2)  # fmt: skip
-    axes[0][0].set_ylabel(
-        f"{_token_acc(ranking)}\nshare of the baseline's ({baseline['token_acc']:.3f})", linespacing=1.4
-    )
+    of = f"the baseline's ({baseline['token_acc']:.3f})"
+    if ranking.get("gate") == "worst":
+        of = f"the baseline's, of the worst {ranking['by']}"
+    axes[0][0].set_ylabel(f"{_token_acc(ranking)}\nshare of {of}", linespacing=1.4)
     save_figure(figure, path)
 
 
+def _behind(removal: dict[str, Any], ranking: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The scanned scores that a removal's bar is of, and the baseline's."""
+    whole = ranking["baseline"]
+    if ranking.get("gate") != "worst":
+        return removal, whole
+    shares = {name: group["relative_scanned"] for name, group in removal["groups"].items()}
+    worst = min(shares, key=lambda name: math.inf if shares[name] is None else shares[name])
+    return removal["groups"][worst], whole["groups"][worst]
+
+
+def _draw_groups(figure, axes, by_stack, groups: list[str], whole: dict[str, Any], scanned: bool, floor: float) -> None:
+    """What each removal (columns, as the bars above) leaves of each group of rows, the darker the less."""
+    import matplotlib
+    import numpy as np
+
+    colours = matplotlib.colormaps["OrRd_r"].with_extremes(bad=GRID)
+    key = "relative_scanned" if scanned else "relative_trained"
+    for axis, removals in zip(axes, by_stack):
+        shares = [[removal["groups"].get(group, {}).get(key) for removal in removals] for group in groups]
+        image = axis.imshow(
+            np.array(shares, float), cmap=colours, vmin=floor, vmax=1, aspect="auto", interpolation="nearest"
+        )
+        for place, row in enumerate(shares if len(removals) <= 16 else ()):
+            for position, share in enumerate(row):
+                if share is not None:
+                    ink = "white" if share < floor + 0.4 * (1 - floor) else INK
+                    axis.text(position, place, f"{share * 100:.0f}", ha="center", va="center", fontsize=7, color=ink)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_xlim(-0.6, len(removals) - 0.4)
+        axis.grid(visible=False)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    axes[0].set_yticks(range(len(groups)), [f"{group} ({whole[group]['token_acc']:.3f})" for group in groups])
+    axes[0].tick_params(length=0)
+    figure.colorbar(image, ax=axes[-1], label="share of its own", format=lambda value, _: f"{value:.0%}", aspect=8)
+
+
 def draw_greedy(ranking: dict[str, Any], path: Path) -> None:
-    """Quality against the parameters kept along the greedy path; what went at each point stands above it."""
+    """Quality against the parameters kept along the greedy path; what went at each point stands above it.
+
+    A thin line is a group of rows'.
+    """
     greedy, baseline = ranking["greedy"], ranking["baseline"]
     points = [point for point in greedy["path"] if point["token_acc"] is not None]
     width = max(6.0, 1.4 + 0.2 * len(points))
@@ -106,6 +158,11 @@ def draw_greedy(ranking: dict[str, Any], path: Path) -> None:
     axis.plot(
         kept, [point["token_acc"] for point in points], color=LINES[0], marker="o", markersize=4, label="token_acc"
     )  # fmt: skip
+    groups = sorted(points[0].get("groups", {}))
+    for colour, group in zip(itertools.cycle(COOL[2:]), groups):
+        axis.plot(
+            kept, [point["groups"][group]["token_acc"] for point in points], color=colour, linewidth=0.9, label=group
+        )  # fmt: skip
     generated = [point for point in points if (point["generation"] or {}).get("exact_match") is not None]
     if generated:
         axis.plot(
@@ -148,7 +205,7 @@ def draw_greedy(ranking: dict[str, Any], path: Path) -> None:
     how = "healed after each removal" if greedy["healed"] else "not trained"
     axis.set_xlabel(f"parameters kept, {how}; above: what goes at each point")
     axis.set_ylabel(_token_acc(ranking))
-    axis.legend(edgecolor="none", fontsize=8, loc="lower left")
+    axis.legend(edgecolor="none", fontsize=8, loc="lower left", ncols=1 + len(groups) // 4)
     save_figure(figure, path)
 
 

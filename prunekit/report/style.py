@@ -11,8 +11,8 @@ PALE = "#c5cad3"
 LINES = ("#2f6fb0", "#c8553d", "#2a9d8f", "#8a5fb0")
 
 
-def new_figure(columns: int, width: float, height: float, **layout: Any):
-    """A figure in our style, of one row of panels, in inches, and its axes (1, columns); `layout` is the grid's."""
+def new_figure(columns: int, width: float, height: float, rows: int = 1, **layout: Any):
+    """A figure in our style, in inches, and the axes of its panels (rows, columns); `layout` is the grid's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +26,7 @@ def new_figure(columns: int, width: float, height: float, **layout: Any):
             "axes.titlelocation": "left", "axes.titlesize": 10,
         }
     )  # fmt: skip
-    return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained", gridspec_kw=layout)
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", gridspec_kw=layout)
 
 
 def save_figure(figure, path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import transformers as hf
@@ -31,7 +32,7 @@ def texter(tmp_path_factory):
     hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT | KV4 | {"vocab_size": 300})).save_pretrained(folder / "model")
     hf.AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(folder / "model")
     rows = [
-        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * n}]}
+        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b" * n}], "skill": n % 2}
         for n in range(1, 9)
     ]
     data = folder / "data.jsonl"
@@ -73,6 +74,18 @@ def test_a_knockout_trains_a_lora_and_keeps_the_users_callbacks(reader, tmp_path
     assert result["error"] is None
     assert (tmp_path / "seen").read_text().split()[1] == "7"
     assert "Peft" in (tmp_path / "seen").read_text()
+
+
+@pytest.mark.parametrize("run", [None, Removal("text", 2)], ids=str)
+def test_a_training_ends_with_each_groups_scores_as_if_its_rows_were_all_there_are(texter, tmp_path, run):
+    data = Path(texter.arguments[-1])
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text("".join(f"{row}\n" for row in data.read_text().splitlines() if json.loads(row)["skill"]))
+    grouped = replace(texter, by="skill", validation=(str(data),)).result(run, [])
+    alone = replace(texter, arguments=(*texter.arguments, "--val_dataset", str(odd))).result(run, [])
+    assert grouped["groups"].keys() == {"0", "1"}
+    assert grouped["groups"]["1"] == pytest.approx({key: alone[key] for key in ("token_acc", "loss")}, rel=1e-5)
+    assert len(grouped["curve"]) == len(alone["curve"]) == 2 and grouped["training"] == alone["training"]
 
 
 def test_no_temporary_checkpoint_is_left(reader):
