@@ -16,9 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers.bad_input import Tries, link
 from helpers.lab import Lab
 from helpers.paths import ROOT
 from helpers.tiny_models import save
+from helpers.tiny_taggers import save_tagger
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
 
 # Started with nohup or in the background, these are ignored, and what the tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,6 +81,41 @@ def answers(tmp_path_factory):
     ]
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture
+def linked(tiny, tmp_path):
+    """linked(family): a folder of that family's files as hard links, to be changed by helpers.bad_input.put."""
+    return lambda family: link(tiny(family), tmp_path / "model")
+
+
+@pytest.fixture
+def pruned(tiny, tmp_path):
+    """A vision model that was cut, with its history."""
+    plan = plan_layers(open_checkpoint(tiny("qwen3_vl")), text=[3], vision=[2])
+    write_cut(cut_layers(plan), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tries(tmp_path, monkeypatch):
+    """Command lines with something wrong, in an empty folder; figures are drawn, not rendered: that takes long."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.touch())
+    return Tries(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tagger(tmp_path_factory):
+    """tagger(family): the folder of a tiny token classifier, made on first use. Read only."""
+    root, made = tmp_path_factory.mktemp("taggers"), {}
+
+    def folder(family: str):
+        if family not in made:
+            made[family] = save_tagger(family, root / family)
+        return made[family]
+
+    return folder
 
 
 @pytest.fixture

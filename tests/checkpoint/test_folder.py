@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from helpers.checkpoints import JSON, QUICK, copy_whole, refused, weights
+from helpers.anything import JSON, QUICK
+from helpers.checkpoints import copy_whole, refused, weights
 from helpers.tiny_models import load
 from hypothesis import given
 from hypothesis import strategies as st

@@ -5,7 +5,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import JSON, QUICK, entry, weights, write_raw
+from helpers.anything import JSON, QUICK
+from helpers.checkpoints import entry, weights, write_raw
 from helpers.tiny_models import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st

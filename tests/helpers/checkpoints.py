@@ -1,18 +1,14 @@
-"""Checkpoints whole, by hand, compared; what a header or an index could hold."""
+"""Checkpoints copied, made by hand, compared, refused."""
 
 import json
 import struct
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from prunekit.checkpoint import open_checkpoint, write_checkpoint
 from prunekit.errors import PruneKitError
-
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def copy_whole(source, out, **kwargs):
@@ -44,10 +40,3 @@ def write_raw(file, header, data=b""):
 
 def entry(begin, end, shape=None, dtype="U8"):
     return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.paths import ROOT
 from helpers.tiny_models import load
-from helpers.tiny_taggers import save_tagger, save_tokenizer, write_rows
+from helpers.tiny_taggers import save_tokenizer, write_rows
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
@@ -38,18 +38,16 @@ ROWS = [list(range(5, 30)), list(range(40, 47)), list(range(20, 33))]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tagger, tmp_path_factory):
     """served(family, format): a tiny token classifier in that format, and the checkpoint it was made from."""
     root, made = tmp_path_factory.mktemp("served"), {}
 
     def folders(family, form):
-        if family not in made:
-            made[family] = save_tagger(family, root / family)
         if (family, form) not in made:
             out = root / f"{family}-{form}"
-            deploy(open_checkpoint(made[family]), out, form)
+            deploy(open_checkpoint(tagger(family)), out, form)
             made[family, form] = out
-        return made[family, form], made[family]
+        return made[family, form], tagger(family)
 
     return folders
 

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from helpers.paths import ROOT
 from helpers.tiny_models import load
-from helpers.tiny_taggers import FAMILIES, LABELS, LETTERS, save_tagger, save_tokenizer, write_rows
+from helpers.tiny_taggers import FAMILIES, LABELS, LETTERS, save_tokenizer, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -34,19 +34,6 @@ from prunekit.training.publish import publish
 pytestmark = pytest.mark.usefixtures("plain_trainer")
 
 QUICK = ("--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", 8)
-
-
-@pytest.fixture(scope="session")
-def tagger(tmp_path_factory):
-    """tagger(family): the folder of a tiny token classifier, made on first use. Read only."""
-    root, made = tmp_path_factory.mktemp("taggers"), {}
-
-    def folder(family: str):
-        if family not in made:
-            made[family] = save_tagger(family, root / family)
-        return made[family]
-
-    return folder
 
 
 @pytest.fixture(scope="session")
