@@ -400,7 +400,8 @@ PUBLISH = [
 
 FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
 KV_TESTS = (
-    "tests/surgery/test_kv_fit.py -k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
+    "tests/surgery/test_kv_math.py tests/surgery/test_kv_merge.py tests/surgery/test_kv_fit.py "
+    "-k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
     "gpt2 or bert or disk or generation or averaged or merging)"
 )
 ZEROS_TESTS = (

@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, build, head_dim_of, load, logits, text_config
+from helpers.kv_heads import SHARED
+from helpers.tiny_models import build, head_dim_of, load, logits, text_config
 from safetensors.torch import load_file, save_file
 
-from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.checkpoint import open_checkpoint, statistics
 from prunekit.errors import PruneKitError
-from prunekit.families import FAMILIES as ROWS
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.kv import cut_kv, merge_heads, plan_kv
 
-SHARED = [family for family in FAMILIES if ROWS[family].kv_heads]
 PROJECTIONS = (".self_attn.k_proj.", ".self_attn.v_proj.")
 
 
@@ -125,15 +124,11 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
         plan_kv(open_checkpoint(folder), 2)
 
 
-def test_script_cuts_and_records_history(tiny, tmp_path, script):
-    done = script("kv_cut.py", "--model", tiny("qwen3_vl"), "--out", tmp_path / "out", "--kv-heads", 1)
-    assert done.returncode == 0, done.stderr
-    (entry,) = history(tmp_path / "out")
-    assert entry["kv_bytes_per_token"] * 4 == entry["kv_bytes_per_token_before"]
-    assert entry["settings"] == {"kv_heads": 1, "method": "mean"}
-
-
-def test_script_ends_with_one_line_on_bad_input(tiny, tmp_path, script):
-    done = script("kv_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--kv-heads", 3)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --kv-heads 3: the model has 2 KV heads; choose one of 1\n"
+def test_heads_that_are_rotated_in_part_are_refused(own):
+    folder = own("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["partial_rotary_factor"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PruneKitError, match="partial_rotary_factor"):
+        plan_kv(open_checkpoint(folder), 1, "calibrated")
+    plan_kv(open_checkpoint(folder), 1, "mean")
