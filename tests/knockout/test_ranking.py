@@ -498,6 +498,11 @@ def test_a_ranking_of_another_model_is_refused(tiny):
         chosen(tiny, ranking_of(("text", 20, 1.0)))
 
 
+def test_the_layer_behind_a_models_last_is_one_that_it_has_not(tiny):
+    with pytest.raises(PruneKitError, match="has a text-05, the model has not"):
+        chosen(tiny, ranking_of(("text", 5, 1.0)))
+
+
 def test_the_script_drops_what_a_ranking_says(tiny, tmp_path, script):
     (tmp_path / "ranking.json").write_text(json.dumps(ranking_of(("text", 3, 1.0))))
     done = script("manual_select.py", "--model", tiny("qwen3_vl"), "--out", tmp_path / "out",
