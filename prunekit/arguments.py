@@ -86,3 +86,19 @@ def new_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
     return path
+
+
+def is_file(path: str | Path) -> bool:
+    """Path.is_file; False for a name that is too long, too."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Path.is_dir; False for a name that is too long, too."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False

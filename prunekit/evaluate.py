@@ -22,7 +22,7 @@ from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
 from prunekit.msswift.extend import load_plugins
-from prunekit.msswift.line import check_names, check_rewards
+from prunekit.msswift.names import check_names, check_rewards
 
 
 def _reward(text: str) -> tuple[str, float]:

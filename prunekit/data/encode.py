@@ -10,7 +10,7 @@ from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
 from prunekit.msswift.extend import load_plugins
-from prunekit.msswift.line import check_names
+from prunekit.msswift.names import check_names
 
 from .rows import Rows, images_of, problem_of_image
 from .templates import check_tokenizer_files, load_template, tokenizer_errors

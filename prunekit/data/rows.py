@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from prunekit.arguments import is_file
 from prunekit.checkpoint.provenance import DataDigest
 from prunekit.errors import PruneKitError
 
@@ -40,13 +41,6 @@ class Rows(list[dict[str, Any]]):
         if digest:
             self.record = digest.record(self.name)
         return self
-
-
-def is_file(path: str | Path) -> bool:
-    try:
-        return Path(path).is_file()
-    except OSError:  # a name that is too long
-        return False
 
 
 def locate(name: str | Path) -> tuple[Path, int | None]:

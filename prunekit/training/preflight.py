@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from prunekit.arguments import Parser, natural, positive_float
+from prunekit.arguments import Parser, is_file, natural, positive_float
 from prunekit.checkpoint import (
     Checkpoint,
     check_out,
@@ -43,11 +43,12 @@ from prunekit.checkpoint import (
 )
 from prunekit.checkpoint.provenance import check_base
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.rows import ROWS_CHECKED, check_messages, is_file, iterate, locate
+from prunekit.data.rows import ROWS_CHECKED, check_messages, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX
-from prunekit.msswift.line import check_line, check_names, check_rewards, parse
+from prunekit.msswift.line import check_line, parse
+from prunekit.msswift.names import check_names, check_rewards
 
 from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
 

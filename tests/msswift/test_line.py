@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
 from prunekit.msswift import line as swift_line
-from prunekit.msswift.line import CLASSES, check_line, check_names, parse, parser
+from prunekit.msswift.line import CLASSES, check_line, parse, parser
+from prunekit.msswift.names import check_names
+from prunekit.msswift.source import set_in
 
 PLUGINS = ROOT / "plugins"
 GRPO = ["--rlhf_type", "grpo", "--per_device_train_batch_size", "8"]
@@ -90,7 +92,7 @@ def test_names_of_models_templates_and_tuners_are_those_that_swift_registers():
         check_names(name, None, plugins)
     for name in TEMPLATE_MAPPING:
         check_names(None, name, plugins)
-    tuners = swift_line._set_in("arguments/base_args/base_args.py", "get_supported_tuners")
+    tuners = set_in("arguments/base_args/base_args.py", "get_supported_tuners")
     assert tuners | tuners_map.keys() == get_supported_tuners()
 
 

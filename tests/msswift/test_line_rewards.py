@@ -4,7 +4,7 @@ import pytest
 from helpers.paths import ROOT
 
 from prunekit.errors import PruneKitError
-from prunekit.msswift.line import check_rewards
+from prunekit.msswift.names import check_rewards
 
 
 @pytest.mark.parametrize(
