@@ -1,45 +1,32 @@
 """Short trainings of a model without one of its layers: planned, run side by side or on a cluster, recorded.
 
-A run trains the whole checkpoint with the layer cut in memory (callback.py), in a process of its own:
-on a CPU a fork of a server that has ms-swift imported already, on GPUs one `swift sft` for each group of GPUs, and
-with RAY_ADDRESS set one or the other on any node of a Ray cluster.
+A run trains the whole checkpoint with the layer cut in memory (callback.py), in a process of its own (processes.py),
+with RAY_ADDRESS set on any node of a Ray cluster.
 """
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Generator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
-
-import psutil
 
 from prunekit.checkpoint import open_checkpoint, read_json, statistics, write_json
 from prunekit.checkpoint.training_run import read_log
 from prunekit.errors import PruneKitError
 
 from . import cluster
+from .processes import run_swift, share_out, side_by_side
 from .removal import BASELINE, Removal, plan_without
 
-OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
-EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)")
 GROUP = re.compile("eval_(.+)_token_acc")  # of a log: what GroupScores writes of each group
 PLUGIN = """
 from prunekit.knockout.callback import GroupScores, KnockoutLayers
@@ -65,84 +52,6 @@ def merged_flag(arguments: list[str], flag: str, *values: str) -> list[str]:
     parser.add_argument(flag, flag.replace("_", "-"), nargs="*", action="extend", default=[], dest="given")
     found, others = parser.parse_known_args(arguments)
     return [*others, flag, *dict.fromkeys([*values, *found.given])]
-
-
-def _end_descendants(*_: Any) -> None:
-    """Kill all that descends from this process, and leave."""
-    while descendants := psutil.Process().children(recursive=True):
-        for process in descendants:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(descendants, timeout=1)
-    os._exit(1)
-
-
-def _end_with_parent() -> None:
-    """Wait for the death of the process that asked for this one, then end this one: the fork server outlives that."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    _end_descendants()
-
-
-def _enter(environment: dict[str, str], log: str) -> None:
-    """Begin a run's process: its environment, its output into its log, and its end.
-
-    SIGTERM ends it with all its descendants, and so does the sweep's death, be it by kill -9. Ctrl-C is the sweep's.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_descendants)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if sys.platform == "linux":
-        pr_set_child_subreaper = 36  # orphans among the descendants become children of this process
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
-    os.environ.clear()
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-
-
-def _train_in_this_process(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """Body of a forked process: ms-swift is imported already, so a run starts at once."""
-    _enter(environment, log)
-    try:
-        import torch
-        from swift import sft_main
-
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        sft_main(arguments)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        _end_descendants()
-
-
-def _train_by_command(arguments: list[str], environment: dict[str, str], log: str) -> None:
-    """Body of a process that watches over `swift sft`: the trainers behind that wrapper outlive it otherwise."""
-    _enter(environment, log)
-    if subprocess.run(["swift", "sft", *arguments]).returncode:
-        _end_descendants()
-
-
-def _processes(preload: bool) -> Any:
-    """Makes processes by forking a server that holds nothing, or with `preload` what a training imports.
-
-    Of one kind for the whole life of this process.
-    """
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["prunekit.knockout.preload"] if preload else [])
-    return forks
-
-
-def _last_line(log: Path) -> str:
-    """The line of a log that says most about a failure: the last of an exception, else the last that has a word.
-
-    Behind the exception torchrun prints a report of its own, which doesn't name it.
-    """
-    text = log.read_text(errors="replace").replace("\r", "\n") if log.exists() else ""
-    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line) and "wandb" not in line]
-    errors = [found[1] for line in lines if (found := EXCEPTION.fullmatch(line))]
-    return (errors or lines or ["no message"])[-1]
 
 
 def _finite(value: float) -> float | None:
@@ -226,9 +135,7 @@ class Training:
         arguments = ["--model", str(self.model), "--model_type", self.model_type, *self.arguments]
         arguments += ["--run_name", f"knockout/{run_name(run)}", "--output_dir", str(work / "swift")]
         arguments += ["--eval_strategy", "steps", "--save_strategy", "no"]
-        environment = os.environ | {"WANDB_RUN_GROUP": self.group}
-        for name in OF_TORCHRUN:
-            environment.pop(name, None)
+        environment = {"WANDB_RUN_GROUP": self.group}
         callbacks = []
         if run:
             callbacks.append("knockout_layers")
@@ -241,17 +148,7 @@ class Training:
             plugin.write_text(PLUGIN)
             arguments = merged_flag(arguments, "--external_plugins", str(plugin))
             arguments = merged_flag(arguments, "--callbacks", *callbacks)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-            environment["NPROC_PER_NODE"] = str(len(gpus))  # torchrun takes a free port
-        process = _processes(preload=not gpus).Process(
-            target=_train_by_command if gpus else _train_in_this_process,
-            args=(arguments, environment, str(log)),
-        )
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"{_last_line(log)} (exit code {process.exitcode}; see {log})")
+        run_swift(arguments, gpus, log, environment)
 
 
 def _empty_record(run: Run) -> dict[str, Any]:
@@ -294,12 +191,7 @@ class Sweep:
     """
 
     def __init__(self, training: Training, gpus: list[str], jobs: int, gpus_per_task: int = 0):
-        self.training, self.jobs, self.gpus_per_task = training, jobs, gpus_per_task
-        self.slots: SimpleQueue[list[str]] = SimpleQueue()
-        if len(gpus) % jobs:
-            raise PruneKitError(f"--jobs {jobs}: {len(gpus)} GPUs can't be shared out evenly among so many runs")
-        for job in range(jobs):
-            self.slots.put(gpus[job::jobs])
+        self.training, self.gpus, self.jobs, self.gpus_per_task = training, gpus, jobs, gpus_per_task
         if not gpus:
             os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
 
@@ -320,7 +212,11 @@ class Sweep:
         To close the iterator early, as KeyboardInterrupt does, ends the runs that are going on; they leave no record.
         """
         (self.training.out / "runs").mkdir(parents=True, exist_ok=True)
-        pairs = self._on_cluster(runs) if os.environ.get("RAY_ADDRESS") else self._here(runs)
+        pairs = (
+            self._on_cluster(runs)
+            if os.environ.get("RAY_ADDRESS")
+            else side_by_side(self.training.result, runs, share_out(self.gpus, self.jobs))
+        )
         with contextlib.closing(pairs):
             for run, result in pairs:
                 write_json(self.result_file(run), result)
@@ -333,28 +229,3 @@ class Sweep:
                 if isinstance(result, Exception):
                     result = _empty_record(run) | {"error": f"{type(result).__name__}: {result}".splitlines()[0]}
                 yield run, result
-
-    def _here(self, runs: list[Run]) -> Generator[tuple[Run, dict[str, Any]]]:
-        stopped = threading.Event()
-
-        def do(run: Run) -> dict[str, Any]:
-            gpus = self.slots.get()
-            try:
-                if stopped.is_set():
-                    raise CancelledError
-                return self.training.result(run, gpus)
-            finally:
-                self.slots.put(gpus)
-
-        pool = ThreadPoolExecutor(self.jobs)
-        futures = {pool.submit(do, run): run for run in runs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            stopped.set()
-            deadline = time.monotonic() + 10
-            while wait([future for future in futures if not future.cancel()], timeout=0.1).not_done:
-                for process in multiprocessing.active_children():
-                    process.terminate() if time.monotonic() < deadline else process.kill()
-            pool.shutdown()

@@ -17,8 +17,8 @@ from helpers.trainings import FLAGS, left_running
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
+from prunekit.knockout import processes
 from prunekit.knockout import sweep as knockout
-from prunekit.knockout import trained as trained_knockouts
 from prunekit.knockout.removal import Removal
 from prunekit.knockout.trained import Sweep, Training, merged_flag, read_curves
 from prunekit.surgery.cut import write_cut
@@ -127,7 +127,7 @@ def test_a_flag_is_found_by_its_other_spelling():
 
 def test_the_last_line_of_a_log_that_is_no_wandb_message_tells_the_failure(tmp_path):
     (tmp_path / "log").write_text("step 1\nValueError: no such flag\nwandb: find logs at x\n\n")
-    assert trained_knockouts._last_line(tmp_path / "log") == "ValueError: no such flag"
+    assert processes._last_line(tmp_path / "log") == "ValueError: no such flag"
 
 
 TORCHRUN = """\
@@ -159,7 +159,7 @@ Root Cause (first observed failure):
 )
 def test_the_exception_behind_a_failure_is_found_in_its_log(tmp_path, text, said):
     (tmp_path / "log").write_text(text)
-    assert trained_knockouts._last_line(tmp_path / "log") == said
+    assert processes._last_line(tmp_path / "log") == said
 
 
 SHOW = "import json, os, sys; open(os.environ['SEEN'], 'w').write(json.dumps(dict(os.environ)))"
@@ -245,14 +245,26 @@ def test_a_restart_repeats_failed_runs_and_no_finished_ones(sweep):
     assert sorted(sweep.finished(RUNS)) == ["baseline", "text-01", "text-02"]
 
 
-def test_gpus_are_shared_out_among_jobs(sweep):
-    slots = Sweep(sweep.training, ["0", "1", "2", "3"], 2).slots
-    assert [slots.get() for _ in range(2)] == [["0", "2"], ["1", "3"]]
+def test_gpus_are_shared_out_among_jobs():
+    assert processes.share_out(["0", "1", "2", "3"], 2) == [["0", "2"], ["1", "3"]]
 
 
-def test_gpus_are_shared_out_evenly_or_not_at_all(sweep):
+def test_gpus_are_shared_out_evenly_or_not_at_all():
     with pytest.raises(PruneKitError, match="evenly"):
-        Sweep(sweep.training, ["0", "1", "2"], 2)
+        processes.share_out(["0", "1", "2"], 2)
+
+
+def test_as_many_runs_go_on_at_once_as_there_are_shares_of_gpus():
+    free = [["0"], ["1"]]
+
+    def take(_, gpus):
+        free.remove(gpus)
+        time.sleep(0.05)
+        free.append(gpus)
+        return gpus
+
+    done = list(processes.side_by_side(take, range(6), list(free)))
+    assert sorted(item for item, _ in done) == list(range(6)) and {gpus[0] for _, gpus in done} == {"0", "1"}
 
 
 @pytest.mark.parametrize(
