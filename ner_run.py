@@ -19,6 +19,7 @@ from typing import Any
 from prunekit.arguments import Parser, finite_float, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint, statistics
 from prunekit.checkpoint.provenance import model_record
+from prunekit.checkpoint.records import CURVES, LOG
 from prunekit.checkpoint.training_run import whole_checkpoints
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.errors import PruneKitError, need_packages, run_script
@@ -167,12 +168,12 @@ def main() -> None:
                 "keep_zeros": arguments.keep_zeros,
                 "flags": " ".join(flags),
             },
-            extra_files=[run / "logging.jsonl"],
+            extra_files=[run / LOG],
             overwrite=arguments.overwrite,
             new_head={"id2label": labels, "label2id": names} if arguments.new_head else None,
         )
         shutil.rmtree(run)
-    draw_curves(out, out / "curves.png")
+    draw_curves(out, out / CURVES)
     if "f1" in metrics:
         print(scores_table(metrics))
     print(f"wrote {out} ({entry['parameters']:,} parameters)")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prunekit.arguments import positive_int, share
 from prunekit.checkpoint import statistics
+from prunekit.checkpoint.records import HEADS
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.inspect import comparison
@@ -80,7 +81,7 @@ def main() -> None:
     if (entry := save(cut, arguments)) and plan.heads:
         from prunekit.report import draw_heads  # matplotlib
 
-        draw_heads(entry, Path(arguments.out) / "heads.png")
+        draw_heads(entry, Path(arguments.out) / HEADS)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from prunekit.surgery.layers import MOST_LAYERS, MOST_SHARE
 from .removal import BASELINE, MEAN, NAME, STACKS, WORST, Removal, plan_without
 
 HIGHER_IS_CHEAPER = ("token_acc",)  # of the predictors; of the others (loss, kl, block_influence) lower is
+# What a sweep writes into its folder, each name once
+RANKING, TABLE = "ranking.json", "ranking.csv"
+PICTURES = ("ranking.png", "greedy.png", "curves.png")
 NESTED = ("standard_error", "generation", "trained")  # in a removal: None, or a dict
 LEAST_FALL = 0.01  # of the baseline's token_acc, over a whole greedy path: below that its shape is noise
 LEAST_BEND = 0.1  # of the fall, above the chord: below that a path is straight
@@ -45,7 +48,7 @@ _RANKING = Keys(
 def read_ranking(file: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """A ranking.json of this model. PruneKitError if it isn't, or isn't what `build_ranking` makes."""
     ranking = read_json(file)
-    check(ranking, _RANKING, "the ranking isn't one that knockout_check.sh wrote (ranking.json)")
+    check(ranking, _RANKING, f"the ranking isn't one that knockout_check.sh wrote ({RANKING})")
     check_ranking(checkpoint, ranking)
     return ranking
 
@@ -298,23 +301,24 @@ def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
     """
     from prunekit.report import draw_greedy, draw_knockout_curves, draw_ranking
 
-    write_json(out / "ranking.json", ranking)
+    write_json(out / RANKING, ranking)
     rows = removal_rows(ranking)
-    draft = out / ".ranking.csv.new"
+    draft = out / f".{TABLE}.new"
     with draft.open("w", newline="", encoding="utf-8") as file:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    draft.replace(out / "ranking.csv")
+    draft.replace(out / TABLE)
 
     pictures = []
     records = [ranking["baseline"]["trained"], *(entry["trained"] for entry in ranking["removals"])]
-    for name, draw, wanted in (
-        ("ranking.png", draw_ranking, any(e["relative"] is not None for e in ranking["removals"])),
-        ("greedy.png", draw_greedy, ranking["greedy"] and len(ranking["greedy"]["path"]) > 1),
-        ("curves.png", draw_knockout_curves, any(record and record["curve"] for record in records)),
-    ):
+    drawn = (
+        (draw_ranking, any(e["relative"] is not None for e in ranking["removals"])),
+        (draw_greedy, ranking["greedy"] and len(ranking["greedy"]["path"]) > 1),
+        (draw_knockout_curves, any(record and record["curve"] for record in records)),
+    )
+    for name, (draw, wanted) in zip(PICTURES, drawn, strict=True):
         if wanted:
             draw(ranking, out / name)
             pictures.append(out / name)

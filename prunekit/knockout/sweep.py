@@ -25,11 +25,12 @@ from prunekit.data.batches import read_calibration
 from prunekit.data.groups import FEW, groups_of
 from prunekit.errors import PruneKitError, run_script
 
-from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
+from .processes import share_out
+from .ranking import PICTURES, RANKING, TABLE, build_ranking, finalists, log_to_wandb, write_ranking
 from .removal import BASELINE, MEAN, WORST, Removal, knockout_parser, list_removals
 from .trained import Run, Sweep, Training, run_name
 
-OURS = {"scan", "trained", "ranking.json", "ranking.csv", "ranking.png", "greedy.png", "curves.png"}
+OURS = {"scan", "trained", RANKING, TABLE, *PICTURES}
 
 
 def _finalists(text: str) -> int | None:
@@ -134,9 +135,8 @@ def main() -> None:
     checkpoint = open_checkpoint(args.model)
     runs: list[Run] = [None, *list_removals(checkpoint, args.text, args.vision)]
     gpus = [gpu for gpu in args.gpus.split(",") if gpu]
-    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    if gpus and not on_cluster and len(gpus) % args.jobs:
-        raise PruneKitError(f"--jobs {args.jobs}: {len(gpus)} GPUs can't be shared out evenly among so many runs")
+    # On other numbers of GPUs the same flags are other batches
+    each = args.gpus_per_task if os.environ.get("RAY_ADDRESS") else len(share_out(gpus, args.jobs)[0])
     if args.out.exists() and (not args.out.is_dir() or not {path.name for path in args.out.iterdir()} <= OURS):
         raise PruneKitError(f"{args.out}: is in use, and no sweep of knockouts; choose another OUT")
 
@@ -165,8 +165,6 @@ def main() -> None:
     )
     with contextlib.ExitStack() as held:
         if runs:
-            # On other numbers of GPUs the same flags are other batches
-            each = args.gpus_per_task if on_cluster else len(gpus) // args.jobs
             data.pop("model", None)
             settings = {"fingerprint": model, "swift": swift, "data": data, "gpus_per_run": each}
             settings |= {"by": args.by} if args.by else {}
@@ -175,9 +173,9 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         ranking = sweep_all(Sweep(training, gpus, args.jobs, args.gpus_per_task), runs, scan, args.out, args.gate)
         shutil.rmtree(training.out / "work", ignore_errors=True)
-    pictures = [args.out / name for name in ("ranking.png", "greedy.png", "curves.png") if (args.out / name).exists()]
+    pictures = [args.out / name for name in PICTURES if (args.out / name).exists()]
     log_to_wandb(ranking, pictures, args.group)
-    print(f"wrote {args.out / 'ranking.json'}, ranking.csv and {', '.join(path.name for path in pictures)}")
+    print(f"wrote {args.out / RANKING}, {TABLE} and {', '.join(path.name for path in pictures)}")
     for entry in ranking["removals"]:
         if entry["relative_trained"] is not None:
             group = entry.get("worst_group")

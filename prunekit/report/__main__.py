@@ -12,6 +12,7 @@ from typing import Any
 
 from prunekit.arguments import Parser
 from prunekit.checkpoint import history, read_json
+from prunekit.checkpoint.records import CURVES, LOG, QUALITY, SPARSITY, ZEROS
 from prunekit.errors import PruneKitError, run_script
 from prunekit.rules import REAL, TEXT, Items, Keys, Rule, check
 
@@ -36,20 +37,20 @@ def main() -> None:
     folder = parser.parse_args().folder
     records = [entry["sparsity"]["tensors"] for entry in history(folder) if entry.get("sparsity")]
     drawn = 0
-    if (folder / "logging.jsonl").is_file():
-        draw_curves(folder, folder / "curves.png")
+    if (folder / LOG).is_file():
+        draw_curves(folder, folder / CURVES)
         drawn += 1
     if records:
-        draw_sparsity(records[-1], folder / "sparsity.png")
+        draw_sparsity(records[-1], folder / SPARSITY)
         drawn += 1
-    if (folder / "sparsity.json").is_file():
-        found = read_json(folder / "sparsity.json")
-        check(found, _record_of_sparsity(found), folder / "sparsity.json")
+    if (folder / ZEROS).is_file():
+        found = read_json(folder / ZEROS)
+        check(found, _record_of_sparsity(found), folder / ZEROS)
         if any(event.get("after") is not None for event in found["events"]):
-            draw_quality(found["events"], found["metric"], folder / "quality.png")
+            draw_quality(found["events"], found["metric"], folder / QUALITY)
             drawn += 1
     if not drawn:
-        raise PruneKitError(f"{folder} has neither logging.jsonl nor a record of sparsity: give the folder of a stage")
+        raise PruneKitError(f"{folder} has neither {LOG} nor a record of sparsity: give the folder of a stage")
 
 
 if __name__ == "__main__":

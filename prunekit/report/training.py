@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prunekit.checkpoint.records import LOG
 from prunekit.checkpoint.training_run import read_log
 from prunekit.errors import PruneKitError
 from prunekit.rules import REAL
@@ -38,7 +39,7 @@ def draw_curves(folder: Path, path: Path) -> None:
     drawn = [(title, [line for line in lines if line[1]]) for title, lines in drawn]
     drawn = [(title, lines) for title, lines in drawn if lines]
     if not drawn:
-        raise PruneKitError(f"{folder}: logging.jsonl has no training records to draw")
+        raise PruneKitError(f"{folder}: {LOG} has no training records to draw")
     figure, axes = new_figure(len(drawn), 0.6 + 3.6 * len(drawn), 3.0)
     for axis, (title, lines) in zip(axes[0], drawn):
         for colour, (label, steps, values) in zip(LINES, lines):

@@ -26,12 +26,15 @@ from prunekit.checkpoint import (
     write_json,
 )
 from prunekit.checkpoint.provenance import data_record
+from prunekit.checkpoint.records import COMMAND, QUALITY
 from prunekit.errors import PruneKitError, run_script
 from prunekit.report.results import read_results
 from prunekit.rules import COUNT, REAL, TEXT, Items, Keys, Values, check
 from prunekit.surgery.zeros_weights import choose_weights, measure
 
 from .zeros_settings import Gradual
+
+CYCLES, SETTINGS = "cycles.json", "settings.json"
 
 
 def _scores(file: Path, count: int) -> list[dict[str, float]]:
@@ -101,12 +104,12 @@ def plan(arguments: argparse.Namespace) -> None:
     choose_weights(checkpoint, arguments.modules)
     if arguments.into:
         names = ("sparsity", "start", "cycles", "schedule", "modules", "flags")
-        wished, file = {name: getattr(arguments, name) for name in names}, arguments.into / "settings.json"
+        wished, file = {name: getattr(arguments, name) for name in names}, arguments.into / SETTINGS
         wished |= {"fingerprint": fingerprint(checkpoint), "data": list(map(data_record, arguments.data))}
         if file.exists() and read_json(file) != wished:
             raise PruneKitError(
                 f"{arguments.into} holds cycles with other settings, of another model or other data: repeat those "
-                "(settings.json), or set RESTART=1 to forget them"
+                f"({SETTINGS}), or set RESTART=1 to forget them"
             )
         arguments.into.mkdir(parents=True, exist_ok=True)
         write_json(file, wished)
@@ -117,8 +120,8 @@ def judge(arguments: argparse.Namespace) -> int:
     from prunekit.report import draw_quality
 
     found = read_cycles(arguments.cycles)
-    write_json(arguments.cycles / "cycles.json", found)
-    draw_quality(found["cycles"], "loss", arguments.cycles / "quality.png")
+    write_json(arguments.cycles / CYCLES, found)
+    draw_quality(found["cycles"], "loss", arguments.cycles / QUALITY)
     if not found["cycles"]:
         raise PruneKitError(f"{arguments.cycles}: has no 1.json: no cycle is done")
     last = found["cycles"][-1]
@@ -131,9 +134,9 @@ def judge(arguments: argparse.Namespace) -> int:
 
 
 def publish(arguments: argparse.Namespace) -> None:
-    found, settings = (read_json(arguments.cycles / name) for name in ("cycles.json", "settings.json"))
-    check(found, _CYCLES, arguments.cycles / "cycles.json")
-    check(settings, Keys({"modules": TEXT}), arguments.cycles / "settings.json")
+    found, settings = (read_json(arguments.cycles / name) for name in (CYCLES, SETTINGS))
+    check(found, _CYCLES, arguments.cycles / CYCLES)
+    check(settings, Keys({"modules": TEXT}), arguments.cycles / SETTINGS)
     best = best_cycle(found["cycles"], arguments.worse)
     checkpoint = open_checkpoint(arguments.cycles / str(best["cycle"]))
     settings |= {"cycle": best["cycle"]}
@@ -141,9 +144,7 @@ def publish(arguments: argparse.Namespace) -> None:
     metrics = {f"{key}_dense": value for key, value in found["dense"].items()} | best["retrained"]
     entry = history_entry("sparse_run", arguments.base, numbers, numbers, None, metrics, settings)
     entry["sparsity"] = measure(checkpoint, settings.get("modules"))
-    write_checkpoint(
-        checkpoint, arguments.out, entry, arguments.overwrite, extra_files=arguments.cycles.glob("command.sh")
-    )
+    write_checkpoint(checkpoint, arguments.out, entry, arguments.overwrite, extra_files=arguments.cycles.glob(COMMAND))
     print(
         f"cycle {best['cycle']} of {len(found['cycles'])} is the sparsest good one: {best['sparsity']:.1%} zeros, "
         f"perplexity {best['worse']:+.1%}; published as {arguments.out}"

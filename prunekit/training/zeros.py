@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prunekit.checkpoint import read_json, write_json
+from prunekit.checkpoint.records import ZEROS
 from prunekit.errors import PruneKitError
 from prunekit.families import family_of
 from prunekit.surgery.zeros_pick import Cut, find_cuts, sort_keys
@@ -26,7 +27,6 @@ from prunekit.surgery.zeros_weights import chooser
 from .zeros_settings import Dynamic, Gradual
 
 MASKS = "zero_masks.safetensors"
-HISTORY_FILE = "sparsity.json"
 
 
 def weight_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -186,7 +186,7 @@ class MovingSparsity(KeepZeros):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if resumed_from(args, state):
-            self.history = read_json(Path(args.output_dir) / HISTORY_FILE)
+            self.history = read_json(Path(args.output_dir) / ZEROS)
             if self.history["settings"] != asdict(self.settings):
                 raise PruneKitError(
                     f"{args.output_dir}: holds a run with other settings of sparsity: {self.history['settings']}"
@@ -196,7 +196,7 @@ class MovingSparsity(KeepZeros):
 
     def _write_history(self, args, state) -> None:
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / HISTORY_FILE, self.history)
+            write_json(Path(args.output_dir) / ZEROS, self.history)
 
     def _forget(self, optimizer, name: str, mask: torch.Tensor) -> None:
         """Clear the optimizer's moments of these weights."""
