@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from prunekit.errors import PruneKitError
-from prunekit.families import configs, text_value
+from prunekit.families import configs, spot_of, text_value
 
 from .format import Checkpoint
 
@@ -64,14 +64,15 @@ def check_agreement(checkpoint: Checkpoint) -> None:
         if any(key in said and key in part and said[key] != part[key] for part in again):
             raise PruneKitError(f"{file}: says {key} twice, and not the same; mend it or download it again")
     shapes = _said_shapes(checkpoint)
-    layers = re.compile(rf"{row.prefix}\d+\.(.+?)(?:\.weight)?")
     tables = [(re.compile(name), text_value(checkpoint.config, key), key) for name, key in family.tables.items()]
     for name, tensor in checkpoint.tensors.items():
         shape: tuple[int, ...] | None = None
         keys = ""
-        if match := layers.fullmatch(name):
-            shape, keys = shapes.get(re.sub(r"\.experts\.\d+\.", ".experts.", match[1]), (None, ""))
-            if shape and len(tensor.shape) == 3:  # all experts in one, which releases turn one way or the other
+        if within := row.within(name):
+            spot = spot_of(within[1])
+            if spot.kind == "weight":
+                shape, keys = shapes.get((spot.name, spot.experts), (None, ""))
+            if shape and spot.stacked and len(tensor.shape) == 3:  # which releases turn one way or the other
                 shape = (tensor.shape[0], *(shape if shape == tensor.shape[1:] else shape[::-1]))
         elif table := next((table for table in tables if table[1] and table[0].fullmatch(name)), None):
             shape, keys = (table[1], said[family.hidden]), f"{table[2]}, {family.hidden}"
@@ -95,28 +96,25 @@ def check_agreement(checkpoint: Checkpoint) -> None:
             )
 
 
-def _said_shapes(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, int], str]]:
-    """Of each projection of a text layer: its shape by the config, and the keys that say so."""
+def _said_shapes(checkpoint: Checkpoint) -> dict[tuple[str, bool], tuple[tuple[int, int], str]]:
+    """By a projection's name in a text layer, and whether it is an expert's: its shape by the config, and the keys."""
     family, row = checkpoint.family, checkpoint.family.text
     query, kv, dim = heads(checkpoint)
     config = configs(checkpoint.config, row)[0]
     hidden, head_dim = config[family.hidden], family.head_dim or family.hidden
-    said: dict[str, tuple[tuple[int, int], str]] = {row.o: ((hidden, query * dim), f"{family.heads}, {head_dim}")}
+    plain = {row.o: ((hidden, query * dim), f"{family.heads}, {head_dim}")}
     if row.qkv:
-        said[row.qkv] = (((query + 2 * kv) * dim, hidden), f"{family.heads}, {family.hidden}")
+        plain[row.qkv] = (((query + 2 * kv) * dim, hidden), f"{family.heads}, {family.hidden}")
     else:
-        said[row.q] = ((query * dim, hidden), f"{family.heads}, {head_dim}")
+        plain[row.q] = ((query * dim, hidden), f"{family.heads}, {head_dim}")
         keys = f"{family.kv_heads or family.heads}, {head_dim}"
-        said |= dict.fromkeys((row.k, row.v), ((kv * dim, hidden), keys))
-    block = row.mlp[-1].rpartition(".")[0]
-    for key, names in {
-        row.width: row.mlp,
-        row.experts: [name.replace(block, f"{block}.experts", 1) for name in row.mlp],
-    }.items():
+        plain |= dict.fromkeys((row.k, row.v), ((kv * dim, hidden), keys))
+    said = {(name, False): shape for name, shape in plain.items()}
+    for experts, key in ((False, row.width), (True, row.experts)):
         if key:
-            neurons = config.get(key) or 4 * hidden
-            said |= dict.fromkeys(names, ((neurons, hidden), f"{key}, {family.hidden}"))
-            said[names[-1]] = ((hidden, neurons), f"{key}, {family.hidden}")
+            neurons, keys = config.get(key) or 4 * hidden, f"{key}, {family.hidden}"
+            said |= dict.fromkeys([(name, experts) for name in row.mlp[:-1]], ((neurons, hidden), keys))
+            said[row.mlp[-1], experts] = ((hidden, neurons), keys)
     if row.inputs_first:
         said = {name: (shape[::-1], keys) for name, (shape, keys) in said.items()}
     return said
