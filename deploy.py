@@ -16,16 +16,8 @@ from pathlib import Path
 from prunekit.arguments import Parser, device, new_file, positive_float, positive_int
 from prunekit.checkpoint import check_out, open_checkpoint, write_json
 from prunekit.errors import run_script
-from prunekit.serving.deploy import (
-    FORMATS,
-    Measuring,
-    check_measurable,
-    choose_format,
-    deploy,
-    measure_served,
-    served_table,
-    where_zeros_save_nothing,
-)
+from prunekit.serving.deploy import FORMATS, choose_format, deploy
+from prunekit.serving.measure import Measuring, check_measurable, measure_served, served_table, where_zeros_save_nothing
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from materials import ner_data, rampart
 from prunekit.checkpoint import open_checkpoint, statistics, write_json
 from prunekit.ner import evaluate
 from prunekit.report import draw_f1
-from prunekit.serving.deploy import Measuring, measure_served, served_table, where_zeros_save_nothing
+from prunekit.serving.measure import Measuring, measure_served, served_table, where_zeros_save_nothing
 from prunekit.tagger.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]

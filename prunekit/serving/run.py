@@ -25,6 +25,12 @@ INPUTS = ("input_ids", "attention_mask")
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the inputs (batch, length) to logits (batch, length, n)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a served folder's weights."""
+    onnx = folder / ONNX
+    return [onnx] if onnx.is_file() else sorted(folder.glob("model*.safetensors"))
+
+
 def _onnx(folder: Path, threads: int | None) -> Run:
     import onnxruntime
 
@@ -138,7 +144,7 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Load and measure one folder as `job` says (see prunekit/serving/deploy.py, which makes it)."""
+    """Load and measure one folder as `job` says (see prunekit/serving/measure.py, which makes it)."""
     start = time.perf_counter()
     run = load_served(job["folder"], job["threads"], job["device"])
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - start}

@@ -21,11 +21,10 @@ from helpers.tiny_taggers import save_tokenizer, write_rows
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
-from prunekit.serving.deploy import (
+from prunekit.serving.deploy import choose_format, deploy
+from prunekit.serving.measure import (
     Measuring,
     check_measurable,
-    choose_format,
-    deploy,
     format_of,
     measure_served,
     served_table,
@@ -213,7 +212,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(served, tmp_pa
 
 
 def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunekit.serving.deploy._measure_once", measure)  # in this process
+    monkeypatch.setattr("prunekit.serving.measure._measure_once", measure)  # in this process
     folder = shutil.copytree(tiny("llama"), tmp_path / "llama")
     save_tokenizer(folder)
     data = tmp_path / "texts.jsonl"
