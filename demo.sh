@@ -25,9 +25,10 @@ unset NNODES NODE_RANK MASTER_ADDR MASTER_PORT # it runs on one machine
 export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl
 export CPU_PROCESSES=${CPU_PROCESSES:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$RUN/logs" "$RUN/seconds"
-if [ -z "${WANDB_MODE:-}" ] && [ -z "${WANDB_API_KEY:-}" ] && ! grep -qs 'api.wandb.ai' "${NETRC:-$HOME/.netrc}"; then
+offline=$(python -m prunekit.training.tracking)
+if [ -n "$offline" ]; then
   export WANDB_MODE=offline
-  echo "W&B: no key found, so runs are kept offline in $WANDB_DIR/wandb"
+  echo "$offline"
 fi
 
 # What a tiny model needs on a CPU instead of the launchers' defaults for a real one on GPUs.

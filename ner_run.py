@@ -34,11 +34,11 @@ from prunekit.tagger.train import (
     check_teacher,
     load_classifier,
     matching_layers,
-    setup_wandb,
     train,
     training_arguments,
 )
 from prunekit.training.publish import publish
+from prunekit.training.tracking import setup_wandb
 
 
 def train_model(

@@ -9,28 +9,10 @@ the hub, if it can be reached.
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
-
-def held(lock: Path) -> bool:
-    """Has any process of this machine that file open?"""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if descriptor.samefile(lock):
-                return True
-        except OSError:  # gone, or another user's
-            continue
-    return False
-
-
-def remove_stale_locks(root: Path) -> None:
-    """Remove the locks of compilations that were killed (root/VERSION/EXTENSION/lock)."""
-    for lock in root.glob("*/*/lock"):
-        if not held(lock):
-            lock.unlink(missing_ok=True)
+from prunekit.training.stale_locks import remove_stale_locks
 
 
 def build_offload() -> None:
@@ -56,7 +38,7 @@ def main() -> None:
             sys.exit(f"GPU {number} multiplies wrongly")
         properties = torch.cuda.get_device_properties(number)
         print(f"setup: GPU {number} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, multiplies")
-    remove_stale_locks(Path(get_default_build_root()))
+    remove_stale_locks()
     try:
         build_offload()
     except Exception as error:

@@ -357,7 +357,8 @@ preflight() {
   fi
   [ -z "$REUSE" ] || overwrite=1 # run_swift looks at what is there
   found=$(python -m prunekit.training.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
-    ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@" --swift "$kind" -- "${LINE[@]}")
+    --gpu-memory "$(gpu_memory)" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"} "$@" \
+    --swift "$kind" -- "${LINE[@]}")
   ENGINE_LENGTH=''
   while IFS='=' read -r name value; do
     case $name in # libraries may print lines of their own
@@ -383,11 +384,11 @@ setup_wandb() {
   export WANDB_PROJECT WANDB_DIR=${WANDB_DIR:-$(dirname "$OUTPUT")}
   [ -n "$WANDB_RUN_GROUP" ] && export WANDB_RUN_GROUP
   mkdir -p "$WANDB_DIR"
-  local host=${WANDB_BASE_URL:-https://api.wandb.ai}
-  host=${host#*://}
-  if [ -z "${WANDB_MODE:-}" ] && [ -z "${WANDB_API_KEY:-}" ] && ! grep -qsF "${host%%[:/]*}" "${NETRC:-$HOME/.netrc}"; then
+  local offline
+  offline=$(python -m prunekit.training.tracking)
+  if [ -n "$offline" ]; then
     export WANDB_MODE=offline
-    echo "W&B: no key found, so runs are kept offline in $WANDB_DIR/wandb ('wandb login', then 'wandb sync' sends them)"
+    echo "$offline"
   fi
 }
 
@@ -511,7 +512,7 @@ run_swift() {
   from=$WORK
   [ -z "$REUSE" ] || [ -e "$WORK/command.sh" ] || [ ! -e "$OUTPUT" ] || from=$OUTPUT
   found=$(python -m prunekit.checkpoint.provenance --of "$from" -- "${command[@]:2}")
-  changed=$(head -n 1 <<< "$found")
+  changed=$(sed -n 's/^CHANGED=//p' <<< "$found")
   if [ ! -e "$from/command.sh" ] || [ "$(tail -n 1 "$from/command.sh")" = "$line" ]; then same=1; fi
   if [ -n "$changed" ]; then same=''; fi
   if [ "$from" = "$OUTPUT" ]; then
@@ -545,14 +546,14 @@ run_swift() {
     resume=$(python -m prunekit.training.publish --run "$WORK" --find-resume)
   fi
   if is_main_node; then
-    tail -n 1 <<< "$found" > "$WORK/made_from.json.new"
+    sed -n 's/^MADE_FROM=//p' <<< "$found" > "$WORK/made_from.json.new"
     mv "$WORK/made_from.json.new" "$WORK/made_from.json"
     printf '%s\n' "# $STAGE, run in $PWD" "$line" > "$WORK/command.sh.new"
     mv "$WORK/command.sh.new" "$WORK/command.sh"
     echo "$WORLD" > "$WORK/world"
   fi
   if [[ " $line " == *_offload" "* ]]; then # a build that was killed leaves a lock on which the next would wait for ever
-    find "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" -path '*/cpu_adam/lock' -mmin +10 -delete 2>/dev/null || true
+    python -m prunekit.training.stale_locks
   fi
   if [ ${#SERVER[@]} -gt 0 ]; then start_server "${SERVER[@]}"; fi
   command+=("${PORTS[@]}")

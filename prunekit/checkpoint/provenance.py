@@ -3,9 +3,11 @@
     python -m prunekit.checkpoint.provenance --of checkpoints/recovered.run -- --model checkpoints/pruned \
         --dataset train.jsonl
 
-The launchers call this before ms-swift runs, with ms-swift's arguments behind `--`. It prints two lines: what --of, a
-run's folder or a published one, was made from instead (empty: the same, or nothing is there yet), and what a run of
-these arguments keeps in its made_from.json.
+The launchers call this before ms-swift runs, with ms-swift's arguments behind `--`. It answers
+
+    CHANGED=      what --of, a run's folder or a published one, was made from instead; empty: the same, or nothing is
+                  there yet
+    MADE_FROM=    what a run of these arguments keeps in its made_from.json
 """
 
 import argparse
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import Parser
 from prunekit.errors import PruneKitError, run_script
 
 from .card import HISTORY
@@ -160,14 +163,14 @@ def main() -> None:
     own, swift = sys.argv[1:], []
     if "--" in own:
         own, swift = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--of", type=Path, required=True, help="folder of a run, or what one has published")
     folder, new = parser.parse_args(own).of, made_from(swift)
     old = recorded(folder)
     known = not any((folder / name).exists() for name in (HISTORY, COMMAND))
     unknown = "" if known else "of a model that it doesn't name (an older Prune-Kit began it)"
-    print(unknown if old is None else difference(old, new))
-    print(json.dumps(new))
+    print(f"CHANGED={unknown if old is None else difference(old, new)}")
+    print(f"MADE_FROM={json.dumps(new)}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -143,19 +141,6 @@ def load_classifier(checkpoint: Checkpoint, labels: dict[int, str], new_head: bo
                 torch.nn.init.normal_(module.weight, std=0.02)
                 torch.nn.init.zeros_(module.bias)
     return model
-
-
-def setup_wandb(out: Path) -> None:
-    """W&B's settings as the launchers have them: project prune-kit, files beside OUT, offline without a key."""
-    os.environ.setdefault("WANDB_PROJECT", "prune-kit")
-    os.environ.setdefault("WANDB_DIR", str(out.parent))
-    host = re.sub(r"^\w+://|[:/].*", "", os.environ.get("WANDB_BASE_URL", "api.wandb.ai"))
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    if not (os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY")) and not (
-        netrc.is_file() and host in netrc.read_text(errors="replace")
-    ):
-        os.environ["WANDB_MODE"] = "offline"
-        print(f"W&B: no key found, so runs are kept offline in {os.environ['WANDB_DIR']}/wandb")
 
 
 def training_arguments(flags: list[str], run: Path, name: str, validate: bool):

@@ -1,8 +1,5 @@
 """How long rows, answers and vLLM's engine may be: one place decides, from the merged flags and the model's config."""
 
-import os
-import re
-import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,21 +101,3 @@ def check_engine(
     if need > have:
         raise PruneKitError(f"{sizes}: {mend}, or more GPUs to each engine (--vllm_tensor_parallel_size)")
     return f"{sizes}: if it doesn't start, {mend}"
-
-
-def gpu_bytes() -> int | None:
-    """Memory of the smallest of CUDA_VISIBLE_DEVICES, as nvidia-smi says; None where that isn't known."""
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    memory = dict(re.findall(r"^(\d+), *(\d+)$", said, re.MULTILINE))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = list(memory) if visible is None else visible.split(",")
-    sizes = [int(memory[name]) for name in names if name in memory]
-    return min(sizes) * 2**20 if sizes else None

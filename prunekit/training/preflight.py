@@ -50,7 +50,7 @@ from prunekit.families import NAME_PREFIX
 from prunekit.msswift.line import check_line, parse
 from prunekit.msswift.names import check_names, check_rewards
 
-from .lengths import Lengths, check_engine, choose_lengths, gpu_bytes
+from .lengths import Lengths, check_engine, choose_lengths
 
 DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"}
 ENVIRONMENT = (  # what ms-swift reads as whole numbers
@@ -263,8 +263,11 @@ def check_disk(out: Path, size: int, factor: float = 1) -> None:
         )
 
 
-def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint) -> Lengths:
-    """The lengths for a merged line of ms-swift's (see lengths.py); says what it takes back, and checks the engine."""
+def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint, gpu: int = 0) -> Lengths:
+    """The lengths for a merged line of ms-swift's (see lengths.py); says what it takes back, and checks the engine.
+
+    gpu: bytes of memory; 0 if they aren't known.
+    """
     get = vars(swift).get
     generates = get("rlhf_type") == "grpo" or (get("rlhf_type") == "gkd" and swift.lmbda > 0)
     completion = get("response_length") or get("max_new_tokens") or get("max_completion_length")
@@ -279,12 +282,11 @@ def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint) -> Lengths
         )
     if found.completion:
         print(f"--max_completion_length {found.completion}: the model has no more positions", file=sys.stderr)
-    memory = gpu_bytes() if vllm and swift.vllm_mode == "colocate" else None
-    if memory and found.engine and not checkpoint.config.get("sliding_window"):
+    if gpu and vllm and swift.vllm_mode == "colocate" and found.engine and not checkpoint.config.get("sliding_window"):
         sizes, gpus = statistics(checkpoint), swift.vllm_tensor_parallel_size
         share = swift.vllm_gpu_memory_utilization
         weights = 2 * sizes["parameters"]
-        if warning := check_engine(weights, sizes["kv_bytes_per_token"], found.engine, memory, share, gpus):
+        if warning := check_engine(weights, sizes["kv_bytes_per_token"], found.engine, gpu, share, gpus):
             print(f"warning: {warning}", file=sys.stderr)
     return found
 
@@ -308,6 +310,7 @@ def main() -> None:
     parser.add_argument(
         "--disk-factor", type=positive_float, default=1.1, help="free space needed, in sizes of the model"
     )
+    parser.add_argument("--gpu-memory", type=natural, default=0, help="MB of the smallest GPU in use (0: not known)")
     parser.add_argument("--swift", choices=("sft", "rlhf", "export"), default="sft", help="whose line follows --")
     flags, line = sys.argv[1:], []
     if "--" in flags:
@@ -356,7 +359,7 @@ def main() -> None:
     if not args.reuse_out:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
     check_disk(args.out, checkpoint.nbytes, args.disk_factor)
-    lengths = decide_lengths(swift, checkpoint) if args.swift != "export" else Lengths()
+    lengths = decide_lengths(swift, checkpoint, args.gpu_memory * 2**20) if args.swift != "export" else Lengths()
     if args.adapter:
         check_base(checkpoint, args.adapter)  # last: it may warn, and a refusal is one line
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,7 +1,5 @@
 """lib/setup.sh on machines that aren't here: nvidia-smi is a stub, and so is .venv's Python, which installs nothing."""
 
-import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +7,6 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
-
-spec = importlib.util.spec_from_file_location("check_cuda", ROOT / "lib/check_cuda.py")
-check_cuda = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_cuda)
 
 # pip is the real one, with the flags that setup gives it, for a package that is here already
 PYTHON = f"""#!/bin/sh
@@ -79,23 +73,6 @@ def test_cuda_that_doesnt_work_is_looked_at_again_by_the_next_setup(without_cuda
 def test_pip_says_nothing_of_locations_that_it_ignores(tmp_path):
     done = setup(tmp_path, "", DEVICE="cpu")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_lock_that_a_killed_compilation_left_is_removed(tmp_path):
-    lock = tmp_path / "py311_cu130/cpu_adam/lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    check_cuda.remove_stale_locks(tmp_path)
-    assert not lock.exists()
-
-
-def test_the_lock_of_a_running_compilation_stays(tmp_path):
-    lock = tmp_path / "py311_cu130/cpu_adam/lock"
-    lock.parent.mkdir(parents=True)
-    descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)
-    check_cuda.remove_stale_locks(tmp_path)
-    os.close(descriptor)
-    assert lock.exists()
 
 
 @pytest.fixture

@@ -147,6 +147,12 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_GPUS": "0,1"}, [], "leaves no GPU"),
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_PORT": "many"}, [], "ROLLOUT_PORT=many: give a whole number"),
         ("export_lora.sh", {"ADAPTER": "env"}, [], "env holds no adapter"),
+        (
+            "rl_run.sh",
+            {"GPUS": "0", "STUB_GPUS": "1", "STUB_MEMORY": "1"},
+            [],
+            "of 0 GiB is 0.0: give it more memory",
+        ),
         ("rl_run.sh", {"ALGORITHM": "PPO"}, [], "unknown ALGORITHM PPO: GSPO, GDPO or CHORD"),
         ("rl_run.sh", {"ALGORITHM": "CHORD", "CHORD_DATASET": "absent.jsonl"}, [], "absent.jsonl is not"),
         (

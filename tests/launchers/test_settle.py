@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.lab import values
+from helpers.lab import executable, values
 from helpers.paths import ROOT
 
 
@@ -170,6 +170,25 @@ def test_the_users_own_accumulation_comes_last(settle):
 @pytest.mark.parametrize(("memory", "batch"), [("81559", 4), ("24564", 1)])
 def test_small_gpus_get_one_row_at_once(settle, memory, batch):
     assert rows(settle("sft", *FULL, GPUS="0", STUB_MEMORY=memory))[0] == batch
+
+
+@pytest.mark.parametrize(
+    ("said", "gpus", "expected"),
+    [
+        ("0, 81559\\n1, 24576", "0,1", "24576"),
+        ("0, 81559\\n1, 24576", "0", "81559"),
+        ("0, 81559\\n1, 24576", "", "0"),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver", "0", "0"),
+        ("0, [N/A]", "0", "0"),
+    ],
+)
+def test_the_memory_of_gpus_is_nvidia_smis(lab, said, gpus, expected):
+    executable(lab.folder / "env/bin/nvidia-smi", f"#!/bin/sh\nprintf '{said}\\n'\n")
+    done = subprocess.run(
+        ["bash", "-c", f'source "{ROOT}/lib/common.sh"; gpu_memory', "full_run.sh"],
+        cwd=lab.folder, env=lab.env | {"GPUS": gpus}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
 
 
 def test_what_makes_training_faster_is_on_where_it_is_installed_and_said(settle, packages):

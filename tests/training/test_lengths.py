@@ -1,14 +1,12 @@
 """Lengths of rows, answers and vLLM's engine: one function, by arithmetic."""
 
-import os
-
 import pytest
 from helpers.paths import EMBEDDED
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.msswift.line import parse
-from prunekit.training.lengths import Lengths, check_engine, choose_lengths, engine_positions, gpu_bytes
+from prunekit.training.lengths import Lengths, check_engine, choose_lengths, engine_positions
 from prunekit.training.preflight import decide_lengths
 
 GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_positions": 1024}
@@ -144,23 +142,3 @@ def test_the_length_that_is_named_fits():
     shorter = int(str(error.value).split("--max_length that is ")[1].split()[0])
     assert check_engine(WEIGHTS, KV_BYTES, 262144 - shorter, GPU_80GB, 0.4) is None
     assert check_engine(WEIGHTS, KV_BYTES, 262145 - shorter, GPU_80GB, 0.4) is not None
-
-
-@pytest.mark.parametrize(
-    ("said", "visible", "expected"),
-    [
-        ("0, 81559\n1, 24576\n", None, 24576 * 2**20),
-        ("0, 81559\n1, 24576\n", "0", 81559 * 2**20),
-        ("0, 81559\n1, 24576\n", "", None),
-        ("NVIDIA-SMI has failed because it couldn't communicate with the driver", None, None),
-        ("0, [N/A]\n", None, None),
-    ],
-)
-def test_the_memory_of_gpus_is_nvidia_smis(tmp_path, monkeypatch, said, visible, expected):
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_bytes() == expected
