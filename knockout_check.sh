@@ -49,8 +49,9 @@ ARGS=(
 
 need MODE 'scan|train|all' "choose scan, train or all"
 need FINALISTS '[0-9]{1,9}|all|ALL' "give a number of layers to train without, or ALL"
-need TEXT_LAYERS 'all|none|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*' "give all, none, or numbers and ranges: 4-20,30"
-need VISION_BLOCKS 'all|none|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*' "give all, none, or numbers and ranges: 4-20,30"
+for name in TEXT_LAYERS VISION_BLOCKS; do
+  need "$name" 'all|none|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*' "give all, none, or numbers and ranges: 4-20,30"
+done
 need_number JOBS 1 1024
 need_number GPUS_PER_TASK 0 1024
 [ -z "$GREEDY" ] || need_number GREEDY 1

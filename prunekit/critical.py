@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from prunekit.arguments import Parser
-from prunekit.checkpoint import Checkpoint, history, layer_numbers, open_checkpoint
+from prunekit.checkpoint import HISTORY, Checkpoint, history, layer_numbers, open_checkpoint
 from prunekit.errors import PruneKitError, run_script
 
 
@@ -38,8 +38,7 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
             if gone := removed.get(stack):
                 if max(gone) >= (before := entry.get(f"{counted}_before") or 0):
                     raise PruneKitError(
-                        f"{checkpoint.path}: pruning_info.json has {stack} layer {max(gone)} of {before} removed; "
-                        f"mend it"
+                        f"{checkpoint.path}: {HISTORY} has {stack} layer {max(gone)} of {before} removed; mend it"
                     )
                 beside, left = _beside(gone, before)
                 layers[stack] = beside | {left.index(old) for old in layers[stack] if old in left}
@@ -55,7 +54,7 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
     if blocks:
         parts.append(rf"{row.prefix}\d+\.(?:{'|'.join(map(re.escape, sorted(blocks)))})\.")
     if not parts:
-        raise PruneKitError(f"{checkpoint.path}: pruning_info.json doesn't say where it was cut; use full_run.sh")
+        raise PruneKitError(f"{checkpoint.path}: {HISTORY} doesn't say where it was cut; use full_run.sh")
     return "^(?:" + "|".join(parts) + ")"
 
 

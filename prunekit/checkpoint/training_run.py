@@ -88,7 +88,7 @@ def find_checkpoint(run: Path, which: str = "last") -> tuple[Path, str]:
     best = next((folder for folder in whole.values() if folder.name == named), None)
     if not best:
         raise PruneKitError(
-            f"{run}: its logging.jsonl names no best checkpoint that is there; publish the last by CHECKPOINT=last"
+            f"{run}: its {LOG} names no best checkpoint that is there; publish the last by CHECKPOINT=last"
         )
     return best, "the best"
 

@@ -52,15 +52,7 @@ def zero_share(folder: Path) -> float | None:
 
 
 def check_measurable(folders: list[Path], how: Measuring) -> None:
-    """PruneKitError if a folder, the rows or a setting can't be measured; reads rows, loads nothing."""
-    for name, value in (
-        ("length", how.length),
-        ("rounds", how.rounds),
-        ("limit", how.limit or 1),
-        *(("batches", n) for n in how.sizes),
-    ):
-        if value < 1:
-            raise PruneKitError(f"--{name} {value}: choose 1 or more")
+    """PruneKitError if a folder or the rows can't be measured; reads rows, loads nothing."""
     for folder in folders:
         form = format_of(folder)
         if form.startswith("onnx"):

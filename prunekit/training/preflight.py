@@ -229,17 +229,15 @@ def _can_bind(port: int, reuse: bool) -> bool:
         return True
 
 
-def check_port(port: str | int, patience: float = 70) -> None:
+def check_port(port: int, patience: float = 70) -> None:
     """Check that ms-swift gets a local TCP port, which it takes on all interfaces and without SO_REUSEADDR.
 
     Where it can't, it takes the next one without a word, and nobody finds its server. So the connections of a server
     that has just ended are waited for (a minute, `patience` seconds at most).
     """
-    if not (str(port).isascii() and str(port).isdigit() and 0 < int(port) < 65536):
-        raise PruneKitError(f"port {port} is none: give a number from 1 to 65535")
     end = time.monotonic() + patience
-    while not _can_bind(int(port), reuse=False):
-        if not _can_bind(int(port), reuse=True) or time.monotonic() > end:
+    while not _can_bind(port, reuse=False):
+        if not _can_bind(port, reuse=True) or time.monotonic() > end:
             raise PruneKitError(f"port {port} is in use: choose another (ROLLOUT_PORT, MASTER_PORT)")
         time.sleep(0.2)
 
@@ -305,7 +303,7 @@ def main() -> None:
     parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
     parser.add_argument("--template", help="ms-swift's; default: the one that is most like the checkpoint's own")
     parser.add_argument("--checkpoint", choices=("last", "best"), help="which one of the training will be published")
-    parser.add_argument("--port", action="append", default=[])
+    parser.add_argument("--port", type=int, action="append", default=[])
     parser.add_argument("--free-ports", type=natural, default=0, help="answer with so many ports that are free")
     parser.add_argument(
         "--disk-factor", type=positive_float, default=1.1, help="free space needed, in sizes of the model"

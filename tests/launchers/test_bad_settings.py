@@ -44,7 +44,7 @@ BAD_SETTINGS = [
         "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
     }.items()),
     *(({"GPUS": "0,1", name: value}, "distil.sh") for name, value in {
-        "ROLLOUT_GPUS": "x", "ROLLOUT_PORT": "0", "ROLLOUT_DEADLINE": "soon",
+        "ROLLOUT_GPUS": "x", "ROLLOUT_PORT": "65536", "ROLLOUT_DEADLINE": "soon",
     }.items()),
     *(({"MASTER_ADDR": "a", "NNODES": "2"}, name) for name in ("export_lora.sh", "knockout_check.sh", "sparse_run.sh")),
     ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),

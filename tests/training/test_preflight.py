@@ -73,12 +73,6 @@ def test_a_folder_of_images_that_is_not_there_is_refused(monkeypatch):
 # --- port and disk --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "-1", "many", "", "²"])
-def test_what_is_no_port_is_refused(port):
-    with pytest.raises(PruneKitError, match="from 1 to 65535"):
-        check_port(port)
-
-
 @pytest.fixture
 def server():
     """server(address): the port of a listening socket and the socket, as a server makes it."""
