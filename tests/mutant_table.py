@@ -325,7 +325,7 @@ RANKING = [
     Mutant('return 0, -entry["relative_trained"]', 'return 0, entry["relative_trained"]'),
     Mutant("return 2, 0.0", "return 0, 0.0"),
     Mutant('scan["counts_suffix"] if scan else True', 'scan["counts_suffix"] if scan else False'),
-    Mutant('out / ".ranking.csv.new"', 'out / "ranking.csv"'),
+    Mutant('out / f".{TABLE}.new"', "out / TABLE"),
     Mutant('len(ranking["greedy"]["path"]) > 1', 'len(ranking["greedy"]["path"]) > 0'),
     Mutant("if key not in doubled}", "}"),
 ]
