@@ -48,9 +48,9 @@ BAD_SETTINGS = [
     }.items()),
     *(({"MASTER_ADDR": "a", "NNODES": "2"}, name) for name in ("export_lora.sh", "knockout_check.sh", "sparse_run.sh")),
     ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),
-    ({"GATE": "best", "BY": "skill"}, "knockout_check.sh"),
+    ({"BY": "skill", "GATE": "best"}, "knockout_check.sh"),
     ({"GATE": "worst"}, "knockout_check.sh"),
-    ({"GATE": "worst", "BY": "skill", "RACE": "1"}, "knockout_check.sh"),
+    ({"BY": "skill", "RACE": "1", "GATE": "worst"}, "knockout_check.sh"),
 ]  # fmt: skip
 
 
