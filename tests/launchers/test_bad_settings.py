@@ -150,7 +150,7 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
         (
             "rl_run.sh",
             {"GPUS": "0", "STUB_GPUS": "1", "STUB_MEMORY": "1"},
-            [],
+            ["--max_length", "32", "--max_completion_length", "32"],
             "of 0 GiB is 0.0: give it more memory",
         ),
         ("rl_run.sh", {"ALGORITHM": "PPO"}, [], "unknown ALGORITHM PPO: GSPO, GDPO or CHORD"),
