@@ -61,7 +61,7 @@ def test_swift_knows_every_causal_family_by_our_name():
     from prunekit.families import FAMILIES
 
     unknown = {name for name, family in FAMILIES.items() if family.causal and name not in MODEL_MAPPING}
-    assert unknown == {"gpt2"}
+    assert unknown <= {"gpt2"}  # which we name for it, in this process too if a template was asked for before
 
 
 @pytest.mark.parametrize("launcher", TRAINERS)
