@@ -9,7 +9,17 @@ from .agreement import Heads, heads, layer_numbers
 from .atomic import check_out, new_folder, scratch_folder, write_json
 from .card import HISTORY
 from .folder import INDEX, fingerprint, open_checkpoint, read_config
-from .format import DTYPE_BYTES, MAX_HEADER, TORCH_DTYPES, Checkpoint, Tensor, float_bytes, read_header, read_json
+from .format import (
+    DTYPE_BYTES,
+    MAX_HEADER,
+    TORCH_DTYPES,
+    Checkpoint,
+    Outline,
+    Tensor,
+    float_bytes,
+    read_header,
+    read_json,
+)
 from .records import append_history, history, history_entry, side_files, write_records
 from .sizes import BUFFERS, is_tied, statistics
 from .write import write_checkpoint, write_weights
@@ -23,6 +33,7 @@ __all__ = [
     "TORCH_DTYPES",
     "Checkpoint",
     "Heads",
+    "Outline",
     "Tensor",
     "append_history",
     "check_out",

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from prunekit.errors import PruneKitError
 from prunekit.families import configs, spot_of, text_value
 
-from .format import Checkpoint
+from .format import Checkpoint, Outline
 
 
-def layer_numbers(checkpoint: Checkpoint, stack: str) -> list[int]:
+def layer_numbers(checkpoint: Outline, stack: str) -> list[int]:
     """The numbers of a stack's layers, [0, …, n-1]; PruneKitError if config and tensors don't agree."""
     row = checkpoint.family.stacks[stack]
     parts = configs(checkpoint.config, row)
@@ -43,7 +43,7 @@ class Heads(NamedTuple):
     dim: int
 
 
-def heads(checkpoint: Checkpoint) -> Heads:
+def heads(checkpoint: Outline) -> Heads:
     """Those of the text stack."""
     family = checkpoint.family
     config = configs(checkpoint.config, family.text)[0]

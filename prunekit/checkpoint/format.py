@@ -6,7 +6,7 @@ Reading parses headers only. Nothing here imports torch, but for `Checkpoint.rea
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,14 +28,11 @@ MAX_AXES = 64  # of a tensor, as numpy and torch have them
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Where a tensor's bytes are: [start, start + nbytes) of a file, or what computes them."""
+class Shape:
+    """What is known of a tensor without its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
-    file: Path
-    start: int
-    compute: Callable[[], bytes | memoryview] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,12 +40,21 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A folder's config and the whereabouts of its tensors, by name, in the order of files and offsets."""
+class Tensor(Shape):
+    """Where a tensor's bytes are: [start, start + nbytes) of a file, or what computes them."""
+
+    file: Path
+    start: int
+    compute: Callable[[], bytes | memoryview] | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A config and the shapes of its tensors: sizes can be told of it, but only a `Checkpoint` can be written."""
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Shape]
 
     @cached_property
     def family(self) -> Family:
@@ -58,6 +64,17 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Checkpoint(Outline):
+    """A folder's config and the whereabouts of its tensors, by name, in the order of files and offsets."""
+
+    tensors: dict[str, Tensor]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Those of its tensors, by name: what an `Outline` begins with."""
+        return {name: Shape(tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
 
     def read_bytes(self, name: str) -> bytearray:
         """One tensor's bytes as they are on disk."""

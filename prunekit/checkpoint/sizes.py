@@ -9,12 +9,12 @@ from prunekit.families import configs
 
 from .agreement import heads, layer_numbers
 from .folder import open_checkpoint
-from .format import Checkpoint
+from .format import Outline
 
 BUFFERS = re.compile(r"(?:.*\.)?(?:position_ids|inv_freq|attn\.(?:masked_)?bias)$")  # saved, but no parameters
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
+def is_tied(checkpoint: Outline) -> bool:
     """Whether the output head shares the embedding's weights, by config or else by the family's habit."""
     for part in (checkpoint.config, *configs(checkpoint.config, checkpoint.family.text)):
         if part.get("tie_word_embeddings") is not None:
@@ -22,7 +22,7 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return checkpoint.family.tied_by_default
 
 
-def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
+def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     """Sizes of a checkpoint, from its headers alone.
 
     Returns parameters (tied weights counted once), parameters_by_component (text: the layers; vision: the whole tower;
@@ -31,9 +31,7 @@ def statistics(checkpoint_or_path: Checkpoint | str | Path) -> dict[str, Any]:
     and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes. The last counts bf16/fp16 whatever the
     weights' dtype, so that stages compare; for encoders it is 0.
     """
-    checkpoint = (
-        checkpoint_or_path if isinstance(checkpoint_or_path, Checkpoint) else open_checkpoint(checkpoint_or_path)
-    )
+    checkpoint = checkpoint_or_path if isinstance(checkpoint_or_path, Outline) else open_checkpoint(checkpoint_or_path)
     family = checkpoint.family
     patterns = {
         "vision": family.vision_prefix,

@@ -10,6 +10,7 @@ from typing import Any
 from prunekit.checkpoint import (
     TORCH_DTYPES,
     Checkpoint,
+    Outline,
     float_bytes,
     heads,
     layer_numbers,
@@ -30,9 +31,7 @@ METHODS = (*MERGES, "calibrated")
 @dataclass(frozen=True)
 class KVPlan:
     source: Checkpoint
-    outline: (
-        Checkpoint  # config and shapes of what will come out: `cut_kv` or `kv_fit.fit_kv` computes k_proj and v_proj
-    )
+    outline: Outline  # of what will come out: `cut_kv` or `kv_fit.fit_kv` computes k_proj and v_proj
     kv_heads: int
     method: str
 
@@ -96,22 +95,22 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
     if method not in METHODS:
         raise PruneKitError(f"--method {method}: choose one of {', '.join(METHODS)}")
 
-    tensors, projections = dict(checkpoint.tensors), _projections(checkpoint)
+    shapes, projections = checkpoint.shapes(), _projections(checkpoint)
     for name in projections:
-        old = tensors[name]
+        old = checkpoint.tensors[name]
         if not old.shape or old.shape[0] != present * head_dim or old.dtype not in TORCH_DTYPES:
             raise PruneKitError(
                 f"{name}: {old.dtype} {list(old.shape)}, where {present} KV heads of {head_dim} have "
                 f"{present * head_dim} "
                 "floating-point rows; copy or download it again"
             )
-        tensors[name] = replace(old, shape=(kv_heads * head_dim, *old.shape[1:]))
+        shapes[name] = replace(shapes[name], shape=(kv_heads * head_dim, *old.shape[1:]))
     if sum(name.endswith(".weight") for name in projections) != 2 * len(layers):
         raise PruneKitError(f"{checkpoint.path}: not every text layer has {row.k} and {row.v}; the folder is damaged")
     config = copy.deepcopy(checkpoint.config)
     for part in configs(config, row):
         part[family.kv_heads] = kv_heads
-    return KVPlan(checkpoint, replace(checkpoint, config=config, tensors=tensors), kv_heads, method)
+    return KVPlan(checkpoint, Outline(checkpoint.path, config, shapes), kv_heads, method)
 
 
 def _projections(checkpoint: Checkpoint) -> list[str]:
@@ -129,6 +128,8 @@ def cut_kv(plan: KVPlan) -> KVCut:
         merged = merge_heads(source.read_array(name), head_dim, plan.kv_heads, plan.method)
         return float_bytes(merged, source.tensors[name].dtype, name)
 
-    shapes = plan.outline.tensors
-    merged = {name: replace(shapes[name], compute=partial(compute, name)) for name in _projections(source)}
-    return KVCut(plan, replace(plan.outline, tensors=shapes | merged))
+    merged = {
+        name: replace(source.tensors[name], shape=plan.outline.tensors[name].shape, compute=partial(compute, name))
+        for name in _projections(source)
+    }
+    return KVCut(plan, replace(source, config=plan.outline.config, tensors=source.tensors | merged))

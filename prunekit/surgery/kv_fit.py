@@ -195,7 +195,7 @@ def fit_kv(
     judged = range(len(data.fit), len(batches))
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches), store)
     masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
-    tensors = dict(plan.outline.tensors)
+    tensors = dict(plan.source.tensors)
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
@@ -244,7 +244,7 @@ def fit_kv(
         "longest_row": max(int(batch["attention_mask"].sum(1).max()) for batch in data.fit),
         "refine_steps": refine_steps,
     }
-    return KVCut(plan, replace(plan.outline, tensors=tensors), settings, losses)
+    return KVCut(plan, replace(plan.source, config=plan.outline.config, tensors=tensors), settings, losses)
 
 
 def _written(tensors: dict[str, Tensor], names: dict[str, str], module: nn.Module, store: Store) -> dict[str, Tensor]:

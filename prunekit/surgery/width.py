@@ -12,6 +12,7 @@ from prunekit.checkpoint import (
     DTYPE_BYTES,
     Checkpoint,
     Heads,
+    Outline,
     float_bytes,
     heads,
 )
@@ -54,7 +55,7 @@ class WidthPlan:
     """How many heads and neurons stay; which ones, scores decide."""
 
     source: Checkpoint
-    outline: Checkpoint  # config and shapes of what will come out: `choose` computes the tensors
+    outline: Outline  # of what will come out: `choose` computes the tensors
     heads: Heads | None  # that each layer keeps; None: all
     neurons: dict[str, int]  # neurons that each MLP keeps, by config key
     heads_masked: bool  # zeroed where they are read, not removed
@@ -192,7 +193,7 @@ def plan_width(
     if kept and mask:
         notes.append("neurons are zeroed, not removed: the model gets neither smaller nor faster by it")
 
-    config, tensors = copy.deepcopy(checkpoint.config), dict(checkpoint.tensors)
+    config, shapes = copy.deepcopy(checkpoint.config), checkpoint.shapes()
     for part in configs(config, row):
         if heads_of and not heads_masked:
             numbers = zip((family.heads, family.kv_heads, family.head_dim), heads_of)
@@ -203,10 +204,10 @@ def plan_width(
     for name, where in parts.items():
         if (number := _kept_number(plan, where)) and not _masks(plan, where):
             unit = heads(checkpoint).dim if where.role in "qkvo" else 1
-            shape = list(tensors[name].shape)
+            shape = list(shapes[name].shape)
             shape[where.axis] = number * unit * where.halves
-            tensors[name] = replace(tensors[name], shape=tuple(shape))
-    return replace(plan, outline=replace(checkpoint, config=config, tensors=tensors))
+            shapes[name] = replace(shapes[name], shape=tuple(shape))
+    return replace(plan, outline=Outline(checkpoint.path, config, shapes))
 
 
 def _kept_number(plan: WidthPlan, part: Part) -> int | None:
@@ -306,15 +307,16 @@ def choose(
     """The cut in which each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
     kept = {layer: keep(plan, each) for layer, each in scores.items()}
     parts, changes = find_parts(plan.source), changes or {}
-    tensors = dict(plan.outline.tensors)
+    tensors = dict(plan.source.tensors)
     for name in {**parts, **changes}:
         part, cut = parts.get(name), None
         if part and (not _masks(plan, part) or part.role in ("o", "out")) and (stays := kept[part.layer].along(part)):
             cut = part, stays
         if cut or name in changes:
             compute = partial(_written, plan, name, cut, changes.get(name, []))
-            tensors[name] = replace(tensors[name], compute=compute)
-    return WidthCut(plan, replace(plan.outline, tensors=tensors), score, scores, kept)
+            tensors[name] = replace(tensors[name], shape=plan.outline.tensors[name].shape, compute=compute)
+    result = replace(plan.source, config=plan.outline.config, tensors=tensors)
+    return WidthCut(plan, result, score, scores, kept)
 
 
 def cut_width(plan: WidthPlan) -> WidthCut:
