@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from prunekit.arguments import Parser, is_file, natural, positive_float
+from prunekit.arguments import Parser, is_file, natural, positive_float, positive_int
 from prunekit.checkpoint import (
     Checkpoint,
     check_out,
@@ -224,6 +224,8 @@ def _can_bind(port: int, reuse: bool) -> bool:
             probe.bind(("", port))
         except PermissionError:
             raise PruneKitError(f"port {port} is not for users: choose one above 1023") from None
+        except OverflowError:
+            raise PruneKitError(f"port {port} is none: choose one from 1 to 65535") from None
         except OSError:
             return False
         return True
@@ -303,7 +305,7 @@ def main() -> None:
     parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
     parser.add_argument("--template", help="ms-swift's; default: the one that is most like the checkpoint's own")
     parser.add_argument("--checkpoint", choices=("last", "best"), help="which one of the training will be published")
-    parser.add_argument("--port", type=int, action="append", default=[])
+    parser.add_argument("--port", type=positive_int, action="append", default=[])
     parser.add_argument("--free-ports", type=natural, default=0, help="answer with so many ports that are free")
     parser.add_argument(
         "--disk-factor", type=positive_float, default=1.1, help="free space needed, in sizes of the model"

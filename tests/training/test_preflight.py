@@ -206,6 +206,8 @@ def test_free_ports_are_answered_when_asked_for(preflight, tiny):
         (["--template", "nonesuch"], "--template nonesuch is unknown"),
         (["--model-type", "nonesuch"], "--model_type nonesuch is unknown"),
         (["--disk-factor", "nan"], "'nan' is no number"),
+        (["--port", "0"], "'0' is no whole number of 1 or more"),
+        (["--port", "65536"], "port 65536 is none: choose one from 1 to 65535"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(preflight, tiny, arguments, message):
