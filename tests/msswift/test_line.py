@@ -1,4 +1,4 @@
-"""ms-swift's command lines, checked without importing ms-swift: against the installed one, and by what is refused."""
+"""ms-swift's command lines, checked without importing ms-swift: what is taken, and what is refused."""
 
 import contextlib
 import importlib.util
@@ -7,23 +7,15 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.swift_lines import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
 from prunekit.msswift import line as swift_line
 from prunekit.msswift.line import CLASSES, check_line, parse, parser
-from prunekit.msswift.names import check_names
-from prunekit.msswift.source import set_in
 
-PLUGINS = ROOT / "plugins"
 GRPO = ["--rlhf_type", "grpo", "--per_device_train_batch_size", "8"]
-
-
-def check(kind: str, *line: object, processes: int = 1):
-    args = parse(kind, list(map(str, line)))
-    check_line(kind, args, processes)
-    return args
 
 
 @pytest.fixture
@@ -41,79 +33,6 @@ def installed(monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", find_spec)
 
     return found
-
-
-# --- as the installed ms-swift --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def swift_parsers():
-    import swift
-    from swift.utils.utils import _patch_get_type_hints
-    from transformers import HfArgumentParser
-
-    with _patch_get_type_hints():
-        return {kind: HfArgumentParser([getattr(swift, name)], add_help=False) for kind, (_, name) in CLASSES.items()}
-
-
-# what the source alone doesn't tell
-LOOSER = {"parallelism_config", "log_level", "log_level_replica", "generation_config"}
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_the_parser_is_the_one_that_swift_makes(kind, swift_parsers):
-    def described(made):
-        return {
-            tuple(action.option_strings): (
-                type(action).__name__,
-                getattr(action.type, "__qualname__", None),
-                action.nargs,
-                action.const,
-                tuple(action.choices or ()),
-                action.required,
-                None if action.dest == "optim" else action.default,
-            )
-            for action in made._actions
-            if action.dest not in LOOSER
-        }
-
-    assert described(parser(kind)) == described(swift_parsers[kind])
-    assert parser(kind)._option_string_actions.keys() == swift_parsers[kind]._option_string_actions.keys()
-
-
-def test_names_of_models_templates_and_tuners_are_those_that_swift_registers():
-    from swift.arguments.base_args.base_args import get_supported_tuners
-    from swift.model import MODEL_MAPPING
-    from swift.template import TEMPLATE_MAPPING
-    from swift.tuner_plugin import tuners_map
-
-    plugins = [PLUGINS / "gpt2_model.py"]
-    for name in MODEL_MAPPING:
-        check_names(name, None, plugins)
-    for name in TEMPLATE_MAPPING:
-        check_names(None, name, plugins)
-    tuners = set_in("arguments/base_args/base_args.py", "get_supported_tuners")
-    assert tuners | tuners_map.keys() == get_supported_tuners()
-
-
-@pytest.mark.parametrize(
-    ("flag", "module", "registry"),
-    [
-        ("--optimizer", "swift.optimizers", "optimizers_map"),
-        ("--callbacks", "swift.callbacks", "callbacks_map"),
-        ("--eval_metric", "swift.metrics", "eval_metrics_map"),
-        ("--loss_type", "swift.loss", "loss_map"),
-        ("--report_to", "transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK"),
-    ],
-)
-def test_what_swift_registers_is_taken_and_listed(flag, module, registry):
-    names = [name for name in getattr(importlib.import_module(module), registry) if not name.startswith("ow")]
-    for name in names:
-        check("sft", flag, name)
-    with pytest.raises(PruneKitError) as error:
-        check("sft", flag, "nonesuch")
-    for name in names:
-        assert name in str(error.value)
 
 
 def test_no_library_is_imported_to_check_a_line():
@@ -173,31 +92,6 @@ def test_what_swift_takes_passes(line):
     check("sft", *line.split())
 
 
-def test_names_of_plugins_are_known():
-    check("sft", "--callbacks", "keep_zeros", "--external_plugins", PLUGINS / "sparsity.py")
-    check("sft", "--optimizer", "active_heads", "--external_plugins", PLUGINS / "head_rates.py")
-    check("sft", "--model_type", "gpt2", "--external_plugins", PLUGINS / "gpt2_model.py")
-
-
-@pytest.mark.parametrize(
-    ("registry", "flag"),
-    [
-        ("callbacks_map", "--callbacks"),
-        ("optimizers_map", "--optimizer"),
-        ("loss_map", "--loss_type"),
-        ("eval_metrics_map", "--eval_metric"),
-        ("tuners_map", "--tuner_type"),
-    ],
-)
-def test_a_plugin_registers_for_its_own_flag_alone(tmp_path, registry, flag):
-    plugin = tmp_path / "mine.py"
-    plugin.write_text(f"raise SystemExit('it ran')\n{registry}['mine'] = Mine\n")
-    check("sft", flag, "mine", "--external_plugins", plugin)
-    plugin.write_text("orms['mine'] = Mine\n")
-    with pytest.raises(PruneKitError, match="unknown .* mine"):
-        check("sft", flag, "mine", "--external_plugins", plugin)
-
-
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
@@ -213,21 +107,9 @@ def test_a_plugin_registers_for_its_own_flag_alone(tmp_path, registry, flag):
         ("--run_name my run", r"'run' belongs to no flag"),
         ("--max_length", r"--max_length: needs a value"),
         ("--dataset --max_length 5", r"--dataset: needs a value, or several"),
-        ("--max_length 0", r"--max_length 0: give a number above 0"),
         ("--max_length abc", r"--max_length: 'abc' is no whole number"),
         ("--max_length 1.5", r"--max_length: '1.5' is no whole number"),
         ("--learning_rate abc", r"--learning_rate: 'abc' is no number"),
-        ("--learning_rate nan", r"--learning_rate nan: give a finite number"),
-        ("--learning_rate inf", r"--learning_rate inf: give a finite number"),
-        ("--learning_rate 1e400", r"--learning_rate inf: give a finite number"),
-        ("--learning_rate -1", r"--learning_rate -1.0: give 0 or more"),
-        ("--lora_dropout 1", r"--lora_dropout 1.0: give a number from 0 to 1, below 1"),
-        ("--max_steps 0", r"--max_steps 0: give a number of steps, or -1"),
-        ("--max_steps -2", r"--max_steps -2: give a number of steps, or -1"),
-        ("--per_device_train_batch_size 0", r"give a number above 0"),
-        ("--gradient_accumulation_steps -4", r"give a number above 0"),
-        ("--save_steps 0", r"give a number above 0"),
-        ("--seed -1", r"give 0 or more"),
         ("--bf16 maybe", r"--bf16: maybe is neither true nor false"),
         ("--fp16 true --bf16 true", r"exclude each other"),
         ("--warmup_ratio 0.1 --warmup_steps 5", r"exclude each other"),
@@ -285,12 +167,8 @@ def test_a_bad_line_is_refused_in_one_line(line, message):
             "--rlhf_type gkd --teacher_model_type qwen3vl",
             r"--teacher_model_type qwen3vl is unknown: .*qwen3_vl",
         ),
-        ("--rlhf_type gkd --lmbda 1.5", r"--lmbda 1.5: give a number from 0 to 1"),
-        ("--rlhf_type gkd --beta 2", r"--beta 2.0: give a number from 0 .*to 1"),
-        ("--rlhf_type gkd --gkd_logits_topk 0", r"--gkd_logits_topk 0: give a number above 0"),
         ("--rlhf_type gkd --gkd_logits_topk 8 --use_liger_kernel true", r"exclude each other"),
         ("--rlhf_type gkd --teacher_deepspeed zero9", r"--teacher_deepspeed zero9: no such file"),
-        ("--rlhf_type gkd --vllm_gpu_memory_utilization 0", r"give a share of the GPU's memory, above 0"),
     ],
 )
 def test_a_bad_line_of_rlhf_is_refused_in_one_line(line, message):

@@ -15,21 +15,13 @@ import pytest
 import torch
 from helpers.paths import ROOT
 from helpers.tiny_models import load
-from helpers.tiny_taggers import save_tokenizer, write_rows
+from helpers.tiny_taggers import write_rows
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
 from prunekit.serving.deploy import choose_format, deploy
-from prunekit.serving.measure import (
-    Measuring,
-    check_measurable,
-    format_of,
-    measure_served,
-    served_table,
-    where_zeros_save_nothing,
-)
-from prunekit.serving.run import load_served, mean_loss, measure, pad
+from prunekit.serving.run import load_served, mean_loss, pad
 from prunekit.tagger.rows import read_rows
 
 ROWS = [list(range(5, 30)), list(range(40, 47)), list(range(20, 33))]
@@ -116,18 +108,6 @@ def test_the_table_holds_what_files_and_plain_evaluation_say(served, tmp_path, s
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["model", str(source), str(int8)]
 
 
-def test_it_says_where_zeros_save_nothing():
-    times = {"1": {"latency": 1.0}, "32": {"latency": 9.0}}
-    dense = {"model": "dense", "bytes": 100, "zeros": 0.0, "batches": times}
-    sparse, small = (
-        {**dense, "model": "sparse", "zeros": 0.15},
-        {**dense, "model": "int8", "bytes": 26, "zeros": None},
-    )
-    (line,) = where_zeros_save_nothing([dense, sparse, small])
-    assert line.startswith("sparse: 15.0% of its layers' weights are zero, and that saves nothing here")
-    assert "1.00" in line
-
-
 def test_a_killed_export_leaves_nothing_half_and_the_next_one_cleans_up(served, tmp_path, monkeypatch):
     folder, source = served("bert", "onnx")
     command = [sys.executable, "deploy.py", "--model", source, "--out", tmp_path / "out"]
@@ -163,12 +143,6 @@ def test_the_format_follows_the_size(tiny, monkeypatch):
         choose_format(open_checkpoint(tiny("qwen3_vl")), None)
 
 
-def test_rows_longer_than_the_model_are_refused(served, tmp_path):
-    how = Measuring(write_rows(tmp_path / "rows.jsonl"), length=65)
-    with pytest.raises(PruneKitError, match="--length 65: .* has 64 positions"):
-        check_measurable([served("bert", "onnx")[0]], how)
-
-
 def test_bad_input_ends_with_one_line_before_anything_is_written(served, tmp_path, script):
     (tmp_path / "a.txt").write_text("acme B-ORG\n")
     arguments = ["--model", served("bert", "onnx")[1], "--length", 16, "--out", tmp_path / "out"]
@@ -180,17 +154,6 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(served, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_folder_without_weights_and_a_decoder_on_tagged_rows_are_refused(tiny, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(PruneKitError, match="no config.json with model"):
-        format_of(tmp_path)
-    how = Measuring(write_rows(tmp_path / "rows.jsonl"), length=16)
-    with pytest.raises(PruneKitError, match="messages"):
-        check_measurable([tiny("llama")], how)
-    with pytest.raises(PruneKitError, match="neither a token classifier nor a decoder"):
-        check_measurable([tiny("bert")], how)
-
-
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(served, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -199,14 +162,3 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(served, tmp_pa
     with pytest.raises(PruneKitError, match=r"torchao is not installed: pip install -e '.\[deploy\]'"):
         deploy(open_checkpoint(served("bert", "onnx")[1]), tmp_path / "out", "torchao-int8")
     assert not list(tmp_path.iterdir())
-
-
-def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunekit.serving.measure._measure_once", measure)  # in this process
-    folder = shutil.copytree(tiny("llama"), tmp_path / "llama")
-    save_tokenizer(folder)
-    data = tmp_path / "texts.jsonl"
-    data.write_text('{"text": "ana is in oslo"}\n{"text": "bo at rome"}\n' * 3)
-    (row,) = measure_served([folder], Measuring(data, length=8, sizes=(1,), seconds=0.01, rounds=1), quiet=True)
-    assert 3 < row["loss"] < 8  # random weights: about log(128)
-    assert "LOSS" in served_table([row]).splitlines()[0]
