@@ -405,8 +405,9 @@ KV_TESTS = (
     "gpt2 or bert or disk or generation or averaged or merging)"
 )
 ZEROS_TESTS = (
-    "tests/surgery/test_zeros.py -k not (script or dry_run or less_than or pictures or qwen2 or mistral or "
-    "bert or vl or gemma3)"
+    "tests/surgery/test_zeros_pick.py tests/surgery/test_zeros_wish.py tests/surgery/test_zeros_weights.py "
+    "tests/surgery/test_zeros_scores.py tests/surgery/test_zeros.py tests/surgery/test_sparsify.py "
+    "-k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)"
 )
 
 FILES: dict[str, tuple[str, list[Mutant]]] = {
@@ -422,9 +423,17 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "tests/surgery/test_zeros_fit.py -k not (distilbert or bert or gemma3 or script or data)",
         SPARSE_FIT,
     ),
-    "prunekit/training/zeros.py": ("tests/training/test_zeros.py", SPARSE_TRAINING),
+    "prunekit/training/zeros.py": (
+        "tests/training/test_zeros.py tests/training/test_zeros_settings.py tests/training/test_zeros_gradual.py "
+        "tests/training/test_zeros_dynamic.py",
+        SPARSE_TRAINING,
+    ),
     "prunekit/knockout/removal.py": ("tests/knockout/test_removal.py", REMOVAL),
-    "prunekit/knockout/ranking.py": ("tests/knockout/test_ranking.py -k not (wandb or script)", RANKING),
+    "prunekit/knockout/ranking.py": (
+        "tests/knockout/test_ranking.py tests/knockout/test_ranking_choice.py tests/knockout/test_ranking_files.py "
+        "-k not (wandb or script)",
+        RANKING,
+    ),
     "prunekit/checkpoint/training_run.py": ("tests/training/test_publish.py", TRAINING_RUN),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
     "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),

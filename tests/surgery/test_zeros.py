@@ -1,51 +1,24 @@
-"""sparsify.py and its library: counts exact to one weight, budgets that sum up, nothing else touched."""
+"""Zeros in a checkpoint: counts exact to one weight, budgets that sum up, nothing else touched."""
 
-import json
 import math
-import runpy
 
 import pytest
 import torch
-from helpers.calibration import PADDED, padded_batch
+from helpers.calibration import PADDED
 from helpers.cuts import sparsify
-from helpers.paths import ROOT
 from helpers.tiny_models import FAMILIES, load, logits, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from prunekit.checkpoint import history, open_checkpoint
-from prunekit.data.batches import Calibration
+from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.surgery import zeros_scores as weight_scores
 from prunekit.surgery.zeros import allocate, cut_zeros, plan_zeros, with_importance
-from prunekit.surgery.zeros_pick import find_cuts, sort_keys
 from prunekit.surgery.zeros_weights import choose_weights, measure
-from prunekit.surgery.zeros_wish import Wish, parse_pattern
+from prunekit.surgery.zeros_wish import Wish
 
-DECODERS = ["llama", "qwen3_moe", "gemma3_text", "gpt2"]
-ENCODERS = ["bert", "roberta", "camembert", "distilbert"]
-
-
-# --- selection ------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 1e-30, 3e38]), min_size=1, max_size=9), min_size=1),
-    st.floats(0, 1),
-)
-def test_a_cut_takes_exactly_so_many_and_never_a_higher_score_than_it_leaves(values, share):
-    parts = [torch.tensor(part) for part in values]
-    keys = [(str(number), sort_keys(part, part)) for number, part in enumerate(parts)]
-    count = math.floor(share * sum(map(len, parts)))
-    cuts = find_cuts(lambda: keys, count)
-    masks = [cuts[name].mask(key) for name, key in keys]
-    taken, left = (
-        torch.cat([p[m] for p, m in zip(parts, masks)]),
-        torch.cat([p[~m] for p, m in zip(parts, masks)]),
-    )
-    assert len(taken) == count == sum(cut.count for cut in cuts.values())
-    assert not len(taken) or not len(left) or taken.max() <= left.min()
+# --- budgets --------------------------------------------------------------------------------------------------
 
 
 @given(st.data())
@@ -176,28 +149,6 @@ def test_two_of_four_neighbouring_inputs_are_kept(family, tiny, tmp_path):
         assert ((groups == 0).sum(1) == 2).all(), name
 
 
-@pytest.mark.parametrize(("text", "read"), [("2:4", (2, 4)), ("1:4", (3, 4)), ("6:8", (2, 8))])
-def test_a_pattern_says_how_many_of_a_group_stay(text, read):
-    assert parse_pattern(text) == read
-
-
-@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "2:4:8", "2-4", "a:b", ""])
-def test_a_pattern_that_leaves_all_or_nothing_is_refused(text):
-    with pytest.raises(PruneKitError, match=f"--pattern {text}: write it N:M"):
-        parse_pattern(text)
-
-
-@pytest.mark.parametrize(
-    "wish",
-    [{"sparsity": 0.0}, {"sparsity": 1.0}, {"threshold": 0.0}, {"threshold": math.inf},
-     {"sparsity": 0.5, "maximum": 0.0},
-     {"sparsity": 0.5, "power": math.inf}],
-)  # fmt: skip
-def test_wishes_at_the_ends_of_their_ranges_are_refused(wish, tiny):
-    with pytest.raises(PruneKitError, match="^--"):
-        plan_zeros(open_checkpoint(tiny("llama")), Wish(**wish))
-
-
 def test_groups_of_a_pattern_need_not_divide_by_what_goes(tiny, tmp_path):
     entry = sparsify(tiny("llama"), tmp_path / "out", pattern=(3, 4), modules="q_proj")
     assert entry["settings"]["pattern"] == "1:4" and entry["sparsity"]["sparsity"] == 0.75
@@ -225,28 +176,6 @@ def test_by_rows_every_output_loses_as_many_inputs(family, tiny, tmp_path):
         assert int(lost.max() - lost.min()) <= 1, name
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_inputs_of_stacked_experts_are_found_in_either_layout(turned, tiny, tmp_path):
-    """Releases of transformers write (experts, outputs, inputs) or the two last the other way round."""
-    single = tensors_of(tiny("qwen3_moe"))
-    prefix = "model.layers.3.mlp.experts."
-    experts = {name: single.pop(name) for name in list(single) if name.startswith(prefix)}
-    # Three linears side by side: two of this model would be a square, which tells nothing
-    parts = {"gate_up_proj": ("gate_proj", "up_proj", "up_proj"), "down_proj": ("down_proj",)}
-    for stacked, linears in parts.items():
-        rows = [torch.cat([experts[f"{prefix}{n}.{linear}.weight"] for linear in linears]) for n in range(4)]
-        both = torch.stack(rows)
-        single[prefix + stacked] = (both.mT if turned else both).contiguous()
-    folder = tmp_path / "stacked"
-    folder.mkdir()
-    (folder / "config.json").write_text((tiny("qwen3_moe") / "config.json").read_text())
-    save_file(single, folder / "model.safetensors", {"format": "pt"})
-    chosen = choose_weights(open_checkpoint(folder), r"layers\.3\.mlp\.experts")
-    assert {name.rpartition(".")[2]: weight.inputs for name, weight in chosen.items()} == dict.fromkeys(
-        ("gate_up_proj", "down_proj"), -2 if turned else -1
-    )
-
-
 def test_scores_that_are_not_finite_are_refused_but_for_magnitudes(own, tiny):
     plan = plan_zeros(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, score="wanda"))
     with pytest.raises(PruneKitError, match="its wanda scores aren't finite; try --dtype float32"):
@@ -268,93 +197,7 @@ def test_bf16_shards_are_read_and_written_tensor_by_tensor(tiny, tmp_path):
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_experts_are_among_the_weights(tiny):
-    assert sum(".experts." in name for name in choose_weights(open_checkpoint(tiny("qwen3_moe")))) > 3
-
-
-@pytest.mark.parametrize(
-    ("family", "modules", "expected"),
-    [
-        ("llama", "mlp|o_proj", {"gate_proj", "up_proj", "down_proj", "o_proj"}),
-        ("qwen3_moe", r"\.gate\.", None),
-        ("bert", "query", {"query"}),
-        ("qwen3_vl", "visual", {"qkv", "proj", "linear_fc1", "linear_fc2"}),
-        ("qwen3", r"lm_head\.weight", {"lm_head"}),
-    ],
-)
-def test_modules_are_searched_in_projections_and_must_match_all_of_other_names(family, modules, expected, tiny):
-    if expected is None:
-        with pytest.raises(PruneKitError, match="matches no weight; they are named like model.layers"):
-            choose_weights(open_checkpoint(tiny(family)), modules)
-        return
-    chosen = choose_weights(open_checkpoint(tiny(family)), modules)
-    assert {name.removesuffix(".weight").rpartition(".")[2] for name in chosen} == expected
-
-
-# --- scores and importance ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert"])
-def test_wanda_is_weight_times_norm_of_its_input_without_padding(family, tiny):
-    checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
-    weights = choose_weights(checkpoint)
-    seen = {}
-    for name, module in model.named_modules():
-        if f"{name}.weight" in weights:
-            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0]))
-    norms = weight_scores.input_norms(checkpoint, model, PADDED, weights)
-    masks = [PADDED.fit[0]["attention_mask"].bool(), PADDED.held_out[0]["attention_mask"].bool()]
-    for name in weights:
-        rows = torch.cat([x[m] for x, m in zip(seen[name.removesuffix(".weight")], masks)])
-        assert torch.allclose(norms[name], rows.norm(dim=0), rtol=1e-4), name
-
-
-def test_experts_norms_are_over_the_tokens_routed_to_them(tiny):
-    checkpoint, model = open_checkpoint(tiny("qwen3_moe")), load(tiny("qwen3_moe"))
-    weights = choose_weights(checkpoint, "experts")
-    mlp, read = model.model.layers[3].mlp, {}
-    mlp.experts.register_forward_pre_hook(lambda _, inputs: read.setdefault("all", []).append(inputs))
-    data = Calibration([padded_batch()], [], 24)
-    norms = weight_scores.input_norms(checkpoint, model, data, weights)
-    states, chosen = read["all"][0][0], read["all"][0][1]
-    for number in range(4):
-        mine = states[(chosen == number).any(-1)]
-        gate, up = (mine @ mlp.experts.gate_up_proj[number].T).chunk(2, -1)
-        hidden = mlp.experts.act_fn(gate) * up
-        prefix = f"model.layers.3.mlp.experts.{number}"
-        assert torch.allclose(norms[f"{prefix}.gate_proj.weight"], mine.norm(dim=0), rtol=1e-4)
-        assert torch.allclose(norms[f"{prefix}.down_proj.weight"], hidden.norm(dim=0), rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_gradient_norms_are_those_of_the_next_tokens_loss(family, tiny):
-    checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
-    weights = choose_weights(checkpoint, r"\.3\.")
-    data = Calibration([padded_batch()], [], 24)
-    norms = weight_scores.gradient_norms(checkpoint, model, data, weights)
-    model.requires_grad_(True)
-    model(**{key: data.fit[0][key] for key in ("input_ids", "attention_mask", "labels")}).loss.backward()
-    found = dict(model.named_parameters())
-    for name in weights:
-        if ".experts." not in name:
-            assert torch.allclose(norms[name], found[name].grad.abs(), rtol=1e-3, atol=1e-6), name
-        elif "gate_proj" in name:
-            number = int(name.split(".experts.")[1][0])
-            expected = found["model.layers.3.mlp.experts.gate_up_proj"].grad[number, :16].abs()
-            assert torch.allclose(norms[name], expected, rtol=1e-3, atol=1e-6), name
-
-
-@pytest.mark.parametrize("score", ["wanda", "gradient"])
-def test_weights_that_the_data_do_not_reach_are_refused(score, tiny):
-    checkpoint, model = open_checkpoint(tiny("qwen3_vl")), load(tiny("qwen3_vl"))
-    with pytest.raises(PruneKitError, match="model.visual.blocks.*leave it out with --modules"):
-        weight_scores.SCORES_OF[score](checkpoint, model, PADDED, choose_weights(checkpoint))
-
-
-def test_gradients_of_an_encoder_are_refused(tiny):
-    checkpoint = open_checkpoint(tiny("bert"))
-    with pytest.raises(PruneKitError, match="causal language model's loss, which bert has not"):
-        weight_scores.gradient(checkpoint, None, PADDED, choose_weights(checkpoint))
+# --- importance -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["layer", "row"])
@@ -405,75 +248,3 @@ def test_budgets_need_an_importance_of_each_layer(tiny):
     plan = plan_zeros(open_checkpoint(tiny("llama")), Wish(sparsity=0.5, scope="layer"))
     with pytest.raises(PruneKitError, match="no importance is known of text layer 3"):
         with_importance(plan, {("text", n): 0.5 for n in (0, 1, 2, 4)})
-
-
-# --- the script -----------------------------------------------------------------------------------------------
-
-
-def test_the_script_writes_a_checkpoint_and_its_story(script, tiny, tmp_path):
-    done = script("sparsify.py", "--model", tiny("camembert"), "--out", tmp_path / "out", "--sparsity", 0.15)
-    assert done.returncode == 0, done.stderr
-    assert "15.00%" in done.stdout and "save neither space nor time" in done.stdout
-    [entry] = history(tmp_path / "out")
-    assert entry["settings"]["sparsity"] == 0.15 and entry["removed"]["weights"] == entry["sparsity"]["zeros"]
-    assert load(tmp_path / "out").num_parameters() == entry["parameters"]
-
-
-def test_a_dry_run_writes_nothing(script, tiny, tmp_path):
-    done = script("sparsify.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--pattern", "2:4", "--dry-run")
-    assert done.returncode == 0 and "50.00%" in done.stdout and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "one of --sparsity, --threshold and --pattern"),
-        (["--sparsity", "0.5", "--threshold", "1"], "one of --sparsity, --threshold and --pattern"),
-        (["--sparsity", "1.5"], "--sparsity 1.5: a share"),
-        (["--sparsity", "nan"], "--sparsity: 'nan' is no number"),
-        (["--threshold", "-1"], "--threshold -1.0: a positive number"),
-        (["--pattern", "4:2"], "--pattern 4:2: write it N:M"),
-        (["--pattern", "3:5"], "don't divide into groups of 5"),
-        (["--sparsity", "0.5", "--modules", "nothing"], "--modules 'nothing': matches no weight"),
-        (["--sparsity", "0.5", "--modules", "("], "not a regular expression"),
-        (["--sparsity", "0.5", "--score", "wanda"], "needs data: --calib"),
-        (["--sparsity", "0.5", "--calib", "x.jsonl"], "need no data; leave it out"),
-        (["--sparsity", "0.5", "--layer-importance", "knockout"], "need each other"),
-        (
-            ["--sparsity", "0.5", "--layer-importance", "knockout", "--ranking", "absent"],
-            "can't be read as JSON",
-        ),
-        (["--threshold", "1", "--scope", "row"], "--scope says how a --sparsity is shared out"),
-        (
-            ["--sparsity", "0.5", "--scope", "global", "--layer-importance", "gradient", "--calib", "x"],
-            "--scope layer",
-        ),
-        (["--sparsity", "0.5", "--score", "wanda", "--calib", "absent.jsonl"], "absent.jsonl is not there"),
-        (["--sparsity", "0.5", "--power", "0"], "--power 0.0: a positive number"),
-        (["--sparsity", "0.5", "--max-sparsity", "2"], "--max-sparsity 2.0: a share"),
-    ],
-)
-def test_bad_wishes_are_one_line_and_exit_2(arguments, message, tiny, tmp_path, monkeypatch, capsys):
-    command = ["sparsify.py", "--model", str(tiny("llama")), "--out", str(tmp_path / "out"), *arguments]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "sparsify.py"), run_name="__main__")
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and message in error, error
-    assert not (tmp_path / "out").exists()
-
-
-def test_less_than_what_is_zero_already_is_refused(script, tiny, tmp_path):
-    sparsify(tiny("llama"), tmp_path / "one", sparsity=0.5)
-    done = script("sparsify.py", "--model", tmp_path / "one", "--out", tmp_path / "two", "--sparsity", 0.4)
-    assert done.returncode == 2 and "50.00% are zero already" in done.stderr and not (tmp_path / "two").exists()
-
-
-def test_pictures_of_zeros_are_drawn_from_the_history(script, tiny, tmp_path):
-    sparsify(tiny("qwen3_vl"), tmp_path / "out", sparsity=0.5)
-    events = [{"sparsity": s, "before": 2.0, "after": 3.0, "retrained": 2.2} for s in (0.3, 0.6)]
-    (tmp_path / "out/sparsity.json").write_text(json.dumps({"metric": "loss", "events": events}))
-    done = script("prunekit.report", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    for name in ("sparsity.png", "quality.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 10_000
