@@ -3,7 +3,8 @@
     python -m prunekit.evaluate --model checkpoints/base checkpoints/recovered --dataset data/test.jsonl
 
 token_acc looks good on a model whose generation has collapsed, so both are measured: teacher-forced over every row,
-and greedy generation compared with the answer (exact match, character error rate).
+and greedy generation compared with the answer (exact match, character error rate). `--by skill` says it of each group
+of rows, too: a mean can hide that a cut has killed one of them.
 """
 
 import argparse
@@ -16,7 +17,15 @@ from typing import Any
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
 from prunekit.checkpoint import open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.answers import check_columns, encode_rows, generate, load_engine, score_answers, teacher_forced
+from prunekit.data.answers import (
+    check_columns,
+    encode_rows,
+    generate,
+    load_engine,
+    score_answers,
+    teacher_forced_by_group,
+)
+from prunekit.data.groups import groups_of, indices_by_group
 from prunekit.data.rows import Rows, read_datasets
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
@@ -37,9 +46,12 @@ def measure_model(
     rewards: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Scores by data set. What this model can't take leaves `datasets`: the next ones are compared on the same rows."""
+    """Scores by data set. What this model can't take leaves `datasets`: the next ones are compared on the same rows.
+
+    With `args.by` the `groups` of a data set have the same scores of their rows, and how many `samples` those are.
+    """
     engine = load_engine(model, args.device, args.dtype, args.model_type, template)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, rows in list(datasets.items()):
         encoded = encode_rows(engine, rows)
         rows = Rows(rows.name, (row for row, item in zip(rows, encoded, strict=True) if item))
@@ -48,22 +60,30 @@ def measure_model(
         if too_long := len(encoded) - len(rows):
             print(f"{name}: {too_long} rows are longer than {model} takes, and left out", file=sys.stderr)
             datasets[name] = rows
-        scores = teacher_forced(engine, list(filter(None, encoded)), args.batch_size)
+        groups = indices_by_group(rows, args.by)
+        scores, of_groups = teacher_forced_by_group(engine, list(filter(None, encoded)), groups, args.batch_size)
         if not args.no_generate:
             answers, cut = generate(engine, rows, args.batch_size, args.max_new_tokens)
             scores |= score_answers(answers, rows, rewards) | {"n_cut": cut, "cut_share": cut / len(rows)}
+            for group, places in groups.items():
+                of_groups[group] |= score_answers([answers[i] for i in places], [rows[i] for i in places], rewards)
             if cut:
                 print(
                     f"warning: {name}: {cut} of {len(rows)} answers of {model} were cut at {args.max_new_tokens} "
                     "tokens: if right ones are as long, raise --max-new-tokens",
                     file=sys.stderr,
                 )
+        print(f"{model}  {name} ({len(rows)} rows)  {_said(scores)}", flush=True)
         found[name] = scores
-        values = "  ".join(
-            f"{key} {value:d}" if isinstance(value, int) else f"{key} {value:.4f}" for key, value in scores.items()
-        )
-        print(f"{model}  {name} ({len(rows)} rows)  {values}", flush=True)
+        if args.by:
+            found[name] = scores | {"groups": {g: of_groups[g] | {"samples": len(groups[g])} for g in sorted(groups)}}
+            for group in sorted(groups):
+                print(f"    {group} ({len(groups[group])} rows)  {_said(of_groups[group])}", flush=True)
     return found
+
+
+def _said(scores: dict[str, float]) -> str:
+    return "  ".join(f"{key} {value:{'d' if isinstance(value, int) else '.4f'}}" for key, value in scores.items())
 
 
 def main() -> None:
@@ -76,6 +96,7 @@ def main() -> None:
         help="messages, one file or more: JSONL, or FILE#20 for 20 rows",
     )
     parser.add_argument("--limit", type=positive_int, help="rows of each data set to use (default: all)")
+    parser.add_argument("--by", metavar="COLUMN", help="a column of the rows (skill, source): score its groups, too")
     parser.add_argument("--no-generate", action="store_true", help="teacher-forced only")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="of a generated answer (default: 64)")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="rows (default: 64)")
@@ -103,6 +124,8 @@ def main() -> None:
         check_causal(checkpoint)
         check_no_remote_code(checkpoint.path)
     datasets = read_datasets(args.dataset, args.limit)
+    for rows in datasets.values() if args.by else ():
+        groups_of(rows, args.by)
     check_rewards(rewards, args.plugins)
     check_names(args.model_type, args.template, args.plugins)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -4,7 +4,7 @@
         --seconds runs/demo/seconds --out runs/demo
 
 Sizes are read from the checkpoints, quality from what `prunekit.evaluate --json` wrote. `--line FOLDER` prints one
-checkpoint's numbers in one line instead.
+checkpoint's numbers in one line instead. Of evaluations `--by` a column, each group's exact match follows.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any
 from prunekit.arguments import Parser
 from prunekit.checkpoint import history, statistics, write_json
 from prunekit.errors import PruneKitError, run_script
-from prunekit.report import draw_stages
+from prunekit.report import draw_stages, shared_groups
 from prunekit.report.results import read_results
 from prunekit.rules import REAL
 
@@ -60,6 +60,7 @@ def summarise(stages: list[tuple[str, Path]], scores, dataset: str, seconds: Pat
                 "kv_bytes_per_token": numbers["kv_bytes_per_token"],
                 "token_acc": measured[dataset]["token_acc"],
                 "exact_match": measured[dataset]["exact_match"],
+                **({"groups": measured[dataset]["groups"]} if "groups" in measured[dataset] else {}),
                 "seconds": _seconds(spent) if spent and spent.is_file() else 0,
                 "datasets": measured,
             }
@@ -88,6 +89,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def groups_table(rows: list[dict[str, Any]]) -> str:
+    """Exact match of each group of rows (columns) at every stage; "" where the evaluations have no groups."""
+    groups = shared_groups(rows)
+    if not groups:
+        return ""
+    widths = [max(9, len(group) + 2) for group in groups]
+    lines = [f"{'exact match':22}" + "".join(f"{group:>{width}}" for group, width in zip(groups, widths))]
+    for row in rows:
+        values = (row["groups"][group]["exact_match"] for group in groups)
+        lines.append(f"{row['stage']:22}" + "".join(f"{value:>{width}.3f}" for value, width in zip(values, widths)))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--line", type=Path, metavar="FOLDER")
@@ -108,6 +122,8 @@ def main() -> None:
             parser.error(f"--stages {given}: write it NAME=FOLDER")
     rows = summarise(stages, read_evaluations(args.evaluation), args.dataset, args.seconds)
     print(table(rows))
+    if by_group := groups_table(rows):
+        print(f"\n{by_group}")
     for name in sorted({other for row in rows for other in row["datasets"]} - {args.dataset}):
         print(f"\n{name}")
         for row in rows:

@@ -303,6 +303,32 @@ def test_data_sets_of_the_same_name_are_all_in_the_result(parrot, tmp_path, monk
     assert [result["datasets"][name]["exact_match"] for name in names] == [1, 0]
 
 
+# --- groups of rows
+
+SKILLED = [asked("cat", skill="name"), asked("dog", "? " * 9, skill="name"), asked("cats", skill="count")]
+
+
+@pytest.fixture(scope="module")
+def by_skill(parrot, tmp_path_factory):
+    return judged(parrot, tmp_path_factory.mktemp("by"), SKILLED, "--by", "skill")
+
+
+@pytest.mark.parametrize("skill", ["count", "name"])
+def test_a_groups_scores_are_those_of_its_rows_alone(parrot, tmp_path, by_skill, skill):
+    mine = [row for row in SKILLED if row["skill"] == skill]
+    alone = judged(parrot, tmp_path, mine)
+    group = by_skill["groups"][skill]
+    assert group["samples"] == len(mine)
+    for key in ("token_acc", "loss", "exact_match", "cer"):
+        assert group[key] == pytest.approx(alone[key], rel=1e-5), key
+
+
+def test_groups_change_nothing_of_the_whole(parrot, tmp_path, by_skill):
+    whole = judged(parrot, tmp_path, SKILLED)
+    assert by_skill.keys() - whole.keys() == {"groups"}
+    assert {key: by_skill[key] for key in whole} == pytest.approx(whole, rel=1e-5)
+
+
 # --- what is refused, before a model is loaded
 
 
@@ -339,6 +365,10 @@ def test_a_bad_argument_is_refused_in_one_line(refused, arguments):
 def test_a_reward_whose_column_is_missing_is_refused(refused):
     plugins = [ROOT / "plugins" / name for name in ("gpt2_model.py", "ocr_rewards.py")]
     assert "'solution'" in refused("--plugins", *plugins, "--rewards", "ocr_cer")
+
+
+def test_a_column_that_a_row_lacks_is_refused(refused):
+    assert "row 2 has no column 'skill'" in refused("--by", "skill", rows=[asked("cat", skill="name"), asked("cat")])
 
 
 @pytest.mark.parametrize("damage", ["gone", "damaged"])

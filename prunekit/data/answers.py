@@ -71,6 +71,20 @@ def teacher_forced(engine, encoded: list[dict[str, Any]], batch_size: int = 64) 
     return score_batches(engine.model, batches)
 
 
+def teacher_forced_by_group(
+    engine, encoded: list[dict[str, Any]], groups: dict[str, list[int]], batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What `teacher_forced` says of all rows and of each group's; `groups` part the places in `encoded`."""
+    found, tokens = {}, {}
+    for group, places in groups.items():
+        items = [encoded[place] for place in places]
+        found[group] = teacher_forced(engine, items, batch_size)
+        tokens[group] = sum(label != -100 for item in items for label in item["labels"][1:])
+    total = sum(tokens.values())
+    whole = {key: sum(found[group][key] * tokens[group] for group in groups) / total for key in ("token_acc", "loss")}
+    return whole, found
+
+
 def generate(
     engine, rows: Sequence[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64
 ) -> tuple[list[str], int]:

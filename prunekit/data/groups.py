@@ -43,6 +43,14 @@ def groups_of(rows: Rows, column: str, least: int = 1) -> list[str]:
     return found
 
 
+def indices_by_group(rows: Rows, column: str | None) -> dict[str, list[int]]:
+    """The places in `rows` of each group's rows; without a column all, as "". Raises as `groups_of`."""
+    found: dict[str, list[int]] = {}
+    for place, group in enumerate(groups_of(rows, column) if column else [""] * len(rows)):
+        found.setdefault(group, []).append(place)
+    return found
+
+
 def ratio(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     """(sum of values / sum of weights; its standard error) over samples, both arrays (samples,). NaN of no sample.
 

@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from PIL import Image
 
 from prunekit.errors import PruneKitError
 from prunekit.knockout.ranking import build_ranking, finalists
 from prunekit.report import draw_curves, draw_greedy, draw_knockout_curves, draw_ranking, draw_stages, knockout
 from prunekit.report.training import _series
-from prunekit.summary import summarise, table
+from prunekit.summary import groups_table, summarise, table
 
 PNG = b"\x89PNG"
 
@@ -188,3 +189,32 @@ def test_table_has_a_line_for_each_stage(stages):
 def test_stage_figure_is_drawn(stages, tmp_path):
     draw_stages(stages, tmp_path / "stages.png")
     assert (tmp_path / "stages.png").read_bytes().startswith(PNG)
+
+
+@pytest.fixture
+def skilled(stages):
+    """Stages whose second has lost one of two skills; a third skill was measured at the first alone."""
+    exact = ({"read": 0.95, "add": 0.9, "copy": 1.0}, {"read": 0.94, "add": 0.1})
+    return [
+        stage | {"groups": {group: {"exact_match": value} for group, value in values.items()}}
+        for stage, values in zip(stages, exact)
+    ]
+
+
+def test_a_table_by_group_says_what_a_stage_has_lost(skilled):
+    head, base, again = groups_table(skilled).splitlines()
+    assert head.split()[2:] == ["add", "read"]
+    assert base.split() == ["base", "0.900", "0.950"] and again.split() == ["again", "0.100", "0.940"]
+
+
+def test_without_groups_there_is_no_table_of_them(stages):
+    assert groups_table(stages) == ""
+
+
+def test_the_stage_figure_has_a_map_of_groups_where_there_are_some(stages, skilled, tmp_path):
+    widths = []
+    for rows in (stages, skilled):
+        draw_stages(rows, tmp_path / "stages.png")
+        with Image.open(tmp_path / "stages.png") as image:
+            widths.append(image.width)
+    assert widths[1] > widths[0]
