@@ -34,8 +34,23 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes minutes alone comes first: begun last, it would be waited for by one process of two."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """Files that take minutes come first: begun last, one would be waited for by one process of two.
+
+    The longest before all; then those of slow tests; of them last what needs packages that CI fetches meanwhile.
+    """
+    marks: dict[Path, set[str]] = {}
+    for item in items:
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+
+    def place(item) -> int:
+        mine = marks[item.path]
+        if item.path.name == "test_pipeline.py":
+            return 0
+        if mine & {"clients", "rehearsal"}:
+            return 2
+        return 1 if mine & {"slow", "ci"} else 3
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

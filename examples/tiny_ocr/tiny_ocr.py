@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from prunekit.arguments import share
 from prunekit.checkpoint import new_folder
 from prunekit.errors import PruneKitError, run_script
 
@@ -138,12 +139,16 @@ def _save_chunk(folder: Path, name: str, words: list[str], seed: int, chunk: int
     return len(drawn)
 
 
-def make_data(out: Path, seed: int) -> None:
-    """Write NAME.jsonl (ms-swift messages with images; the truth again in the column `solution`) and images."""
+def make_data(out: Path, seed: int, part: float = 1.0) -> None:
+    """Write NAME.jsonl (ms-swift messages with images; the truth again in the column `solution`) and images.
+
+    Of every data set the first `part` (a share) of its words, the same as in all of it.
+    """
     from tqdm import tqdm
 
     banned = held_out_words(seed)
     words_of = {name: _words(name, seed, frozenset() if name in HELD_OUT else banned) for name in DATASETS}
+    words_of = {name: words[: math.ceil(len(words) * part)] for name, words in words_of.items()}
     with new_folder(out) as folder, ProcessPoolExecutor() as pool:
         (folder / "images").mkdir()
         drawing = [
@@ -409,12 +414,14 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument("--seed", type=int, default=0)
+        if name == "data":
+            command.add_argument("--share", type=share, default=1.0, help="of every data set's rows (default: all)")
     command.add_argument("--overwrite", action="store_true")
     command.add_argument("--steps", type=int, default=3600, help="optimizer steps (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=64, help="words a process (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "data":
-        make_data(args.out, args.seed)
+        make_data(args.out, args.seed, args.share)
     else:
         train(args.out, args.steps, args.batch_size, args.seed, args.overwrite)
 

@@ -90,6 +90,22 @@ def test_data_are_the_same_every_time(monkeypatch, tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_a_share_of_the_data_is_their_beginning(monkeypatch, tmp_path):
+    small = {name: (4, *rest) for name, (_, *rest) in tiny_ocr.DATASETS.items()}
+    monkeypatch.setattr(tiny_ocr, "DATASETS", small)
+    tiny_ocr.make_data(tmp_path / "whole", seed=0)
+    tiny_ocr.make_data(tmp_path / "part", seed=0, part=0.5)
+    whole, part = (
+        [json.loads(row) for row in (tmp_path / name / "val.jsonl").read_text().splitlines()]
+        for name in ("whole", "part")
+    )
+    assert [row["solution"] for row in part] == [row["solution"] for row in whole[:2]]
+    images = sorted((tmp_path / "part" / "images").iterdir())
+    assert len(images) == 2 * len(small)
+    for file in images:
+        assert file.read_bytes() == (tmp_path / "whole" / "images" / file.name).read_bytes()
+
+
 def test_no_training_word_is_held_out():
     banned = tiny_ocr.held_out_words(0)
     for name in tiny_ocr.DATASETS.keys() - set(tiny_ocr.HELD_OUT):

@@ -230,7 +230,7 @@ def test_a_damaged_record_of_a_run_is_named_in_one_line(sweep, damage):
 def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
     """The embedded reader, trained for real: without its first layer it hardly reads, without a middle one it does."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "tiny_ocr" / "tiny_ocr.py", "data", "--out", tmp_path / "data"],
+        [sys.executable, ROOT / "examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data", "--share", "0.2"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

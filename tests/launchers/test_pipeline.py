@@ -69,7 +69,7 @@ def test_knockouts_ranked_every_layer_and_trained_the_finalists(demo):
     ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
     assert len(ranking["removals"]) == 8 + 6
     assert all(removal["relative"] for removal in ranking["removals"])
-    assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 5 + [False] * 9
+    assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 2 + [False] * 12
 
 
 @pytest.mark.ci
@@ -115,7 +115,7 @@ def test_no_temporary_checkpoint_is_left(demo):
 
 def test_every_training_stage_left_an_offline_wandb_run_of_the_group(demo):
     names = [path.name for path in (demo / "wandb").glob("offline-run-*")]
-    assert len(names) == 1 + 5 + 1 + 2 + 1 + 1 + 1  # knockouts, their ranking, recoveries, distillation, LoRA, RL
+    assert len(names) == 1 + 2 + 1 + 2 + 1 + 1 + 1  # knockouts, their ranking, recoveries, distillation, LoRA, RL
 
 
 def test_the_merged_checkpoint_answers_as_base_and_adapter_do(demo):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -247,10 +246,11 @@ def test_messages_for_an_encoder_are_refused(tiny):
 @pytest.mark.ci
 def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
     """The embedded model reads; without two text layers and a vision block it misreads, healed it misreads less."""
-    done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data")
+    done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data", "--share", 0.1)
     assert done.returncode == 0, done.stderr
-    rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()[:400]
-    (tmp_path / "calib.jsonl").write_text("\n".join(rows) + "\n")
+    rows = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    for name, part in (("calib", rows[:400]), ("fresh", rows[400:800])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
     done = script(
         "manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--text", 5, 7, "--vision", 4,
         "--heal", "--calib", tmp_path / "calib.jsonl",
@@ -259,8 +259,7 @@ def test_pictures_and_vision_blocks_are_healed(tmp_path, script):
     seams = json.loads((tmp_path / "out" / "pruning_info.json").read_text())["history"][-1]["seams"]
     assert {seam["stack"] for seam in seams if seam["refitted"]} == {"text", "vision"}
     checkpoint = open_checkpoint(tmp_path / "out")
-    shutil.copy(tmp_path / "data" / "val.jsonl", tmp_path / "val.jsonl")
-    fresh = calibrate(load_model(checkpoint), checkpoint, tmp_path / "val.jsonl", max_tokens=6000)
+    fresh = calibrate(load_model(checkpoint), checkpoint, tmp_path / "fresh.jsonl", max_tokens=6000)
     batches = [*fresh.fit, *fresh.held_out]
     healed = score_batches(load_model(checkpoint), batches)["loss"]
     model = load_model(open_checkpoint(EMBEDDED))

@@ -254,7 +254,7 @@ def test_a_tower_that_no_row_reaches_is_refused(tiny):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_the_script_refits_text_and_vision_and_records_what_was_gained(tmp_path, script):
-    done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data")
+    done = script("examples/tiny_ocr/tiny_ocr.py", "data", "--out", tmp_path / "data", "--share", 0.1)
     assert done.returncode == 0, done.stderr
     rows = tmp_path / "data" / "train.jsonl"
     wish = ["--model", EMBEDDED, "--sparsity", 0.5, "--scope", "layer"]
