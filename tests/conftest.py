@@ -170,7 +170,7 @@ def script():
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", name]
-        return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
     return run
 
