@@ -398,6 +398,43 @@ PUBLISH = [
     ),
 ]
 
+CUT = [
+    Mutant("        cut.source.path,\n", "        cut.result.path.parent,\n"),
+    Mutant("        statistics(cut.source),\n", "        statistics(cut.result),\n"),
+    Mutant("        statistics(cut.result),\n", "        statistics(cut.source),\n"),
+    Mutant("        account.removed,\n", "        None,\n"),
+    Mutant(
+        "        account.metrics,\n        account.settings,", "        account.settings,\n        account.metrics,"
+    ),
+    Mutant("    entry |= account.more\n", ""),
+    Mutant("entry, overwrite, max_shard_bytes", "entry, True, max_shard_bytes"),
+    Mutant("entry, overwrite, max_shard_bytes", "entry, False, max_shard_bytes"),
+    Mutant("entry, overwrite, max_shard_bytes", "entry, overwrite"),
+    Mutant("write_checkpoint(cut.result", "write_checkpoint(cut.source"),
+    Mutant("{key: data", '{"calib": data'),
+    Mutant("[data.record]", "[]"),
+    Mutant("data.tokens", "len(data.fit)"),
+]
+
+KV = [
+    Mutant("groups.mean(1)", "groups.sum(1)"),
+    Mutant("groups[:, 0]", "groups[:, -1]"),
+    Mutant("values.reshape(kv_heads, -1, head_dim", "values.reshape(kv_heads, head_dim, -1"),
+    Mutant("if kv_heads == present:", "if False:"),
+    Mutant("if kv_heads not in divisors:", "if kv_heads > present:"),
+    Mutant('method == "calibrated" and any(', "any("),
+    Mutant("if method not in METHODS:", "if False:"),
+    Mutant("old.shape[0] != present * head_dim or", ""),
+    Mutant(" or old.dtype not in TORCH_DTYPES", ""),
+    Mutant("for name in projections) != 2 * len(layers)", "for name in projections) > 2 * len(layers)"),
+    Mutant("copy.deepcopy(checkpoint.config)", "checkpoint.config"),
+    Mutant("for part in configs(config, row):\n", "for part in configs(config, row)[:1]:\n"),
+    Mutant("Outline(checkpoint.path, config, shapes)", "replace(checkpoint, config=config)"),
+    Mutant("heads(plan.source).kv - plan.kv_heads", "plan.kv_heads"),
+    Mutant(r"\.(?:weight|bias)", r"\.weight"),
+    Mutant(", source.tensors[name].dtype, name)", ', "F32", name)'),
+]
+
 FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
 KV_TESTS = (
     "tests/surgery/test_kv_math.py tests/surgery/test_kv_merge.py tests/surgery/test_kv_fit.py "
@@ -413,6 +450,8 @@ ZEROS_TESTS = (
 FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/sides.py": (f"tests/surgery/test_sides.py {FIT_TESTS}", SIDES),
     "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
+    "prunekit/surgery/cut.py": ("tests/surgery/test_cut.py", CUT),
+    "prunekit/surgery/kv.py": ("tests/surgery/test_kv.py tests/surgery/test_cut.py -k not (vl or moe or mistral)", KV),
     "prunekit/surgery/kv_math.py": (KV_TESTS, KV_MATH),
     "prunekit/surgery/kv_merge.py": (KV_TESTS, KV_MERGE),
     "prunekit/surgery/kv_fit.py": (KV_TESTS, KV_FIT),

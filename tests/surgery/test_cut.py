@@ -146,6 +146,13 @@ def test_a_cut_can_be_written_again(kind, source, tmp_path):
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("kind", CUTS)
+def test_what_is_cut_stays_as_it_is(kind, tiny, tmp_path):
+    source = open_checkpoint(tiny("qwen3"))
+    write_cut(CUTS[kind](source), tmp_path / "out")
+    assert source == open_checkpoint(tiny("qwen3"))
+
+
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 

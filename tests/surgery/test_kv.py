@@ -132,3 +132,44 @@ def test_heads_that_are_rotated_in_part_are_refused(own):
     with pytest.raises(PruneKitError, match="partial_rotary_factor"):
         plan_kv(open_checkpoint(folder), 1, "calibrated")
     plan_kv(open_checkpoint(folder), 1, "mean")
+
+
+def test_a_method_that_there_is_not_is_refused(tiny):
+    with pytest.raises(PruneKitError, match="--method median: choose one of mean, first, calibrated"):
+        plan_kv(open_checkpoint(tiny("qwen3")), 2, "median")
+
+
+NAME = "model.layers.3.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        (f"{NAME}.bias", torch.zeros(7), rf"{NAME}.bias: F32 \[7\], where 4 KV heads of 8 have 32"),
+        (f"{NAME}.weight", torch.zeros(32, 32, dtype=torch.int8), rf"{NAME}.weight: I8 .* floating-point rows"),
+        (f"{NAME}.weight", None, r"not every text layer has self_attn.k_proj and self_attn.v_proj"),
+    ],
+)
+def test_projections_that_cannot_be_merged_are_refused(name, value, message, own):
+    folder = own("qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = value
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PruneKitError, match=message):
+        plan_kv(open_checkpoint(folder), 2)
+
+
+def test_kv_heads_written_twice_change_together(own, tmp_path):
+    folder = own("qwen2_5_vl")
+    config = json.loads((folder / "config.json").read_text())
+    again = {key: config["text_config"][key] for key in ("num_hidden_layers", "num_key_value_heads")}
+    (folder / "config.json").write_text(json.dumps(config | again))
+    cut(folder, tmp_path / "out", 1)
+    config = open_checkpoint(tmp_path / "out").config
+    assert (config["num_key_value_heads"], config["text_config"]["num_key_value_heads"]) == (1, 1)
+
+
+def test_the_account_says_how_many_heads_went_and_by_which_method(tiny):
+    account = cut_kv(plan_kv(open_checkpoint(tiny("qwen3")), 1, "first")).account()
+    assert (account.removed, account.settings) == ({"kv_heads": 3}, {"kv_heads": 1, "method": "first"})
