@@ -435,6 +435,26 @@ KV = [
     Mutant(", source.tensors[name].dtype, name)", ', "F32", name)'),
 ]
 
+WIDTH = [
+    Mutant("for n in sizes} - {count})", "for n in sizes})"),
+    Mutant("abs(n / count - share) < 0.005", "abs(n / count - share) < 0.5"),
+    Mutant("if not 0 < kept[key] < width:", "if not 0 < kept[key] <= width:"),
+    Mutant("max(step, round(", "max(0, round("),
+    Mutant("round(width * share / step) * step", "int(width * share / step) * step"),
+    Mutant("(-scores).argsort", "scores.argsort"),
+    Mutant("groups.sum(1)", "groups[:, 0]"),
+    Mutant(".repeat(count // kv_count, 0)", "[list(range(kv_count)) * (count // kv_count)]"),
+    Mutant("np.sqrt(squares).prod(0)", "np.sqrt(squares).sum(0)"),
+    Mutant("for head in range(before.query) if head not in", "for head in range(before.query) if head in"),
+    Mutant("before.query - plan.heads.query", "plan.heads.query - 1"),
+    Mutant("if not plan.heads_masked and plan.heads.kv", "if plan.heads.kv"),
+    Mutant("widths[key] - number", "number"),
+    Mutant("copy.deepcopy(checkpoint.config)", "checkpoint.config"),
+    Mutant("number * unit * where.halves", "number * unit"),
+    Mutant("shape=plan.outline.tensors[name].shape, ", ""),
+    Mutant("shapes[name] = replace(shapes[name], shape=tuple(shape))", "pass"),
+]
+
 FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
 KV_TESTS = (
     "tests/surgery/test_kv_math.py tests/surgery/test_kv_merge.py tests/surgery/test_kv_fit.py "
@@ -452,6 +472,11 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
     "prunekit/surgery/cut.py": ("tests/surgery/test_cut.py", CUT),
     "prunekit/surgery/kv.py": ("tests/surgery/test_kv.py tests/surgery/test_cut.py -k not (vl or moe or mistral)", KV),
+    "prunekit/surgery/width.py": (
+        "tests/surgery/test_cut.py tests/surgery/test_width.py "
+        "-k not (script or measured or refit or encoders or vision or qwen2 or mistral or bert or vl)",
+        WIDTH,
+    ),
     "prunekit/surgery/kv_math.py": (KV_TESTS, KV_MATH),
     "prunekit/surgery/kv_merge.py": (KV_TESTS, KV_MERGE),
     "prunekit/surgery/kv_fit.py": (KV_TESTS, KV_FIT),

@@ -53,8 +53,6 @@ def test_a_removal_whose_training_failed_is_not_ranked_by_its_scan(token_acc, er
 
 # None: failed. In thousandths: of two that differ by less than 1 - token_acc can, the loss would say they are the same
 SCANNED = st.none() | st.integers(0, 1000).map(lambda count: count / 1000) | st.just(NAN)
-
-
 RESULTS = st.lists(st.tuples(SCANNED, st.just("untrained") | SCANNED), max_size=9)
 
 

@@ -7,24 +7,21 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from helpers.calibration import data, self_labelled, text_batches, write_texts
+from helpers.calibration import data, self_labelled, text_batches
 from helpers.cuts import cut_width
-from helpers.paths import EMBEDDED
 from helpers.tiny_models import FAMILIES, TEXT, head_dim_of, load, logits, text_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from prunekit.checkpoint import Heads, heads, history, open_checkpoint, statistics
-from prunekit.data.batches import calibrate
+from prunekit.checkpoint import Heads, heads, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
-from prunekit.model.load import load_model
 from prunekit.model.parts import LayerParts, Linear
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import score_batches
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.width import SCORES, keep_heads, plan_width
+from prunekit.surgery.width import SCORES, choose, keep_heads, magnitudes, plan_width
 from prunekit.surgery.width_fit import fit_once, focus, taylor
 
 REMOVABLE = [family for family in FAMILIES if ROWS[family].removable_heads != "none"]
@@ -255,6 +252,43 @@ def test_cutting_what_was_masked_changes_nothing(tiny, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(tmp_path / "masked")), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_magnitudes_are_norms_of_what_a_head_makes_of_its_input_and_products_of_a_neurons(family, tiny):
+    model, of_text = load(tiny(family)), heads(open_checkpoint(tiny(family)))
+    scores = magnitudes(open_checkpoint(tiny(family)))
+    for layer, module in enumerate(model.model.layers):
+        v = module.self_attn.v_proj.weight.unflatten(0, (of_text.kv, -1))
+        o = module.self_attn.o_proj.weight.unflatten(1, (of_text.query, -1))
+        of_heads = [(o[:, h] @ v[h // (of_text.query // of_text.kv)]).norm().item() for h in range(of_text.query)]
+        up, gate = module.mlp.up_proj.weight.norm(dim=1), module.mlp.gate_proj.weight.norm(dim=1)
+        of_neurons = (up * gate * module.mlp.down_proj.weight.norm(dim=0)).tolist()
+        assert scores[layer].heads.tolist() == pytest.approx(of_heads, rel=1e-4)
+        assert scores[layer].neurons[0].tolist() == pytest.approx(of_neurons, rel=1e-4)
+
+
+def test_the_account_says_what_went_from_each_layer_and_what_all_scored(tiny):
+    plan = plan_width(open_checkpoint(tiny("qwen3")), kv_groups=2, neurons=40)
+    found = choose(plan, "magnitude", magnitudes(plan.source))
+    account = found.account()
+    assert account.removed == {"heads": 4, "kv_heads": 2, "intermediate_size": 8}
+    assert account.settings == {"score": "magnitude", "masked": []}
+    for layer, gone in enumerate(account.more["heads_removed"]):
+        assert sorted([*gone, *found.kept[layer].heads]) == list(range(8)) and len(gone) == 4
+        assert account.more["head_scores"][layer] == pytest.approx(found.scores[layer].heads, rel=1e-3)
+
+
+def test_an_account_of_masks_says_so_and_that_no_kv_head_went(tiny):
+    plan = plan_width(open_checkpoint(tiny("qwen3")), kv_groups=2, neurons=40, mask=True)
+    account = choose(plan, "magnitude", magnitudes(plan.source)).account()
+    assert account.removed == {"heads": 4, "intermediate_size": 8}
+    assert account.settings["masked"] == ["heads", "neurons"]
+
+
+@pytest.mark.parametrize("share, kept", [(0.6, 32), (0.55, 24), (0.01, 8)])
+def test_a_share_of_neurons_is_rounded_to_what_matrix_units_like(share, kept, tiny):
+    assert plan_width(open_checkpoint(tiny("llama")), neuron_share=share).neurons == {"intermediate_size": kept}
+
+
 @pytest.mark.parametrize(
     "family, wanted, message",
     [
@@ -300,68 +334,3 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
         PruneKitError, match=r"by config.json \(num_key_value_heads, head_dim\) it would be \[32, 32\]; mend"
     ):
         plan_width(open_checkpoint(path.parent), heads_kept=4)
-
-
-def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script):
-    file = write_texts(tmp_path / "texts.jsonl")
-    done = script(
-        "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--head-share", 0.5, "--neuron-share", 0.75,
-        "--calib", file, "--calib-tokens", 600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"held-out loss \d+\.\d+ -> \d+\.\d+", done.stdout)
-    (entry,) = history(tmp_path / "out")
-    assert entry["removed"] == {"heads": 4, "intermediate_size": 64}
-    assert entry["settings"]["score"] == "activation" and entry["settings"]["masked"] == []
-    assert [len(row) for row in entry["heads_removed"]] == [4] * 8
-    assert [len(row) for row in entry["head_scores"]] == [8] * 8
-    assert (entry["neurons_before"], entry["neurons"]) == (256, 192)
-    assert "| attention heads | 8 | 4 | -50.0% |" in (tmp_path / "out" / "README.md").read_text()
-    assert (tmp_path / "out" / "heads.png").stat().st_size > 5_000
-
-
-def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
-    file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EMBEDDED)
-    done = script(
-        "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--heads", 4, "--calib", file,
-        "--calib-tokens", 600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    losses = {}
-    for made_up in (1.0, 0.25):
-        model = load_model(checkpoint)
-        calibration = calibrate(model, checkpoint, file, 600)
-        plan = plan_width(checkpoint, heads_kept=4)
-        found = fit_once(plan, model, calibration, "activation", made_up).metrics
-        losses[made_up] = found["held_out_loss"]
-    assert losses[1.0] != losses[0.25]
-    (entry,) = history(tmp_path / "out")
-    assert entry["settings"]["made_up"] == min(losses, key=losses.get)
-    assert entry["metrics"]["held_out_loss"] == pytest.approx(min(losses.values()), abs=1e-3)
-
-
-def test_the_script_says_that_masks_save_no_time(tiny, tmp_path, script):
-    done = script("width_cut.py", "--model", tiny("bert"), "--out", tmp_path / "out", "--heads", 2)
-    assert done.returncode == 0, done.stderr
-    assert "heads are zeroed, not removed (bert" in done.stdout and "nor faster" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--heads", 3], "--heads 3: the model has 4 attention heads"),
-        (["--heads", 2, "--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
-        (["--heads", 2, "--score", "taylor"], "--score taylor needs --calib"),
-        (["--heads", 2, "--head-share", 0.5], "not allowed with"),
-    ],
-)
-def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tiny, tmp_path, script):
-    done = script("width_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
-
-
-def test_a_dry_run_writes_nothing(tiny, tmp_path, script):
-    done = script("width_cut.py", "--model", tiny("llama"), "--neuron-share", 0.5, "--dry-run")
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "dry run: nothing written")
