@@ -199,6 +199,11 @@ def test_every_kv_group_keeps_as_many_heads_and_the_best_of_them(drawn):
         assert min(mine) >= max(others, default=0)
 
 
+def test_the_kv_groups_stay_whose_heads_score_most_together():
+    assert keep_heads([3, 0, 2, 2, 0, 1], 3, Heads(2, 1, 16)) == ([2, 3], [1])
+    assert keep_heads([3, 0, 2, 2, 0, 1], 3, Heads(2, 2, 16)) == ([0, 2], [0, 1])
+
+
 def test_heads_with_a_kv_head_each_take_it_along(tmp_path):
     config = hf.LlamaConfig(**TEXT | {"num_key_value_heads": 4}, head_dim=16)
     torch.manual_seed(0)
@@ -264,6 +269,14 @@ def test_magnitudes_are_norms_of_what_a_head_makes_of_its_input_and_products_of_
         of_neurons = (up * gate * module.mlp.down_proj.weight.norm(dim=0)).tolist()
         assert scores[layer].heads.tolist() == pytest.approx(of_heads, rel=1e-4)
         assert scores[layer].neurons[0].tolist() == pytest.approx(of_neurons, rel=1e-4)
+
+
+def test_magnitudes_of_experts_are_of_each_of_both_halves_of_what_is_stored_as_one(tiny):
+    scores = magnitudes(open_checkpoint(tiny("qwen3_vl_moe")))
+    experts = load(tiny("qwen3_vl_moe")).model.language_model.layers[3].mlp.experts
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    expected = gate.norm(dim=2) * up.norm(dim=2) * experts.down_proj.norm(dim=1)
+    torch.testing.assert_close(torch.tensor(scores[3].neurons), expected.detach(), rtol=1e-4, atol=0)
 
 
 def test_the_account_says_what_went_from_each_layer_and_what_all_scored(tiny):
