@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,6 +25,9 @@ import psutil
 
 from prunekit.errors import PruneKitError
 
+# What starts a process or lists them asks all others for their end, which each tells once: of two that ask at the same
+# time one is told 255, as of a dead server.
+_ASKING = threading.Lock()
 OF_TORCHRUN = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # of other trainings
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*(?!ChildFailed)\w*(?:Error|Exception|Interrupt)(?:: .+)?)")
 
@@ -95,6 +99,16 @@ def _forks(preload: bool) -> Any:
     return forks
 
 
+def run_process(process: Any) -> int:
+    """Start a process, wait for its end and return its exit code, beside other threads that do the same."""
+    with _ASKING:
+        process.start()
+    wait_for([process.sentinel])
+    with _ASKING:
+        process.join()
+        return process.exitcode
+
+
 def _last_line(log: Path) -> str:
     """The line of a log that says most about a failure: the last of an exception, else the last that has a word.
 
@@ -119,10 +133,8 @@ def run_swift(arguments: list[str], gpus: list[str], log: Path, environment: dic
         target=_train_by_command if gpus else _train_in_this_process,
         args=(arguments, environment, str(log)),
     )
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"{_last_line(log)} (exit code {process.exitcode}; see {log})")
+    if code := run_process(process):
+        raise RuntimeError(f"{_last_line(log)} (exit code {code}; see {log})")
 
 
 def share_out(gpus: list[str], jobs: int) -> list[list[str]]:
@@ -162,6 +174,7 @@ def side_by_side(
         stopped.set()
         deadline = time.monotonic() + 10
         while wait([future for future in futures if not future.cancel()], timeout=0.1).not_done:
-            for process in multiprocessing.active_children():
-                process.terminate() if time.monotonic() < deadline else process.kill()
+            with _ASKING:
+                for process in multiprocessing.active_children():
+                    process.terminate() if time.monotonic() < deadline else process.kill()
         pool.shutdown()

@@ -1,11 +1,14 @@
 """Trainings in processes of their own: what is said of one that failed, and how GPUs are shared out among them."""
 
+import multiprocessing
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from prunekit.errors import PruneKitError
-from prunekit.knockout.processes import _last_line, share_out, side_by_side
+from prunekit.knockout.processes import _last_line, run_process, share_out, side_by_side
 
 
 def test_the_last_line_of_a_log_that_is_no_wandb_message_tells_the_failure(tmp_path):
@@ -43,6 +46,13 @@ Root Cause (first observed failure):
 def test_the_exception_behind_a_failure_is_found_in_its_log(tmp_path, text, said):
     (tmp_path / "log").write_text(text)
     assert _last_line(tmp_path / "log") == said
+
+
+def test_processes_that_end_while_others_begin_all_tell_their_exit_code():
+    forks = multiprocessing.get_context("forkserver")
+    with ThreadPoolExecutor(6) as pool:
+        codes = list(pool.map(lambda code: run_process(forks.Process(target=sys.exit, args=(code,))), [0, 7] * 60))
+    assert codes == [0, 7] * 60
 
 
 def test_gpus_are_shared_out_among_jobs():
