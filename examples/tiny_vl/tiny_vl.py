@@ -1,0 +1,672 @@
+"""A tiny Qwen3-VL of many skills and its data, from nothing.
+
+    python examples/tiny_vl/tiny_vl.py data --out runs/tiny_vl_data
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/tiny_vl/tiny_vl.py train --out runs/tiny_vl
+
+`data` draws every data set, always the same for the same --seed. `train` makes OUT/model on scenes drawn on the fly,
+none of them held out; what a skill lacks decides how much of it comes next. A training that was killed goes on by the
+same command. OUT/log.jsonl has what was measured, OUT/curves.png shows it.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tiny_ocr"))
+
+import skills  # noqa: E402
+from skills import HARD, PLAIN, SIZES, SKILLS, Look, Scene  # noqa: E402
+from tiny_ocr import CHAT_TEMPLATE, CYRILLIC, SPECIAL  # noqa: E402
+
+from prunekit.checkpoint import new_folder  # noqa: E402
+from prunekit.checkpoint.work_folder import claim_folder  # noqa: E402
+from prunekit.errors import run_script  # noqa: E402
+
+# name of the file, rows, skills, look
+DATASETS: dict[str, tuple[int, tuple[str, ...], Look]] = {
+    "train": (16000, SKILLS, PLAIN),
+    "val": (480, SKILLS, PLAIN),
+    "test": (1600, SKILLS, PLAIN),
+    "cyrillic_train": (4000, ("cyrillic",), PLAIN),
+    "cyrillic_val": (200, ("cyrillic",), PLAIN),
+    "rl_train": (1024, ("read",), HARD),
+    "rl_val": (300, ("read",), HARD),
+}
+HELD_OUT = ("val", "test", "cyrillic_val", "rl_val")
+CHUNK = 500  # rows that share a random generator, so that chunks can be drawn side by side
+
+
+def plan_rows(name: str, seed: int, banned: frozenset[str]) -> list[Scene]:
+    """A data set's scenes, its skills by turns; none has a banned key, and none is there twice."""
+    rows, names, _ = DATASETS[name]
+    rng = np.random.default_rng([seed, list(DATASETS).index(name)])
+    scenes: dict[object, Scene] = {}
+    while len(scenes) < rows:
+        scene = skills.plan(rng, names[len(scenes) % len(names)])
+        if not scene.keys & banned:
+            scenes.setdefault((scene.keys, scene.turns[0]), scene)
+    return list(scenes.values())
+
+
+@functools.cache
+def held_out_keys(seed: int) -> frozenset[str]:
+    """The keys of every scene of the validation and test sets."""
+    return frozenset(key for name in HELD_OUT for scene in plan_rows(name, seed, frozenset()) for key in scene.keys)
+
+
+def pictures(name: str, scenes: list[Scene], seed: int, chunk: int) -> list[np.ndarray | None]:
+    """Draw a data set's scenes number chunk * CHUNK and on, up to CHUNK of them."""
+    rng = np.random.default_rng([seed, list(DATASETS).index(name), 1, chunk])
+    return [skills.draw(rng, scene, DATASETS[name][2]) for scene in scenes[chunk * CHUNK : (chunk + 1) * CHUNK]]
+
+
+def _image(name: str, number: int) -> str:
+    return f"images/{name}_{number:05d}.png"
+
+
+def _save_chunk(folder: Path, name: str, scenes: list[Scene], seed: int, chunk: int) -> int:
+    drawn = pictures(name, scenes, seed, chunk)
+    for number, picture in enumerate(drawn, chunk * CHUNK):
+        if picture is not None:
+            Image.fromarray(picture).save(folder / _image(name, number), compress_level=1)
+    return len(drawn)
+
+
+def _row(scene: Scene, image: Path) -> dict:
+    prompt, answer = scene.turns[0]
+    has_image = SIZES[scene.skill] is not None
+    return {
+        "messages": [
+            {"role": "user", "content": f"<image>{prompt}" if has_image else prompt},
+            {"role": "assistant", "content": answer},
+        ],
+        # ms-swift reads relative image paths from the working directory.
+        "images": [str(image)] if has_image else [],
+        "solution": answer,
+        "skill": scene.skill,
+    }
+
+
+def make_data(out: Path, seed: int) -> None:
+    """Write NAME.jsonl (ms-swift messages with images; the truth again in `solution`, and the `skill`) and images."""
+    from tqdm import tqdm
+
+    banned = held_out_keys(seed)
+    scenes_of = {name: plan_rows(name, seed, frozenset() if name in HELD_OUT else banned) for name in DATASETS}
+    with new_folder(out) as folder, ProcessPoolExecutor() as pool:
+        (folder / "images").mkdir()
+        drawing = [
+            pool.submit(_save_chunk, folder, name, scenes, seed, chunk)
+            for name, scenes in scenes_of.items()
+            for chunk in range(math.ceil(len(scenes) / CHUNK))
+        ]
+        with tqdm(total=sum(map(len, scenes_of.values())), desc="draw", unit="row") as progress:
+            for chunk in as_completed(drawing):
+                progress.update(chunk.result())
+        rows_of = {
+            name: [_row(scene, out.resolve() / _image(name, number)) for number, scene in enumerate(scenes)]
+            for name, scenes in scenes_of.items()
+        }
+        # As in tiny_ocr: a LoRA that sees the new script alone unlearns the rest, and so does a recovery without the
+        # little Cyrillic that the base can read.
+        known, cyrillic = rows_of["train"], rows_of["cyrillic_train"]
+        rows_of["train"] = known + cyrillic[: len(cyrillic) // 4]
+        rows_of["lora_train"] = cyrillic + known[: len(cyrillic) * 3 // 2]
+        for name, rows in rows_of.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+VOCABULARY = 2304
+# Words without a space before them. A merge that begins inside a word would hide letters of an answer in a token and
+# make reading harder, so these are tokens of their own, as the roles are.
+FIRST_WORDS = ("system", "user", "assistant", "Read", "How", "What", "Where", "Which", "Add", "Repeat")
+
+
+def learn_merges(texts: list[str], number: int) -> list[tuple[str, str]]:
+    """The byte-level BPE merges of a text that begin at a space, the most frequent first.
+
+    As BPE learns them, but for pairs that begin inside a word: answers and what stands in a picture come as letters.
+    """
+    from collections import Counter
+
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    split: pre_tokenizers.PreTokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    words = Counter(word for text in texts for word, _ in split.pre_tokenize_str(text) if word.startswith("Ġ"))
+    starts: Counter[str] = Counter()
+    for word, count in words.items():
+        for end in range(2, len(word) + 1):
+            starts[word[:end]] += count
+    best = sorted(starts, key=lambda start: (-starts[start], len(start), start))[:number]
+    return [(start[:-1], start[-1]) for start in best]
+
+
+def build_processor():
+    """A Qwen3VLProcessor with Qwen's pre-tokenizer and a byte-level BPE learned on our prompts."""
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    # The vocabulary is the same for every seed of the data, so that models of two seeds can be compared and merged.
+    rng = np.random.default_rng(10)
+    texts = [skills.plan(rng, skill).turns[0][0] for _ in range(5000) for skill in SKILLS]
+    texts.append("".join(f" {word}" for word in skills.LEXICON))
+    split = ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = [split.pre_tokenize_str(letter)[0][0] for letter in CYRILLIC + CYRILLIC.upper()]  # two bytes each
+    merges = [(letter[0], letter[1]) for letter in letters]
+    merges += learn_merges(texts, VOCABULARY - 256 - len(merges) - len(SPECIAL) - len(FIRST_WORDS))
+    tokens = sorted(ByteLevel.alphabet()) + [one + two for one, two in merges]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in FIRST_WORDS])
+    vision = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = Qwen2VLImageProcessor(size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, **vision)
+    videos = Qwen3VLVideoProcessor(size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, **vision)
+    return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
+
+
+def build_model(processor):
+    """A random Qwen3-VL of 5.7 million parameters: QK-norm, GQA 8:4, head_dim 32, M-RoPE, DeepStack from 3 blocks."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "pad_token_id": token_id("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": 8,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_heads": 4,
+            "patch_size": 16,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [2, 4, 6],
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = token_id("<|im_end|>")
+    model.generation_config.pad_token_id = token_id("<|endoftext|>")
+    return model
+
+
+QUESTIONS = 32  # in a micro-batch, all of one skill
+REVIEW = 50  # steps between two looks at what is learned
+CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them well
+# A skill waits until reading has come to this level: it needs the letters.
+WAITS = {"line": 2, "add": 2, "cyrillic": 2}
+
+
+def turns_of(skill: str) -> int:
+    """How many questions are asked about one picture: seeing it costs more than another question."""
+    return 3 if skill in ("line", "count", "place", "bars") else 1
+
+
+@dataclass
+class Curriculum:
+    """What comes next, by what is learned: level and share of each skill. Rates: of answers without a mistake."""
+
+    levels: dict[str, int]
+    rates: dict[str, float]
+    done: float = 0.0
+
+    @classmethod
+    def begin(cls) -> "Curriculum":
+        return cls(dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0.0))
+
+    def review(self, right: dict[str, int], asked: dict[str, int], done: float) -> None:
+        """Take in the answers since the last review; `done` is the share of the training behind us."""
+        self.done = done
+        for skill in SIZES:
+            top = len(skills.LEVELS.get(skill, [0])) - 1
+            if asked[skill]:
+                self.rates[skill] += 0.5 * (right[skill] / asked[skill] - self.rates[skill])
+            level = self.levels[skill]
+            # The second half is like the test for all, however far they came.
+            least = math.ceil(top * min(1.0, done / 0.5)) if done >= 0.25 else 0
+            if skill == "cyrillic":
+                self.levels[skill] = min(top, self.levels["read"])
+            elif level < top and (self.rates[skill] > 0.8 or level < least):
+                self.levels[skill], self.rates[skill] = level + 1, 0.5
+
+    def shares(self) -> dict[str, float]:
+        """The share of micro-batches by skill, sum 1."""
+        weights = {}
+        for skill in SKILLS:
+            top = len(skills.LEVELS.get(skill, [0])) - 1
+            missing = 1 - self.rates[skill] if self.levels[skill] == top else 1.0
+            waits = self.levels["read"] < WAITS.get(skill, 0) and self.done < 0.25
+            weights[skill] = 0.0 if waits else (0.1 + missing) * (2 if skill == "read" else 1)
+        cyrillic = CYRILLIC_SHARE if self.levels["read"] >= WAITS["cyrillic"] else 0.0
+        scale = (1 - cyrillic) / sum(weights.values())
+        return {skill: weight * scale for skill, weight in weights.items()} | {"cyrillic": cyrillic}
+
+
+def pick_skills(shares: dict[str, float], number: int, seed: int, step: int) -> list[str]:
+    """The skills of a step's micro-batches: each as often as its share says, but for one."""
+    ends = np.cumsum([shares[skill] for skill in SIZES])
+    places = (np.random.default_rng([seed, 2, step]).random() + np.arange(number)) / number
+    return [list(SIZES)[min(int(index), len(SIZES) - 1)] for index in np.searchsorted(ends / ends[-1], places, "right")]
+
+
+def draw_batch(
+    where: tuple[int, int, int], skill: str, level: int, ease: float
+) -> tuple[list[Scene], np.ndarray | None]:
+    """The micro-batch at `where` (seed, step, number): nothing else decides about chance."""
+    rng, banned = np.random.default_rng([where[0], 3, *where[1:]]), held_out_keys(where[0])
+    scenes: list[Scene] = []
+    while len(scenes) < QUESTIONS // turns_of(skill):
+        scene = skills.plan(rng, skill, level)
+        if not scene.keys & banned:
+            scenes.append(scene)
+    drawn = [skills.draw(rng, scene, PLAIN.eased(ease)) for scene in scenes]
+    return scenes, None if drawn[0] is None else np.stack(drawn)
+
+
+class Batches:
+    """Turns scenes and their pictures, all of one skill, into what a Network takes."""
+
+    def __init__(self, processor, device):
+        self.processor, self.device = processor, device
+        self._known: dict[str, list[int]] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        if text not in self._known:
+            if len(self._known) > 20_000:
+                self._known.clear()
+            self._known[text] = self.processor.tokenizer(text)["input_ids"]
+        return self._known[text]
+
+    def __call__(self, scenes: list[Scene], drawn: np.ndarray | None, turns: int) -> dict:
+        """Network's arguments; with them `labels` (answer tokens) and `owner` (the number of each token's question)."""
+        import torch
+
+        tokens = 0 if drawn is None else drawn.shape[1] * drawn.shape[2] // skills.CELL**2
+        image = f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>" if tokens else ""
+        rows, places, labels, owner, questions = [], [], [], [], 0
+        for number, scene in enumerate(scenes):
+            row: list[int] = []
+            for turn, (prompt, answer) in enumerate(scene.turns[:turns]):
+                start = "" if turn == 0 else "\n"
+                row += self._encode(f"{start}<|im_start|>user\n{'' if turn else image}")
+                row += self._encode(prompt)
+                row += self._encode("<|im_end|>\n<|im_start|>assistant\n")
+                said = self._encode(answer) + self._encode("<|im_end|>")
+                places += [(number, len(row) - 1 + index) for index in range(len(said))]
+                labels += said
+                owner += [questions] * len(said)
+                row += said
+                questions += 1
+            rows.append(row)
+        length = max(map(len, rows))
+        padded = torch.zeros(len(rows), length, dtype=torch.long)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = torch.tensor(row)
+        patches = None
+        if drawn is not None:
+            pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+            patches = self.processor.image_processor.patchify(pixels, 16, 2, 2)[0].to(self.device)
+        return {
+            "ids": padded.to(self.device),
+            "answers": torch.tensor([number * length + place for number, place in places], device=self.device),
+            "patches": patches,
+            "size": None if drawn is None else (drawn.shape[1] // skills.CELL, drawn.shape[2] // skills.CELL),
+            "labels": torch.tensor(labels, device=self.device),
+            "owner": torch.tensor(owner, device=self.device),
+        }
+
+
+def right_answers(logits, labels, owner):
+    """Which questions are answered without a mistake, teacher-forced (so equal to greedy decoding). bool (questions)"""
+    import torch
+
+    right = torch.ones(int(owner[-1]) + 1, dtype=torch.bool, device=labels.device)
+    right[owner[logits.argmax(-1) != labels]] = False
+    return right
+
+
+def measure(network, batches: Batches, name: str, seed: int, cache: dict) -> dict[str, float]:
+    """The share of a data set's questions that are answered without a mistake, by skill."""
+    import torch
+
+    if name not in cache:
+        scenes = plan_rows(name, seed, frozenset())
+        chunks = range(math.ceil(len(scenes) / CHUNK))
+        cache[name] = scenes, [picture for chunk in chunks for picture in pictures(name, scenes, seed, chunk)]
+    scenes, drawn = cache[name]
+    rates = {}
+    for skill in dict.fromkeys(scene.skill for scene in scenes):
+        numbers = [number for number, scene in enumerate(scenes) if scene.skill == skill]
+        right = 0
+        for start in range(0, len(numbers), QUESTIONS):
+            some = numbers[start : start + QUESTIONS]
+            stack = None if SIZES[skill] is None else np.stack([drawn[number] for number in some])
+            batch = batches([scenes[number] for number in some], stack, 1)
+            labels, owner = batch.pop("labels"), batch.pop("owner")
+            with torch.no_grad():
+                right += int(right_answers(network(**batch), labels, owner).sum())
+        rates[skill] = round(right / len(numbers), 4)
+    return rates
+
+
+class Optimizer:
+    """Muon (Jordan 2024) for matrices, AdamW for the rest, on fp32 masters of a model in bf16.
+
+    Matrices of one shape are a stack, which processes share out between them.
+    """
+
+    def __init__(self, model, rank: int, world: int):
+        import torch
+
+        self.rank, self.world = rank, world
+        self.live = dict(model.named_parameters())
+        self.tensors = {f"master.{name}": parameter.detach().float().clone() for name, parameter in self.live.items()}
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for name, parameter in self.live.items():
+            if parameter.ndim == 2 and "embed" not in name:
+                shapes.setdefault(tuple(parameter.shape), []).append(name)
+        self.stacks = list(shapes.values())
+        matrices = {name for names in self.stacks for name in names}
+        self.others = [name for name in self.live if name not in matrices]
+        for number, names in enumerate(self.stacks):
+            self.tensors[f"momentum.{number}"] = torch.zeros(len(names), *self.live[names[0]].shape)
+        for name in self.others:
+            for kind in ("mean", "square"):
+                self.tensors[f"{kind}.{name}"] = torch.zeros_like(self.tensors[f"master.{name}"])
+        self.tensors = {name: tensor.to(parameter.device) for name, tensor in self.tensors.items()}
+        self.gradients = {name: torch.zeros_like(self.tensors[f"master.{name}"]) for name in self.live}
+
+    def collect(self) -> None:
+        """Add the model's gradients to ours and clear them: sums in bf16 would lose the small ones."""
+        for name, parameter in self.live.items():
+            if parameter.grad is not None:
+                self.gradients[name] += parameter.grad
+                parameter.grad = None
+
+    def step(self, number: int, micro_batches: int, rate: float) -> None:
+        """The step of this number, from the sum over so many micro-batches, at a share of the full rate."""
+        import torch
+        import torch.distributed as dist
+
+        flat = torch.cat([gradient.flatten() for gradient in self.gradients.values()])
+        if self.world > 1:
+            dist.all_reduce(flat)
+        flat /= micro_batches
+        flat *= (1.0 / (flat.norm() + 1e-6)).clamp(max=1.0)
+        sizes = [gradient.numel() for gradient in self.gradients.values()]
+        parts = zip(self.gradients, flat.split(sizes), strict=True)
+        gradients = {name: part.view(self.gradients[name].shape) for name, part in parts}
+        for index, names in enumerate(self.stacks):
+            stack = torch.stack([gradients[name] for name in names])
+            momentum = self.tensors[f"momentum.{index}"].lerp_(stack, 0.05)
+            updates = self._orthogonal(stack.lerp(momentum, 0.95))
+            speed = 0.02 * rate * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
+            for name, update in zip(names, updates, strict=True):
+                self.tensors[f"master.{name}"].mul_(1 - 0.01 * 0.02 * rate).sub_(update, alpha=speed)
+        for name in self.others:
+            gradient, master = gradients[name], self.tensors[f"master.{name}"]
+            mean = self.tensors[f"mean.{name}"].lerp_(gradient, 0.1)
+            square = self.tensors[f"square.{name}"].lerp_(gradient.square(), 0.05)
+            size = (square / (1 - 0.95 ** (number + 1))).sqrt_().add_(1e-8)
+            master.mul_(1 - 0.01 * 2e-3 * rate)
+            master.addcdiv_(mean, size, value=-2e-3 * rate / (1 - 0.9 ** (number + 1)))
+        for gradient in self.gradients.values():
+            gradient.zero_()
+        self.publish()
+
+    def publish(self) -> None:
+        """Give the model its weights."""
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.live.items():
+                parameter.copy_(self.tensors[f"master.{name}"])
+
+    def _orthogonal(self, stack):
+        """Newton-Schulz iterations; each process has its share of the stack. (matrices, rows, columns), fp32"""
+        import torch
+        import torch.distributed as dist
+
+        share = math.ceil(len(stack) / self.world)
+        mine = stack[self.rank * share : (self.rank + 1) * share].bfloat16()
+        flipped = stack.shape[1] > stack.shape[2]
+        mine = mine.mT if flipped else mine
+        mine = mine / (mine.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+        for _ in range(5):
+            square = mine @ mine.mT
+            mine = 3.4445 * mine + (-4.775 * square + 2.0315 * square @ square) @ mine
+        mine = (mine.mT if flipped else mine).float()
+        if self.world == 1:
+            return mine
+        padded = torch.zeros(share, *stack.shape[1:], device=stack.device)
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return torch.cat(parts)[: len(stack)]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """As a share of the full one: a short warm-up, flat for half of the way, then down to 2%."""
+    down = max(0.0, (step / steps - 0.5) / 0.5)
+    return min(1.0, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * down)))
+
+
+def save_state(out: Path, tensors: dict, story: dict) -> None:
+    """OUT/state.safetensors, whole or as before, and OUT/log.jsonl."""
+    from safetensors.torch import save_file
+
+    partial = out / ".state.new"
+    save_file(tensors, partial, {"story": json.dumps(story)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(out / "state.safetensors")
+    text = "".join(json.dumps(line) + "\n" for line in story["log"])
+    (out / ".log.new").write_text(text)
+    (out / ".log.new").replace(out / "log.jsonl")
+
+
+def save_curves(out: Path, log: list[dict]) -> None:
+    """OUT/curves.png: what of the validation sets is answered without a mistake, by questions seen."""
+    from prunekit.report.style import COOL, WARM, new_figure, save_figure
+
+    measured = [line for line in log if "measured" in line]
+    figure, axes = new_figure(1, 9, 5)
+    for colour, skill in zip(COOL, measured[-1]["measured"], strict=False):
+        seen = [line["questions"] / 1e3 for line in measured]
+        style = "--" if skill not in SKILLS else "-"
+        axes[0, 0].plot(seen, [line["measured"][skill] for line in measured], style, color=colour, label=skill)
+    axes[0, 0].axhline(0.95, color=WARM[0], linewidth=0.8)
+    axes[0, 0].set(xlabel="questions seen, thousands", ylabel="answers without a mistake", ylim=(0, 1.02))
+    axes[0, 0].legend(loc="lower right", ncols=2)
+    save_figure(figure, out / "curves.png")
+
+
+def train(
+    out: Path, steps: int, micro_batches: int, seed: int, save_every: int, measure_every: int, workers: int
+) -> None:
+    """Train from nothing, or on from OUT's last state; rank 0 writes."""
+    import torch
+    import torch.distributed as dist
+
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    settings = {"steps": steps, "micro_batches": micro_batches, "seed": seed, "processes": world}
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    claim = claim_folder(out, settings, "training") if rank == 0 else contextlib.nullcontext()
+    with claim:
+        if world > 1:
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        if (out / "model").exists():
+            print(f"{out / 'model'}: finished")
+        else:
+            _train(out, settings, device, rank, save_every, measure_every, workers)
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def _train(out: Path, settings: dict, device, rank: int, save_every: int, measure_every: int, workers: int) -> None:
+    import torch
+    import torch.distributed as dist
+    from network import Network
+    from safetensors import safe_open
+
+    steps, seed, world = settings["steps"], settings["seed"], settings["processes"]
+    number = settings["micro_batches"] * world  # micro-batches a step
+    torch.manual_seed(seed)
+    processor = build_processor()
+    model = build_model(processor)
+    optimizer = Optimizer(model.to(device), rank, world)
+    model.bfloat16()
+    optimizer.live = dict(model.named_parameters())
+    network, batches = Network(model), Batches(processor, device)
+    story = {"step": 0, "questions": 0, "seconds": 0.0, "curriculum": vars(Curriculum.begin()), "log": []}
+    if (state := out / "state.safetensors").exists():
+        with safe_open(state, "pt", device=str(device)) as file:
+            story = json.loads(file.metadata()["story"])
+            for name, tensor in optimizer.tensors.items():
+                tensor.copy_(file.get_tensor(name))
+        optimizer.publish()
+    curriculum, cache = Curriculum(**story["curriculum"]), {}
+    start, before = time.time(), story["seconds"]
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else contextlib.nullcontext()
+    with pool:
+        for first in range(story["step"], steps, REVIEW):
+            here = range(first, min(first + REVIEW, steps))
+            picked = {step: pick_skills(curriculum.shares(), number, seed, step) for step in here}
+            mine = [(step, place) for step in here for place in range(rank, number, world)]
+            which = [picked[step][place] for step, place in mine]
+            jobs = (
+                [(seed, step, place) for step, place in mine],
+                which,
+                [curriculum.levels[skill] for skill in which],
+                [min(1.0, curriculum.done / 0.3)] * len(mine),
+            )
+            drawn = pool.map(draw_batch, *jobs) if workers else map(draw_batch, *jobs)
+            tallies = torch.zeros(3, len(SIZES), device=device)  # right, asked, loss by skill
+            for step in here:
+                for skill in picked[step][rank::world]:
+                    batch = batches(*next(drawn), turns_of(skill))
+                    labels, owner = batch.pop("labels"), batch.pop("owner")
+                    logits = network(**batch)
+                    loss = torch.nn.functional.cross_entropy(logits, labels)
+                    loss.backward()
+                    optimizer.collect()
+                    right = right_answers(logits.detach(), labels, owner)
+                    column = tallies[:, list(SIZES).index(skill)]
+                    column += torch.stack(
+                        [right.sum(), right.new_tensor(len(right), dtype=torch.long), len(right) * loss.detach()]
+                    )
+                optimizer.step(step, number, learning_rate(step, steps))
+            if world > 1:
+                dist.all_reduce(tallies)
+            done = here[-1] + 1
+            right, asked, losses = (
+                {skill: row[index] for index, skill in enumerate(SIZES)} for row in tallies.tolist()
+            )
+            curriculum.review(right, asked, done / steps)
+            story |= {
+                "step": done,
+                "questions": story["questions"] + int(sum(asked.values())),
+                "seconds": round(before + time.time() - start, 1),
+                "curriculum": vars(curriculum),
+            }
+            line = {key: story[key] for key in ("step", "questions", "seconds")}
+            line |= {
+                "loss": {skill: round(losses[skill] / asked[skill], 4) for skill in SIZES if asked[skill]},
+                "right": {skill: round(right[skill] / asked[skill], 3) for skill in SIZES if asked[skill]},
+                "levels": dict(curriculum.levels),
+                "shares": {skill: round(share, 3) for skill, share in curriculum.shares().items()},
+            }
+            if rank == 0:
+                if done % measure_every < REVIEW or done == steps:
+                    line["measured"] = measure(network, batches, "val", seed, cache)
+                    for name, skill in (("cyrillic_val", "cyrillic"), ("rl_val", "hard")):
+                        line["measured"][skill] = next(iter(measure(network, batches, name, seed, cache).values()))
+                story["log"].append(line)
+                shown = " ".join(f"{skill} {rate:.2f}" for skill, rate in line.get("measured", line["right"]).items())
+                kind = "held out" if "measured" in line else "training"
+                print(
+                    f"{done}/{steps} steps, {story['questions']} questions, {line['seconds']:.0f} s, {kind}: {shown}",
+                    flush=True,
+                )
+                if done % save_every < REVIEW or done == steps:
+                    save_state(out, optimizer.tensors, story)
+                    if any("measured" in each for each in story["log"]):
+                        save_curves(out, story["log"])
+    if rank == 0:
+        print("test", json.dumps(measure(network, batches, "test", seed, cache)))
+        model.config.dtype = torch.bfloat16
+        with new_folder(out / "model") as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("data", "train"):
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, required=True, help="folder to write")
+        command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int, default=6000, help="optimizer steps (default: %(default)s)")
+    command.add_argument(
+        "--micro-batches",
+        type=int,
+        default=4,
+        help=f"of {QUESTIONS} questions of one skill, for each process and step (default: %(default)s)",
+    )
+    command.add_argument("--save-every", type=int, default=100, help="steps (default: %(default)s)")
+    command.add_argument("--measure-every", type=int, default=250, help="steps (default: %(default)s)")
+    command.add_argument("--workers", type=int, default=0, help="processes that draw, for GPUs (default: %(default)s)")
+    args = parser.parse_args()
+    if args.command == "data":
+        make_data(args.out, args.seed)
+    else:
+        train(args.out, args.steps, args.micro_batches, args.seed, args.save_every, args.measure_every, args.workers)
+
+
+if __name__ == "__main__":
+    run_script(main)
