@@ -107,10 +107,28 @@ def _rotate(states: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> to
     return states * rope[0] + states.roll(states.shape[-1] // 2, -1) * rope[1]
 
 
+class RMSNorm(torch.autograd.Function):
+    """Qwen3's norm in a third of the passes over memory."""
+
+    @staticmethod
+    def forward(context, hidden, weight, epsilon):
+        wide = hidden.float()
+        scale = torch.linalg.vecdot(wide, wide).div_(hidden.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
+        normed = wide.mul_(scale).to(hidden.dtype) if hidden.dtype != torch.float32 else wide * scale
+        context.save_for_backward(normed, weight, scale)
+        return normed * weight
+
+    @staticmethod
+    def backward(context, gradient):
+        normed, weight, scale = context.saved_tensors
+        of_weight = (gradient * normed).flatten(0, -2).sum(0)
+        inner = gradient * weight
+        shared = torch.linalg.vecdot(inner.float(), normed.float()).div_(inner.shape[-1]).unsqueeze(-1)
+        return ((inner - normed * shared) * scale).to(inner.dtype), of_weight, None
+
+
 def _rms(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * wide.to(hidden.dtype)
+    return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
 
 
 def _softmax_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):

@@ -277,7 +277,7 @@ class Curriculum:
             top = len(skills.LEVELS.get(skill, [0])) - 1
             missing = 1 - self.rates[skill] if self.levels[skill] == top else 1.0
             waits = self.levels["read"] < WAITS.get(skill, 0) and self.done < 0.25
-            weights[skill] = 0.0 if waits else (0.1 + missing) * (2 if skill == "read" else 1)
+            weights[skill] = 0.0 if waits else (0.1 + missing) * (4 if skill == "read" else 1)
         cyrillic = CYRILLIC_SHARE if self.levels["read"] >= WAITS["cyrillic"] else 0.0
         scale = (1 - cyrillic) / sum(weights.values())
         return {skill: weight * scale for skill, weight in weights.items()} | {"cyrillic": cyrillic}
