@@ -163,7 +163,7 @@ def build_processor():
 
     # The vocabulary is the same for every seed of the data, so that models of two seeds can be compared and merged.
     rng = np.random.default_rng(10)
-    texts = [skills.plan(rng, skill).turns[0][0] for _ in range(5000) for skill in SKILLS]
+    texts = [skills.plan(rng, skill).turns[0][0] for skill in SKILLS for _ in range(3000 if skill == "copy" else 200)]
     texts.append("".join(f" {word}" for word in skills.LEXICON))
     split = ByteLevel(add_prefix_space=False, use_regex=False)
     letters = [split.pre_tokenize_str(letter)[0][0] for letter in CYRILLIC + CYRILLIC.upper()]  # two bytes each

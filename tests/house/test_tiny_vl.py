@@ -1,0 +1,344 @@
+"""The tiny Qwen3-VL of many skills: its data are what they claim, its training computes what it should."""
+
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_vl import network, skills, start_training, tiny_vl
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+ALL = tuple(skills.SIZES)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_vl.build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    torch.manual_seed(0)
+    return tiny_vl.build_model(processor).eval()
+
+
+def scenes_of(skill, number=100):
+    rng = np.random.default_rng(5)
+    return [skills.plan(rng, skill) for _ in range(number)]
+
+
+def test_the_model_is_deep_and_proportioned_like_real_ones(model):
+    text, vision = model.config.text_config, model.config.vision_config
+    assert text.num_hidden_layers >= 12 and vision.depth >= 8 and len(vision.deepstack_visual_indexes) == 3
+    assert text.head_dim >= 32 and 4 <= text.num_key_value_heads < text.num_attention_heads
+    assert text.head_dim != text.hidden_size // text.num_attention_heads
+    assert sum(text.rope_parameters["mrope_section"]) * 2 == text.head_dim
+    assert 4e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 8e6
+    assert {"q_norm", "k_norm"} <= {name.split(".")[-2] for name, _ in model.named_parameters()}
+
+
+def test_the_vocabulary_has_room_for_a_cut(model, processor):
+    assert 2048 <= len(processor.tokenizer) == model.config.text_config.vocab_size <= 4096
+
+
+def test_the_pre_tokenizer_is_qwens(processor):
+    pieces = json.loads(processor.tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    assert pieces[0]["pattern"]["Regex"] == (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+@pytest.mark.parametrize("text", ["Read the text.", "Ünï 123\n\n漢字 🙂", "Жёлтый  круг", " a\tb", "user assistant"])
+def test_any_text_comes_back_from_its_tokens(processor, text):
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("skill", ["read", "line", "cyrillic"])
+def test_what_is_read_comes_a_letter_a_token(processor, skill):
+    for scene in scenes_of(skill):
+        answer = scene.turns[0][1]
+        assert len(processor.tokenizer(answer)["input_ids"]) == len(answer)
+
+
+def test_the_merges_are_as_bpe_has_them(processor):
+    """Every merge makes a new token of two that there are already."""
+    merges = json.loads(processor.tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    known = set(ByteLevel.alphabet())
+    for one, two in merges:
+        assert {one, two} <= known and one + two not in known
+        known.add(one + two)
+    assert len(merges) > 1500
+
+
+def test_held_out_scenes_share_no_key_with_what_is_trained_on():
+    banned = tiny_vl.held_out_keys(0)
+    for name in ("rl_train", "cyrillic_train"):
+        assert not any(scene.keys & banned for scene in tiny_vl.plan_rows(name, 0, banned))
+    for skill in ALL:
+        for number in range(20):
+            scenes, _ = tiny_vl.draw_batch((0, number, 0), skill, -1, 1.0)
+            assert not any(scene.keys & banned for scene in scenes)
+
+
+def test_a_sum_that_is_held_out_in_a_picture_is_held_out_in_text():
+    assert (
+        skills._plan_add(np.random.default_rng(1), 99).keys == skills._plan_add_text(np.random.default_rng(1), 99).keys
+    )
+
+
+def test_data_are_the_same_every_time(monkeypatch, tmp_path):
+    small = {name: (9, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
+    monkeypatch.setattr(tiny_vl, "DATASETS", small)
+    tiny_vl.held_out_keys.cache_clear()
+    for name in ("one", "two"):
+        tiny_vl.make_data(tmp_path / name, seed=0)
+    tiny_vl.held_out_keys.cache_clear()
+    pictures = sorted((tmp_path / "one" / "images").iterdir())
+    assert pictures
+    for file in pictures:
+        assert file.read_bytes() == (tmp_path / "two" / "images" / file.name).read_bytes()
+    for file in (tmp_path / "one").glob("*.jsonl"):
+        assert file.read_text().replace("/one/", "/two/") == (tmp_path / "two" / file.name).read_text()
+        for row in map(json.loads, file.read_text().splitlines()):
+            assert row["messages"][1]["content"] == row["solution"] and row["skill"] in ALL
+            assert len(row["images"]) == row["messages"][0]["content"].count("<image>")
+
+
+def test_batches_are_the_same_every_time():
+    for skill in ALL:
+        (one, drawn), (two, again) = (tiny_vl.draw_batch((0, 3, 1), skill, -1, 0.5) for _ in range(2))
+        assert one == two and (drawn is None or np.array_equal(drawn, again))
+        other = tiny_vl.draw_batch((1, 3, 1), skill, -1, 0.5)[0]
+        assert [scene.turns for scene in other] != [scene.turns for scene in one]
+
+
+def test_counts_are_of_what_is_there():
+    for scene in scenes_of("count"):
+        for prompt, answer in scene.turns:
+            name = re.fullmatch(r"How many (\w+?)(?:s| shapes) are there\?", prompt.replace("crosses", "crosss"))[1]
+            assert int(answer) == sum(name in (thing["colour"], thing["shape"]) for thing in scene.content["things"])
+
+
+def test_places_are_where_things_are():
+    beside = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+    rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+    kinds = set()
+    for scene in scenes_of("place", 300):
+        things = {f"{thing['colour']} {thing['shape']}": thing for thing in scene.content["things"]}
+        cells = {(thing["row"], thing["column"]): name for name, thing in things.items()}
+        for prompt, answer in scene.turns:
+            if match := re.fullmatch(r"What is (left of|right of|above|below) the (.*)\?", prompt):
+                down, right = beside[match[1]]
+                assert cells[things[match[2]]["row"] + down, things[match[2]]["column"] + right] == answer
+            elif match := re.fullmatch(r"Where is the (.*)\?", prompt):
+                assert answer == f"{rows[things[match[1]]['row']]} {columns[things[match[1]]['column']]}"
+            elif match := re.fullmatch(r"What is in the (\w+) (\w+)\?", prompt):
+                assert cells[rows.index(match[1]), columns.index(match[2])] == answer
+            else:
+                shape = re.fullmatch(r"What colour is the (\w+)\?", prompt)[1]
+                assert [name.split()[0] for name in things if name.endswith(shape)] == [answer]
+            kinds.add(prompt.split(" the ")[0])
+    assert len(kinds) == 7
+
+
+def test_bars_have_the_asked_heights():
+    for scene in scenes_of("bars"):
+        heights = dict(zip("ABCDE", scene.content["heights"], strict=False))
+        assert len(set(heights.values())) == len(heights)
+        for prompt, answer in scene.turns:
+            if match := re.fullmatch(r"What is the value of bar (\w)\?", prompt):
+                assert int(answer) == heights[match[1]]
+            else:
+                best = max if prompt == "Which bar is the highest?" else min
+                assert answer == best(heights, key=heights.get)
+
+
+@pytest.mark.parametrize("skill", ["add", "add_text"])
+def test_sums_are_right(skill):
+    for scene in scenes_of(skill):
+        prompt, answer = scene.turns[0]
+        text = scene.content["lines"][0] if skill == "add" else prompt
+        one, two = map(int, re.findall(r"\d+", text))
+        assert int(answer) == one + two
+
+
+def test_a_line_is_the_one_at_its_place():
+    for scene in scenes_of("line"):
+        for prompt, answer in scene.turns:
+            place = ("first", "second", "third").index(re.fullmatch(r"Read the (\w+) line\.", prompt)[1])
+            assert scene.content["lines"][place] == answer
+
+
+def test_the_colour_of_a_thing_is_in_its_cell():
+    """Without light, noise and blur: most of a cell's middle is of the colour that its record names."""
+    look = skills.PLAIN.eased(0.0)
+    for scene in scenes_of("place", 30):
+        picture = skills.draw(np.random.default_rng(0), scene, look).astype(int)
+        for thing in scene.content["things"]:
+            middle = picture[thing["row"] * 32 + 14 : thing["row"] * 32 + 18, thing["column"] * 32 + 14 :][:, :4]
+            distance = {name: abs(middle - rgb).sum(-1).mean() for name, rgb in skills.COLOURS.items()}
+            assert min(distance, key=distance.get) == thing["colour"]
+
+
+@pytest.mark.parametrize("look", [skills.PLAIN, skills.HARD])
+def test_every_line_of_text_fits_its_picture(look):
+    calm = skills.replace(look, noise=0.0, rotation=0.0, stains=0, blur=0.0)
+    rng = np.random.default_rng(0)
+    for skill in ("read", "line", "add", "cyrillic"):
+        for scene in scenes_of(skill, 50):
+            picture = skills.draw(rng, scene, calm).astype(int)
+            edges = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+            assert np.ptp(edges, axis=0).max() == 0
+
+
+def test_a_larger_size_of_spoiling_is_a_harder_look():
+    plain, hard = (skills.PLAIN.eased(ease) for ease in (0.0, 1.0))
+    assert (plain.noise, plain.blur, plain.stains) == (0, 0, 0) and hard == skills.PLAIN
+
+
+@pytest.mark.parametrize("skill", ["read", "place", "copy"])
+def test_the_network_computes_what_transformers_does(model, processor, skill):
+    scenes, drawn = tiny_vl.draw_batch((0, 0, 0), skill, -1, 1.0)
+    batch = tiny_vl.Batches(processor, "cpu")(scenes[:3], None if drawn is None else drawn[:3], 1)
+    labels, _ = batch.pop("labels"), batch.pop("owner")
+    logits = iter(network.Network(model)(**batch))
+    tokens = iter(labels.tolist())
+    for row, scene in enumerate(scenes[:3]):
+        prompt, answer = scene.turns[0]
+        asked = [{"type": "text", "text": prompt}]
+        images = None
+        if drawn is not None:
+            asked, images = [{"type": "image"}, *asked], [Image.fromarray(drawn[row])]
+        start = [{"role": "user", "content": asked}]
+        text = processor.apply_chat_template(start, add_generation_prompt=True)
+        encoded = processor(text=[f"{text}{answer}<|im_end|>"], images=images, return_tensors="pt")
+        with torch.no_grad():
+            theirs = model(**encoded).logits[0]
+        said = len(processor.tokenizer(answer)["input_ids"]) + 1
+        for place in range(said):
+            torch.testing.assert_close(next(logits), theirs[place - said - 1], atol=1e-5, rtol=1e-4)
+            assert next(tokens) == encoded["input_ids"][0, place - said]
+
+
+def test_further_questions_follow_as_the_chat_template_has_them(processor):
+    scenes, drawn = tiny_vl.draw_batch((0, 0, 0), "line", -1, 1.0)
+    batch = tiny_vl.Batches(processor, "cpu")(scenes[:1], drawn[:1], 3)
+    messages = []
+    for number, (prompt, answer) in enumerate(scenes[0].turns):
+        image = [] if number else [{"type": "image"}]
+        messages += [{"role": "user", "content": [*image, {"type": "text", "text": prompt}]}]
+        messages += [{"role": "assistant", "content": answer}]
+    text = processor.apply_chat_template(messages)
+    encoded = processor(text=[text], images=[Image.fromarray(drawn[0])], return_tensors="pt")
+    assert encoded["input_ids"][0, :-1].tolist() == batch["ids"][0].tolist()
+    torch.testing.assert_close(encoded["pixel_values"], batch["patches"][0])
+
+
+def test_gradients_are_those_of_plain_operations(model):
+    for function, plain, sizes in (
+        (network.SwiGLU.apply, lambda gate, up: torch.nn.functional.silu(gate) * up, [(4, 8), (4, 8)]),
+        (
+            lambda hidden, weight: network.RMSNorm.apply(hidden, weight, 1e-6),
+            lambda hidden, weight: torch.nn.functional.rms_norm(hidden, (8,), weight, 1e-6),
+            [(4, 8), (8,)],
+        ),
+    ):
+        torch.manual_seed(0)
+        inputs = [torch.randn(size, requires_grad=True) for size in sizes]
+        ours, theirs = function(*inputs), plain(*inputs)
+        torch.testing.assert_close(ours, theirs)
+        seed = torch.randn_like(theirs)
+        grads = [torch.autograd.grad(result, inputs, seed) for result in (ours, theirs)]
+        for one, two in zip(*grads, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_the_optimizer_steps_as_torchs_muon_and_adamw(processor):
+    """To the precision of bf16 in Muon's iterations."""
+    layers = {"matrix": torch.nn.Linear(16, 24, bias=False), "embed": torch.nn.Embedding(5, 16)}
+    ours = torch.nn.ModuleDict(layers)
+    theirs = torch.nn.ModuleDict({"matrix": torch.nn.Linear(16, 24, bias=False), "embed": torch.nn.Embedding(5, 16)})
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = tiny_vl.Optimizer(ours, 0, 1)
+    muon = torch.optim.Muon(theirs["matrix"].parameters(), lr=0.02, momentum=0.95, weight_decay=0.01)
+    adamw = torch.optim.AdamW(theirs["embed"].parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    for number in range(3):
+        torch.manual_seed(number)
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.collect()
+        optimizer.step(number, 1, 1.0)
+        muon.step()
+        adamw.step()
+    torch.testing.assert_close(ours["embed"].weight, theirs["embed"].weight, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours["matrix"].weight, theirs["matrix"].weight, atol=2e-3, rtol=0)
+
+
+def test_a_skill_moves_up_when_it_is_known_and_is_asked_less():
+    curriculum = tiny_vl.Curriculum.begin()
+    before = curriculum.shares()
+    assert before["line"] == before["add"] == before["cyrillic"] == 0
+    asked = dict.fromkeys(skills.SIZES, 100)
+    for _ in range(12):
+        curriculum.review(asked | {"copy": 0}, asked, 0.1)
+    assert curriculum.levels["read"] == len(skills.LEVELS["read"]) - 1 and curriculum.levels["copy"] == 0
+    shares = curriculum.shares()
+    assert sum(shares.values()) == pytest.approx(1) and shares["cyrillic"] == tiny_vl.CYRILLIC_SHARE
+    assert shares["count"] < shares["copy"] and shares["line"] > 0
+
+
+def test_the_second_half_is_of_the_tests_difficulty():
+    curriculum = tiny_vl.Curriculum.begin()
+    nothing = dict.fromkeys(skills.SIZES, 0)
+    for done in np.linspace(0, 0.5, 20):
+        curriculum.review(nothing, dict.fromkeys(skills.SIZES, 100), float(done))
+    assert all(curriculum.levels[skill] == len(levels) - 1 for skill, levels in skills.LEVELS.items())
+
+
+def test_skills_are_picked_as_often_as_their_shares_say():
+    shares = {skill: 1 / 8 for skill in skills.SKILLS} | {"cyrillic": 0.0}
+    assert sorted(tiny_vl.pick_skills(shares, 8, 0, 0)) == sorted(skills.SKILLS)
+    many = [skill for step in range(400) for skill in tiny_vl.pick_skills(shares, 5, 0, step)]
+    assert "cyrillic" not in many and all(abs(many.count(skill) - 250) < 50 for skill in skills.SKILLS)
+
+
+def test_the_rate_of_learning_warms_up_and_goes_down():
+    rates = [tiny_vl.learning_rate(step, 1000) for step in range(1000)]
+    assert all(one < two for one, two in pairwise(rates[:60])) and rates[100] == rates[499] == 1.0
+    assert all(one > two for one, two in pairwise(rates[501:])) and rates[-1] == pytest.approx(0.02, abs=1e-4)
+
+
+def test_an_out_that_is_used_is_refused(tmp_path):
+    (tmp_path / "precious").write_text("")
+    process = start_training(tmp_path)
+    _, errors = process.communicate()
+    assert (
+        process.returncode == 2 and "is in use" in errors and [file.name for file in tmp_path.iterdir()] == ["precious"]
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+    whole = start_training(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read()
+    killed = start_training(tmp_path / "killed")
+    for line in killed.stdout:
+        if line.startswith("4/8"):
+            killed.kill()
+            break
+    killed.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    other = start_training(tmp_path / "killed", "--seed", "1")
+    assert other.wait() == 2 and "other settings" in other.stderr.read()
+    again = start_training(tmp_path / "killed")
+    assert again.wait() == 0, again.stderr.read()
+    assert "2/8" not in again.stdout.read()
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
