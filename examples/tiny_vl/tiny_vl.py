@@ -232,7 +232,7 @@ def build_model(processor):
 
 
 QUESTIONS = 32  # in a micro-batch, all of one skill
-REVIEW = 50  # steps between two looks at what is learned
+REVIEW = 25  # steps between two looks at what is learned
 CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them well
 # A skill waits until reading has come to this level: it needs the letters.
 WAITS = {"line": 2, "add": 2, "cyrillic": 2}
@@ -582,7 +582,7 @@ def _train(out: Path, settings: dict, device, rank: int, save_every: int, measur
                 [(seed, step, place) for step, place in mine],
                 which,
                 [curriculum.levels[skill] for skill in which],
-                [min(1.0, curriculum.done / 0.3)] * len(mine),
+                [skills.EASE[curriculum.levels["read"]]] * len(mine),
             )
             drawn = pool.map(draw_batch, *jobs) if workers else map(draw_batch, *jobs)
             tallies = torch.zeros(3, len(SIZES), device=device)  # right, asked, loss by skill
