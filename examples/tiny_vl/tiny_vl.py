@@ -414,7 +414,8 @@ class Optimizer:
         for name in self.others:
             for kind in ("mean", "square"):
                 self.tensors[f"{kind}.{name}"] = torch.zeros_like(self.tensors[f"master.{name}"])
-        self.tensors = {name: tensor.to(parameter.device) for name, tensor in self.tensors.items()}
+        device = next(model.parameters()).device
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self.gradients = {name: torch.zeros_like(self.tensors[f"master.{name}"]) for name in self.live}
 
     def collect(self) -> None:
@@ -484,6 +485,14 @@ class Optimizer:
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
         return torch.cat(parts)[: len(stack)]
+
+
+def halve(model) -> None:
+    """Turn the parameters to bf16, but not the frequencies of positions, as in a model that transformers loads."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -559,8 +568,7 @@ def _train(out: Path, settings: dict, device, rank: int, save_every: int, measur
     processor = build_processor()
     model = build_model(processor)
     optimizer = Optimizer(model.to(device), rank, world)
-    model.bfloat16()
-    optimizer.live = dict(model.named_parameters())
+    halve(model)
     network, batches = Network(model), Batches(processor, device)
     story = {"step": 0, "questions": 0, "seconds": 0.0, "curriculum": vars(Curriculum.begin()), "log": []}
     if (state := out / "state.safetensors").exists():

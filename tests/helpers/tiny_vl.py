@@ -34,10 +34,13 @@ run_script(tiny_vl.main)
 """
 
 
-def start_training(out, *flags):
+def start_training(out, *flags, processes=1):
     """`train --out OUT` of 8 steps as a process of its own; what it prints is to be read from its stdout."""
-    command = [sys.executable, "-c", SHORT.format(folder=str(FOLDER)), "train", "--out", str(out), "--steps", "8"]
-    command += ["--micro-batches", "1", "--save-every", "2", "--measure-every", "100", *flags]
+    script = out.with_name(f"{out.name}_script.py")
+    script.write_text(SHORT.format(folder=str(FOLDER)))
+    run = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *run, str(script), "train", "--out", str(out), "--steps", "8"]
+    command += ["--micro-batches", str(2 // processes), "--save-every", "2", "--measure-every", "100", *flags]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

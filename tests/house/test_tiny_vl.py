@@ -11,6 +11,7 @@ from helpers.tiny_vl import network, skills, start_training, tiny_vl
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 ALL = tuple(skills.SIZES)
 
@@ -225,6 +226,14 @@ def test_the_network_computes_what_transformers_does(model, processor, skill):
             assert next(tokens) == encoded["input_ids"][0, place - said]
 
 
+def test_a_model_in_bf16_keeps_the_positions_of_the_one_in_fp32(processor):
+    halved = tiny_vl.build_model(processor)
+    before = {name: buffer.clone() for name, buffer in halved.named_buffers()}
+    tiny_vl.halve(halved)
+    assert {parameter.dtype for parameter in halved.parameters()} == {torch.bfloat16}
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in halved.named_buffers())
+
+
 def test_further_questions_follow_as_the_chat_template_has_them(processor):
     scenes, drawn = tiny_vl.draw_batch((0, 0, 0), "line", -1, 1.0)
     batch = tiny_vl.Batches(processor, "cpu")(scenes[:1], drawn[:1], 3)
@@ -286,7 +295,7 @@ def test_a_skill_moves_up_when_it_is_known_and_is_asked_less():
     before = curriculum.shares()
     assert before["line"] == before["add"] == before["cyrillic"] == 0
     asked = dict.fromkeys(skills.SIZES, 100)
-    for _ in range(12):
+    for _ in range(16):
         curriculum.review(asked | {"copy": 0}, asked, 0.1)
     assert curriculum.levels["read"] == len(skills.LEVELS["read"]) - 1 and curriculum.levels["copy"] == 0
     shares = curriculum.shares()
@@ -316,29 +325,69 @@ def test_the_rate_of_learning_warms_up_and_goes_down():
 
 
 def test_an_out_that_is_used_is_refused(tmp_path):
-    (tmp_path / "precious").write_text("")
-    process = start_training(tmp_path)
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "precious").write_text("")
+    process = start_training(used)
     _, errors = process.communicate()
-    assert (
-        process.returncode == 2 and "is in use" in errors and [file.name for file in tmp_path.iterdir()] == ["precious"]
-    )
+    assert process.returncode == 2 and "is in use" in errors
+    assert [file.name for file in used.iterdir()] == ["precious"]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The OUT of a training that nothing disturbed."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    training = start_training(out)
+    assert training.wait() == 0, training.stderr.read()
+    return out
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
-    whole = start_training(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read()
-    killed = start_training(tmp_path / "killed")
+def test_a_killed_training_goes_on_to_the_same_weights(trained, tmp_path):
+    out = tmp_path / "out"
+    killed = start_training(out)
     for line in killed.stdout:
         if line.startswith("4/8"):
             killed.kill()
             break
     killed.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    other = start_training(tmp_path / "killed", "--seed", "1")
+    assert not (out / "model").exists()
+    other = start_training(out, "--seed", "1")
     assert other.wait() == 2 and "other settings" in other.stderr.read()
-    again = start_training(tmp_path / "killed")
+    again = start_training(out)
     assert again.wait() == 0, again.stderr.read()
-    assert "2/8" not in again.stdout.read()
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert "\n2/8" not in f"\n{again.stdout.read()}"
+    one, two = weights(trained), weights(out)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    steps = [[json.loads(line)["step"] for line in (each / "log.jsonl").open()] for each in (trained, out)]
+    assert steps == [[2, 4, 6, 8]] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(trained, tmp_path):
+    training = start_training(tmp_path / "out", processes=2)
+    assert training.wait() == 0, training.stderr.read()
+    one, two = weights(trained), weights(tmp_path / "out")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0.02)
+
+
+@pytest.mark.slow
+def test_the_saved_model_answers_as_the_training_measured(trained, processor):
+    """What a training says of its model holds for who loads it: here for the first tokens of answers."""
+    loaded = Qwen3VLForConditionalGeneration.from_pretrained(trained / "model", dtype=torch.float32).eval()
+    saved = AutoProcessor.from_pretrained(trained / "model")
+    scenes, drawn = tiny_vl.draw_batch((0, 0, 0), "read", -1, 0.0)
+    batch = tiny_vl.Batches(saved, "cpu")(scenes, drawn, 1)
+    del batch["labels"], batch["owner"]
+    ours = network.Network(loaded)(**batch)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": scenes[0].turns[0][0]}]}]
+    text = saved.apply_chat_template(messages, add_generation_prompt=True)
+    with torch.no_grad():
+        theirs = loaded(**saved(text=[text], images=[Image.fromarray(drawn[0])], return_tensors="pt")).logits[0, -1]
+    torch.testing.assert_close(ours[0], theirs, atol=1e-4, rtol=1e-4)
