@@ -260,14 +260,15 @@ class Curriculum:
         self.done = done
         for skill in SIZES:
             top = len(skills.LEVELS.get(skill, [0])) - 1
+            rate = right[skill] / max(1.0, asked[skill])
             if asked[skill]:
-                self.rates[skill] += 0.5 * (right[skill] / asked[skill] - self.rates[skill])
+                self.rates[skill] += 0.5 * (rate - self.rates[skill])
             level = self.levels[skill]
             # The second half is like the test for all, however far they came.
             least = math.ceil(top * min(1.0, done / 0.5)) if done >= 0.25 else 0
             if skill == "cyrillic":
                 self.levels[skill] = min(top, self.levels["read"])
-            elif level < top and (self.rates[skill] > 0.8 or level < least):
+            elif level < top and (rate > 0.8 or level < least):
                 self.levels[skill], self.rates[skill] = level + 1, 0.5
 
     def shares(self) -> dict[str, float]:
