@@ -305,6 +305,10 @@ def draw_batch(
     return scenes, None if drawn[0] is None else np.stack(drawn)
 
 
+def _up(number: int, unit: int) -> int:
+    return math.ceil(number / unit) * unit
+
+
 class Batches:
     """Turns scenes and their pictures, all of one skill, into what a Network takes."""
 
@@ -320,7 +324,7 @@ class Batches:
         return self._known[text]
 
     def __call__(self, scenes: list[Scene], drawn: np.ndarray | None, turns: int) -> dict:
-        """Network's arguments; with them `labels` (answer tokens) and `owner` (the number of each token's question)."""
+        """Network's arguments; with them `labels` (tokens of answers, -100) and `owner` (a token's question)."""
         import torch
 
         tokens = 0 if drawn is None else drawn.shape[1] * drawn.shape[2] // skills.CELL**2
@@ -340,7 +344,10 @@ class Batches:
                 row += said
                 questions += 1
             rows.append(row)
-        length = max(map(len, rows))
+        # Few shapes: oneDNN makes a kernel for each, which takes as long as using it, and keeps a thousand.
+        length = _up(max(map(len, rows)), 4)
+        more = _up(len(labels), 32) - len(labels)
+        places, labels, owner = places + places[:1] * more, labels + [-100] * more, owner + owner[-1:] * more
         padded = torch.zeros(len(rows), length, dtype=torch.long)
         for number, row in enumerate(rows):
             padded[number, : len(row)] = torch.tensor(row)
@@ -363,7 +370,7 @@ def right_answers(logits, labels, owner):
     import torch
 
     right = torch.ones(int(owner[-1]) + 1, dtype=torch.bool, device=labels.device)
-    right[owner[logits.argmax(-1) != labels]] = False
+    right[owner[(logits.argmax(-1) != labels) & (labels != -100)]] = False
     return right
 
 

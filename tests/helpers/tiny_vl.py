@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import helpers.tiny_ocr  # noqa: F401 - the module that these import by its name
 from helpers.paths import ROOT
 
 FOLDER = ROOT / "examples/tiny_vl"
@@ -17,7 +18,6 @@ def _load(name, path):
     return module
 
 
-tiny_ocr = _load("tiny_ocr", ROOT / "examples/tiny_ocr/tiny_ocr.py")
 skills = _load("skills", FOLDER / "skills.py")
 network = _load("network", FOLDER / "network.py")
 tiny_vl = _load("tiny_vl", FOLDER / "tiny_vl.py")

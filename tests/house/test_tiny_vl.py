@@ -226,6 +226,17 @@ def test_the_network_computes_what_transformers_does(model, processor, skill):
             assert next(tokens) == encoded["input_ids"][0, place - said]
 
 
+def test_a_question_is_right_if_all_its_tokens_are(processor):
+    scenes, drawn = tiny_vl.draw_batch((0, 0, 0), "count", -1, 1.0)
+    batch = tiny_vl.Batches(processor, "cpu")(scenes, drawn, 3)
+    labels, owner = batch["labels"], batch["owner"]
+    logits = torch.nn.functional.one_hot(labels.clamp(min=0), len(processor.tokenizer)).float()
+    right = tiny_vl.right_answers(logits, labels, owner)
+    assert len(right) == 3 * len(scenes) and right.all()
+    logits[3] = 0.0  # the end of the second answer
+    assert (tiny_vl.right_answers(logits, labels, owner) != right).nonzero().tolist() == [[1]]
+
+
 def test_a_model_in_bf16_keeps_the_positions_of_the_one_in_fp32(processor):
     halved = tiny_vl.build_model(processor)
     before = {name: buffer.clone() for name, buffer in halved.named_buffers()}
@@ -244,7 +255,8 @@ def test_further_questions_follow_as_the_chat_template_has_them(processor):
         messages += [{"role": "assistant", "content": answer}]
     text = processor.apply_chat_template(messages)
     encoded = processor(text=[text], images=[Image.fromarray(drawn[0])], return_tensors="pt")
-    assert encoded["input_ids"][0, :-1].tolist() == batch["ids"][0].tolist()
+    theirs = encoded["input_ids"][0, :-1].tolist()
+    assert batch["ids"][0].tolist()[: len(theirs)] == theirs
     torch.testing.assert_close(encoded["pixel_values"], batch["patches"][0])
 
 
