@@ -268,7 +268,7 @@ class Curriculum:
             least = math.ceil(top * min(1.0, done / 0.5)) if done >= 0.25 else 0
             if skill == "cyrillic":
                 self.levels[skill] = min(top, self.levels["read"])
-            elif level < top and (rate > 0.8 or level < least):
+            elif level < top and (rate > 0.7 or level < least):
                 self.levels[skill], self.rates[skill] = level + 1, 0.5
 
     def shares(self) -> dict[str, float]:
@@ -667,7 +667,7 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--steps", type=int, default=6000, help="optimizer steps (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=5600, help="optimizer steps (default: %(default)s)")
     command.add_argument(
         "--micro-batches",
         type=int,
