@@ -45,10 +45,14 @@ SIZES: dict[str, tuple[int, int] | None] = {
     "cyrillic": (1, 4),
 }
 SKILLS = tuple(name for name in SIZES if name != "cyrillic")  # what has to be learned well
-# What grows while a skill is learned: the shortest and longest word, or the largest number. The last is the goal.
+# What grows while a skill is learned: from and to how many letters, things or bars, or up to which number. The last is
+# the goal. Like reading, every skill begins with what a network can hardly miss.
 LEVELS: dict[str, list[Any]] = {
     "read": [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)],
     "line": [(1, 1), (1, 2), (2, 4), (2, 5)],
+    "count": [(1, 2), (2, 4), (3, 7)],
+    "place": [(1, 1), (2, 3), (3, 5)],
+    "bars": [(1, 1), (2, 3), (3, 5)],
     "add": [9, 30, 99],
     "add_text": [9, 30, 99],
     "copy": [(1, 3), (3, 7)],
@@ -179,9 +183,9 @@ def _key(skill: str, things: list[dict[str, Any]]) -> str:
     return skill + repr(sorted(tuple(thing.values()) for thing in things))
 
 
-def _plan_count(rng: np.random.Generator, _) -> Scene:
+def _plan_count(rng: np.random.Generator, sizes: tuple[int, int]) -> Scene:
     colours, turns = list(COLOURS), []
-    number = int(rng.integers(3, 8))
+    number = int(rng.integers(sizes[0], sizes[1] + 1))
     # Few kinds, so that there is something to count.
     shapes = rng.choice(SHAPES, 2, replace=False)
     palette = rng.choice(colours, 2, replace=False)
@@ -197,9 +201,9 @@ def _plan_count(rng: np.random.Generator, _) -> Scene:
     return Scene("count", [asked[index] for index in order], frozenset([_key("count", things)]), {"things": things})
 
 
-def _plan_place(rng: np.random.Generator, _) -> Scene:
+def _plan_place(rng: np.random.Generator, sizes: tuple[int, int]) -> Scene:
     kinds = list(product(COLOURS, SHAPES))
-    number = int(rng.integers(3, 6))
+    number = int(rng.integers(sizes[0], sizes[1] + 1))
     things = _things(rng, number, [kinds[index] for index in rng.permutation(len(kinds))[:number]])
     names = {(thing["row"], thing["column"]): f"{thing['colour']} {thing['shape']}" for thing in things}
     beside, simple = [], []
@@ -220,14 +224,14 @@ def _plan_place(rng: np.random.Generator, _) -> Scene:
     return Scene("place", turns, frozenset([_key("place", things)]), {"things": things})
 
 
-def _plan_bars(rng: np.random.Generator, _) -> Scene:
-    number = int(rng.integers(3, 6))
+def _plan_bars(rng: np.random.Generator, sizes: tuple[int, int]) -> Scene:
+    number = int(rng.integers(sizes[0], sizes[1] + 1))
     heights = [int(height) for height in rng.permutation(10)[:number] + 1]
     names = "ABCDE"[:number]
     colours = [str(colour) for colour in rng.choice(list(COLOURS), number, replace=False)]
     turns = [(f"What is the value of bar {name}?", str(height)) for name, height in zip(names, heights, strict=True)]
     turns = [turns[index] for index in rng.permutation(number)[:3]]
-    if rng.integers(3) == 0:
+    if number > 1 and rng.integers(3) == 0:
         which, best = [("highest", max), ("lowest", min)][rng.integers(2)]
         turns[int(rng.integers(2))] = (f"Which bar is the {which}?", names[heights.index(best(heights))])
     content = {"heights": heights, "colours": colours}
