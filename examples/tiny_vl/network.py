@@ -1,4 +1,4 @@
-"""The forward pass of a Qwen3-VL for batches of one picture size: transformers' numbers in half the time.
+"""The forward pass of a Qwen3-VL for batches of one picture size: transformers' numbers in two thirds of the time.
 
 Every row has its picture at the same place, so positions and masks are shared, pictures are a batch of their own, and
 only positions with an answer get logits.

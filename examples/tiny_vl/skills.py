@@ -150,8 +150,7 @@ LEXICON = _lexicon()
 
 def plan(rng: np.random.Generator, skill: str, level: int = -1) -> Scene:
     """Think up a scene of this skill; `level` is a number into its LEVELS."""
-    step = LEVELS[skill][min(level, len(LEVELS[skill]) - 1)] if skill in LEVELS else None
-    return globals()[f"_plan_{skill}"](rng, step)
+    return globals()[f"_plan_{skill}"](rng, LEVELS[skill][level])
 
 
 def _plan_read(rng: np.random.Generator, lengths: tuple[int, int]) -> Scene:

@@ -5,7 +5,8 @@
 
 `data` draws every data set, always the same for the same --seed. `train` makes OUT/model on scenes drawn on the fly,
 none of them held out; what a skill lacks decides how much of it comes next. A training that was killed goes on by the
-same command. OUT/log.jsonl has what was measured, OUT/curves.png shows it.
+same command. OUT/log.jsonl has what was measured, OUT/curves.png shows it. A GPU is used where there is one; give it
+processes that draw (--workers) and one training process alone.
 """
 
 import argparse
@@ -238,6 +239,10 @@ CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them 
 WAITS = {"line": 2, "add": 2, "cyrillic": 2}
 
 
+def _top(skill: str) -> int:
+    return len(skills.LEVELS[skill]) - 1
+
+
 def turns_of(skill: str) -> int:
     """How many questions are asked about one picture: seeing it costs more than another question."""
     return 3 if skill in ("line", "count", "place", "bars") else 1
@@ -259,11 +264,10 @@ class Curriculum:
         """Take in the answers since the last review; `done` is the share of the training behind us."""
         self.done = done
         for skill in SIZES:
-            top = len(skills.LEVELS.get(skill, [0])) - 1
+            top, level = _top(skill), self.levels[skill]
             rate = right[skill] / max(1.0, asked[skill])
             if asked[skill]:
                 self.rates[skill] += 0.5 * (rate - self.rates[skill])
-            level = self.levels[skill]
             # The second half is like the test for all, however far they came.
             least = math.ceil(top * min(1.0, done / 0.5)) if done >= 0.25 else 0
             if skill == "cyrillic":
@@ -275,8 +279,7 @@ class Curriculum:
         """The share of micro-batches by skill, sum 1."""
         weights = {}
         for skill in SKILLS:
-            top = len(skills.LEVELS.get(skill, [0])) - 1
-            missing = 1 - self.rates[skill] if self.levels[skill] == top else 1.0
+            missing = 1 - self.rates[skill] if self.levels[skill] == _top(skill) else 1.0
             waits = self.levels["read"] < WAITS.get(skill, 0) and self.done < 0.25
             weights[skill] = 0.0 if waits else (0.1 + missing) * (4 if skill == "read" else 1)
         cyrillic = CYRILLIC_SHARE if self.levels["read"] >= WAITS["cyrillic"] else 0.0
@@ -551,6 +554,7 @@ def train(
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     claim = claim_folder(out, settings, "training") if rank == 0 else contextlib.nullcontext()
     with claim:
         if world > 1:
