@@ -331,9 +331,10 @@ def test_skills_are_picked_as_often_as_their_shares_say():
 
 
 def test_the_rate_of_learning_warms_up_and_goes_down():
-    rates = [tiny_vl.learning_rate(step, 1000) for step in range(1000)]
-    assert all(one < two for one, two in pairwise(rates[:60])) and rates[100] == rates[499] == 1.0
-    assert all(one > two for one, two in pairwise(rates[501:])) and rates[-1] == pytest.approx(0.02, abs=1e-4)
+    rates = [tiny_vl.learning_rate(step, 5600) for step in range(5600)]
+    assert all(one < two for one, two in pairwise(rates[:60])) and rates[60] == rates[168] == 1.0
+    assert all(one >= two for one, two in pairwise(rates[60:])) and rates[336] == rates[2240] == pytest.approx(0.4)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
 
 
 def test_an_out_that_is_used_is_refused(tmp_path):
