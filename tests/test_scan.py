@@ -60,7 +60,7 @@ def test_a_finished_scan_is_not_repeated(finished, texts):
     assert (out / "records.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=[pytest.mark.slow, pytest.mark.ci])])
 def test_an_interrupted_scan_is_continued_by_the_same_command(finished, texts, tmp_path, end):
     out = tmp_path / "scan"
     arguments = ["--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200]
@@ -81,6 +81,7 @@ def test_an_interrupted_scan_is_continued_by_the_same_command(finished, texts, t
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_of_torchrun_find_what_one_does(finished, texts, tmp_path):
     out = tmp_path / "scan"
     arguments = ["--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200]

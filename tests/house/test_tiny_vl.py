@@ -361,6 +361,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_training_goes_on_to_the_same_weights(trained, tmp_path):
     out = tmp_path / "out"
     killed = start_training(out)
@@ -382,6 +383,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(trained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_compute_what_one_does(trained, tmp_path):
     training = start_training(tmp_path / "out", processes=2)
     assert training.wait() == 0, training.stderr.read()
@@ -391,6 +393,7 @@ def test_two_processes_compute_what_one_does(trained, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_the_saved_model_answers_as_the_training_measured(trained):
     """What a training says of its model holds for who loads it: here for the first tokens of answers."""
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(trained / "model", dtype=torch.float32).eval()

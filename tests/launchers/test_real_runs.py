@@ -82,6 +82,7 @@ def measured(run, data):
     return judge
 
 
+@pytest.mark.ci
 def test_a_recovery_reads_words_better_that_it_has_not_seen(run, cut, measured, tmp_path):
     flags = ["--max_steps", 40, "--eval_steps", 40, "--save_steps", 40, "--gradient_accumulation_steps", 1]
     run(

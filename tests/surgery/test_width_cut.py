@@ -31,6 +31,8 @@ def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script
     assert (tmp_path / "out" / "heads.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
     file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EMBEDDED)
     done = script(
