@@ -31,6 +31,7 @@ import skills  # noqa: E402
 from skills import HARD, PLAIN, SIZES, SKILLS, Look, Scene  # noqa: E402
 from tiny_ocr import CHAT_TEMPLATE, CYRILLIC, SPECIAL  # noqa: E402
 
+from prunekit.arguments import share  # noqa: E402
 from prunekit.checkpoint import new_folder  # noqa: E402
 from prunekit.checkpoint.work_folder import claim_folder  # noqa: E402
 from prunekit.errors import run_script  # noqa: E402
@@ -100,12 +101,16 @@ def _row(scene: Scene, image: Path) -> dict:
     }
 
 
-def make_data(out: Path, seed: int) -> None:
-    """Write NAME.jsonl (ms-swift messages with images; the truth again in `solution`, and the `skill`) and images."""
+def make_data(out: Path, seed: int, part: float = 1.0) -> None:
+    """Write NAME.jsonl (ms-swift messages with images; the truth again in `solution`, and the `skill`) and images.
+
+    Of every data set the first `part` (a share) of its scenes, the same as in all of it.
+    """
     from tqdm import tqdm
 
     banned = held_out_keys(seed)
     scenes_of = {name: plan_rows(name, seed, frozenset() if name in HELD_OUT else banned) for name in DATASETS}
+    scenes_of = {name: scenes[: math.ceil(len(scenes) * part)] for name, scenes in scenes_of.items()}
     with new_folder(out) as folder, ProcessPoolExecutor() as pool:
         (folder / "images").mkdir()
         drawing = [
@@ -675,6 +680,8 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True, help="folder to write")
         command.add_argument("--seed", type=int, default=0)
+        if name == "data":
+            command.add_argument("--share", type=share, default=1.0, help="of every data set's rows (default: all)")
     command.add_argument("--steps", type=int, default=5600, help="optimizer steps (default: %(default)s)")
     command.add_argument(
         "--micro-batches",
@@ -687,7 +694,7 @@ def main() -> None:
     command.add_argument("--workers", type=int, default=0, help="processes that draw, for GPUs (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "data":
-        make_data(args.out, args.seed)
+        make_data(args.out, args.seed, args.share)
     else:
         train(args.out, args.steps, args.micro_batches, args.seed, args.save_every, args.measure_every, args.workers)
 

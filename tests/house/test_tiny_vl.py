@@ -110,6 +110,22 @@ def test_data_are_the_same_every_time(monkeypatch, tmp_path):
             assert len(row["images"]) == row["messages"][0]["content"].count("<image>")
 
 
+def test_a_share_of_the_data_is_their_beginning(monkeypatch, tmp_path):
+    small = {name: (18, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
+    monkeypatch.setattr(tiny_vl, "DATASETS", small)
+    tiny_vl.held_out_keys.cache_clear()
+    for name, part in (("whole", 1.0), ("part", 0.5)):
+        tiny_vl.make_data(tmp_path / name, seed=0, part=part)
+    tiny_vl.held_out_keys.cache_clear()
+    whole, part = (
+        [json.loads(row) for row in (tmp_path / name / "val.jsonl").read_text().splitlines()]
+        for name in ("whole", "part")
+    )
+    assert [row["messages"] for row in part] == [row["messages"] for row in whole[:9]]
+    for file in (tmp_path / "part" / "images").iterdir():
+        assert file.read_bytes() == (tmp_path / "whole" / "images" / file.name).read_bytes()
+
+
 def test_batches_are_the_same_every_time():
     for skill in ALL:
         (one, drawn), (two, again) = (tiny_vl.draw_batch((0, 3, 1), skill, -1, 0.5) for _ in range(2))
