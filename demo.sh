@@ -83,7 +83,7 @@ knock_out() {
   "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --per_device_train_batch_size $((EACH < 16 ? 16 / EACH : 1)) --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
-MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=$([ -n "$QUICK" ] && echo 2 || echo 5) GREEDY=$([ -n "$QUICK" ] && echo 2 || echo 6) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
+MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=$(steps 5) GREEDY=$(steps 6) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"

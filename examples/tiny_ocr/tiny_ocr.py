@@ -78,7 +78,7 @@ def make_word(rng: np.random.Generator, script: str, lengths: tuple[int, int]) -
 _fonts: dict[tuple[str, int], ImageFont.FreeTypeFont] = {}
 
 
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     if (name, size) not in _fonts:
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
         _fonts[name, size] = ImageFont.truetype(str(path), size)
@@ -88,7 +88,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 def render(rng: np.random.Generator, word: str, look: Look) -> np.ndarray:
     """Draw a word. Returns grey levels, uint8 (HEIGHT, WIDTH)."""
     name, size = FONTS[rng.integers(len(FONTS))], int(rng.integers(look.sizes[0], look.sizes[1] + 1))
-    while (box := _font(name, size).getbbox(word))[2] - box[0] > WIDTH - 8:
+    while (box := font(name, size).getbbox(word))[2] - box[0] > WIDTH - 8:
         size -= 1
     ink = int(rng.integers(0, 110))
     paper = int(rng.integers(ink + look.contrast, 256))
@@ -96,7 +96,7 @@ def render(rng: np.random.Generator, word: str, look: Look) -> np.ndarray:
     slack = WIDTH - (box[2] - box[0]) - 4, HEIGHT - (box[3] - box[1]) - 4
     x = 2 - box[0] + rng.uniform(0, min(look.shift, slack[0]))
     y = 2 - box[1] + max(slack[1], 0) * (0.5 + rng.uniform(-0.5, 0.5) * min(1, look.shift / 20))
-    ImageDraw.Draw(image).text((x, y), word, fill=ink, font=_font(name, size))
+    ImageDraw.Draw(image).text((x, y), word, fill=ink, font=font(name, size))
     angle = rng.uniform(-look.rotation, look.rotation) * min(1.0, 60 / (box[2] - box[0]))
     pixels = np.asarray(image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=paper), np.float32)
     pixels = pixels + rng.normal(0, rng.uniform(0, look.noise), pixels.shape)
@@ -128,14 +128,15 @@ def pictures(name: str, words: list[str], seed: int, chunk: int) -> np.ndarray:
     return np.stack([render(rng, word, DATASETS[name][3]) for word in words[chunk * CHUNK : (chunk + 1) * CHUNK]])
 
 
-def _image(name: str, number: int) -> str:
+def image_name(name: str, number: int) -> str:
+    """Where in the data's folder a row's picture is."""
     return f"images/{name}_{number:05d}.png"
 
 
 def _save_chunk(folder: Path, name: str, words: list[str], seed: int, chunk: int) -> int:
     drawn = pictures(name, words, seed, chunk)
     for number, picture in enumerate(drawn, chunk * CHUNK):
-        Image.fromarray(picture).save(folder / _image(name, number), compress_level=1)
+        Image.fromarray(picture).save(folder / image_name(name, number), compress_level=1)
     return len(drawn)
 
 
@@ -167,7 +168,7 @@ def make_data(out: Path, seed: int, part: float = 1.0) -> None:
                         {"role": "assistant", "content": word},
                     ],
                     # ms-swift reads relative image paths from the working directory.
-                    "images": [str(out.resolve() / _image(name, number))],
+                    "images": [str(out.resolve() / image_name(name, number))],
                     "solution": word,
                 }
                 for number, word in enumerate(words)
@@ -179,9 +180,14 @@ def make_data(out: Path, seed: int, part: float = 1.0) -> None:
         latin, cyrillic = rows_of["train"], rows_of["cyrillic_train"]
         rows_of["train"] = latin + cyrillic[: len(cyrillic) // 2]
         rows_of["lora_train"] = cyrillic + latin[: len(cyrillic) * 3 // 2]
-        for name, rows in rows_of.items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_rows(folder, rows_of)
+
+
+def write_rows(folder: Path, rows_of: dict[str, list[dict]]) -> None:
+    """NAME.jsonl of every data set."""
+    for name, rows in rows_of.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 CHAT_TEMPLATE = (
@@ -202,7 +208,7 @@ def build_processor():
     """A Qwen3VLProcessor over 256 bytes, the special tokens and the prompt's words."""
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import Qwen2Tokenizer
 
     alphabet = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(
@@ -210,6 +216,13 @@ def build_processor():
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in PROMPT_WORDS])
+    return processor_of(tokenizer)
+
+
+def processor_of(tokenizer):
+    """A Qwen3VLProcessor with this tokenizer: patches of 16 pixels, merged 2 by 2."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
     vision = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
     vision |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = Qwen2VLImageProcessor(size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, **vision)

@@ -7,13 +7,11 @@ is known without drawing it, and a training never draws what is held out.
 import string
 from dataclasses import dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tiny_ocr import CYRILLIC, LOOKALIKES
+from PIL import Image, ImageDraw, ImageFilter
+from tiny_ocr import CYRILLIC, LOOKALIKES, font
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")
 # O and 0, I and 1 are left out: nobody tells them apart in a blurred code.
@@ -261,16 +259,6 @@ def _plan_copy(rng: np.random.Generator, lengths: tuple[int, int]) -> Scene:
     return Scene("copy", [(f"Repeat:\n{text}", text)], frozenset([text.lower()]))
 
 
-_fonts: dict[tuple[str, int], ImageFont.FreeTypeFont] = {}
-
-
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    if (name, size) not in _fonts:
-        path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-        _fonts[name, size] = ImageFont.truetype(str(path), size)
-    return _fonts[name, size]
-
-
 def draw(rng: np.random.Generator, scene: Scene, look: Look) -> np.ndarray | None:
     """Draw a scene. Returns RGB, uint8 (height, width, 3), or None for one without a picture."""
     if (size := SIZES[scene.skill]) is None:
@@ -293,16 +281,16 @@ def _draw_lines(rng: np.random.Generator, lines: list[str], shape: tuple[int, in
     """Lines of text, as many as there are rows of cells, in one font."""
     height, width = shape
     name, size = FONTS[rng.integers(look.fonts)], int(rng.integers(look.sizes[0], look.sizes[1] + 1))
-    boxes = [_font(name, size).getbbox(line) for line in lines]
+    boxes = [font(name, size).getbbox(line) for line in lines]
     while max(box[2] - box[0] for box in boxes) > width - 8:
         size -= 1
-        boxes = [_font(name, size).getbbox(line) for line in lines]
+        boxes = [font(name, size).getbbox(line) for line in lines]
     cover = Image.new("L", (width, height))
     for row, (line, box) in enumerate(zip(lines, boxes, strict=True)):
         slack = width - (box[2] - box[0]) - 4, CELL - (box[3] - box[1]) - 4
         x = 2 - box[0] + rng.uniform(0, min(look.shift, slack[0]))
         y = row * CELL + 2 - box[1] + max(slack[1], 0) * (0.5 + rng.uniform(-0.4, 0.4) * min(1, look.shift / 20))
-        ImageDraw.Draw(cover).text((x, y), line, fill=255, font=_font(name, size))
+        ImageDraw.Draw(cover).text((x, y), line, fill=255, font=font(name, size))
     angle = rng.uniform(-look.rotation, look.rotation) * min(1.0, 60 / max(box[2] - box[0] for box in boxes))
     alpha = np.asarray(cover.rotate(angle, Image.Resampling.BILINEAR), np.float32)[..., None] / 255
     dark = rng.uniform(0, look.ink)
@@ -345,13 +333,13 @@ def _draw_bars(rng: np.random.Generator, content: dict, shape: tuple[int, int], 
         y = bottom - value * unit
         pen.line([(left, y), (width - 3, y)], (170,) * 3 if value % 5 else (110,) * 3)
         if value % 5 == 0:
-            pen.text((left - 3, y), str(value), (40,) * 3, font=_font("DejaVuSans", 9), anchor="rm")
+            pen.text((left - 3, y), str(value), (40,) * 3, font=font("DejaVuSans", 9), anchor="rm")
     pitch = (width - 4 - left) / number
     thick = pitch * rng.uniform(0.5, 0.8)
     for index, (value, colour) in enumerate(zip(content["heights"], content["colours"], strict=True)):
         x = left + pitch * (index + 0.5)
         pen.rectangle((x - thick / 2, bottom - value * unit, x + thick / 2, bottom), COLOURS[colour])
-        pen.text((x, bottom + 8), "ABCDE"[index], (30,) * 3, font=_font("DejaVuSans", 11), anchor="mm")
+        pen.text((x, bottom + 8), "ABCDE"[index], (30,) * 3, font=font("DejaVuSans", 11), anchor="mm")
     pen.line([(left, bottom - 10 * unit), (left, bottom)], (40,) * 3)
     return np.asarray(image, np.float32)
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tiny_ocr"))
 
 import skills  # noqa: E402
 from skills import HARD, PLAIN, SIZES, SKILLS, Look, Scene  # noqa: E402
-from tiny_ocr import CHAT_TEMPLATE, CYRILLIC, SPECIAL  # noqa: E402
+from tiny_ocr import CYRILLIC, SPECIAL, image_name, processor_of, write_rows  # noqa: E402
 
 from prunekit.arguments import share  # noqa: E402
 from prunekit.checkpoint import new_folder  # noqa: E402
@@ -74,15 +74,11 @@ def pictures(name: str, scenes: list[Scene], seed: int, chunk: int) -> list[np.n
     return [skills.draw(rng, scene, DATASETS[name][2]) for scene in scenes[chunk * CHUNK : (chunk + 1) * CHUNK]]
 
 
-def _image(name: str, number: int) -> str:
-    return f"images/{name}_{number:05d}.png"
-
-
 def _save_chunk(folder: Path, name: str, scenes: list[Scene], seed: int, chunk: int) -> int:
     drawn = pictures(name, scenes, seed, chunk)
     for number, picture in enumerate(drawn, chunk * CHUNK):
         if picture is not None:
-            Image.fromarray(picture).save(folder / _image(name, number), compress_level=1)
+            Image.fromarray(picture).save(folder / image_name(name, number), compress_level=1)
     return len(drawn)
 
 
@@ -122,7 +118,7 @@ def make_data(out: Path, seed: int, part: float = 1.0) -> None:
             for chunk in as_completed(drawing):
                 progress.update(chunk.result())
         rows_of = {
-            name: [_row(scene, out.resolve() / _image(name, number)) for number, scene in enumerate(scenes)]
+            name: [_row(scene, out.resolve() / image_name(name, number)) for number, scene in enumerate(scenes)]
             for name, scenes in scenes_of.items()
         }
         # As in tiny_ocr: a LoRA that sees the new script alone unlearns the rest, and so does a recovery without the
@@ -130,9 +126,7 @@ def make_data(out: Path, seed: int, part: float = 1.0) -> None:
         known, cyrillic = rows_of["train"], rows_of["cyrillic_train"]
         rows_of["train"] = known + cyrillic[: len(cyrillic) // 4]
         rows_of["lora_train"] = cyrillic + known[: len(cyrillic) * 3 // 2]
-        for name, rows in rows_of.items():
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_rows(folder, rows_of)
 
 
 VOCABULARY = 2304
@@ -165,7 +159,7 @@ def build_processor():
     """A Qwen3VLProcessor with Qwen's pre-tokenizer and a byte-level BPE learned on our prompts."""
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import Qwen2Tokenizer
 
     # The vocabulary is the same for every seed of the data, so that models of two seeds can be compared and merged.
     rng = np.random.default_rng(10)
@@ -185,15 +179,11 @@ def build_processor():
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in FIRST_WORDS])
-    vision = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    vision |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    images = Qwen2VLImageProcessor(size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, **vision)
-    videos = Qwen3VLVideoProcessor(size={"shortest_edge": 32 * 32, "longest_edge": 512 * 512}, **vision)
-    return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
+    return processor_of(tokenizer)
 
 
 def build_model(processor):
-    """A random Qwen3-VL of 5.7 million parameters: QK-norm, GQA 8:4, head_dim 32, M-RoPE, DeepStack from 3 blocks."""
+    """A random Qwen3-VL of 6.1 million parameters: QK-norm, GQA 8:4, head_dim 32, M-RoPE, DeepStack from 3 blocks."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     token_id = processor.tokenizer.convert_tokens_to_ids
