@@ -230,7 +230,7 @@ def build_model(processor):
 
 
 QUESTIONS = 32  # in a micro-batch, all of one skill
-REVIEW = 25  # steps between two looks at what is learned
+REVIEW = 50  # steps between two looks at what is learned
 CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them well
 # A skill waits until reading has come to this level: it needs the letters.
 WAITS = {"line": 2, "add": 2, "cyrillic": 2}
@@ -399,6 +399,9 @@ def measure(network, batches: Batches, name: str, seed: int, cache: dict) -> dic
     return rates
 
 
+MUON_RATE, ADAMW_RATE = 0.015, 1.5e-3  # between 0.4 and 2 times of these reading begins as fast
+
+
 class Optimizer:
     """Muon (Jordan 2024) for matrices, AdamW for the rest, on fp32 masters of a model in bf16.
 
@@ -451,16 +454,16 @@ class Optimizer:
             stack = torch.stack([gradients[name] for name in names])
             momentum = self.tensors[f"momentum.{index}"].lerp_(stack, 0.05)
             updates = self._orthogonal(stack.lerp(momentum, 0.95))
-            speed = 0.02 * rate * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
+            speed = MUON_RATE * rate * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
             for name, update in zip(names, updates, strict=True):
-                self.tensors[f"master.{name}"].mul_(1 - 0.01 * 0.02 * rate).sub_(update, alpha=speed)
+                self.tensors[f"master.{name}"].mul_(1 - 0.01 * MUON_RATE * rate).sub_(update, alpha=speed)
         for name in self.others:
             gradient, master = gradients[name], self.tensors[f"master.{name}"]
             mean = self.tensors[f"mean.{name}"].lerp_(gradient, 0.1)
             square = self.tensors[f"square.{name}"].lerp_(gradient.square(), 0.05)
             size = (square / (1 - 0.95 ** (number + 1))).sqrt_().add_(1e-8)
-            master.mul_(1 - 0.01 * 2e-3 * rate)
-            master.addcdiv_(mean, size, value=-2e-3 * rate / (1 - 0.9 ** (number + 1)))
+            master.mul_(1 - 0.01 * ADAMW_RATE * rate)
+            master.addcdiv_(mean, size, value=-ADAMW_RATE * rate / (1 - 0.9 ** (number + 1)))
         for gradient in self.gradients.values():
             gradient.zero_()
         self.publish()
@@ -669,15 +672,15 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0)
         if name == "data":
             command.add_argument("--share", type=share, default=1.0, help="of every data set's rows (default: all)")
-    command.add_argument("--steps", type=int, default=5200, help="optimizer steps (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=10000, help="optimizer steps (default: %(default)s)")
     command.add_argument(
         "--micro-batches",
         type=int,
-        default=4,
+        default=2,
         help=f"of {QUESTIONS} questions of one skill, for each process and step (default: %(default)s)",
     )
-    command.add_argument("--save-every", type=int, default=100, help="steps (default: %(default)s)")
-    command.add_argument("--measure-every", type=int, default=250, help="steps (default: %(default)s)")
+    command.add_argument("--save-every", type=int, default=200, help="steps (default: %(default)s)")
+    command.add_argument("--measure-every", type=int, default=500, help="steps (default: %(default)s)")
     command.add_argument("--workers", type=int, default=0, help="processes that draw, for GPUs (default: %(default)s)")
     args = parser.parse_args()
     if args.command == "data":

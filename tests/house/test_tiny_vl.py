@@ -302,8 +302,8 @@ def test_the_optimizer_steps_as_torchs_muon_and_adamw(processor):
     theirs = torch.nn.ModuleDict({"matrix": torch.nn.Linear(16, 24, bias=False), "embed": torch.nn.Embedding(5, 16)})
     theirs.load_state_dict(ours.state_dict())
     optimizer = tiny_vl.Optimizer(ours, 0, 1)
-    muon = torch.optim.Muon(theirs["matrix"].parameters(), lr=0.02, momentum=0.95, weight_decay=0.01)
-    adamw = torch.optim.AdamW(theirs["embed"].parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    muon = torch.optim.Muon(theirs["matrix"].parameters(), lr=tiny_vl.MUON_RATE, momentum=0.95, weight_decay=0.01)
+    adamw = torch.optim.AdamW(theirs["embed"].parameters(), lr=tiny_vl.ADAMW_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     for number in range(3):
         torch.manual_seed(number)
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
