@@ -2,6 +2,8 @@
 # Distil a stronger or unpruned teacher into a pruned model: GKD, on the student's own answers (on-policy).
 #   In:   $MODEL (the student), $TEACHER (same tokenizer), $DATASET (prompts; answers only matter below LMBDA=1)
 #   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
+#         CACHE=runs/cache: what the teacher says of the answers in DATASET is kept there, once (26 bytes a token), and no
+#         teacher is in memory; the next distillation from it finds it there. Off-policy, so LMBDA=0.
 #   Cost: as full_run.sh, plus the teacher's weights and generation. Two or more GPUs: a vLLM rollout server takes
 #         $ROLLOUT_GPUS of $GPUS (a quarter) and training the others; one GPU, or ROLLOUT_GPUS=: vLLM shares what trains;
 #         no GPU: transformers generates.
@@ -9,6 +11,7 @@
 #         With DEEPSPEED= student and teacher are float32, and so is a vLLM that shares the GPU.
 #   Not run on a GPU yet: on CPUs with vLLM's CPU build only (docs/gpu.md).
 #   MODEL=checkpoints/recovered TEACHER=checkpoints/base GPUS=0,1,2,3 ROLLOUT_GPUS=3 bash distil.sh --max_steps 500
+#   MODEL=checkpoints/recovered TEACHER=checkpoints/base CACHE=runs/cache bash distil.sh --max_steps 500
 source "$(dirname "$0")/lib/common.sh"
 PLUGINS+=("$ROOT/plugins/distillation.py") # our loss for ms-swift's, which is blind outside --gkd_logits_topk
 
@@ -18,14 +21,23 @@ DATASET=${DATASET:-data/train.jsonl}
 VAL_DATASET=${VAL_DATASET:-data/val.jsonl}
 OUTPUT=${OUTPUT:-checkpoints/distilled}
 
-LMBDA=${LMBDA:-1}                   # share of steps on the student's own answers; 0: the data set's, and no server
+CACHE=${CACHE:-}                    # a folder for what the teacher says, instead of the teacher
+REFILL=${REFILL:-}                  # 1: look through all rows again, though CACHE was filled with these data: images changed
+LMBDA=${LMBDA:-$([ -n "$CACHE" ] && echo 0 || echo 1)} # share of steps on the student's own answers; 0: the data set's, and no server
 BETA=${BETA:-1}                     # 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon
 ROLLOUT_GPUS=${ROLLOUT_GPUS-auto}   # auto: the last quarter of GPUS, with PLAIN=1 the last; empty: vLLM shares all of them
 ROLLOUT_PORT=${ROLLOUT_PORT:-}      # default: one that is free
 ROLLOUT_DEADLINE=${ROLLOUT_DEADLINE:-900} # seconds until the server must answer
 
+need_switch REFILL
+case $CACHE in *://* | '['*) die "CACHE=$CACHE: give a folder; a teacher's server is --teacher_model_server" ;; esac
+if [ -n "$CACHE" ]; then
+  TEACHER_ARGS=(--teacher_model_server "$CACHE" --gkd_logits_topk 8)
+else
+  TEACHER_ARGS=(--teacher_model "$TEACHER")
+fi
 ARGS=(
-  --teacher_model "$TEACHER"
+  "${TEACHER_ARGS[@]}"
   --dataset "$DATASET"
   --val_dataset "$VAL_DATASET"
   --lmbda "$LMBDA"
@@ -46,6 +58,8 @@ need_number ROLLOUT_DEADLINE 1
 [ -z "$ROLLOUT_PORT" ] || need_number ROLLOUT_PORT 1 65535
 [ "$ROLLOUT_GPUS" = auto ] || need_gpus ROLLOUT_GPUS
 value_of lmbda "${ARGS[@]}" "${USER_ARGS[@]}"
+[ -z "$CACHE" ] || [[ $VALUE =~ ^[0.]*$ ]] ||
+  die "CACHE=$CACHE holds what the teacher says of the data set's answers, and LMBDA=$VALUE wants the student's own: leave one out"
 if [[ $VALUE =~ ^[0.]*$ ]]; then # nothing is generated
   ROLLOUT_GPUS=''
 elif [[ $GPUS == *,* ]] && [ -n "$ROLLOUT_GPUS" ]; then
@@ -67,7 +81,7 @@ fi
 
 settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"
 preflight rlhf --teacher "$TEACHER" --disk-factor "$DISK_FACTOR" --free-ports 2 ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
-LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
+[ -n "$CACHE" ] || LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
 
 if [ -n "$ROLLOUT_GPUS" ]; then
   ROLLOUT_PORT=${ROLLOUT_PORT:-${FREE_PORTS%,*}}
@@ -89,4 +103,24 @@ if [ -n "$ROLLOUT_GPUS" ]; then
   fi
 fi
 
+# fill_cache: have the teacher say of all rows what the training will ask, unless CACHE has it.
+fill_cache() {
+  local mark code=0 zero='' word
+  local -a fill=()
+  mark=$(python -m prunekit.training.teacher_cache "$CACHE" --teacher "$TEACHER" -- "${LINE[@]}" | sed -n 's/^MARK=//p')
+  [ ! -e "$mark" ] || [ -n "$REFILL" ] || return 0
+  claim_work
+  for word in "${LINE[@]}"; do # only ZeRO-3 has a model answer that isn't trained
+    if [ "$word" = --deepspeed ] && [[ $ZERO != *zero3* ]]; then zero=1; elif [ -n "$zero" ]; then zero=''; else fill+=("$word"); fi
+  done
+  run_group env PRUNEKIT_FILL_CACHE="$CACHE" swift rlhf --model "$TEACHER" --model_type "$TEACHER_TYPE" \
+    ${TEMPLATE:+--template "$TEMPLATE"} "${fill[@]}" --report_to none --output_dir "$WORK/filling"
+  wait "$GROUP_PID" || code=$?
+  [ "$code" -eq 0 ] || fail "CACHE=$CACHE isn't filled (exit code $code): the messages are above; the same command goes on"
+  unset 'groups[-1]'
+  rm -rf "$WORK/filling"
+  if is_main_node; then touch "$mark"; fi
+  python -m prunekit.training.teacher_cache "$CACHE"
+}
+if [ -n "$CACHE" ]; then fill_cache; fi
 train rlhf

@@ -32,6 +32,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SETTINGS = {  # the launchers' names for them, by ms-swift's
     "model": "MODEL",
     "teacher_model": "TEACHER",
+    "teacher_model_server": "CACHE",
     "adapters": "ADAPTER",
     "dataset": "DATASET",
     "val_dataset": "VAL_DATASET",
@@ -83,6 +84,12 @@ def model_record(path: str | Path) -> dict[str, str]:
     return {"path": str(path), "fingerprint": fingerprint(open_checkpoint(path))}
 
 
+def cache_record(folder: str | Path) -> dict[str, str]:
+    """Where a teacher's answers come from and, if that is a cache, its teacher's fingerprint."""
+    settings = Path(folder) / "cache.json"
+    return {"path": str(folder)} | ({"fingerprint": read_json(settings)["teacher"]} if settings.is_file() else {})
+
+
 def adapter_record(folder: str | Path) -> dict[str, str]:
     """A LoRA's path and fingerprint. PruneKitError if a file of it is missing or torn."""
     config, weights = (Path(folder) / name for name in ADAPTER_FILES)
@@ -95,7 +102,12 @@ def made_from(arguments: list[str]) -> dict[str, Any]:
     for name in SETTINGS:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=[], dest=name)
     given = {name: values for name, values in vars(parser.parse_known_args(arguments)[0]).items() if values}
-    makers = {"model": model_record, "teacher_model": model_record, "adapters": adapter_record}
+    makers = {
+        "model": model_record,
+        "teacher_model": model_record,
+        "teacher_model_server": cache_record,
+        "adapters": adapter_record,
+    }
     return {name: [makers.get(name, data_record)(value) for value in values] for name, values in given.items()}
 
 

@@ -1,15 +1,26 @@
-"""ms-swift's GKD trainer with our loss (distillation_loss.py). plugins/distillation.py puts it in ms-swift's place."""
+"""ms-swift's GKD trainer with our loss (distillation_loss.py), and from a cache of what a teacher says.
+
+plugins/distillation.py puts it in ms-swift's place.
+"""
 
 import inspect
+import os
 import sys
+from pathlib import Path
 
 import swift
 import torch
 from swift.rlhf_trainers import GKDTrainer
+from swift.rlhf_trainers.gkd_helpers import encode_gkd_samples
+from swift.utils import to_device
 
+from prunekit.checkpoint import fingerprint, open_checkpoint
 from prunekit.errors import PruneKitError
 
 from .distillation_loss import TopK, distillation_loss, top_k
+from .teacher_cache import SETTINGS, Settings, TeacherCache, row_key
+
+FILL = "PRUNEKIT_FILL_CACHE"  # in the environment: a folder to fill; the model is the teacher then
 
 HIGH = 0.8  # nats a token that a healthy distillation starts below
 
@@ -33,18 +44,114 @@ def _next_token_rows(labels: torch.Tensor) -> torch.Tensor:
     return (labels.roll(-1, dims=1) != -100).flatten().nonzero()[:, 0]
 
 
+def _encode(trainer: GKDTrainer, samples) -> list[dict]:
+    """Rows as a template makes them for a model; of any length, as ms-swift's trainer has it."""
+    with trainer._template_context(trainer.template):
+        encoded, _, other_prompts = encode_gkd_samples(samples, trainer.template)
+    if other_prompts:
+        raise PruneKitError("teacher_prompt and teacher_images don't go with CACHE: remove these columns, or CACHE")
+    return encoded
+
+
+class CacheFiller(GKDTrainer):
+    """Trains nothing: has the model, the teacher, say of all rows what a distillation will ask it."""
+
+    def _setup_teacher(self):
+        self.teacher_model_server = None  # it is the model itself
+        super()._setup_teacher()
+
+    def train(self, *args, **kwargs):
+        teacher = open_checkpoint(self.accelerator.unwrap_model(self.model).config.name_or_path)
+        vocabulary = (teacher.config.get("text_config") or teacher.config)["vocab_size"]
+        settings = Settings(fingerprint(teacher), vocabulary, self.gkd_logits_topk, self.temperature)
+        self.cache = TeacherCache(Path(os.environ[FILL]), settings)
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if dataset is not None:
+                self.evaluation_loop(self.get_eval_dataloader(dataset), "teacher", prediction_loss_only=True)
+                self.cache.flush()
+        self.accelerator.wait_for_everyone()
+        raise SystemExit(0)  # there is nothing to save
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        template, device = self.template, self.accelerator.device
+        rows = _encode(self, self.to_samples(inputs))
+        if template.truncation_strategy == "raise":  # such a row is never trained on
+            rows = [row for row in rows if not template.max_length or row["length"] <= template.max_length]
+        keys = [row_key(row) for row in rows]
+        missing = [number for number, key in enumerate(keys) if key not in self.cache]
+        # A model that lies on several devices answers on all of them or on none.
+        waiting = self.accelerator.gather(torch.tensor([len(missing)], device=device))
+        if waiting.sum():
+            chosen = missing or list(range(len(rows)))[:1]
+            batch = to_device(template.data_collator([rows[number] for number in chosen]), device)
+            counts = [sum(label != -100 for label in rows[number]["labels"]) for number in chosen]
+            self.prepare_logits_to_keep(batch)
+            labels = batch.pop("labels")
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = model(**batch).logits
+            top = top_k(
+                logits.flatten(0, 1),
+                _next_token_rows(labels),
+                self.cache.settings.top_k,
+                self.cache.settings.temperature,
+            )
+            for number, part in zip(chosen, zip(*(each.split(counts) for each in top), strict=True), strict=True):
+                self.cache.add(keys[number], TopK(*part))
+        return None, None, None
+
+
 class DistillationTrainer(GKDTrainer):
-    """GKD by our loss: in fp32, and with --gkd_logits_topk not blind to what the student puts outside the top-k."""
+    """GKD by our loss: in fp32, and with --gkd_logits_topk not blind to what the student puts outside the top-k.
+
+    With a cache's folder as --teacher_model_server, what the teacher says of the data set's answers is found there.
+    """
+
+    use_teacher_api: bool
+    teacher_model_server: str | None
 
     def __init__(self, *args, **kwargs):
+        folder = Path(kwargs.get("teacher_model_server") or "")
+        self.cache = TeacherCache(folder) if (folder / SETTINGS).is_file() else None
         super().__init__(*args, **kwargs)
-        if self.use_teacher_api and self.temperature != 1:
+        if self.cache is None and self.use_teacher_api and self.temperature != 1:
             raise PruneKitError(
                 f"--temperature {self.temperature}: a teacher server answers at temperature 1: set that, or "
                 f"--teacher_model"
             )
 
+    def _setup_teacher(self):
+        if self.cache is not None:
+            self.teacher_model_server = None  # there is none to ask
+        super()._setup_teacher()
+        if self.cache is not None:
+            self.use_teacher_api, self._is_self_distillation = True, False
+
+    def _encode_samples(self, samples):
+        if self.cache is None:
+            return super()._encode_samples(samples)
+        rows = _encode(self, samples)
+        self._keys = [row_key(row) for row in rows]
+        return to_device(self.template.data_collator(rows), self.accelerator.device), None
+
+    def _build_teacher_requests(self, samples):
+        return super()._build_teacher_requests(samples) if self.cache is None else self._keys
+
+    def _fetch_and_assemble_teacher_logprobs(self, chunks):
+        if self.cache is None:
+            super()._fetch_and_assemble_teacher_logprobs(chunks)
+            return
+        for chunk in chunks:
+            samples, keys = chunk.pop("_chunk_samples"), chunk.pop("_teacher_requests")
+            found = self.cache.look_up(keys, (f"row {str(sample.messages)[:200]}" for sample in samples))
+            # Of tokens that are learnt alone: the frames of ms-swift have no place for the tail.
+            chunk["gkd_batch"].teacher_topk_logprobs = TopK(*(part.to(self.accelerator.device) for part in found))
+            chunk["gkd_batch"].teacher_topk_indices = found.indices
+
     def _compute_jsd_loss(self, student_logits, teacher_output, labels):
+        if isinstance(known := teacher_output.topk_logprobs, TopK):
+            rows = _next_token_rows(labels)
+            total = distillation_loss(student_logits.flatten(0, 1), rows, known, None, self.beta, self.temperature)
+            return total / max(1, len(rows))
         rows, teacher_rows = map(_next_token_rows, (labels, teacher_output.labels))
         if len(rows) != len(teacher_rows):
             raise ValueError(f"{len(rows)} tokens for the student, {len(teacher_rows)} for the teacher")

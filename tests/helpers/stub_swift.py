@@ -8,6 +8,7 @@ Like the real command it is a wrapper that starts the trainer as a child and wai
   STUB_HANG_AT      step after which it hangs, beside a child process of its own
   STUB_STUBBORN     it ignores SIGTERM
   STUB_SERVER       rollout: ok, dead (ends at once) or silent (never answers)
+  STUB_CACHE        what it writes as cache.json where it fills a teacher's cache
 """
 
 import http.server
@@ -74,6 +75,9 @@ def train():
             sys.exit(3)
         if str(step) == os.environ.get("STUB_HANG_AT"):
             hang()
+    if cache := os.environ.get("PRUNEKIT_FILL_CACHE"):
+        Path(cache).mkdir(exist_ok=True)
+        (Path(cache) / "cache.json").write_text(os.environ["STUB_CACHE"])
     with (run / "logging.jsonl").open("a") as log:
         log.write(
             json.dumps(

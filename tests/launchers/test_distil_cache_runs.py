@@ -1,0 +1,106 @@
+"""Distillation from a cache by the real ms-swift: the live teacher's loss, changed images, kill -9, two ranks."""
+
+import json
+import os
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+from helpers.lab import wait_for
+from helpers.paths import EMBEDDED, ROOT
+from helpers.tiny_ocr import tiny_ocr
+from PIL import Image
+
+from prunekit.checkpoint import open_checkpoint
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
+from prunekit.training.teacher_cache import TeacherCache
+
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
+FLAGS = """
+    --max_steps 2 --eval_steps 2 --save_steps 2 --logging_steps 1 --per_device_eval_batch_size 8
+    --gradient_accumulation_steps 1 --learning_rate 1e-5 --report_to none
+"""
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder with train.jsonl of 16 words, val.jsonl of 8, and a student: the embedded model without a layer."""
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 16), ("val", 8)):
+        rows = []
+        for number in range(count):
+            word, image = tiny_ocr.make_word(draw, "latin", (3, 8)), tmp_path / f"{name}{number}.png"
+            Image.fromarray(tiny_ocr.render(draw, word, tiny_ocr.PLAIN)).save(image)
+            question = {"role": "user", "content": f"<image>{tiny_ocr.PROMPT}"}
+            rows.append({"messages": [question, {"role": "assistant", "content": word}], "images": [str(image)]})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_cut(cut_layers(plan_layers(open_checkpoint(EMBEDDED), [3])), tmp_path / "student")
+    return tmp_path
+
+
+def start(words, out, *flags, batch=8, **settings):
+    settings = {
+        "GPUS": "", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "PYTHONPATH": ROOT, "TEACHER": EMBEDDED,
+        "MODEL": words / "student", "DATASET": words / "train.jsonl", "VAL_DATASET": words / "val.jsonl",
+        "OUTPUT": words / out,
+    } | settings  # fmt: skip
+    return subprocess.Popen(
+        ["bash", "distil.sh", *FLAGS.split(), "--per_device_train_batch_size", str(batch), *flags],
+        cwd=ROOT,
+        env=os.environ | {name: str(value) for name, value in settings.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(*args, **settings):
+    process = start(*args, **settings)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-5000:]
+    return said
+
+
+def losses(words, out):
+    log = [json.loads(line) for line in (words / out / "logging.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in log if "loss" in record]
+
+
+def test_a_cache_has_the_live_teachers_loss_and_refuses_an_image_that_changed(words):
+    said = run(words, "cached", CACHE=words / "cache")
+    assert "24 rows, " in said
+    run(words, "live", "--gkd_logits_topk", "8", LMBDA="0")
+    # What is kept of a probability is within 1%, and the second step comes from the first's gradient.
+    assert losses(words, "cached") == pytest.approx(losses(words, "live"), rel=0.02)
+
+    picture = np.asarray(Image.open(words / "train3.png")).copy()
+    picture[0, 0] ^= 8
+    Image.fromarray(picture).save(words / "train3.png")
+    process = start(words, "changed", CACHE=words / "cache")
+    said, _ = process.communicate()
+    assert process.returncode == 1 and "as it is now" in said and "REFILL=1" in said
+    assert not (words / "changed").exists()
+
+
+def test_a_filling_that_was_killed_goes_on(words):
+    process = start(words, "out", CACHE=words / "cache")
+    wait_for(lambda: process.poll() is not None or list(words.glob("cache/*.safetensors")), 300)
+    assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    [first] = words.glob("cache/*.safetensors")
+    written = first.stat().st_mtime_ns
+    assert not list(words.glob("cache/filled-*"))
+    assert "24 rows, " in run(words, "out", CACHE=words / "cache")
+    assert first.stat().st_mtime_ns == written  # what was there is not asked again
+    assert len(TeacherCache(words / "cache")) == 24
+
+
+def test_two_processes_fill_a_cache_and_train_from_it_as_one(words):
+    said = run(words, "two", batch=4, CACHE=words / "cache", CPU_PROCESSES=2)
+    assert "24 rows, " in said
+    run(words, "one", CACHE=words / "cache")
+    assert losses(words, "two")[0] == pytest.approx(losses(words, "one")[0], rel=0.1)
+    assert len(list(words.glob("cache/filled-*"))) == 1
