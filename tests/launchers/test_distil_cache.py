@@ -45,6 +45,7 @@ def test_a_cache_that_is_filled_is_not_filled_again(lab):
     assert len(lab.calls("rlhf")) == 3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "change", [{"REFILL": "1"}, {"flags": ["--max_length", "100"]}, {"DATASET": "more.jsonl"}], ids=str
 )
@@ -83,6 +84,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(lab, settings, message):
     assert sorted(path.name for path in lab.folder.iterdir()) == before and lab.calls() == []
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("flag", "value", "what"), [("--gkd_logits_topk", 4, "top k"), ("--temperature", 0.5, "temperature")]
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.anything import QUICK
+from helpers.paths import EMBEDDED
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -200,8 +201,8 @@ def test_the_command_says_what_a_cache_holds(filled):
 
 
 def test_the_command_refuses_a_cache_of_other_settings_in_one_line(filled):
-    done = command(filled, "--top-k", 4)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another top k (8, not 4)" in done.stderr
+    done = command(filled, "--teacher", EMBEDDED, "--", "--rlhf_type", "gkd", "--gkd_logits_topk", 8)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "filled with another teacher" in done.stderr
 
 
 def test_the_command_refuses_what_is_no_cache_in_one_line(tmp_path):
