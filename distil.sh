@@ -23,7 +23,8 @@ OUTPUT=${OUTPUT:-checkpoints/distilled}
 
 CACHE=${CACHE:-}                    # a folder for what the teacher says, instead of the teacher
 REFILL=${REFILL:-}                  # 1: look through all rows again, though CACHE was filled with these data: images changed
-LMBDA=${LMBDA:-$([ -n "$CACHE" ] && echo 0 || echo 1)} # share of steps on the student's own answers; 0: the data set's, and no server
+# Share of steps on the student's own answers; 0: the data set's, and no server
+LMBDA=${LMBDA:-$([ -n "$CACHE" ] && echo 0 || echo 1)}
 BETA=${BETA:-1}                     # 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon
 ROLLOUT_GPUS=${ROLLOUT_GPUS-auto}   # auto: the last quarter of GPUS, with PLAIN=1 the last; empty: vLLM shares all of them
 ROLLOUT_PORT=${ROLLOUT_PORT:-}      # default: one that is free
@@ -58,10 +59,10 @@ need_number ROLLOUT_DEADLINE 1
 [ -z "$ROLLOUT_PORT" ] || need_number ROLLOUT_PORT 1 65535
 [ "$ROLLOUT_GPUS" = auto ] || need_gpus ROLLOUT_GPUS
 value_of lmbda "${ARGS[@]}" "${USER_ARGS[@]}"
-[ -z "$CACHE" ] || [[ $VALUE =~ ^[0.]*$ ]] ||
-  die "CACHE=$CACHE holds what the teacher says of the data set's answers, and LMBDA=$VALUE wants the student's own: leave one out"
 if [[ $VALUE =~ ^[0.]*$ ]]; then # nothing is generated
   ROLLOUT_GPUS=''
+elif [ -n "$CACHE" ]; then
+  die "CACHE=$CACHE has what the teacher says of the data's answers, and LMBDA=$VALUE wants the student's own: leave one out"
 elif [[ $GPUS == *,* ]] && [ -n "$ROLLOUT_GPUS" ]; then
   count=$(tr , '\n' <<< "$GPUS" | wc -l)
   servers=1
@@ -105,19 +106,15 @@ fi
 
 # fill_cache: have the teacher say of all rows what the training will ask, unless CACHE has it.
 fill_cache() {
-  local mark code=0 zero='' word
-  local -a fill=()
+  local mark
   mark=$(python -m prunekit.training.teacher_cache "$CACHE" --teacher "$TEACHER" -- "${LINE[@]}" | sed -n 's/^MARK=//p')
   [ ! -e "$mark" ] || [ -n "$REFILL" ] || return 0
   claim_work
-  for word in "${LINE[@]}"; do # only ZeRO-3 has a model answer that isn't trained
-    if [ "$word" = --deepspeed ] && [[ $ZERO != *zero3* ]]; then zero=1; elif [ -n "$zero" ]; then zero=''; else fill+=("$word"); fi
-  done
-  run_group env PRUNEKIT_FILL_CACHE="$CACHE" swift rlhf --model "$TEACHER" --model_type "$TEACHER_TYPE" \
-    ${TEMPLATE:+--template "$TEMPLATE"} "${fill[@]}" --report_to none --output_dir "$WORK/filling"
-  wait "$GROUP_PID" || code=$?
-  [ "$code" -eq 0 ] || fail "CACHE=$CACHE isn't filled (exit code $code): the messages are above; the same command goes on"
-  unset 'groups[-1]'
+  FLAGS=("${LINE[@]}")
+  [[ $ZERO == *zero3* ]] || flags_of '!(deepspeed)' "${LINE[@]}" # no other ZeRO has a model answer that isn't trained
+  run_to_end env PRUNEKIT_FILL_CACHE="$CACHE" swift rlhf --model "$TEACHER" --model_type "$TEACHER_TYPE" \
+    ${TEMPLATE:+--template "$TEMPLATE"} "${FLAGS[@]}" --report_to none --output_dir "$WORK/filling" ||
+    fail "CACHE=$CACHE isn't filled (exit code $?): the messages are above; the same command goes on"
   rm -rf "$WORK/filling"
   if is_main_node; then touch "$mark"; fi
   python -m prunekit.training.teacher_cache "$CACHE"

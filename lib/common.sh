@@ -411,6 +411,15 @@ run_group() {
   GROUP_PID=$!
   groups+=("$GROUP_PID")
 }
+# run_to_end COMMAND...: the same, and wait for it. Its exit code.
+run_to_end() {
+  local code=0
+  run_group "$@"
+  wait "$GROUP_PID" || code=$?
+  end_group "$GROUP_PID" # what the trainer left behind
+  unset 'groups[-1]'
+  return "$code"
+}
 end_groups() {
   local code=$? group
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it running
@@ -562,14 +571,8 @@ run_swift() {
     echo "resuming from $resume"
     command+=(--resume_from_checkpoint "$resume")
   fi
-  run_group "${command[@]}"
-  local code=0
-  wait "$GROUP_PID" || code=$?
-  end_group "$GROUP_PID" # what the trainer left behind
-  unset 'groups[-1]'
-  if [ "$code" -ne 0 ]; then
-    fail "$STAGE failed (exit code $code): its messages are above; the same command goes on from its last checkpoint"
-  fi
+  run_to_end "${command[@]}" ||
+    fail "$STAGE failed (exit code $?): its messages are above; the same command goes on from its last checkpoint"
 }
 
 # train sft|rlhf: train $MODEL in $OUTPUT.run by LINE and publish $OUTPUT.

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,6 +87,12 @@ def new_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
     return path
+
+
+def split_arguments() -> tuple[list[str], list[str]]:
+    """The command's own arguments, and the line for another program that follows `--`."""
+    own = sys.argv[1:]
+    return (own[: own.index("--")], own[own.index("--") + 1 :]) if "--" in own else (own, [])
 
 
 def is_file(path: str | Path) -> bool:

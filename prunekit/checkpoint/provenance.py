@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunekit.arguments import Parser
+from prunekit.arguments import Parser, split_arguments
 from prunekit.errors import PruneKitError, run_script
 
 from .card import HISTORY
@@ -28,6 +28,7 @@ from .folder import fingerprint, open_checkpoint, sampled_digest
 from .format import Checkpoint, read_header, read_json
 from .records import COMMAND, MADE_FROM, history
 
+CACHE_SETTINGS = "cache.json"  # of a teacher's cache
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SETTINGS = {  # the launchers' names for them, by ms-swift's
     "model": "MODEL",
@@ -86,7 +87,7 @@ def model_record(path: str | Path) -> dict[str, str]:
 
 def cache_record(folder: str | Path) -> dict[str, str]:
     """Where a teacher's answers come from and, if that is a cache, its teacher's fingerprint."""
-    settings = Path(folder) / "cache.json"
+    settings = Path(folder) / CACHE_SETTINGS
     return {"path": str(folder)} | ({"fingerprint": read_json(settings)["teacher"]} if settings.is_file() else {})
 
 
@@ -130,13 +131,14 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _contents(records: Any) -> list[str]:
+def contents(records: Any) -> list[str]:
+    """What tells records of `made_from` from others, wherever it lies: a fingerprint, a sha256, or else the name."""
     return [record.get("fingerprint") or record.get("sha256") or record["path"] for record in records or ()]
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What was another in `old`, as "of another MODEL (a/path) and …"; empty if nothing was, wherever it lay."""
-    changed = [name for name in SETTINGS if _contents(old.get(name)) != _contents(new.get(name))]
+    changed = [name for name in SETTINGS if contents(old.get(name)) != contents(new.get(name))]
     paths = {name: ", ".join(record["path"] for record in new.get(name, ())) for name in changed}
     return " and ".join(f"of another {SETTINGS[name]} ({path} was something else)" for name, path in paths.items())
 
@@ -149,7 +151,7 @@ def check_base(model: Checkpoint, adapter: str | Path) -> None:
             f"warning: {adapter}: doesn't say on which model it was trained; only shapes are checked",
             file=sys.stderr,
         )
-    elif _contents(found["model"]) != [fingerprint(model)]:
+    elif contents(found["model"]) != [fingerprint(model)]:
         raise PruneKitError(
             f"{adapter}: was trained on {history(adapter)[-1].get('input')} as it was then, not on {model.path}: "
             "merge it into that, or train it anew with lora.sh"
@@ -172,9 +174,7 @@ def check_ranking(model: Checkpoint, ranking: Any) -> None:
 
 
 def main() -> None:
-    own, swift = sys.argv[1:], []
-    if "--" in own:
-        own, swift = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, swift = split_arguments()
     parser = Parser(description=__doc__)
     parser.add_argument("--of", type=Path, required=True, help="folder of a run, or what one has published")
     folder, new = parser.parse_args(own).of, made_from(swift)

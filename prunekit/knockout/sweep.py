@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prunekit.arguments import natural, positive_int
+from prunekit.arguments import natural, positive_int, split_arguments
 from prunekit.checkpoint import open_checkpoint, read_json
 from prunekit.checkpoint.provenance import made_from
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
@@ -107,9 +107,7 @@ def sweep_all(
 
 
 def main() -> None:
-    own, swift = sys.argv[1:], []
-    if "--" in own:
-        own, swift = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, swift = split_arguments()
     parser = knockout_parser(__doc__, "sweep")
     parser.add_argument(
         "--finalists",

@@ -120,11 +120,12 @@ class DistillationTrainer(GKDTrainer):
             )
 
     def _setup_teacher(self):
-        if self.cache is not None:
-            self.teacher_model_server = None  # there is none to ask
+        if self.cache is None:
+            super()._setup_teacher()
+            return
+        self.teacher_model_server = None  # there is none to ask
         super()._setup_teacher()
-        if self.cache is not None:
-            self.use_teacher_api, self._is_self_distillation = True, False
+        self.use_teacher_api, self._is_self_distillation = True, False
 
     def _encode_samples(self, samples):
         if self.cache is None:
@@ -148,15 +149,15 @@ class DistillationTrainer(GKDTrainer):
             chunk["gkd_batch"].teacher_topk_indices = found.indices
 
     def _compute_jsd_loss(self, student_logits, teacher_output, labels):
-        if isinstance(known := teacher_output.topk_logprobs, TopK):
-            rows = _next_token_rows(labels)
-            total = distillation_loss(student_logits.flatten(0, 1), rows, known, None, self.beta, self.temperature)
-            return total / max(1, len(rows))
         rows, teacher_rows = map(_next_token_rows, (labels, teacher_output.labels))
-        if len(rows) != len(teacher_rows):
-            raise ValueError(f"{len(rows)} tokens for the student, {len(teacher_rows)} for the teacher")
+        cached = teacher_output.topk_logprobs if isinstance(teacher_output.topk_logprobs, TopK) else None
+        known_rows = len(teacher_rows if cached is None else cached.log_tail)
+        if len(rows) != known_rows:
+            raise ValueError(f"{len(rows)} tokens for the student, {known_rows} for the teacher")
         student = student_logits.flatten(0, 1)
-        if teacher_output.is_topk_mode:
+        if cached is not None:
+            teacher = cached
+        elif teacher_output.is_topk_mode:
             indices, log_probs = (
                 part.flatten(0, 1)[teacher_rows] for part in (teacher_output.topk_indices, teacher_output.topk_logprobs)
             )

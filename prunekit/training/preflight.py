@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from prunekit.arguments import Parser, is_file, natural, positive_float, positive_int
+from prunekit.arguments import Parser, is_file, natural, positive_float, positive_int, split_arguments
 from prunekit.checkpoint import (
     Checkpoint,
     check_out,
@@ -312,9 +312,7 @@ def main() -> None:
     )
     parser.add_argument("--gpu-memory", type=natural, default=0, help="MB of the smallest GPU in use (0: not known)")
     parser.add_argument("--swift", choices=("sft", "rlhf", "export"), default="sft", help="whose line follows --")
-    flags, line = sys.argv[1:], []
-    if "--" in flags:
-        flags, line = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
+    flags, line = split_arguments()
     args = parser.parse_args(flags)
     swift = parse(args.swift, line)
     get = vars(swift).get

@@ -19,17 +19,18 @@ import hashlib
 import json
 import os
 import secrets
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prunekit.arguments import Parser
+from prunekit.arguments import Parser, split_arguments
 from prunekit.checkpoint import fingerprint, open_checkpoint, read_json, write_json
-from prunekit.checkpoint.provenance import made_from
+from prunekit.checkpoint.provenance import CACHE_SETTINGS as SETTINGS
+from prunekit.checkpoint.provenance import contents, made_from
 from prunekit.errors import PruneKitError, run_script
 from prunekit.msswift.line import parse
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from .distillation_loss import TopK
 
 KEY_BYTES = 16
-SETTINGS = "cache.json"
 SHARD_TOKENS = 2**20  # written at once: tens of megabytes
 FILL_AGAIN = "fill it again: REFILL=1"
 FORM = ("max_length", "truncation_strategy", "template", "system", "columns", "split_dataset_ratio", "loss_scale")
@@ -63,17 +63,17 @@ class Settings:
 
 def row_key(encoded: Mapping[str, Any]) -> bytes:
     """16 bytes by which an encoded row is known: of all that a template made of it for a model, labels included."""
+    seen = {name: value for name, value in encoded.items() if name not in ("length", "_extra_kwargs")}
+    text = json.dumps(seen, sort_keys=True, default=_array_digest)
+    return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
+
+
+def _array_digest(value: Any) -> list[Any]:
+    """dtype, shape and a hash of a tensor or an array, however deep it lies; of anything else torch's TypeError."""
     import torch
 
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    for name in sorted(encoded):
-        value = encoded[name]
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        elif name not in ("length", "_extra_kwargs"):
-            digest.update(f"{name} {json.dumps(value, default=str)}\n".encode())
-    return digest.digest()
+    tensor = torch.as_tensor(value).detach().cpu().contiguous()
+    return [str(tensor.dtype), [*tensor.shape], hashlib.blake2b(tensor.flatten().view(torch.uint8).numpy()).hexdigest()]
 
 
 def pack(top: "TopK", settings: Settings) -> np.ndarray:
@@ -143,7 +143,8 @@ def mark_of(swift: argparse.Namespace, line: list[str]) -> str:
 
     What it doesn't see, an image's bytes or a template that ms-swift registers, is seen when a row is looked up.
     """
-    data = {name: [record.get("sha256") for record in records] for name, records in made_from(line).items()}
+    found = made_from(line)
+    data = {name: contents(found.get(name)) for name in ("dataset", "val_dataset")}
     form = {name: str(vars(swift).get(name)) for name in FORM}
     return f"filled-{hashlib.sha256(json.dumps([data, form], sort_keys=True).encode()).hexdigest()[:16]}"
 
@@ -163,7 +164,7 @@ class TeacherCache:
         self.settings = check_settings(folder, asdict(settings) if settings else {})
         self._places: dict[bytes, tuple[Any, int, int]] = {}
         self._new: dict[bytes, np.ndarray] = {}
-        self.tokens = 0
+        self.tokens = self._waiting = 0  # written, and not yet
         for shard in sorted(folder.glob("*.safetensors")):
             self._read(shard)
 
@@ -195,7 +196,8 @@ class TeacherCache:
         """Keep what the teacher says of a row; `flush` writes it."""
         if key not in self:
             self._new[key] = pack(top, self.settings)
-            if sum(map(len, self._new.values())) >= SHARD_TOKENS:
+            self._waiting += len(self._new[key])
+            if self._waiting >= SHARD_TOKENS:
                 self.flush()
 
     def flush(self) -> None:
@@ -220,18 +222,18 @@ class TeacherCache:
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
-        self._new = {}
+        self._new, self._waiting = {}, 0
         self._read(self.folder / f"{name}.safetensors")
 
     def look_up(self, keys: Iterable[bytes], rows: Iterable[str] = ()) -> "TopK":
         """All tokens of these rows, one row behind the other. PruneKitError for one that isn't there.
 
-        rows: what to call them in an error.
+        rows: what to call them in an error; not looked at before there is one.
         """
-        cells, names = [], list(rows)
+        cells = []
         for number, key in enumerate(keys):
             if key not in self._places:
-                name = names[number] if names else f"row {key.hex()}"
+                name = next(islice(rows, number, None), f"row {key.hex()}")
                 raise PruneKitError(
                     f"{self.folder}: has no {name} as it is now: the row, an image, the template, the tokenizer or "
                     f"--max_length is another than when it was filled: put that back, or {FILL_AGAIN}"
@@ -242,9 +244,7 @@ class TeacherCache:
 
 
 def main() -> None:
-    own, line = sys.argv[1:], []
-    if "--" in own:
-        own, line = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, line = split_arguments()
     parser = Parser(description=__doc__)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--teacher", type=Path)

@@ -51,6 +51,18 @@ def values(argv: list[str], flag: str) -> list[str]:
     return argv[begin:end]
 
 
+def processes_with(setting: str) -> list[int]:
+    """Every running process with this NAME=VALUE in its environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if setting.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
 class Lab:
     """A folder with data and an environment whose `swift` is the stub; runs launchers there."""
 
@@ -118,14 +130,7 @@ class Lab:
 
     def left(self) -> list[int]:
         """Every process that a launcher of this lab started and that is still running."""
-        mark, left = f"STUB_CALLS={self.calls_file}".encode(), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    left.append(int(folder.name))
-            except OSError:
-                continue
-        return left
+        return processes_with(f"STUB_CALLS={self.calls_file}")
 
 
 def check_flags(parser, argv: list[str]) -> None:

@@ -6,12 +6,21 @@ import sys
 
 import torch
 from helpers.paths import EMBEDDED, ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 spec = importlib.util.spec_from_file_location("tiny_ocr", ROOT / "examples/tiny_ocr/tiny_ocr.py")
 tiny_ocr = sys.modules["tiny_ocr"] = importlib.util.module_from_spec(spec)  # by name for its worker processes
 spec.loader.exec_module(tiny_ocr)
+
+
+def write_word(draw, image):
+    """Draw a Latin word into a picture file. Returns the row that asks for it, as ms-swift's messages."""
+    word = tiny_ocr.make_word(draw, "latin", (3, 8))
+    Image.fromarray(tiny_ocr.render(draw, word, tiny_ocr.PLAIN)).save(image)
+    question = {"role": "user", "content": f"<image>{tiny_ocr.PROMPT}"}
+    return {"messages": [question, {"role": "assistant", "content": word}], "images": [str(image)]}
 
 
 def save_tiny_ocr_with_wide_heads(folder):

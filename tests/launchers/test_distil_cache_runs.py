@@ -5,13 +5,12 @@ import json
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.lab import wait_for
+from helpers.lab import processes_with, wait_for
 from helpers.paths import EMBEDDED, ROOT
-from helpers.tiny_ocr import tiny_ocr
+from helpers.tiny_ocr import write_word
 from PIL import Image
 
 from prunekit.checkpoint import open_checkpoint
@@ -31,12 +30,7 @@ def words(tmp_path):
     """A folder with train.jsonl of 16 words, val.jsonl of 40, and a student: the embedded model without a layer."""
     draw = np.random.default_rng(0)
     for name, count in (("train", 16), ("val", 40)):
-        rows = []
-        for number in range(count):
-            word, image = tiny_ocr.make_word(draw, "latin", (3, 8)), tmp_path / f"{name}{number}.png"
-            Image.fromarray(tiny_ocr.render(draw, word, tiny_ocr.PLAIN)).save(image)
-            question = {"role": "user", "content": f"<image>{tiny_ocr.PROMPT}"}
-            rows.append({"messages": [question, {"role": "assistant", "content": word}], "images": [str(image)]})
+        rows = [write_word(draw, tmp_path / f"{name}{number}.png") for number in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_cut(cut_layers(plan_layers(open_checkpoint(EMBEDDED), [3])), tmp_path / "student")
     return tmp_path
@@ -91,11 +85,9 @@ def test_a_filling_that_was_killed_goes_on(words):
     wait_for(lambda: process.poll() is not None or list(words.glob("cache/*.safetensors")), 300)
     assert process.poll() is None, process.communicate()[0]
     process.kill()
-    mark = f"PRUNEKIT_FILL_CACHE={words / 'cache'}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+    for number in processes_with(f"PRUNEKIT_FILL_CACHE={words / 'cache'}"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     process.communicate()
     [first] = words.glob("cache/*.safetensors")
     written = first.stat().st_mtime_ns

@@ -87,6 +87,8 @@ ENCODED = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "pixel_values": torch
         {"pixel_values": torch.ones(4, 6).double()},
         {"image_grid_thw": torch.tensor([[1, 2, 2]])},
         {"pixel_values": None},
+        {"pixel_values": np.ones((4, 6), np.float32) * 1.001},
+        {"pixel_values": [torch.ones(4, 6)]},
     ],
 )
 def test_whatever_the_model_sees_of_a_row_changes_its_key(change):
@@ -96,6 +98,12 @@ def test_whatever_the_model_sees_of_a_row_changes_its_key(change):
 def test_a_key_depends_on_neither_order_nor_notes_on_a_row():
     other = dict(reversed(list((ENCODED | {"length": 5}).items())))
     assert row_key(other) == row_key(ENCODED)
+
+
+def test_a_number_in_the_middle_of_a_large_array_changes_a_key():
+    one, other = np.zeros((2, 100_000), np.float32)
+    other[50_000] = 1
+    assert row_key({"images": [one]}) != row_key({"images": [other]})
 
 
 def test_tensors_in_bf16_have_keys():
