@@ -20,7 +20,7 @@ from helpers.bad_input import Tries, link
 from helpers.lab import Lab
 from helpers.paths import ROOT
 from helpers.tiny_models import save
-from helpers.tiny_taggers import save_tagger
+from helpers.tiny_taggers import save_tagger, save_tokenizer
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.surgery.cut import write_cut
@@ -141,6 +141,14 @@ def plain_trainer(monkeypatch):
     monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [trainer_callback.DefaultFlowCallback])
     monkeypatch.setattr(trainer, "DEFAULT_PROGRESS_CALLBACK", trainer_callback.ProgressCallback)
     monkeypatch.setattr(trainer, "PrinterCallback", trainer_callback.PrinterCallback)
+
+
+@pytest.fixture
+def speaking(tiny, tmp_path):
+    """A GPT-2 of 64 positions with a tokenizer of letters."""
+    folder = shutil.copytree(tiny("gpt2"), tmp_path / "gpt2")
+    save_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import torch
 import transformers as hf
 from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import load
-from helpers.tiny_taggers import save_tokenizer
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -28,14 +27,6 @@ SHORT, LONG = (
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]}
     for content in ("b", "b" * 100)
 )
-
-
-@pytest.fixture
-def speaking(tiny, tmp_path):
-    """A GPT-2 of 64 positions with a tokenizer of letters."""
-    folder = shutil.copytree(tiny("gpt2"), tmp_path / "gpt2")
-    save_tokenizer(folder)
-    return folder
 
 
 def evaluate(model, rows, folder):

@@ -86,18 +86,22 @@ def teacher_forced_by_group(
 
 
 def generate(
-    engine, rows: Sequence[dict[str, Any]], batch_size: int = 64, max_new_tokens: int = 64
+    engine,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int = 64,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
 ) -> tuple[list[str], int]:
-    """Greedy answers to the rows' messages without the last, white space at the ends stripped; how many were cut.
+    """Answers to the rows' messages without the last, white space at the ends stripped; how many were cut.
 
-    An answer is cut that has `max_new_tokens` tokens, and none that ends it.
+    They are greedy at temperature 0. An answer is cut that has `max_new_tokens` tokens, and none that ends it.
     """
     from swift import InferRequest, RequestConfig
 
     engine.template.set_mode("transformers")
     engine.max_batch_size = batch_size
     requests = [InferRequest(messages=row["messages"][:-1], images=row.get("images") or []) for row in rows]
-    config = RequestConfig(max_tokens=max_new_tokens, temperature=0, return_details=True)
+    config = RequestConfig(max_tokens=max_new_tokens, temperature=temperature, return_details=True)
     found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]
     eos = engine.generation_config.eos_token_id
     ends = {engine.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}

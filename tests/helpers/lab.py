@@ -98,6 +98,7 @@ class Lab:
             "CHORD_DATASET": "train.jsonl",
             "VAL_DATASET": "val.jsonl",
             "OUTPUT": "ckpt/out",
+            "TRYOUT": "0",  # of rewards, which takes seconds
         }
 
     def start(self, launcher: str, *arguments: object, **env: str) -> subprocess.Popen:

@@ -153,7 +153,7 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
             ["--max_length", "32", "--max_completion_length", "32"],
             "of 0 GiB is 0.0: give it more memory",
         ),
-        ("rl_run.sh", {"ALGORITHM": "PPO"}, [], "unknown ALGORITHM PPO: GSPO, GDPO or CHORD"),
+        ("rl_run.sh", {"ALGORITHM": "PPO"}, [], "unknown ALGORITHM PPO: GSPO, GDPO, CHORD"),
         ("rl_run.sh", {"ALGORITHM": "CHORD", "CHORD_DATASET": "absent.jsonl"}, [], "absent.jsonl is not"),
         (
             "rl_run.sh",

@@ -28,7 +28,7 @@ CASES = [
         "lora.sh": [{}],
         "export_lora.sh": [{}],
         "distil.sh": [{}],
-        "rl_run.sh": [{"ALGORITHM": name} for name in ("GSPO", "GDPO", "CHORD")],
+        "rl_run.sh": [{"ALGORITHM": name} for name in ("GSPO", "GDPO", "CHORD", "DAPO", "DR_GRPO", "CISPO", "OPD")],
     }.items()
     for settings in variants
     for gpus in ("", "0", "0,1,2,3")

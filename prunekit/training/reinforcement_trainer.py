@@ -1,0 +1,34 @@
+"""ms-swift's GRPO trainer with rewards that can't end a run (rewards.py). plugins/guarded_rewards.py loads it."""
+
+import swift
+import torch
+from swift.rlhf_trainers import GRPOTrainer
+
+from prunekit.errors import PruneKitError
+
+from .rewards import GuardedReward, guard
+
+for name in ("_prepare_rewards", "_compute_rewards_per_func"):
+    if not hasattr(GRPOTrainer, name):
+        raise PruneKitError(f"ms-swift {swift.__version__}: its GRPO trainer has no {name}; install ms-swift 4.6")
+
+
+class GuardedGRPOTrainer(GRPOTrainer):
+    """GRPO for which a row that a reward fails on is "not applicable"; rewards/NAME/failed counts them."""
+
+    def _prepare_rewards(self, *args, **kwargs):
+        super()._prepare_rewards(*args, **kwargs)
+        self.reward_funcs = [
+            reward if isinstance(reward, torch.nn.Module) else guard(reward, name)
+            for reward, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+
+    def _compute_rewards_per_func(self, samples):
+        rewards = super()._compute_rewards_per_func(samples)
+        guards = [reward for reward in self.reward_funcs if isinstance(reward, GuardedReward)]
+        counts = torch.tensor([each.take_failed() for each in guards], device=self.accelerator.device)
+        counts = self.accelerator.reduce(counts, "sum") if guards else counts
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for each, count in zip(guards, counts.tolist(), strict=True):
+            metrics[f"rewards/{each.name}/failed"].append(count)
+        return rewards
