@@ -20,7 +20,7 @@ import numpy as np
 
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int, split_arguments
 from prunekit.checkpoint import open_checkpoint, write_json
-from prunekit.data.rows import Rows, check_messages
+from prunekit.data.rows import Rows, check_messages, question_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
 from prunekit.msswift.extend import load_plugins
@@ -28,12 +28,6 @@ from prunekit.msswift.line import parse
 from prunekit.msswift.names import check_names, check_rewards
 from prunekit.training.reward_tryout import Tryout, completions_of, try_rewards
 from prunekit.training.rewards import failure, shown
-
-
-def question_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row without its answer, if it has one."""
-    messages = row["messages"]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def truth_of(row: dict[str, Any], column: str | None, answer: str) -> str | None:
@@ -79,7 +73,7 @@ def columns_for(rows: Rows):
         made = []
         for place, (completion, number) in enumerate(zip(completions, numbers, strict=True)):
             row = copy.deepcopy(rows[number])
-            row["messages"] = [*question_of(row), {"role": "assistant", "content": completion}]
+            row["messages"] = [*question_of(row["messages"]), {"role": "assistant", "content": completion}]
             # A model's tokens are not known here: characters are about as many.
             tokens = {"response_token_ids": [ord(letter) for letter in completion]}
             row |= {"prompt_id": str(number), "request_id": f"{number}-{place}", "finish_reason": "stop"}
@@ -99,12 +93,12 @@ def answers_of(args: argparse.Namespace, rows: Rows) -> list[str]:
     torch.manual_seed(args.seed)
     engine = load_engine(args.model, args.device, None, args.model_type, args.template)
     answer = {"role": "assistant", "content": ""}
-    asked = Rows(rows.name, ({**row, "messages": [*question_of(row), answer]} for row in rows))
+    asked = Rows(rows.name, ({**row, "messages": [*question_of(row["messages"]), answer]} for row in rows))
     for number, encoded in enumerate(encode_rows(engine, asked), 1):
         if not encoded:
             raise PruneKitError(f"dataset {rows.name}: row {number} is longer than {args.model} takes; leave it out")
-    asked = [row for row in asked for _ in range(args.generations)]
-    answers, _ = generate(engine, asked, args.batch_size, args.max_new_tokens, temperature=1.0)
+    repeated = [row for row in asked for _ in range(args.generations)]
+    answers, _ = generate(engine, repeated, args.batch_size, args.max_new_tokens, temperature=1.0)
     return answers
 
 
@@ -214,7 +208,7 @@ def main() -> int:
             rewards[name] = orms[name](args=swift)
         except Exception as error:
             raise PruneKitError(f"reward {name} can't be made: it {failure(error)}") from None
-    kinds = completions_of(truths, [text_of(question_of(row)) for row in rows], args.seed)
+    kinds = completions_of(truths, [text_of(question_of(row["messages"])) for row in rows], args.seed)
     samples = {"model": answers_of(args, rows)} if args.model else None
     weights = (args.weights or [1.0] * len(rewards))[: len(rewards)]  # ms-swift's list has reward models', too
     found = try_rewards(rewards, weights, columns_for(rows), kinds, samples, args.generations)

@@ -173,3 +173,20 @@ def read_datasets(names: Sequence[str], limit: int | None) -> dict[str, Rows]:
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise PruneKitError(f"--dataset {twice[0]}: is named twice")
     return {key: read_answered(name, limit) for key, name in zip(keys, names)}
+
+
+def question_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without their answer, if they have one."""
+    return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+
+
+def find_question(names: Iterable[str], messages: list[dict[str, Any]]) -> str | None:
+    """Where in these data sets the first row asks what `messages` ask, as `iterate` says it; None if none does."""
+    asked = [(message["role"], message["content"]) for message in question_of(messages)]
+    for name in names:
+        with contextlib.suppress(PruneKitError):  # a hub's
+            for where, row in iterate(name):
+                given = question_of(row.get("messages") or []) if isinstance(row, dict) else []
+                if [(message.get("role"), message.get("content")) for message in given] == asked:
+                    return where
+    return None

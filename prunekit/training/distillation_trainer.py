@@ -4,6 +4,7 @@ plugins/distillation.py puts it in ms-swift's place.
 """
 
 import inspect
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from swift.rlhf_trainers.gkd_helpers import encode_gkd_samples
 from swift.utils import to_device
 
 from prunekit.checkpoint import fingerprint, open_checkpoint
+from prunekit.data.rows import find_question
 from prunekit.errors import PruneKitError
 
 from .distillation_loss import TopK, distillation_loss, top_k
@@ -51,6 +53,10 @@ def _encode(trainer: GKDTrainer, samples) -> list[dict]:
     if other_prompts:
         raise PruneKitError("teacher_prompt and teacher_images don't go with CACHE: remove these columns, or CACHE")
     return encoded
+
+
+def _numbers_of(teacher: TopK | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return teacher.log_probs if isinstance(teacher, TopK) else teacher[rows]
 
 
 class CacheFiller(GKDTrainer):
@@ -171,7 +177,38 @@ class DistillationTrainer(GKDTrainer):
             if self.gkd_logits_topk is not None:
                 teacher = top_k(teacher, teacher_rows, self.gkd_logits_topk, self.temperature)
         total = distillation_loss(student, rows, teacher, teacher_rows, self.beta, self.temperature)
+        if not total.isfinite():
+            batch, length, _ = student_logits.shape
+            numbers = {"student": student[rows], "teacher": _numbers_of(teacher, teacher_rows)}
+            raise PruneKitError(self._blame(numbers, rows // length, batch))
         return total / max(1, len(rows))
+
+    def _prepare_batch_inputs(self, samples):
+        chunks = super()._prepare_batch_inputs(samples)
+        for chunk, part in zip(chunks, self.split_by_mini_batches(samples), strict=True):
+            chunk["samples"] = part
+        return chunks
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self._samples = inputs["samples"]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _blame(self, numbers: dict[str, torch.Tensor], owners: torch.Tensor, batch: int) -> str:
+        """Whose numbers (N, ...) are NaN, and for which row; owners (N,): the tokens' places in the batch."""
+        whose, owner = "", owners[:1]
+        for name, each in numbers.items():
+            bad = owners[each.isnan().flatten(1).any(-1)]
+            if len(bad):
+                whose, owner = f": NaN of the {name}", bad[:1]
+                break
+        alone = batch == len(self._samples)  # without padding all of them are one
+        messages = self._samples[int(owner) if alone else 0].messages
+        line = json.loads((Path(self.args.output_dir) / "args.json").read_bytes())
+        where = find_question([*line["dataset"], *line["val_dataset"]], messages) or f"row {str(messages)[:200]}"
+        return (
+            f"the loss of step {self.state.global_step + 1} is not finite{whose}, in {where}"
+            f"{'' if alone else ' or one beside it'}: look at it, lower --learning_rate, or compute in another DTYPE"
+        )
 
     def log(self, logs, *args, **kwargs):
         first = "loss" in logs and not any("loss" in record for record in self.state.log_history)

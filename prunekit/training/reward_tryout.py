@@ -291,7 +291,7 @@ def _sampled(found: Tryout, rewards: dict[str, Reward], columns, said: list[str]
     for place, one in enumerate(names):
         for other in names[place + 1 :]:
             pair = [[value or 0.0 for value in values[name]] for name in (one, other)]
-            if (alike := float(np.corrcoef(pair)[0, 1])) >= ALIKE:
+            if (alike := float(np.asarray(np.corrcoef(pair))[0, 1])) >= ALIKE:
                 found.findings.append(Finding(one, f"says the same as {other} (correlation {alike:.2f})", fault=False))
 
 

@@ -113,7 +113,9 @@ class GuardedReward:
 class GuardedAsyncReward(GuardedReward):
     """The same of an AsyncORM: in a thread, so that several wait at once."""
 
-    async def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
+    async def __call__(  # type: ignore[override]
+        self, completions: list[str], **columns: Any
+    ) -> list[float | None]:
         return await asyncio.to_thread(super().__call__, completions, **columns)
 
 

@@ -136,6 +136,69 @@ def test_the_warning_is_in_wandb(logged, monkeypatch):
     assert "0.93" in said.summary["warning"] and said.alerts == [said.summary["warning"]]
 
 
+# --- a loss that isn't finite -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blaming(trainer_module, tmp_path):
+    """A trainer on ROWS, whose first row comes second in its batch."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (tmp_path / "args.json").write_text(json.dumps({"dataset": [str(tmp_path / "data.jsonl")], "val_dataset": []}))
+    one = trainer_module.DistillationTrainer.__new__(trainer_module.DistillationTrainer)
+    one.args, one.state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=6)
+    one.gkd_logits_topk, one.beta, one.temperature = None, 1.0, 1.0
+    one._samples = [SimpleNamespace(messages=row["messages"]) for row in reversed(QUESTIONS)]
+    return one
+
+
+QUESTIONS = [
+    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+    for text in ("one", "two")
+]
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize(("place", "line"), [(0, 2), (1, 1)])
+def test_nan_names_step_row_and_model(trainer_module, blaming, whose, place, line):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    {"student": student, "teacher": teacher}[whose][place] = torch.nan
+    with pytest.raises(trainer_module.PruneKitError) as raised:
+        blaming._compute_jsd_loss(student, TeacherOutput(full_logits=teacher, labels=labels), labels)
+    said = str(raised.value)
+    assert f"the loss of step 7 is not finite: NaN of the {whose}" in said
+    assert f"data.jsonl line {line}:" in said
+
+
+def test_nan_where_no_label_is_learnt_is_nobodys_business(trainer_module, blaming):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    student[1, 3] = torch.nan
+    assert blaming._compute_jsd_loss(student, TeacherOutput(full_logits=teacher, labels=labels), labels).isfinite()
+
+
+def swift_gkd(student, data, run) -> subprocess.CompletedProcess:
+    """Two steps of ms-swift's own command, at a top 8 and temperature 0.9."""
+    flags = f"""
+        --rlhf_type gkd --teacher_model {EMBEDDED} --teacher_model_type qwen3_vl --model {student}
+        --model_type qwen3_vl --lmbda 0 --beta 1 --temperature 0.9 --gkd_logits_topk 8 --max_completion_length 8
+        --dataset {data} --split_dataset_ratio 0 --tuner_type full --check_model false --add_version false
+        --use_cpu true --torch_dtype float32 --fp16 false --bf16 false --gradient_checkpointing false
+        --dataloader_num_workers 0 --gradient_accumulation_steps 1 --per_device_train_batch_size 2
+        --max_steps 2 --logging_steps 1 --save_strategy no --report_to none --learning_rate 1e-5
+        --output_dir {run}
+        --external_plugins {ROOT}/plugins/qwen_vl_token_ids.py {ROOT}/plugins/distillation.py
+    """
+    return subprocess.run(
+        [shutil.which("swift"), "rlhf", *flags.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.slow
 def test_ms_swift_trains_by_our_loss(tmp_path):
     """Its first logged loss is that of the teacher's top 8 and the tail, by the plain formula."""
@@ -150,22 +213,7 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
     write_cut(cut_layers(plan_layers(open_checkpoint(EMBEDDED), [0])), tmp_path / "student")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    flags = f"""
-        --rlhf_type gkd --teacher_model {EMBEDDED} --teacher_model_type qwen3_vl --model {tmp_path / "student"}
-        --model_type qwen3_vl --lmbda 0 --beta 1 --temperature 0.9 --gkd_logits_topk 8 --max_completion_length 8
-        --dataset {data} --split_dataset_ratio 0 --tuner_type full --check_model false --add_version false
-        --use_cpu true --torch_dtype float32 --fp16 false --bf16 false --gradient_checkpointing false
-        --dataloader_num_workers 0 --gradient_accumulation_steps 1 --per_device_train_batch_size 2
-        --max_steps 2 --logging_steps 1 --save_strategy no --report_to none --learning_rate 1e-5
-        --output_dir {tmp_path / "run"}
-        --external_plugins {ROOT}/plugins/qwen_vl_token_ids.py {ROOT}/plugins/distillation.py
-    """
-    done = subprocess.run(
-        [shutil.which("swift"), "rlhf", *flags.split()],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = swift_gkd(tmp_path / "student", data, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     logged = json.loads((tmp_path / "run/logging.jsonl").read_text().splitlines()[0])["loss"]
 
@@ -185,3 +233,25 @@ def test_ms_swift_trains_by_our_loss(tmp_path):
     assert abs(ours - blind) > 0.5
     assert logged == pytest.approx(ours.item(), rel=1e-3)
     assert f"starts at a loss of {logged:.2f}" in done.stdout + done.stderr
+
+
+@pytest.mark.ci
+def test_nan_of_one_token_ends_a_run_and_names_the_row_that_has_it(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from prunekit.checkpoint import open_checkpoint
+    from prunekit.data.templates import load_processor
+
+    student = shutil.copytree(EMBEDDED, tmp_path / "student")
+    weights = load_file(student / "model.safetensors")
+    (token,) = load_processor(open_checkpoint(EMBEDDED)).tokenizer.encode("Q")
+    (embedding,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    weights[embedding][token] = torch.nan
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    data = tmp_path / "data.jsonl"
+    rows = [{"messages": [{"role": "user", "content": text}, *ROWS[0]["messages"][1:]]} for text in ("abc", "Qabc")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = swift_gkd(student, data, tmp_path / "run")
+    assert done.returncode != 0
+    assert "the loss of step 1 is not finite: NaN of the student, in dataset" in done.stderr
+    assert "data.jsonl line 2:" in done.stderr
