@@ -27,6 +27,7 @@ PLUGINS+=(
 REWARDS=(ocr_cer ocr_prefix ocr_perfect ocr_rambling)
 REWARD_WEIGHTS=(1 0.5 1 0.5)
 REWARD_COLUMNS=(solution) # columns of the data set that the rewards read
+TRYOUT_ARGS=(--truth "${REWARD_COLUMNS[0]:-solution}") # --answer '<answer>{}</answer>', if answers have a form
 
 # Group Sequence Policy Optimization (Zheng et al. 2025): several minibatches a rollout, or nothing is ever clipped.
 GSPO=(
@@ -129,7 +130,7 @@ try_rewards() {
   local code=0
   [ -n "$TRYOUT" ] && [ ! -e "$OUTPUT.run/command.sh" ] || return 0
   [ -z "$REUSE" ] || [ ! -e "$OUTPUT" ] || return 0
-  python -m prunekit.tryout --swift --truth "${REWARD_COLUMNS[0]:-solution}" -- "${LINE[@]}" || code=$?
+  python -m prunekit.tryout --swift "${TRYOUT_ARGS[@]}" -- "${LINE[@]}" || code=$?
   [ "$code" -ne 3 ] || die "the rewards have faults (above): mend them, or go on as they are by TRYOUT=0"
   [ "$code" -eq 0 ] || exit "$code"
 }

@@ -30,16 +30,16 @@ from prunekit.training.reward_tryout import Tryout, completions_of, try_rewards
 from prunekit.training.rewards import failure, shown
 
 
-def truth_of(row: dict[str, Any], column: str | None, answer: str) -> str | None:
+def truth_of(row: dict[str, Any], column: str, answer: str) -> str | None:
     """What a model should say: the assistant's message, or, of `column`, text or a number written into `answer`."""
     last = row["messages"][-1]
-    if column is None and last["role"] == "assistant":
-        return last["content"] if isinstance(last["content"], str) else None
-    value = row.get(column or "solution")
+    if last["role"] == "assistant" and isinstance(last["content"], str):
+        return last["content"]
+    value = row.get(column)
     return answer.replace("{}", str(value)) if type(value) in (str, int, float) else None
 
 
-def read_rows(name: str, limit: int, column: str | None, answer: str) -> tuple[Rows, list[str]]:
+def read_rows(name: str, limit: int, column: str, answer: str) -> tuple[Rows, list[str]]:
     """The first rows that have a truth, and their truths."""
     rows, truths = Rows(name), []
     for row in Rows(name).read(check_messages, 4 * limit):
@@ -49,7 +49,7 @@ def read_rows(name: str, limit: int, column: str | None, answer: str) -> tuple[R
     if not rows:
         raise PruneKitError(
             f"dataset {name}: no row has a truth to try rewards on: no assistant's message, nor text or a number in "
-            f"column {column or 'solution'!r}; name one by --truth"
+            f"column {column!r}; name one by --truth"
         )
     return rows, truths
 
@@ -140,7 +140,12 @@ def arguments() -> argparse.Namespace:
         "--weights", nargs="+", type=finite_float, help="of the rewards in their order (default: all 1)"
     )
     parser.add_argument("--plugins", nargs="*", type=Path, default=[])
-    parser.add_argument("--truth", metavar="COLUMN", help="default: the assistant's message, else the column solution")
+    parser.add_argument(
+        "--truth",
+        metavar="COLUMN",
+        default="solution",
+        help="of rows without an assistant's message (default: solution)",
+    )
     parser.add_argument(
         "--answer", default="{}", help="how a truth of a column is to be said, as '<answer>{}</answer>'"
     )

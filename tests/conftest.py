@@ -190,3 +190,13 @@ def lab(tmp_path, tmp_path_factory, tiny):
     yield lab
     for pid in lab.left():
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def clients():
+    """The programs of an environment with vLLM and mergekit, which is made on first use (minutes)."""
+    done = subprocess.run(["bash", "lib/rehearsal.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        pytest.skip(" ".join(done.stderr.splitlines()[-2:]))
+    assert done.returncode == 0, done.stderr
+    return ROOT / ".venv-rehearsal/bin"

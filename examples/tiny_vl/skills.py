@@ -191,9 +191,10 @@ def _plan_count(rng: np.random.Generator, sizes: tuple[int, int]) -> Scene:
     things = _things(rng, number, kinds)
     for shape in map(str, shapes):
         turns.append((f"How many {shape}s are there?".replace("crosss", "crosses"), "shape", shape))
-    colour = str(palette[rng.integers(2)])
-    turns.append((f"How many {colour} shapes are there?", "colour", colour))
-    order = rng.permutation(len(turns))
+    first = int(rng.integers(2))
+    for colour in map(str, (palette[first], palette[1 - first])):
+        turns.append((f"How many {colour} shapes are there?", "colour", colour))
+    order = [*rng.permutation(3), 3]
     asked = [(prompt, str(sum(thing[kind] == value for thing in things))) for prompt, kind, value in turns]
     return Scene("count", [asked[index] for index in order], frozenset([_key("count", things)]), {"things": things})
 

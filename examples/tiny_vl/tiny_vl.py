@@ -235,7 +235,7 @@ CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them 
 # A skill waits until reading has come to this level: it needs the letters.
 WAITS = {"line": 2, "add": 2, "cyrillic": 2}
 # Reading carries lines and sums too. Pictures of things are few, with three questions each.
-WEIGHTS = {"read": 4, "count": 2, "place": 2, "add": 2}
+WEIGHTS = {"read": 4, "count": 2, "place": 2, "add": 2, "copy": 2}
 
 
 def _top(skill: str) -> int:
@@ -244,7 +244,7 @@ def _top(skill: str) -> int:
 
 def turns_of(skill: str) -> int:
     """How many questions are asked about one picture: seeing it costs more than another question."""
-    return 3 if skill in ("line", "count", "place", "bars") else 1
+    return {"line": 3, "count": 4, "place": 3, "bars": 3}.get(skill, 1)
 
 
 @dataclass

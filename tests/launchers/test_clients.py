@@ -24,16 +24,6 @@ WORDS = tiny_ocr._words("test", 0, frozenset())
 
 
 @pytest.fixture(scope="session")
-def clients():
-    """The programs of an environment with vLLM and mergekit, which is made on first use (minutes)."""
-    done = subprocess.run(["bash", "lib/rehearsal.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == 2:
-        pytest.skip(" ".join(done.stderr.splitlines()[-2:]))
-    assert done.returncode == 0, done.stderr
-    return ROOT / ".venv-rehearsal/bin"
-
-
-@pytest.fixture(scope="session")
 def cut_folders(tmp_path_factory):
     """{(family, cut): folder} for models with fewer layers, these with one KV head, and some with narrower layers."""
     root = tmp_path_factory.mktemp("cut")
