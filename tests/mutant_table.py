@@ -467,6 +467,42 @@ ZEROS_TESTS = (
     "-k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)"
 )
 
+REWARD_CALLS = [
+    Mutant("if inspect.iscoroutine(found):", "if False:"),
+    Mutant("if len(values) != len(completions):", "if len(values) < len(completions):"),
+    Mutant("not math.isfinite(value)]", "math.isnan(value)]"),
+    Mutant("value[number : number + 1] if", "value[:1] if"),
+    Mutant("values.append(None)", "values.append(0.0)"),
+    Mutant("self.failed += len(problems)", "self.failed = len(problems)"),
+    Mutant("len(problems) == len(completions) and not", "not"),
+    Mutant("and not self._began and step == 0", "and not self._began"),
+    Mutant("        self._warned = True\n", ""),
+    Mutant("failed, self.failed = self.failed, 0", "failed, self.failed = self.failed, self.failed"),
+    Mutant("(GuardedAsyncReward if waits else", "(GuardedReward if waits else"),
+]
+
+TRYOUT = [
+    Mutant("np.array(list(self.weights.values())) @", "np.ones(len(self.weights)) @"),
+    Mutant("if truth.strip() != truths[number].strip())", "if truth)"),
+    Mutant("max(1, round(share * len(places)))", "max(1, round(share * len(places) / 2))"),
+    Mutant("if letter != characters[place]] or", "if letter] or"),
+    Mutant("if finding not in self.tryout.findings:", "if True:"),
+    Mutant("            self._applicable(right)\n", ""),
+    Mutant("            self._constant(right)\n", ""),
+    Mutant("            self._direction(right)\n", ""),
+    Mutant("if not _equal(first, again):", "if False:"),
+    Mutant("if _equal(first, alone):", "if True:"),
+    Mutant("if _equal(first, self._by_first(picked)):", "if False:"),
+    Mutant("if not _equal(first[::-1], turned)", "if not _equal(first, turned)"),
+    Mutant("total[row] >= truth[row] - SAME]", "total[row] > truth[row]]"),
+    Mutant("and kind not in LENIENT or", "or"),
+    Mutant("if said.strip() != truths[row].strip()]", "if said]"),
+    Mutant("[number // generations for number", "[number % generations for number"),
+    Mutant("fault=flat == 1", "fault=False"),
+    Mutant(".reshape(-1, generations), axis=1)", ".reshape(generations, -1), axis=0)"),
+    Mutant(">= ALIKE:", "> 1:"),
+]
+
 FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/sides.py": (f"tests/surgery/test_sides.py {FIT_TESTS}", SIDES),
     "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
@@ -491,6 +527,11 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "tests/training/test_zeros.py tests/training/test_zeros_settings.py tests/training/test_zeros_gradual.py "
         "tests/training/test_zeros_dynamic.py",
         SPARSE_TRAINING,
+    ),
+    "prunekit/training/rewards.py": ("tests/training/test_rewards.py", REWARD_CALLS),
+    "prunekit/training/reward_tryout.py": (
+        "tests/training/test_reward_tryout.py -k not (code or line or mend or own_answers or ocr)",
+        TRYOUT,
     ),
     "prunekit/knockout/removal.py": ("tests/knockout/test_removal.py", REMOVAL),
     "prunekit/knockout/ranking.py": (

@@ -141,8 +141,10 @@ class _Trial:
         self.tryout, self.name, self.reward, self.columns = tryout, name, reward, columns
         self.rows = list(range(len(tryout.kinds["truth"])))
 
-    def find(self, text: str, fault: bool = True) -> None:
-        self.tryout.findings.append(Finding(self.name, text, fault))
+    def find(self, text: str) -> None:
+        finding = Finding(self.name, text)
+        if finding not in self.tryout.findings:
+            self.tryout.findings.append(finding)
 
     def score(self, completions: list[str], rows: list[int]) -> list[float | None]:
         """Raises what the reward raises; a change of its arguments is found out."""
@@ -170,7 +172,10 @@ class _Trial:
             self._applicable(right)
             self._constant(right)
             self._direction(right)
-            self._own_row(list(right))
+            try:
+                self._own_row(list(right))
+            except Exception as error:
+                self.find(f"{failure(error)} for a batch of another size or order, or for one row alone")
         return values
 
     def _example(self, completions: list[str]) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 from collections import Counter
 
 import numpy as np
@@ -163,7 +164,13 @@ def sorts_the_truths(completions, solution, **columns):
     return [float(c == s) for c, s in zip(completions, solution, strict=True)]
 
 
+def needs_two(completions, solution, **columns):
+    near = [float(c == s) for c, s in zip(completions, solution, strict=True)]
+    return near if statistics.stdev(range(len(near))) else []
+
+
 PLANTED = {
+    "needs_two": (needs_two, "raises StatisticsError (variance requires at least two data points) for a batch of"),
     "against_first": (against_first, "against the first row"),
     "by_place": (by_place, "the order of its batch"),
     "against_the_mean": (against_the_mean, "the other rows of its batch"),
@@ -195,6 +202,13 @@ def test_a_reward_that_fails_says_on_which_completion():
     found = tried(paired(lambda c, s: 1 / len(c)))
     (fault,) = [finding for finding in found.faults if "ZeroDivisionError" in finding.text]
     assert "for empty" in fault.text and "row 1, ''" in fault.text
+
+
+def test_a_fault_that_shows_for_every_kind_is_said_once():
+    found = tried(sorts_the_truths)
+    assert [finding.text for finding in found.faults if "changes its arguments" in finding.text] == [
+        "changes its arguments: the rewards after it get others than the data set's"
+    ]
 
 
 def test_a_fault_of_the_sum_alone_is_said_of_the_sum():

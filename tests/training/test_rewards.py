@@ -9,7 +9,7 @@ from prunekit.errors import PruneKitError
 from prunekit.training.rewards import BadValues, call_reward, guard
 
 SAID = ["a", "bb", "", "dddd"]
-TRUTHS = ["a", "b", "c", "d"]
+TRUTHS = ["a", "b", "c", "dddd"]
 BEGUN = SimpleNamespace(global_step=3)
 
 
@@ -41,7 +41,7 @@ def test_a_sound_reward_says_what_it_says_without_a_guard():
 
 @pytest.mark.parametrize(
     ("reward", "values"),
-    [(inverse, [2.0, 0.5, None, 0.25]), (infinite, [1.0, None, 1.0, 1.0]), (fewer, [1.0, 2.0, 0.0, 4.0])],
+    [(inverse, [2.0, 0.5, None, 1.25]), (infinite, [1.0, None, 1.0, 1.0]), (fewer, [1.0, 2.0, 0.0, 4.0])],
     ids=["raises", "infinite", "too few"],
 )
 def test_only_rows_that_fail_alone_go_without_it(reward, values):
@@ -81,7 +81,7 @@ def test_an_async_reward_stays_one_and_is_guarded():
 
     guarded = guard(waits, "waits")
     assert asyncio.iscoroutinefunction(guarded.__call__)
-    assert asyncio.run(guarded(SAID, solution=TRUTHS)) == [2.0, 0.5, None, 0.25]
+    assert asyncio.run(guarded(SAID, solution=TRUTHS)) == [2.0, 0.5, None, 1.25]
 
 
 @pytest.mark.parametrize(("found", "words"), [(5, "one number"), (["x"], "one number"), ([1, 2], "2 values for 1")])
