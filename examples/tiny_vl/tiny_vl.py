@@ -235,7 +235,7 @@ CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them 
 # A skill waits until reading has come to this level: it needs the letters.
 WAITS = {"line": 2, "add": 2, "cyrillic": 2}
 # Reading carries lines and sums too. Pictures of things are few, with three questions each.
-WEIGHTS = {"read": 4, "count": 2, "place": 2, "add": 2, "copy": 2}
+WEIGHTS = {"read": 7, "count": 2, "place": 2, "add": 2, "copy": 2}
 
 
 def _top(skill: str) -> int:
@@ -672,7 +672,7 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0)
         if name == "data":
             command.add_argument("--share", type=share, default=1.0, help="of every data set's rows (default: all)")
-    command.add_argument("--steps", type=int, default=10000, help="optimizer steps (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=9000, help="optimizer steps (default: %(default)s)")
     command.add_argument(
         "--micro-batches",
         type=int,

@@ -289,6 +289,7 @@ def plugin(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_fault_is_exit_code_3_and_a_line(script, data, plugin):
     bad = plugin("[float(completion == solution[0]) for completion in completions]")
     result = script("prunekit.tryout", "--rewards", "mine", "--plugins", bad, "--data", data)
@@ -296,6 +297,7 @@ def test_a_fault_is_exit_code_3_and_a_line(script, data, plugin):
     assert "fault: mine scores every completion of a batch against the first row" in result.stdout
 
 
+@pytest.mark.ci
 def test_the_line_of_rl_run_says_data_rewards_and_plugins(script, data, plugin, tmp_path):
     good = plugin("[float(one == other) for one, other in zip(completions, solution)]")
     line = ("--rlhf_type", "grpo", "--dataset", data, "--external_plugins", good, "--reward_funcs", "mine")
@@ -321,6 +323,7 @@ def test_what_a_user_can_mend_is_one_line(script, data, flags, words):
     assert words in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.ci
 def test_a_models_own_answers_are_scored_and_drawn(script, data, speaking, plugin, tmp_path):
     data.write_text(data.read_text().replace("What does the sign say?", "Read."))  # it takes 64 letters
     mine = plugin("[len(one) / 100 + (one == other) for one, other in zip(completions, solution)]")
