@@ -9,6 +9,12 @@ from helpers.paths import ROOT
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reasoning_gym(clients):
+    if subprocess.run([clients / "python", "-c", "import reasoning_gym"], capture_output=True).returncode:
+        pytest.skip("reasoning-gym is not installed: lib/rehearsal.sh says why")
+
+
 @pytest.fixture(scope="module")
 def rows(clients, tmp_path_factory):
     """rows(name): a folder with 48 rows to train on and 24 to judge by, two of each of the twelve tasks."""
