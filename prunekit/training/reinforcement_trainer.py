@@ -16,6 +16,8 @@ for name in ("_prepare_rewards", "_compute_rewards_per_func"):
 class GuardedGRPOTrainer(GRPOTrainer):
     """GRPO for which a row that a reward fails on is "not applicable"; rewards/NAME/failed counts them."""
 
+    reward_funcs: list
+
     def _prepare_rewards(self, *args, **kwargs):
         super()._prepare_rewards(*args, **kwargs)
         self.reward_funcs = [
