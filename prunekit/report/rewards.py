@@ -1,18 +1,18 @@
 """A picture of a try-out of rewards."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from .style import KEY, new_figure, save_figure
 
-if TYPE_CHECKING:
-    from prunekit.training.reward_tryout import Tryout
 
+def draw_tryout(found: Any, path: Path) -> None:
+    """Mean of each reward and of their sum (columns) by kind of completion (rows); red: as good as the truth.
 
-def draw_tryout(found: "Tryout", path: Path) -> None:
-    """Mean of each reward and of their sum (columns) by kind of completion (rows); framed: as good as the truth."""
+    `found` is a Tryout of prunekit/training/reward_tryout.py.
+    """
     names, kinds = list(found.weights), list(found.kinds)
     means = np.array(
         [[np.mean([value or 0.0 for value in found.values[name][kind]]) for name in names] for kind in kinds]

@@ -170,7 +170,7 @@ def needs_two(completions, solution, **columns):
 
 
 PLANTED = {
-    "needs_two": (needs_two, "raises StatisticsError (variance requires at least two data points) for a batch of"),
+    "needs_two": (needs_two, "requires at least two data points) for a batch of another size"),
     "against_first": (against_first, "against the first row"),
     "by_place": (by_place, "the order of its batch"),
     "against_the_mean": (against_the_mean, "the other rows of its batch"),
