@@ -131,9 +131,11 @@ def check_settings(folder: Path, wanted: Mapping[str, Any]) -> Settings:
 
 def _is_new(folder: Path) -> bool:
     """False for a cache, True for what may become one; PruneKitError for what is something else."""
+    # Looked at before the settings: another process may be just now beginning this cache.
+    used = folder.exists() and (not folder.is_dir() or any(each.suffix != ".new" for each in folder.iterdir()))
     if (folder / SETTINGS).is_file():
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if used:
         raise PruneKitError(f"{folder}: is in use, and no teacher's cache; choose another CACHE")
     return True
 
@@ -160,7 +162,9 @@ class TeacherCache:
         self.folder = folder
         if settings is not None and _is_new(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / SETTINGS, asdict(settings))
+            draft = folder / f".{secrets.token_hex(8)}.new"  # of this process: others may begin the same cache
+            write_json(draft, asdict(settings))
+            draft.replace(folder / SETTINGS)
         self.settings = check_settings(folder, asdict(settings) if settings else {})
         self._places: dict[bytes, tuple[Any, int, int]] = {}
         self._new: dict[bytes, np.ndarray] = {}

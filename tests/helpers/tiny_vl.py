@@ -28,7 +28,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import tiny_vl
 from prunekit.errors import run_script
-tiny_vl.QUESTIONS, tiny_vl.REVIEW = 3, 2
+tiny_vl.QUESTIONS, tiny_vl.REVIEW = 4, 2
 tiny_vl.DATASETS = {{name: (8, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}}
 run_script(tiny_vl.main)
 """

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -145,6 +147,20 @@ def test_two_processes_may_fill_a_cache_at_once(tmp_path):
         cache.add(b"\6" * 16, said(4))
         cache.flush()
     assert len(TeacherCache(tmp_path / "cache")) == 3
+
+
+def test_many_may_begin_a_cache_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(50):
+            at_once = Barrier(8)
+            begun = [pool.submit(_begin, tmp_path / str(number), at_once) for _ in range(8)]
+            assert [each.result() for each in begun] == [SETTINGS] * 8
+            assert [each.name for each in (tmp_path / str(number)).iterdir()] == ["cache.json"]
+
+
+def _begin(folder, at_once):
+    at_once.wait()
+    return TeacherCache(folder, SETTINGS).settings
 
 
 def test_many_tokens_are_written_before_the_end(tmp_path, monkeypatch):
