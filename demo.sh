@@ -11,11 +11,11 @@ bash lib/setup.sh
 PATH=$PWD/.venv/bin:$PATH
 
 RUN=${RUN:-runs/demo}
-BASE=${BASE:-examples/tiny_ocr/model}
+BASE=${BASE:-examples/tiny_vl/model}
 QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
-ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 20 || echo 400)} # held-out words to evaluate on
-HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000) # of training words, to heal the seams on
+ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 24 || echo 400)} # held-out questions, of eight skills by turns
+HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000) # of training rows, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
 read -ra DROP <<< "${DROP:---text 2 7 --vision 4 --drop-taps 1}"
@@ -32,7 +32,7 @@ if [ -n "$offline" ]; then
 fi
 
 # What a tiny model needs on a CPU instead of the launchers' defaults for a real one on GPUs.
-# As many words a step on any number of GPUs as on a CPU: 32, and 16 in knockouts, of which two run side by side if they can.
+# As many rows a step on any number of GPUs as on a CPU: 32, and 16 in knockouts, of which two run side by side if they can.
 COUNT=$([ -n "$GPUS" ] && tr , '\n' <<< "$GPUS" | wc -l || echo "$CPU_PROCESSES")
 JOBS=2 EACH=1
 if [ -n "$GPUS" ]; then
@@ -76,14 +76,14 @@ recover() {
   MODEL=$RUN/$2 OUTPUT=$RUN/$1 stage "$1" "$RUN/$1" bash full_run.sh "${TINY[@]}" $(lasting "$3") --learning_rate "$4"
 }
 
-stage data "$RUN/data" python examples/tiny_ocr/tiny_ocr.py data --out "$RUN/data" ${QUICK:+--share 0.1}
+stage data "$RUN/data" python examples/tiny_vl/tiny_vl.py data --out "$RUN/data" ${QUICK:+--share 0.2}
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
   "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --per_device_train_batch_size $((EACH < 16 ? 16 / EACH : 1)) --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
-MODEL=$BASE OUTPUT=$RUN/knockout FINALISTS=$(steps 5) GREEDY=$(steps 6) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
+MODEL=$BASE OUTPUT=$RUN/knockout BY=skill FINALISTS=$(steps 5) GREEDY=$(steps 6) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
@@ -112,7 +112,7 @@ measure() {
 measure_all() {
   local models=("$BASE") first name # stage's own name stays
   for name in "${CHECKPOINTS[@]}"; do models+=("$RUN/$name"); done
-  measure --model "${models[@]}" --dataset "$RUN/data/test.jsonl" --json "$RUN/evaluation/test.json" &
+  measure --by skill --model "${models[@]}" --dataset "$RUN/data/test.jsonl" --json "$RUN/evaluation/test.json" &
   first=$!
   measure --model "$RUN/mqa-recovered" "$RUN/merged" "$RUN/rl" --dataset "$RUN/data/cyrillic_val.jsonl" "$RUN/data/rl_val.jsonl" \
     --json "$RUN/evaluation/skills.json" && wait "$first" && touch "$RUN/evaluation/done"

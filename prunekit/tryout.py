@@ -11,7 +11,6 @@ worth the same. Exit code 3 if there is a fault. rl_run.sh begins with this (TRY
 """
 
 import argparse
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int, split_arguments
 from prunekit.checkpoint import open_checkpoint, write_json
+from prunekit.data.rewards import columns_for, failure, shown
 from prunekit.data.rows import Rows, check_messages, question_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
@@ -27,7 +27,6 @@ from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.line import parse
 from prunekit.msswift.names import check_names, check_rewards
 from prunekit.training.reward_tryout import Tryout, completions_of, try_rewards
-from prunekit.training.rewards import failure, shown
 
 
 def truth_of(row: dict[str, Any], column: str, answer: str) -> str | None:
@@ -60,28 +59,6 @@ def text_of(messages: list[dict[str, Any]]) -> str:
     if isinstance(content, list):
         content = " ".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return (content or "").replace("<image>", "").strip()
-
-
-def columns_for(rows: Rows):
-    """columns(completions, row numbers): what ms-swift 4.6 gives its rewards beside the completions."""
-    from transformers import TrainerState
-
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "messages"))
-    state = TrainerState()
-
-    def columns(completions: list[str], numbers: list[int]) -> dict[str, Any]:
-        made = []
-        for place, (completion, number) in enumerate(zip(completions, numbers, strict=True)):
-            row = copy.deepcopy(rows[number])
-            row["messages"] = [*question_of(row["messages"]), {"role": "assistant", "content": completion}]
-            # A model's tokens are not known here: characters are about as many.
-            tokens = {"response_token_ids": [ord(letter) for letter in completion]}
-            row |= {"prompt_id": str(number), "request_id": f"{number}-{place}", "finish_reason": "stop"}
-            made.append(row | tokens | {"is_truncated": False, "rollout_infos": {}})
-        given = [*names, *(name for name in made[0] if name not in names)]
-        return {"trainer_state": state} | {name: [row.get(name) for row in made] for name in given}
-
-    return columns
 
 
 def answers_of(args: argparse.Namespace, rows: Rows) -> list[str]:

@@ -528,7 +528,7 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "tests/training/test_zeros_dynamic.py",
         SPARSE_TRAINING,
     ),
-    "prunekit/training/rewards.py": ("tests/training/test_rewards.py", REWARD_CALLS),
+    "prunekit/data/rewards.py": ("tests/data/test_rewards.py", REWARD_CALLS),
     "prunekit/training/reward_tryout.py": (
         "tests/training/test_reward_tryout.py -k not (code or line or mend or own_answers or ocr)",
         TRYOUT,

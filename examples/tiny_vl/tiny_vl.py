@@ -32,18 +32,18 @@ from skills import HARD, PLAIN, SIZES, SKILLS, Look, Scene  # noqa: E402
 from tiny_ocr import CYRILLIC, SPECIAL, image_name, processor_of, write_rows  # noqa: E402
 
 from prunekit.arguments import share  # noqa: E402
-from prunekit.checkpoint import new_folder  # noqa: E402
+from prunekit.checkpoint import fingerprint, new_folder, open_checkpoint  # noqa: E402
 from prunekit.checkpoint.work_folder import claim_folder  # noqa: E402
 from prunekit.errors import run_script  # noqa: E402
 
 # name of the file, rows, skills, look
 DATASETS: dict[str, tuple[int, tuple[str, ...], Look]] = {
-    "train": (16000, SKILLS, PLAIN),
+    "train": (10000, SKILLS, PLAIN),
     "val": (480, SKILLS, PLAIN),
     "test": (1600, SKILLS, PLAIN),
-    "cyrillic_train": (4000, ("cyrillic",), PLAIN),
+    "cyrillic_train": (2000, ("cyrillic",), PLAIN),
     "cyrillic_val": (200, ("cyrillic",), PLAIN),
-    "rl_train": (1024, ("read",), HARD),
+    "rl_train": (768, ("read",), HARD),
     "rl_val": (300, ("read",), HARD),
 }
 HELD_OUT = ("val", "test", "cyrillic_val", "rl_val")
@@ -256,8 +256,8 @@ class Curriculum:
     done: float = 0.0
 
     @classmethod
-    def begin(cls) -> "Curriculum":
-        return cls(dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0.0))
+    def begin(cls, trained: bool) -> "Curriculum":
+        return cls({skill: trained * _top(skill) for skill in SIZES}, dict.fromkeys(SIZES, 0.9 * trained))
 
     def review(self, right: dict[str, int], asked: dict[str, int], done: float) -> None:
         """Take in the answers since the last review; `done` is the share of the training behind us."""
@@ -334,11 +334,10 @@ class Batches:
         for number, scene in enumerate(scenes):
             row: list[int] = []
             for turn, (prompt, answer) in enumerate(scene.turns[:turns]):
-                start = "" if turn == 0 else "\n"
-                row += self._encode(f"{start}<|im_start|>user\n{'' if turn else image}")
+                row += self._encode(f"<|im_start|>user\n{'' if turn else image}")
                 row += self._encode(prompt)
                 row += self._encode("<|im_end|>\n<|im_start|>assistant\n")
-                said = self._encode(answer) + self._encode("<|im_end|>")
+                said = self._encode(answer) + self._encode("<|im_end|>\n")  # ms-swift's loss has the line end, too
                 places += [(number, len(row) - 1 + index) for index in range(len(said))]
                 labels += said
                 owner += [questions] * len(said)
@@ -427,6 +426,7 @@ class Optimizer:
             for kind in ("mean", "square"):
                 self.tensors[f"{kind}.{name}"] = torch.zeros_like(self.tensors[f"master.{name}"])
         device = next(model.parameters()).device
+        self.fast = torch.bfloat16 if has_bf16(device) else torch.float32
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self.gradients = {name: torch.zeros_like(self.tensors[f"master.{name}"]) for name in self.live}
 
@@ -482,10 +482,10 @@ class Optimizer:
         import torch.distributed as dist
 
         share = math.ceil(len(stack) / self.world)
-        mine = stack[self.rank * share : (self.rank + 1) * share].bfloat16()
+        mine = stack[self.rank * share : (self.rank + 1) * share].to(self.fast)
         flipped = stack.shape[1] > stack.shape[2]
         mine = mine.mT if flipped else mine
-        mine = mine / (mine.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+        mine = mine / (mine.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(self.fast)
         for _ in range(5):
             square = mine @ mine.mT
             mine = 3.4445 * mine + (-4.775 * square + 2.0315 * square @ square) @ mine
@@ -507,9 +507,16 @@ def halve(model) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def learning_rate(step: int, steps: int) -> float:
+def has_bf16(device) -> bool:
+    """Whether bf16 is faster than fp32 there: processors without it need twenty times as long."""
+    import torch
+
+    return device.type == "cuda" or any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """As a share of the full one: a short warm-up, then down in a straight line, to 1% (Bergsma et al. 2025)."""
-    return min(1.0, (step + 1) / 60) * (1 - 0.99 * step / steps)
+    return min(1.0, (step + 1) / 60) * (peak - (peak - 0.01) * step / steps)
 
 
 def save_state(out: Path, tensors: dict, story: dict) -> None:
@@ -542,47 +549,56 @@ def save_curves(out: Path, log: list[dict]) -> None:
     save_figure(figure, out / "curves.png")
 
 
-def train(
-    out: Path, steps: int, micro_batches: int, seed: int, save_every: int, measure_every: int, workers: int
-) -> None:
-    """Train from nothing, or on from OUT's last state; rank 0 writes."""
+def train(args: argparse.Namespace) -> None:
+    """Train from nothing, from a model, or on from OUT's last state; rank 0 writes."""
     import torch
     import torch.distributed as dist
 
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    settings = {"steps": steps, "micro_batches": micro_batches, "seed": seed, "processes": world}
+    settings = {"steps": args.steps, "micro_batches": args.micro_batches, "seed": args.seed, "processes": world}
+    if args.base:
+        settings |= {"base": fingerprint(open_checkpoint(args.base)), "rate": args.rate}
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    claim = claim_folder(out, settings, "training") if rank == 0 else contextlib.nullcontext()
+    claim = claim_folder(args.out, settings, "training") if rank == 0 else contextlib.nullcontext()
     with claim:
         if world > 1:
             dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-        if (out / "model").exists():
-            print(f"{out / 'model'}: finished")
+        if (args.out / "model").exists():
+            print(f"{args.out / 'model'}: finished")
         else:
-            _train(out, settings, device, rank, save_every, measure_every, workers)
+            _train(args, device, rank, world)
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
 
 
-def _train(out: Path, settings: dict, device, rank: int, save_every: int, measure_every: int, workers: int) -> None:
+def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
     import torch
     import torch.distributed as dist
     from network import Network
     from safetensors import safe_open
 
-    steps, seed, world = settings["steps"], settings["seed"], settings["processes"]
-    number = settings["micro_batches"] * world  # micro-batches a step
+    out, steps, seed, workers = args.out, args.steps, args.seed, args.workers
+    number = args.micro_batches * world  # micro-batches a step
     torch.manual_seed(seed)
     processor = build_processor()
     model = build_model(processor)
+    if args.base:
+        model = type(model).from_pretrained(args.base, dtype=torch.float32)
     optimizer = Optimizer(model.to(device), rank, world)
-    halve(model)
+    if has_bf16(device):
+        halve(model)
     network, batches = Network(model), Batches(processor, device)
-    story = {"step": 0, "questions": 0, "seconds": 0.0, "curriculum": vars(Curriculum.begin()), "log": []}
+    story = {
+        "step": 0,
+        "questions": 0,
+        "seconds": 0.0,
+        "curriculum": vars(Curriculum.begin(bool(args.base))),
+        "log": [],
+    }
     if (state := out / "state.safetensors").exists():
         with safe_open(state, "pt", device=str(device)) as file:
             story = json.loads(file.metadata()["story"])
@@ -618,7 +634,7 @@ def _train(out: Path, settings: dict, device, rank: int, save_every: int, measur
                     column += torch.stack(
                         [right.sum(), right.new_tensor(len(right), dtype=torch.long), len(right) * loss.detach()]
                     )
-                optimizer.step(step, number, learning_rate(step, steps))
+                optimizer.step(step, number, learning_rate(step, steps, args.rate))
             if world > 1:
                 dist.all_reduce(tallies)
             done = here[-1] + 1
@@ -640,7 +656,7 @@ def _train(out: Path, settings: dict, device, rank: int, save_every: int, measur
                 "shares": {skill: round(share, 3) for skill, share in curriculum.shares().items()},
             }
             if rank == 0:
-                if done % measure_every < REVIEW or done == steps:
+                if done % args.measure_every < REVIEW or done == steps:
                     line["measured"] = measure(network, batches, "val", seed, cache)
                     for name, skill in (("cyrillic_val", "cyrillic"), ("rl_val", "hard")):
                         line["measured"][skill] = next(iter(measure(network, batches, name, seed, cache).values()))
@@ -651,12 +667,16 @@ def _train(out: Path, settings: dict, device, rank: int, save_every: int, measur
                     f"{done}/{steps} steps, {story['questions']} questions, {line['seconds']:.0f} s, {kind}: {shown}",
                     flush=True,
                 )
-                if done % save_every < REVIEW or done == steps:
+                if done % args.save_every < REVIEW or done == steps:
                     save_state(out, optimizer.tensors, story)
                     if any("measured" in each for each in story["log"]):
                         save_curves(out, story["log"])
     if rank == 0:
+        kind = model.dtype
+        halve(model)  # as it is saved
+        model.to(kind)
         print("test", json.dumps(measure(network, batches, "test", seed, cache)))
+        halve(model)
         model.config.dtype = torch.bfloat16
         with new_folder(out / "model") as folder:
             model.save_pretrained(folder)
@@ -682,11 +702,15 @@ def main() -> None:
     command.add_argument("--save-every", type=int, default=200, help="steps (default: %(default)s)")
     command.add_argument("--measure-every", type=int, default=500, help="steps (default: %(default)s)")
     command.add_argument("--workers", type=int, default=0, help="processes that draw, for GPUs (default: %(default)s)")
+    command.add_argument(
+        "--base", type=Path, metavar="MODEL", help="go on from its weights, all skills at their hardest"
+    )
+    command.add_argument("--rate", type=share, default=1.0, help="of learning, a share of the full one (default: all)")
     args = parser.parse_args()
     if args.command == "data":
         make_data(args.out, args.seed, args.share)
     else:
-        train(args.out, args.steps, args.micro_batches, args.seed, args.save_every, args.measure_every, args.workers)
+        train(args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from prunekit.errors import PruneKitError
 from prunekit.model.scores import score_batches
 
 from .encode import encode_row
-from .rows import Rows
+from .rewards import call_reward, columns_for, failure, guard
+from .rows import Rows, question_of
 from .templates import find_template
 
 
@@ -92,7 +93,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
 ) -> tuple[list[str], int]:
-    """Answers to the rows' messages without the last, white space at the ends stripped; how many were cut.
+    """Answers to the rows' messages without their answer, white space at the ends stripped; how many were cut.
 
     They are greedy at temperature 0. An answer is cut that has `max_new_tokens` tokens, and none that ends it.
     """
@@ -100,7 +101,7 @@ def generate(
 
     engine.template.set_mode("transformers")
     engine.max_batch_size = batch_size
-    requests = [InferRequest(messages=row["messages"][:-1], images=row.get("images") or []) for row in rows]
+    requests = [InferRequest(messages=question_of(row["messages"]), images=row.get("images") or []) for row in rows]
     config = RequestConfig(max_tokens=max_new_tokens, temperature=temperature, return_details=True)
     found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]
     eos = engine.generation_config.eos_token_id
@@ -113,7 +114,7 @@ def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: d
     """Exact match, character error rate (edits per reference character) and, if rewards are named, their mean.
 
     `rewards` gives a weight to each reward that a loaded plugin registers in ms-swift; None (not applicable) counts 0,
-    as in ms-swift's own sum.
+    as in ms-swift's own sum, and so does a row that it fails on.
     """
     from rapidfuzz.distance import Levenshtein
     from swift.rewards import orms
@@ -125,24 +126,21 @@ def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: d
         "cer": edits / max(1, sum(map(len, truths))),
     }
     if rewards:
-        columns = _columns(rows)
-        values = [weight * sum(filter(None, orms[name]()(answers, **columns))) for name, weight in rewards.items()]
-        scores["reward"] = sum(values) / len(rows)
+        columns = columns_for(rows)(answers, list(range(len(rows))))
+        scores["reward"] = 0.0
+        for name, weight in rewards.items():
+            values = call_reward(guard(orms[name](), name), answers, columns)
+            scores["reward"] += weight * sum(filter(None, values)) / len(rows)
     return scores
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What rewards get beside the answers: by column, one item a row."""
-    return {key: [row.get(key) for row in rows] for key in rows[0] if key != "messages"}
 
 
 def check_columns(rewards: Iterable[str], rows: Rows) -> None:
     """PruneKitError if a reward can't score the first row's own answer: it needs a column that the data set lacks."""
     from swift.rewards import orms
 
+    truth = [rows[0]["messages"][-1]["content"]]
     for name in rewards:
         try:
-            orms[name]()([rows[0]["messages"][-1]["content"]], **_columns(rows[:1]))
-        except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
-            reason = str(error).partition("\n")[0]
-            raise PruneKitError(f"--rewards {name}: can't score dataset {rows.name} ({reason})") from None
+            call_reward(orms[name](), truth, columns_for(rows)(truth, [0]))
+        except Exception as error:
+            raise PruneKitError(f"--rewards {name}: can't score dataset {rows.name}: it {failure(error)}") from None

@@ -4,9 +4,8 @@ import swift
 import torch
 from swift.rlhf_trainers import GRPOTrainer
 
+from prunekit.data.rewards import GuardedReward, guard
 from prunekit.errors import PruneKitError
-
-from .rewards import GuardedReward, guard
 
 for name in ("_prepare_rewards", "_compute_rewards_per_func"):
     if not hasattr(GRPOTrainer, name):

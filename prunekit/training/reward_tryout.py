@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .rewards import Reward, call_reward, failure, shown
+from prunekit.data.rewards import Reward, call_reward, failure, shown
 
 LONG = 4096  # characters of the longest completion
 MISTAKES = {"10% wrong": 0.1, "30% wrong": 0.3, "60% wrong": 0.6}  # of the characters

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.paths import EMBEDDED, ROOT
+from helpers.paths import ROOT, TINY_VL
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 pytestmark = pytest.mark.slow
+SKILLS = ("read", "line", "count", "place", "bars", "add", "add_text", "copy")
 CHECKPOINTS = ("pruned", "recovered", "distilled", "mqa", "mqa-recovered", "merged", "rl")
 ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "GPUS": ""}
 
@@ -52,6 +53,16 @@ def test_the_summary_begins_with_the_base_and_has_a_row_for_every_checkpoint(dem
     assert all(keys <= stage.keys() for stage in stages)
 
 
+def test_the_summary_says_every_skill_at_every_stage(demo):
+    stages = json.loads((demo / "summary.json").read_text())["stages"]
+    assert all(stage["groups"].keys() == set(SKILLS) for stage in stages)
+
+
+def test_the_ranking_says_which_layer_carries_which_skill(demo):
+    ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
+    assert all(removal["groups"].keys() == set(SKILLS) for removal in ranking["removals"])
+
+
 def test_the_model_is_a_fifth_smaller_and_its_kv_cache_a_quarter(demo):
     stages = json.loads((demo / "summary.json").read_text())["stages"]
     assert stages[-1]["parameters"] <= 0.8 * stages[0]["parameters"]
@@ -67,9 +78,9 @@ def test_the_history_of_the_last_checkpoint_names_every_stage(demo):
 
 def test_knockouts_ranked_every_layer_and_trained_the_finalists(demo):
     ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
-    assert len(ranking["removals"]) == 8 + 6
+    assert len(ranking["removals"]) == 12 + 8
     assert all(removal["relative"] for removal in ranking["removals"])
-    assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 2 + [False] * 12
+    assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 2 + [False] * 18
 
 
 @pytest.mark.ci
@@ -78,7 +89,7 @@ def test_the_scan_s_baseline_is_ms_swift_s_own_token_acc(demo, tmp_path):
     command = (demo / "knockout" / "trained" / "runs" / "baseline.json").read_text()
     assert json.loads(command)["error"] is None
     swift = ranking["settings"]["swift"]
-    arguments = ["--model", EMBEDDED, "--model_type", "qwen3_vl", *swift, "--output_dir", tmp_path / "run"]
+    arguments = ["--model", TINY_VL, "--model_type", "qwen3_vl", *swift, "--output_dir", tmp_path / "run"]
     arguments += ["--eval_strategy", "steps", "--save_strategy", "no", "--report_to", "none"]
     arguments += ["--max_steps", 1, "--eval_steps", 1, "--learning_rate", 0]
     swift = Path(sys.executable).parent / "swift"

@@ -1,13 +1,16 @@
 """Rewards as ms-swift's GRPO trainer calls them, and under a guard that lets none of them end a run."""
 
 import asyncio
+import copy
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prunekit.errors import CONTROLS, PruneKitError
+
+from .rows import question_of
 
 Reward = Callable[..., Any]
 SHOWN = 60  # characters of a completion in a message
@@ -36,6 +39,28 @@ def call_reward(reward: Reward, completions: list[str], columns: dict[str, Any])
     if wrong := [value for value in values if value is not None and not math.isfinite(value)]:
         raise BadValues(f"returns {wrong[0]}")
     return values
+
+
+def columns_for(rows: Sequence[dict[str, Any]]) -> Callable[[list[str], list[int]], dict[str, Any]]:
+    """columns(completions, row numbers): what ms-swift 4.6 gives its rewards beside the completions."""
+    from transformers import TrainerState
+
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "messages"))
+    state = TrainerState()
+
+    def columns(completions: list[str], numbers: list[int]) -> dict[str, Any]:
+        made = []
+        for place, (completion, number) in enumerate(zip(completions, numbers, strict=True)):
+            row = copy.deepcopy(rows[number])
+            row["messages"] = [*question_of(row["messages"]), {"role": "assistant", "content": completion}]
+            # A model's tokens are not known here: characters are about as many.
+            tokens = {"response_token_ids": [ord(letter) for letter in completion]}
+            row |= {"prompt_id": str(number), "request_id": f"{number}-{place}", "finish_reason": "stop"}
+            made.append(row | tokens | {"is_truncated": False, "rollout_infos": {}})
+        given = [*names, *(name for name in made[0] if name not in names)]
+        return {"trainer_state": state} | {name: [row.get(name) for row in made] for name in given}
+
+    return columns
 
 
 def row_of(columns: dict[str, Any], number: int, count: int) -> dict[str, Any]:

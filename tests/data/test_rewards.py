@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from prunekit.data.rewards import BadValues, call_reward, guard
 from prunekit.errors import PruneKitError
-from prunekit.training.rewards import BadValues, call_reward, guard
 
 SAID = ["a", "bb", "", "dddd"]
 TRUTHS = ["a", "b", "c", "dddd"]
