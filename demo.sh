@@ -15,14 +15,14 @@ BASE=${BASE:-examples/tiny_vl/model}
 QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 24 || echo 400)} # held-out questions, of eight skills by turns
-HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 24000) # of training rows, to heal the seams on
+HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 16000) # of training rows, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
-read -ra DROP <<< "${DROP:---text 2 7 --vision 4 --drop-taps 1}"
+read -ra DROP <<< "${DROP:---text 6 8 --vision 5 7 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}
 unset NNODES NODE_RANK MASTER_ADDR MASTER_PORT # it runs on one machine
-export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl
+export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl#160
 export CPU_PROCESSES=${CPU_PROCESSES:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$RUN/logs" "$RUN/seconds"
 offline=$(python -m prunekit.training.tracking)
@@ -83,26 +83,26 @@ knock_out() {
   "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --per_device_train_batch_size $((EACH < 16 ? 16 / EACH : 1)) --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
-MODEL=$BASE OUTPUT=$RUN/knockout BY=skill FINALISTS=$(steps 5) GREEDY=$(steps 6) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
+MODEL=$BASE OUTPUT=$RUN/knockout BY=skill FINALISTS=$(steps 3) GREEDY=$(steps 5) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
-recover recovered pruned 80 3e-4
+recover recovered pruned 60 1e-4
 
 MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \
-  "${TINY[@]}" $(lasting 20) --learning_rate 3e-4 --max_completion_length 16
+  "${TINY[@]}" $(lasting 20) --learning_rate 1e-4 --max_completion_length 16
 
 # In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better.
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \
-  --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 300)"
-recover mqa-recovered mqa 850 1e-3
+  --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 200)"
+recover mqa-recovered mqa 400 4e-4
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
-  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 130) --learning_rate 7e-4 --lora_dropout 0
+  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 130) --learning_rate 1e-3 --lora_dropout 0
 MODEL=$RUN/mqa-recovered ADAPTER=$RUN/lora OUTPUT=$RUN/merged stage merged "$RUN/merged" bash export_lora.sh
 
 MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl VAL_DATASET='' OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \
-  "${TINY[@]}" --max_steps "$(steps 40)" --save_steps "$(steps 40)" --learning_rate 1e-4 --max_completion_length 16
+  "${TINY[@]}" --max_steps "$(steps 30)" --save_steps "$(steps 30)" --learning_rate 1e-4 --max_completion_length 16
 
 # Two measurements side by side, one a core.
 measure() {

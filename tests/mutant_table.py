@@ -346,7 +346,7 @@ SCORES = [
 
 ANSWERS = [
     Mutant("order[start : start + batch_size]", "order[start : start + batch_size - 1]"),
-    Mutant('row["messages"][:-1], images', 'row["messages"], images'),
+    Mutant('question_of(row["messages"]), images', 'row["messages"], images'),
     Mutant("message.content.strip()", "message.content.upper()"),
     Mutant("sum(map(str.__eq__, answers, truths)) / len(rows)", "1.0"),
     Mutant(
@@ -356,7 +356,8 @@ ANSWERS = [
     Mutant("edits / max(1, sum(map(len, truths)))", "0.0"),
     Mutant("edits / max(1, sum(map(len, truths)))", "edits / max(1, sum(map(len, answers)))"),
     Mutant("weight * sum(filter", "sum(filter"),
-    Mutant('scores["reward"] = sum(values) / len(rows)', 'scores["reward"] = sum(values)'),
+    Mutant("sum(filter(None, values)) / len(rows)", "sum(filter(None, values))"),
+    Mutant("call_reward(guard(orms[name](), name)", "call_reward(orms[name]()"),
 ]
 
 EVALUATE = [Mutant("datasets[name] = rows", "pass")]
@@ -542,7 +543,10 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/checkpoint/training_run.py": ("tests/training/test_publish.py", TRAINING_RUN),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
     "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),
-    "prunekit/data/answers.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", ANSWERS),
+    "prunekit/data/answers.py": (
+        "tests/data/test_answers.py tests/test_evaluate.py -k not (taken or none_of or calibrate)",
+        ANSWERS,
+    ),
     "prunekit/evaluate.py": ("tests/test_evaluate.py -k next_models", EVALUATE),
     "plugins/ocr_rewards.py": ("tests/plugins/test_ocr_rewards.py", OCR),
     "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),

@@ -587,7 +587,7 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
     processor = build_processor()
     model = build_model(processor)
     if args.base:
-        model = type(model).from_pretrained(args.base, dtype=torch.float32)
+        model.load_state_dict(type(model).from_pretrained(args.base, dtype=torch.float32).state_dict())
     optimizer = Optimizer(model.to(device), rank, world)
     if has_bf16(device):
         halve(model)
