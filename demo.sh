@@ -15,7 +15,7 @@ BASE=${BASE:-examples/tiny_vl/model}
 QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 24 || echo 400)} # held-out questions, of eight skills by turns
-HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 16000) # of training rows, to heal the seams on
+HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 12000) # of training rows, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
 read -ra DROP <<< "${DROP:---text 6 8 --vision 5 7 --drop-taps 1}"
@@ -76,26 +76,26 @@ recover() {
   MODEL=$RUN/$2 OUTPUT=$RUN/$1 stage "$1" "$RUN/$1" bash full_run.sh "${TINY[@]}" $(lasting "$3") --learning_rate "$4"
 }
 
-stage data "$RUN/data" python examples/tiny_vl/tiny_vl.py data --out "$RUN/data" ${QUICK:+--share 0.2}
+stage data "$RUN/data" python examples/tiny_vl/tiny_vl.py data --out "$RUN/data" ${QUICK:+--share 0.1}
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
   "${TIED[@]}" bash knockout_check.sh "${TINY[@]}" --per_device_train_batch_size $((EACH < 16 ? 16 / EACH : 1)) --learning_rate 2e-4 --max_steps "$(steps 10)" --eval_steps "$(steps 5)" &&
     touch "$RUN/knockout/done"
 }
-MODEL=$BASE OUTPUT=$RUN/knockout BY=skill FINALISTS=$(steps 3) GREEDY=$(steps 5) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
+MODEL=$BASE OUTPUT=$RUN/knockout BY=skill FINALISTS=$(steps 3) GREEDY=$(steps 4) JOBS=$JOBS CPU_PROCESSES=1 stage knockout "$RUN/knockout/done" knock_out
 
 stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/pruned" "${DROP[@]}" \
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
-recover recovered pruned 60 1e-4
+recover recovered pruned 40 1e-4
 
 MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \
   "${TINY[@]}" $(lasting 20) --learning_rate 1e-4 --max_completion_length 16
 
-# In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better.
+# In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better (docs/kv.md).
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \
-  --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 200)"
-recover mqa-recovered mqa 400 4e-4
+  --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 120)"
+recover mqa-recovered mqa 360 4e-4
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
   stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 130) --learning_rate 1e-3 --lora_dropout 0
