@@ -76,7 +76,7 @@ recover() {
   MODEL=$RUN/$2 OUTPUT=$RUN/$1 stage "$1" "$RUN/$1" bash full_run.sh "${TINY[@]}" $(lasting "$3") --learning_rate "$4"
 }
 
-stage data "$RUN/data" python examples/tiny_vl/tiny_vl.py data --out "$RUN/data" ${QUICK:+--share 0.1}
+stage data "$RUN/data" python examples/tiny_vl/tiny_vl.py data --out "$RUN/data" ${QUICK:+--share 0.2}
 
 # The ranking grows with every run, so it is no sign of a finished sweep.
 knock_out() {
