@@ -16,7 +16,7 @@ def check_causal(checkpoint: Checkpoint) -> None:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a device computes in bfloat16 itself: a processor that hasn't it takes twenty times as long."""
+    """Whether a device computes in bfloat16 itself: a processor without it takes ten times as long and more."""
     import torch
 
     if not device.startswith("cpu"):
