@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from materials import smollm2, write_texts
+from materials import EMBEDDED, embedded_data, smollm2, write_texts
 from torch import Tensor
 
 from prunekit.checkpoint import open_checkpoint, write_json
@@ -27,9 +27,9 @@ from prunekit.surgery.layers import plan_layers
 from prunekit.training.distillation_loss import TopK, distillation_loss, top_k
 from prunekit.training.teacher_cache import Settings, pack, unpack
 
-ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("embedded", "smollm2")
 ORDER = [17, 14, 13, 16, 18]  # SmolLM2's cheapest layers, by bench/heal.py
-TINY_OCR = [2, 5, 7]
+CHEAP = [5, 6, 8]  # of the embedded model, by the demo's ranking
 BETAS = {"forward": 0.0, "reverse": 1.0}
 Loss = Callable[[Tensor, Tensor, float], Tensor]  # of the student's and the teacher's logits (tokens, vocabulary), beta
 
@@ -140,15 +140,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--counts", type=int, nargs="*", default=[3, 5], help="of layers to remove from SmolLM2")
-    parser.add_argument("--words", type=Path, help="test.jsonl of tiny_ocr.py data; without it SmolLM2 alone")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: both")
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     cases = []
-    for count in args.counts:
+    for count in args.counts if "smollm2" in args.models else ():
         folder, texts = smollm2(args.runs / "smollm2"), write_texts(args.runs)["wikipedia-test"]
         cases.append(("SmolLM2-135M", folder, texts, ORDER[:count]))
-    if args.words:
-        cases.append(("tiny_ocr", ROOT / "examples/tiny_ocr/model", args.words, TINY_OCR))
+    if "embedded" in args.models:
+        cases.append(("embedded", EMBEDDED, embedded_data(args.runs / "tiny_vl") / "test.jsonl", CHEAP))
     result = []
     for name, folder, data, layers in cases:
         checkpoint = open_checkpoint(folder)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from materials import smollm2, write_texts
+from materials import EMBEDDED, embedded_data, smollm2, write_texts
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
@@ -47,6 +47,7 @@ from prunekit.surgery.layers_fit import fit_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 8192
+MODELS = ("embedded", "smollm2")
 PREDICTORS = ("token_acc", "loss", "kl", "block_influence")
 TINY = [
     "--torch_dtype",
@@ -293,33 +294,23 @@ def race(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
-    ocr = args.runs / "ocr"
-    if not (ocr / "val.jsonl").exists():
-        subprocess.run([sys.executable, ROOT / "examples/tiny_ocr/tiny_ocr.py", "data", "--out", ocr], check=True)
-    folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
-    texts = write_texts(args.runs)
-    train_rows = chat_rows(texts["wikipedia-train"], args.runs, 900)
-    every = chat_rows(texts["wikipedia-test"], args.runs, 900)
-    few = args.runs / "wikipedia-test-few.jsonl"
-    few.write_text("".join(every.open().readlines()[::24][:20]))
-    embedded = [
-        *TINY, "--learning_rate", "2e-4", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "150",
-        "--max_steps", "40", "--eval_steps", "20",
-    ]  # fmt: skip
-    small = [*SMOLLM2, "--max_length", "256", "--max_steps", "20", "--eval_steps", "20"]
-    cases = {
-        "embedded": (
-            ROOT / "examples/tiny_ocr/model",
-            ocr / "train.jsonl",
-            ocr / "val.jsonl",
-            embedded,
-            2,
-            None,
-            4096,
-        ),
-        "smollm2": (folder, train_rows, few, small, 1, "chatml", 256),
-    }
-    result = {}
+    cases = {}
+    if "embedded" in args.models:
+        data = embedded_data(args.runs / "tiny_vl")
+        flags = [
+            *TINY, "--learning_rate", "2e-4", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size",
+            "120", "--max_steps", "40", "--eval_steps", "20",
+        ]  # fmt: skip
+        cases["embedded"] = EMBEDDED, data / "train.jsonl", data / "val.jsonl", flags, 2, None, 4096
+    if "smollm2" in args.models:
+        texts = write_texts(args.runs)
+        train_rows = chat_rows(texts["wikipedia-train"], args.runs, 900)
+        every = chat_rows(texts["wikipedia-test"], args.runs, 900)
+        few = args.runs / "wikipedia-test-few.jsonl"
+        few.write_text("".join(every.open().readlines()[::24][:20]))
+        flags = [*SMOLLM2, "--max_length", "256", "--max_steps", "20", "--eval_steps", "20"]
+        cases["smollm2"] = smollm2(args.runs / "smollm2-bf16", "bfloat16"), train_rows, few, flags, 1, "chatml", 256
+    result = dict(args.known)
     for name, (model, data, validation, arguments, jobs, template, length) in cases.items():
         removals = list_removals(open_checkpoint(model), "all", "all")
         records = train(model, [None, *removals], data, validation, args.runs / f"trained-{name}", jobs, arguments)
@@ -469,6 +460,9 @@ def main() -> None:
     parser.add_argument("--choice-tokens", type=int, default=2048, help="to choose sets on (default: 2048)")
     parser.add_argument("--test-tokens", type=int, default=8192, help="to judge sets on, of each kind (default: 8192)")
     parser.add_argument("--healed-layers", type=int, default=8, help="longest set to heal (default: 8)")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=MODELS, help="of `predict`; the other's figures stay"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
     args = parser.parse_args()
 
@@ -479,6 +473,7 @@ def main() -> None:
     result = read_json(args.json) if args.json and args.json.exists() else {}
     result |= {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
     for part in args.parts:
+        args.known = result.get(part, {})
         result[part] = PARTS[part](args)
         if args.json:
             write_json(args.json, result)

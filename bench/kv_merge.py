@@ -27,8 +27,8 @@ from unittest import mock
 
 import psutil
 import torch
-from knockout import SMOLLM2, TINY, chat_rows, log
-from materials import smollm2, write_texts
+from knockout import MODELS, SMOLLM2, TINY, chat_rows, log
+from materials import EMBEDDED, embedded_data, smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
@@ -38,7 +38,6 @@ from prunekit.surgery import kv_fit, kv_merge
 from prunekit.surgery.kv import plan_kv
 
 ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = ROOT / "examples/tiny_ocr/model"
 TESTS = ("wikipedia-test", "docstrings")
 
 
@@ -135,18 +134,17 @@ OFF: dict[str, dict[str, object]] = {
 
 
 def ablation(args: argparse.Namespace) -> dict[str, Any]:
-    texts, ocr = write_texts(args.runs), args.runs / "ocr"
-    cases = {
-        "smollm2 3 to 1": (
-            smollm2(args.runs / "smollm2-bf16", "bfloat16"),
-            1,
-            texts["wikipedia-train"],
-            TESTS,
-        ),
-        "embedded 4 to 2": (EMBEDDED, 2, ocr / "train.jsonl", ("val",)),
-        "embedded 4 to 1": (EMBEDDED, 1, ocr / "train.jsonl", ("val",)),
-    }
-    files, result = texts | {"val": ocr / "val.jsonl"}, {}
+    cases, files = {}, {}
+    if "smollm2" in args.models:
+        files |= (texts := write_texts(args.runs))
+        folder = smollm2(args.runs / "smollm2-bf16", "bfloat16")
+        cases["smollm2 3 to 1"] = folder, 1, texts["wikipedia-train"], TESTS
+    if "embedded" in args.models:
+        data = embedded_data(args.runs / "tiny_vl")
+        files["val"] = data / "val.jsonl"
+        for kv_heads in (2, 1):
+            cases[f"embedded 4 to {kv_heads}"] = EMBEDDED, kv_heads, data / "train.jsonl", ("val",)
+    result = dict(args.known)
     for case, (folder, kv_heads, calib, tests) in cases.items():
         checkpoint = open_checkpoint(folder)
         without = [None, *OFF, "all of it"]
@@ -315,28 +313,31 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def judge(model: Path, args: argparse.Namespace) -> dict[str, float]:
-    """token_acc, and exact match of real greedy generation, on held-out words."""
-    found = args.runs / "kv/scores" / f"{model.parent.name}-{model.name}.json"
-    if not found.exists():
-        found.parent.mkdir(parents=True, exist_ok=True)
+def judge(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """token_acc, and exact match of real greedy generation, on 400 held-out questions of eight skills."""
+    file = args.runs / "kv/scores" / f"{model.parent.name}-{model.name}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         words = [
             "-m",
             "prunekit.evaluate",
             "--model",
             model,
             "--dataset",
-            args.runs / "ocr/test.jsonl",
+            embedded_data(args.runs / "tiny_vl") / "test.jsonl",
+            "--by",
+            "skill",
             "--limit",
-            300,
+            400,
         ]
-        command(*words, "--batch-size", 128, "--max-new-tokens", 24, "--json", found)
-    (scores,) = read_json(found)[0]["datasets"].values()
-    return {key: scores[key] for key in ("token_acc", "loss", "exact_match", "cer")}
+        command(*words, "--batch-size", 128, "--max-new-tokens", 24, "--json", file)
+    (scores,) = read_json(file)[0]["datasets"].values()
+    found = {key: scores[key] for key in ("token_acc", "loss", "exact_match", "cer")}
+    return found | {"skills": {skill: each["exact_match"] for skill, each in scores["groups"].items()}}
 
 
 def recovered(model: Path, steps: int, args: argparse.Namespace, rate: str = "1e-3") -> Path:
-    """A checkpoint trained for some steps on the words that the embedded model knows."""
+    """A checkpoint trained for some steps on the questions that the embedded model knows."""
     out = args.runs / "kv" / f"{model.name}-{steps}-{rate}"
     if not out.exists():
         flags = [
@@ -352,9 +353,9 @@ def recovered(model: Path, steps: int, args: argparse.Namespace, rate: str = "1e
             "MODEL": str(model),
             "OUTPUT": str(out),
             "GPUS": "",
-            "DATASET": str(args.runs / "ocr/train.jsonl"),
+            "DATASET": str(args.runs / "tiny_vl/train.jsonl"),
         }
-        environment["VAL_DATASET"] = str(args.runs / "ocr/val.jsonl")
+        environment["VAL_DATASET"] = str(args.runs / "tiny_vl/val.jsonl")
         flags += ["--max_steps", str(steps), "--save_steps", str(steps), "--eval_steps", str(steps)]
         done = subprocess.run(
             ["bash", "full_run.sh", *flags],
@@ -371,7 +372,7 @@ def recovered(model: Path, steps: int, args: argparse.Namespace, rate: str = "1e
 def merged(model: Path, kv_heads: int, way: str, args: argparse.Namespace) -> Path:
     out = args.runs / "kv" / f"{model.name}-{kv_heads}-{way}"
     if not out.exists():
-        calib = ["--calib", args.runs / "ocr/train.jsonl", "--calib-tokens", args.tokens]
+        calib = ["--calib", embedded_data(args.runs / "tiny_vl") / "train.jsonl", "--calib-tokens", args.tokens]
         flags = {"mean": [], "calibrated": calib, "refined": [*calib, "--refine", args.refine]}[way]
         command("kv_cut.py", "--model", model, "--out", out, "--kv-heads", kv_heads, *flags)
     return out
@@ -425,6 +426,9 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=200, help="steps a layer (default: 200)")
     parser.add_argument("--recovery-steps", type=int, default=200, help="at most (default: 200)")
     parser.add_argument("--recovery-rate", default="3e-4", help="learning rate (default: 3e-4)")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=MODELS, help="of `ablation`; the other's figures stay"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
     args = parser.parse_args()
 
@@ -434,6 +438,7 @@ def main() -> None:
     result = read_json(args.json) if args.json and args.json.exists() else {}
     result |= {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
     for part in args.parts:
+        args.known = result.get(part, {})
         result[part] = PARTS[part](args)
         if args.json:
             write_json(args.json, result)

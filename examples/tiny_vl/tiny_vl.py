@@ -35,6 +35,7 @@ from prunekit.arguments import share  # noqa: E402
 from prunekit.checkpoint import fingerprint, new_folder, open_checkpoint  # noqa: E402
 from prunekit.checkpoint.work_folder import claim_folder  # noqa: E402
 from prunekit.errors import run_script  # noqa: E402
+from prunekit.model.load import has_bfloat16  # noqa: E402
 
 # name of the file, rows, skills, look
 DATASETS: dict[str, tuple[int, tuple[str, ...], Look]] = {
@@ -426,7 +427,7 @@ class Optimizer:
             for kind in ("mean", "square"):
                 self.tensors[f"{kind}.{name}"] = torch.zeros_like(self.tensors[f"master.{name}"])
         device = next(model.parameters()).device
-        self.fast = torch.bfloat16 if has_bf16(device) else torch.float32
+        self.fast = torch.bfloat16 if has_bfloat16(device.type) else torch.float32
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self.gradients = {name: torch.zeros_like(self.tensors[f"master.{name}"]) for name in self.live}
 
@@ -507,13 +508,6 @@ def halve(model) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def has_bf16(device) -> bool:
-    """Whether bf16 is faster than fp32 there: processors without it need twenty times as long."""
-    import torch
-
-    return device.type == "cuda" or any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """As a share of the full one: a short warm-up, then down in a straight line, to 1% (Bergsma et al. 2025)."""
     return min(1.0, (step + 1) / 60) * (peak - (peak - 0.01) * step / steps)
@@ -589,7 +583,7 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
     if args.base:
         model.load_state_dict(type(model).from_pretrained(args.base, dtype=torch.float32).state_dict())
     optimizer = Optimizer(model.to(device), rank, world)
-    if has_bf16(device):
+    if has_bfloat16(device.type):
         halve(model)
     network, batches = Network(model), Batches(processor, device)
     story = {

@@ -15,6 +15,15 @@ def check_causal(checkpoint: Checkpoint) -> None:
         )
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself: a processor without it takes ten times as long and more."""
+    import torch
+
+    if not device.startswith("cpu"):
+        return True
+    return any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
+
+
 def load_model(
     checkpoint: Checkpoint,
     device: str | None = None,
@@ -23,9 +32,9 @@ def load_model(
 ):
     """The checkpoint's own class from transformers, in evaluation mode.
 
-    Device: cuda if there is one. Dtype: bfloat16, several times faster than float32 on CPUs too; but float32 on a CPU
-    for models of less than 50M parameters. With `offload`, a folder for what has to be converted, the text layers stay
-    on disk (accelerate).
+    Device: cuda if there is one. Dtype: bfloat16, several times faster than float32 on CPUs that have it, too; but
+    float32 on those that don't, and for models of less than 50M parameters. With `offload`, a folder for what has to be
+    converted, the text layers stay on disk (accelerate).
     """
     import torch
     import transformers
@@ -35,7 +44,7 @@ def load_model(
     small = device == "cpu" and statistics(checkpoint)["parameters"] < 50e6
     names = checkpoint.config.get("architectures") or ["AutoModelForCausalLM"]
     cls = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
-    dtype = getattr(torch, dtype or ("float32" if small else "bfloat16"))
+    dtype = getattr(torch, dtype or ("float32" if small or not has_bfloat16(device) else "bfloat16"))
     if offload is None:
         # Straight to its device: several processes at once would fill the host's memory with copies
         return cls.from_pretrained(checkpoint.path, dtype=dtype, device_map={"": device}).eval()

@@ -221,12 +221,18 @@ def test_a_bonus_that_is_smaller_than_the_truth_is_no_fault():
     assert found.faults == []
 
 
+def test_taking_the_first_answer_given_is_said_but_no_fault():
+    found = tried(paired(lambda c, s: float(c.startswith(s))))
+    assert found.faults == []
+    assert any("(repeated) earns as much as the truth" in finding.text for finding in found.findings)
+
+
 # --- what a model says ---
 
 
 def test_rows_whose_answers_are_all_alike_are_counted():
-    totals = np.array([1, 1, 1, 0, 1, 0, 0, 0], dtype=float)
-    assert flat_groups(totals, 2) == 0.5
+    assert flat_groups(np.array([1, 1, 1, 0, 1, 0, 0, 0], dtype=float), 2) == 0.5
+    assert flat_groups(np.array([1, 1, 1, 1, 0, 0, 0, 0], dtype=float), 2) == 1
 
 
 def test_answers_that_are_worth_the_same_everywhere_are_a_fault():
