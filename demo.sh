@@ -15,6 +15,7 @@ BASE=${BASE:-examples/tiny_vl/model}
 QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 24 || echo 400)} # held-out questions, of eight skills by turns
+VAL_ROWS=$([ -n "$QUICK" ] && echo 80 || echo 160)
 HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 12000) # of training rows, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
@@ -22,7 +23,7 @@ read -ra DROP <<< "${DROP:---text 6 8 --vision 5 7 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}
 unset NNODES NODE_RANK MASTER_ADDR MASTER_PORT # it runs on one machine
-export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl#160
+export GPUS=${GPUS:-} DATASET=$RUN/data/train.jsonl VAL_DATASET=$RUN/data/val.jsonl#$VAL_ROWS
 export CPU_PROCESSES=${CPU_PROCESSES:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$RUN/logs" "$RUN/seconds"
 offline=$(python -m prunekit.training.tracking)

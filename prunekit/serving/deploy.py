@@ -94,13 +94,25 @@ def export_onnx(model, file: Path) -> None:
             ) from error
 
 
+def _sums_overflow() -> bool:
+    """Whether this processor adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    found = any(has and ("vnni" in name or name == "amx_int8") for name, has in capabilities.items())
+    return capabilities.get("architecture") == "x86_64" and not found
+
+
 def quantise_onnx(file: Path, out: Path) -> None:
-    """INT8 weights of matrices and embeddings, activations quantised as they come (onnxruntime, no calibration)."""
+    """INT8 weights of matrices and embeddings, activations quantised as they come (onnxruntime, no calibration).
+
+    Of 7 bits where the processor's sums would overflow.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.disable(logging.WARNING)  # advice to simplify the graph first, as the exporter has done
     try:
-        quantize_dynamic(file, out, weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(file, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=_sums_overflow())
     finally:
         logging.disable(logging.NOTSET)
 

@@ -20,7 +20,7 @@ from helpers.tiny_taggers import write_rows
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
-from prunekit.serving.deploy import choose_format, deploy
+from prunekit.serving.deploy import choose_format, deploy, quantise_onnx
 from prunekit.serving.run import load_served, mean_loss, pad
 from prunekit.tagger.rows import read_rows
 
@@ -71,12 +71,30 @@ def test_a_decoder_as_onnx_gives_the_same_loss(tiny, tmp_path):
     assert losses == pytest.approx([total / sum(len(row) - 1 for row in ROWS)] * 2, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("processor", "overflows"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx_vnni": False, "avx512_vnni": False}, True),
+        ({"architecture": "x86_64", "avx2": True, "avx_vnni": False, "avx512_vnni": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+    ids=["avx2", "vnni", "arm"],
+)
+def test_weights_have_7_bits_where_8_would_overflow(monkeypatch, tmp_path, processor, overflows):
+    asked = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", lambda *_, **settings: asked.update(settings))
+    quantise_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert asked["reduce_range"] is overflows
+
+
 def test_int8_is_near_small_and_tells_its_story(served):
     folder, source = served("bert", "onnx-int8")
     inputs = pad(ROWS)
     counted = inputs["attention_mask"].astype(bool)
     ours, theirs = (load_served(each)(inputs)[counted] for each in (folder, source))
-    assert 0 < np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
+    # Weights have 7 bits where a processor would overflow 8, and are twice as coarse then; overflown ones are at 0.4.
+    assert 0 < np.abs(ours - theirs).max() < 0.2 * np.abs(theirs).max()
     (entry,) = history(folder)
     assert (entry["stage"], entry["settings"], entry["input"]) == (
         "deploy",
