@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from materials import EMBEDDED, embedded_data, smollm2, write_texts
+from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
 from torch import Tensor
 
 from prunekit.checkpoint import open_checkpoint, write_json
@@ -27,7 +27,6 @@ from prunekit.surgery.layers import plan_layers
 from prunekit.training.distillation_loss import TopK, distillation_loss, top_k
 from prunekit.training.teacher_cache import Settings, pack, unpack
 
-MODELS = ("embedded", "smollm2")
 ORDER = [17, 14, 13, 16, 18]  # SmolLM2's cheapest layers, by bench/heal.py
 CHEAP = [5, 6, 8]  # of the embedded model, by the demo's ranking
 BETAS = {"forward": 0.0, "reverse": 1.0}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from materials import EMBEDDED, embedded_data, smollm2, write_texts
+from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
@@ -47,7 +47,6 @@ from prunekit.surgery.layers_fit import fit_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 8192
-MODELS = ("embedded", "smollm2")
 PREDICTORS = ("token_acc", "loss", "kl", "block_influence")
 TINY = [
     "--torch_dtype",

@@ -27,8 +27,8 @@ from unittest import mock
 
 import psutil
 import torch
-from knockout import MODELS, SMOLLM2, TINY, chat_rows, log
-from materials import EMBEDDED, embedded_data, smollm2, write_texts
+from knockout import SMOLLM2, TINY, chat_rows, log
+from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate

@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 CHARACTERS = 2400  # a row of text: somewhat over 512 tokens
 TINY_VL = Path(__file__).resolve().parents[1] / "examples/tiny_vl"
 EMBEDDED = TINY_VL / "model"
+MODELS = ("embedded", "smollm2")  # what a bench can be run on
 
 
 def embedded_data(folder: Path) -> Path:

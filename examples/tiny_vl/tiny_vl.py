@@ -666,9 +666,8 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
                     if any("measured" in each for each in story["log"]):
                         save_curves(out, story["log"])
     if rank == 0:
-        kind = model.dtype
-        halve(model)  # as it is saved
-        model.to(kind)
+        for parameter in model.parameters():  # as it is saved; buffers stay, as in `halve`
+            parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)
         print("test", json.dumps(measure(network, batches, "test", seed, cache)))
         halve(model)
         model.config.dtype = torch.bfloat16

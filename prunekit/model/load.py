@@ -15,13 +15,17 @@ def check_causal(checkpoint: Checkpoint) -> None:
         )
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether a device computes in bfloat16 itself: a processor without it takes ten times as long and more."""
+def processor_has(*words: str) -> bool:
+    """Whether this processor has an instruction set that one of the words is in the name of, as torch calls them."""
     import torch
 
-    if not device.startswith("cpu"):
-        return True
-    return any(has and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
+    capabilities = torch.cpu.get_capabilities().items()
+    return any(has and word in name for name, has in capabilities for word in words)
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself: a processor without it takes ten times as long and more."""
+    return not device.startswith("cpu") or processor_has("bf16")
 
 
 def load_model(

@@ -20,6 +20,7 @@ from prunekit.checkpoint import (
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, need_packages
 from prunekit.families import text_value
+from prunekit.model.load import processor_has
 
 from .run import INPUTS, ONNX, load_served, model_class, pad, weight_files
 
@@ -94,13 +95,12 @@ def export_onnx(model, file: Path) -> None:
             ) from error
 
 
-def _sums_overflow() -> bool:
+def sums_overflow() -> bool:
     """Whether this processor adds pairs of 8-bit products in 16 bits, which overflow: x86 without VNNI."""
     import torch
 
-    capabilities = torch.cpu.get_capabilities()
-    found = any(has and ("vnni" in name or name == "amx_int8") for name, has in capabilities.items())
-    return capabilities.get("architecture") == "x86_64" and not found
+    architecture = torch.cpu.get_capabilities().get("architecture")
+    return architecture == "x86_64" and not processor_has("vnni", "amx_int8")
 
 
 def quantise_onnx(file: Path, out: Path) -> None:
@@ -112,7 +112,7 @@ def quantise_onnx(file: Path, out: Path) -> None:
 
     logging.disable(logging.WARNING)  # advice to simplify the graph first, as the exporter has done
     try:
-        quantize_dynamic(file, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=_sums_overflow())
+        quantize_dynamic(file, out, weight_type=QuantType.QInt8, per_channel=True, reduce_range=sums_overflow())
     finally:
         logging.disable(logging.NOTSET)
 

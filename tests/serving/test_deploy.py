@@ -20,7 +20,7 @@ from helpers.tiny_taggers import write_rows
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
-from prunekit.serving.deploy import choose_format, deploy, quantise_onnx
+from prunekit.serving.deploy import choose_format, deploy, quantise_onnx, sums_overflow
 from prunekit.serving.run import load_served, mean_loss, pad
 from prunekit.tagger.rows import read_rows
 
@@ -93,8 +93,8 @@ def test_int8_is_near_small_and_tells_its_story(served):
     inputs = pad(ROWS)
     counted = inputs["attention_mask"].astype(bool)
     ours, theirs = (load_served(each)(inputs)[counted] for each in (folder, source))
-    # Weights have 7 bits where a processor would overflow 8, and are twice as coarse then; overflown ones are at 0.4.
-    assert 0 < np.abs(ours - theirs).max() < 0.2 * np.abs(theirs).max()
+    share = 0.2 if sums_overflow() else 0.1  # of 7 bits weights are twice as coarse
+    assert 0 < np.abs(ours - theirs).max() < share * np.abs(theirs).max()
     (entry,) = history(folder)
     assert (entry["stage"], entry["settings"], entry["input"]) == (
         "deploy",
