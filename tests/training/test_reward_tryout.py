@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import statistics
 from collections import Counter
 
 import numpy as np
@@ -166,11 +165,13 @@ def sorts_the_truths(completions, solution, **columns):
 
 def needs_two(completions, solution, **columns):
     near = [float(c == s) for c, s in zip(completions, solution, strict=True)]
-    return near if statistics.stdev(range(len(near))) else []
+    if len(near) < 2:
+        raise ValueError("needs two")
+    return near
 
 
 PLANTED = {
-    "needs_two": (needs_two, "requires at least two data points) for a batch of another size"),
+    "needs_two": (needs_two, "raises ValueError (needs two) for a batch of another size"),
     "against_first": (against_first, "against the first row"),
     "by_place": (by_place, "the order of its batch"),
     "against_the_mean": (against_the_mean, "the other rows of its batch"),
