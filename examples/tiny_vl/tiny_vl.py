@@ -236,7 +236,7 @@ CYRILLIC_SHARE = 0.02  # enough to see the letters, far too little to read them 
 # A skill waits until reading has come to this level: it needs the letters.
 WAITS = {"line": 2, "add": 2, "cyrillic": 2}
 # Reading carries lines and sums too. Pictures of things are few, with three questions each.
-WEIGHTS = {"read": 7, "count": 2, "place": 2, "add": 2, "copy": 2}
+WEIGHTS = {"read": 7, "count": 2, "place": 2, "add": 2, "copy": 6}
 
 
 def _top(skill: str) -> int:

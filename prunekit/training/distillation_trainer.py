@@ -109,50 +109,26 @@ class CacheFiller(GKDTrainer):
 class DistillationTrainer(GKDTrainer):
     """GKD by our loss: in fp32, and with --gkd_logits_topk not blind to what the student puts outside the top-k.
 
-    With a cache's folder as --teacher_model_server, what the teacher says of the data set's answers is found there.
+    With a cache's folder as --teacher_model_server it is a CachedTeacherTrainer.
     """
 
     use_teacher_api: bool
     teacher_model_server: str | None
 
+    def __new__(cls, *args, **kwargs):
+        cached = (Path(kwargs.get("teacher_model_server") or "") / SETTINGS).is_file()
+        return super().__new__(CachedTeacherTrainer if cached else cls)
+
     def __init__(self, *args, **kwargs):
-        folder = Path(kwargs.get("teacher_model_server") or "")
-        self.cache = TeacherCache(folder) if (folder / SETTINGS).is_file() else None
         super().__init__(*args, **kwargs)
-        if self.cache is None and self.use_teacher_api and self.temperature != 1:
+        self._check_temperature()
+
+    def _check_temperature(self) -> None:
+        if self.use_teacher_api and self.temperature != 1:
             raise PruneKitError(
                 f"--temperature {self.temperature}: a teacher server answers at temperature 1: set that, or "
                 f"--teacher_model"
             )
-
-    def _setup_teacher(self):
-        if self.cache is None:
-            super()._setup_teacher()
-            return
-        self.teacher_model_server = None  # there is none to ask
-        super()._setup_teacher()
-        self.use_teacher_api, self._is_self_distillation = True, False
-
-    def _encode_samples(self, samples):
-        if self.cache is None:
-            return super()._encode_samples(samples)
-        rows = _encode(self, samples)
-        self._keys = [row_key(row) for row in rows]
-        return to_device(self.template.data_collator(rows), self.accelerator.device), None
-
-    def _build_teacher_requests(self, samples):
-        return super()._build_teacher_requests(samples) if self.cache is None else self._keys
-
-    def _fetch_and_assemble_teacher_logprobs(self, chunks):
-        if self.cache is None:
-            super()._fetch_and_assemble_teacher_logprobs(chunks)
-            return
-        for chunk in chunks:
-            samples, keys = chunk.pop("_chunk_samples"), chunk.pop("_teacher_requests")
-            found = self.cache.look_up(keys, (f"row {str(sample.messages)[:200]}" for sample in samples))
-            # Of tokens that are learnt alone: the frames of ms-swift have no place for the tail.
-            chunk["gkd_batch"].teacher_topk_logprobs = TopK(*(part.to(self.accelerator.device) for part in found))
-            chunk["gkd_batch"].teacher_topk_indices = found.indices
 
     def _compute_jsd_loss(self, student_logits, teacher_output, labels):
         rows, teacher_rows = map(_next_token_rows, (labels, teacher_output.labels))
@@ -218,6 +194,39 @@ class DistillationTrainer(GKDTrainer):
                 f"the distillation starts at a loss of {float(logs['loss']):.2f}, over {HIGH}: recover longer by "
                 "full_run.sh first; and are tokenizer and template the teacher's?"
             )
+
+
+class CachedTeacherTrainer(DistillationTrainer):
+    """What the teacher says of the data set's answers is found in a cache, and no teacher is there."""
+
+    def __init__(self, *args, **kwargs):
+        self.cache = TeacherCache(Path(kwargs["teacher_model_server"]))
+        super().__init__(*args, **kwargs)
+
+    def _check_temperature(self) -> None:
+        if self.temperature != (kept := self.cache.settings.temperature):
+            raise PruneKitError(f"--temperature {self.temperature}: the cache is of temperature {kept:g}: set that")
+
+    def _setup_teacher(self):
+        self.teacher_model_server = None  # there is none to ask
+        super()._setup_teacher()
+        self.use_teacher_api, self._is_self_distillation = True, False
+
+    def _encode_samples(self, samples):
+        rows = _encode(self, samples)
+        self._keys = [row_key(row) for row in rows]
+        return to_device(self.template.data_collator(rows), self.accelerator.device), None
+
+    def _build_teacher_requests(self, samples):
+        return self._keys
+
+    def _fetch_and_assemble_teacher_logprobs(self, chunks):
+        for chunk in chunks:
+            samples, keys = chunk.pop("_chunk_samples"), chunk.pop("_teacher_requests")
+            found = self.cache.look_up(keys, (f"row {str(sample.messages)[:200]}" for sample in samples))
+            # Of tokens that are learnt alone: the frames of ms-swift have no place for the tail.
+            chunk["gkd_batch"].teacher_topk_logprobs = TopK(*(part.to(self.accelerator.device) for part in found))
+            chunk["gkd_batch"].teacher_topk_indices = found.indices
 
 
 def warn(text: str) -> None:

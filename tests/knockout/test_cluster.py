@@ -140,10 +140,10 @@ def test_a_killed_node_costs_no_result_and_doubles_none(cluster, tiny, tmp_path)
 @pytest.mark.ci
 @pytest.mark.slow
 def test_trained_knockouts_spread_over_nodes_give_the_records_of_one_machine(cluster, reader, monkeypatch):
-    runs = [None, Removal("text", 1), Removal("vision", 3)]
+    runs = [None, Removal("text", 1)]
     sweep = Sweep(reader, [], 1)
     spread = {record["name"]: record for record in sweep.do_all(runs)}
-    assert [record["error"] for record in spread.values()] == [None] * 3
+    assert [record["error"] for record in spread.values()] == [None] * 2
     assert not left_running(str(reader.out / "work"))
     monkeypatch.delenv("RAY_ADDRESS")
     here = {record["name"]: record for record in sweep.do_all(runs[1:])}

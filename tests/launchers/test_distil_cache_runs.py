@@ -25,15 +25,15 @@ FLAGS = """
 """
 
 
-@pytest.fixture
-def words(tmp_path):
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
     """A folder with train.jsonl of 16 words, val.jsonl of 40, and a student: the embedded model without a layer."""
-    draw = np.random.default_rng(0)
+    folder, draw = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
     for name, count in (("train", 16), ("val", 40)):
-        rows = [write_word(draw, tmp_path / f"{name}{number}.png") for number in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_cut(cut_layers(plan_layers(open_checkpoint(EMBEDDED), [3])), tmp_path / "student")
-    return tmp_path
+        rows = [write_word(draw, folder / f"{name}{number}.png") for number in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_cut(cut_layers(plan_layers(open_checkpoint(EMBEDDED), [3])), folder / "student")
+    return folder
 
 
 def start(words, out, *flags, batch=8, **settings):
@@ -64,24 +64,10 @@ def losses(words, out):
     return [record["loss"] for record in log if "loss" in record]
 
 
-def test_a_cache_has_the_live_teachers_loss_and_refuses_an_image_that_changed(words):
-    said = run(words, "cached", CACHE=words / "cache")
-    assert "56 rows, " in said
-    run(words, "live", "--gkd_logits_topk", "8", LMBDA="0")
-    # What is kept of a probability is within 1%, and the second step comes from the first's gradient.
-    assert losses(words, "cached") == pytest.approx(losses(words, "live"), rel=0.02)
-
-    picture = np.asarray(Image.open(words / "train3.png")).copy()
-    picture[0, 0] ^= 8
-    Image.fromarray(picture).save(words / "train3.png")
-    process = start(words, "changed", CACHE=words / "cache")
-    said, _ = process.communicate()
-    assert process.returncode == 1 and "as it is now" in said and "REFILL=1" in said
-    assert not (words / "changed").exists()
-
-
-def test_a_filling_that_was_killed_goes_on(words):
-    process = start(words, "out", "--per_device_eval_batch_size", "1", CACHE=words / "cache")
+@pytest.fixture(scope="module")
+def killed(words):
+    """The shard that one process had written when it was killed, and when that was written (ns)."""
+    process = start(words, "two", "--per_device_eval_batch_size", "1", CACHE=words / "cache")
     wait_for(lambda: process.poll() is not None or list(words.glob("cache/*.safetensors")), 300)
     assert process.poll() is None, process.communicate()[0]
     process.kill()
@@ -89,17 +75,53 @@ def test_a_filling_that_was_killed_goes_on(words):
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
     process.communicate()
-    [first] = words.glob("cache/*.safetensors")
-    written = first.stat().st_mtime_ns
     assert not list(words.glob("cache/filled-*"))
-    assert "56 rows, " in run(words, "out", CACHE=words / "cache")
+    [first] = words.glob("cache/*.safetensors")
+    return first, first.stat().st_mtime_ns
+
+
+@pytest.fixture(scope="module")
+def two(words, killed):
+    """Losses of two processes that went on with what was killed, and trained; and what they said."""
+    said = run(words, "two", batch=4, CACHE=words / "cache", CPU_PROCESSES=2)
+    return losses(words, "two"), said
+
+
+@pytest.fixture(scope="module")
+def one(words, two):
+    """Losses of one process that trained from the same cache."""
+    run(words, "one", CACHE=words / "cache")
+    return losses(words, "one")
+
+
+def test_a_filling_that_was_killed_goes_on(words, killed, two):
+    first, written = killed
+    assert "56 rows, " in two[1]
     assert first.stat().st_mtime_ns == written  # what was there is not asked again
     assert len(TeacherCache(words / "cache")) == 56
 
 
-def test_two_processes_fill_a_cache_and_train_from_it_as_one(words):
-    said = run(words, "two", batch=4, CACHE=words / "cache", CPU_PROCESSES=2)
-    assert "56 rows, " in said
-    run(words, "one", CACHE=words / "cache")
-    assert losses(words, "two")[0] == pytest.approx(losses(words, "one")[0], rel=0.1)
+def test_two_processes_train_from_a_cache_as_one_does(words, two, one):
+    assert two[0][0] == pytest.approx(one[0], rel=0.1)
     assert len(list(words.glob("cache/filled-*"))) == 1
+
+
+def test_a_cache_has_the_live_teachers_loss(words, one):
+    run(words, "live", "--gkd_logits_topk", "8", LMBDA="0")
+    # What is kept of a probability is within 1%, and the second step comes from the first's gradient.
+    assert one == pytest.approx(losses(words, "live"), rel=0.02)
+
+
+def test_an_image_that_changed_is_refused(words, one):
+    file = words / "train3.png"
+    picture = np.asarray(Image.open(file)).copy()
+    picture[0, 0] ^= 8
+    before = file.read_bytes()
+    Image.fromarray(picture).save(file)
+    try:
+        process = start(words, "changed", CACHE=words / "cache")
+        said, _ = process.communicate()
+    finally:
+        file.write_bytes(before)
+    assert process.returncode == 1 and "as it is now" in said and "REFILL=1" in said
+    assert not (words / "changed").exists()

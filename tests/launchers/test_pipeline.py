@@ -27,7 +27,7 @@ def demo(tmp_path_factory) -> Path:
     finished = subprocess.run(
         ["bash", "demo.sh"],
         cwd=ROOT,
-        # A training of two processes costs twice the imports: test_real_runs.py has one
+        # A training of two processes costs twice the imports: test_nodes.py has one
         env=ENVIRONMENT | {"QUICK": "1", "RUN": str(run), "CPU_PROCESSES": "1"},
         capture_output=True,
         text=True,

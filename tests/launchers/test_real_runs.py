@@ -83,31 +83,19 @@ def measured(run, data):
 
 
 @pytest.mark.ci
-def test_a_recovery_reads_words_better_that_it_has_not_seen(run, cut, measured, tmp_path):
-    flags = ["--max_steps", 40, "--eval_steps", 40, "--save_steps", 40, "--gradient_accumulation_steps", 1]
+def test_each_of_three_phases_reads_words_better_that_it_has_not_seen(run, cut, measured, tmp_path):
     run(
-        "bash", "full_run.sh", *BATCH, *flags, "--per_device_train_batch_size", 8, "--learning_rate", "1e-3",
-        MODEL=cut, OUTPUT=tmp_path / "out", CPU_PROCESSES=2,
-    )  # fmt: skip
-    before, after = measured("test", cut, tmp_path / "out", arguments=["--max-new-tokens", 12])
-    assert after["loss"] < 0.7 * before["loss"]
-    assert 1 - after["token_acc"] < 0.7 * (1 - before["token_acc"])
-    assert after["exact_match"] > before["exact_match"] + 0.1
-    assert after["cer"] < 0.7 * before["cer"]
-
-
-@pytest.mark.ci
-def test_three_phases_each_read_better_than_the_cut_model(run, cut, measured, tmp_path):
-    run(
-        "bash", "progressive_run.sh", *BATCH, "--eval_steps", 20, "--save_steps", 20, "--learning_rate", "5e-4",
-        MODEL=cut, OUTPUT=tmp_path / "out", STEPS1=16, STEPS2=16, STEPS3=3, ACCUMULATE=1,
+        "bash", "progressive_run.sh", *BATCH, "--eval_steps", 40, "--save_steps", 40, "--learning_rate", "1e-3",
+        MODEL=cut, OUTPUT=tmp_path / "out", STEPS1=16, STEPS2=32, STEPS3=3, ACCUMULATE=1,
     )  # fmt: skip
     phases = [tmp_path / name for name in ("out-phase1", "out-phase2", "out")]
-    before, *after = measured("test", cut, *phases, arguments=["--no-generate"])
+    before, *after = measured("test", cut, *phases, arguments=["--max-new-tokens", 12])
     losses = [before["loss"], *(scores["loss"] for scores in after)]
     assert losses == sorted(losses, reverse=True), "every phase goes on where the one before it ended"
-    assert losses[-1] < 0.8 * losses[0]
-    assert 1 - after[-1]["token_acc"] < 0.8 * (1 - before["token_acc"])
+    assert losses[-1] < 0.7 * losses[0]
+    assert 1 - after[-1]["token_acc"] < 0.7 * (1 - before["token_acc"])
+    assert after[-1]["exact_match"] > before["exact_match"] + 0.1
+    assert after[-1]["cer"] < 0.7 * before["cer"]
 
 
 @pytest.mark.ci

@@ -11,6 +11,8 @@ import torch
 from helpers.distillation import bucketed, pair, reference
 from helpers.paths import EMBEDDED, ROOT
 
+from prunekit.training.teacher_cache import Settings, TeacherCache
+
 ROWS = [
     {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in ("ab", "Qikv9")
 ]
@@ -98,6 +100,21 @@ def test_an_ms_swift_that_does_not_call_it_is_refused(trainer_module, monkeypatc
     monkeypatch.setattr(trainer_module.GKDTrainer, "compute_loss", lambda self, model, inputs: None)
     with pytest.raises(trainer_module.PruneKitError, match="install ms-swift 4.6"):
         trainer_module._check_hook()
+
+
+def test_a_caches_folder_for_a_server_makes_a_trainer_without_a_teacher(trainer_module, tmp_path):
+    TeacherCache(tmp_path / "cache", Settings("0" * 16, 300, 8, 1.0))
+    for server, name in [(str(tmp_path / "cache"), "CachedTeacherTrainer"), ("http://host", "DistillationTrainer")]:
+        cls = trainer_module.DistillationTrainer
+        assert type(cls.__new__(cls, teacher_model_server=server)).__name__ == name
+
+
+def test_a_cache_of_another_temperature_is_refused(trainer_module, tmp_path):
+    cls = trainer_module.CachedTeacherTrainer
+    one = cls.__new__(cls)
+    one.cache, one.temperature = TeacherCache(tmp_path / "cache", Settings("0" * 16, 300, 8, 0.9)), 1.0
+    with pytest.raises(trainer_module.PruneKitError, match="the cache is of temperature 0.9"):
+        one._check_temperature()
 
 
 @pytest.fixture
