@@ -16,6 +16,7 @@ QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 24 || echo 400)} # held-out questions, of eight skills by turns
 VAL_ROWS=$([ -n "$QUICK" ] && echo 80 || echo 160)
+DISTIL_ROWS=$([ -n "$QUICK" ] && echo 64 || echo 1280) # 40 steps of 32
 HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 12000) # of training rows, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
@@ -90,8 +91,9 @@ stage pruned "$RUN/pruned" python manual_select.py --model "$BASE" --out "$RUN/p
   --heal --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS"
 recover recovered pruned 40 1e-4
 
-MODEL=$RUN/recovered TEACHER=$BASE OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" bash distil.sh \
-  "${TINY[@]}" $(lasting 20) --learning_rate 1e-4 --max_completion_length 16
+# What the base says of these rows is kept, and would teach the next student, too.
+MODEL=$RUN/recovered TEACHER=$BASE CACHE=$RUN/cache DATASET=$DATASET#$DISTIL_ROWS OUTPUT=$RUN/distilled stage distilled "$RUN/distilled" \
+  bash distil.sh "${TINY[@]}" $(lasting 40) --learning_rate 1e-4
 
 # In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better (docs/kv.md).
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \

@@ -16,7 +16,7 @@ from helpers.checkpoints import assert_same_weights, copy_whole, entry, write_ra
 from helpers.paths import ROOT
 from helpers.tiny_models import load
 
-from prunekit.checkpoint import HISTORY, check_out, history, new_folder, open_checkpoint
+from prunekit.checkpoint import HISTORY, atomic, check_out, history, new_folder, open_checkpoint
 from prunekit.errors import PruneKitError
 
 
@@ -165,3 +165,31 @@ def test_a_run_killed_at_any_moment_leaves_out_absent_or_whole_and_the_next_one_
         assert list(tmp_path.iterdir()) == [out] and contents(out) == new
         shutil.rmtree(out)
     assert left_a_partial, "no run was killed while it wrote"
+
+
+@pytest.mark.parametrize("files, flushed", [(3, {"each"}), (60, {"all"})])
+def test_of_many_files_the_file_system_is_flushed_and_of_few_each_file(files, flushed, tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "MANY", 50)
+    done = set()
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: done.add("each"))
+    monkeypatch.setattr(atomic, "_sync_file_system", lambda folder: done.add("all") or True)
+    (tmp_path / "pictures").mkdir()
+    for number in range(files):
+        (tmp_path / "pictures" / f"{number}.png").touch()
+    atomic._sync(tmp_path)
+    assert done == flushed
+
+
+def test_a_file_system_is_flushed_where_linux_can(tmp_path):
+    assert atomic._sync_file_system(tmp_path)
+
+
+def test_many_files_are_flushed_one_by_one_where_linux_cannot(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "MANY", 5)
+    monkeypatch.setattr(atomic, "_sync_file_system", lambda folder: False)
+    flushed = []
+    monkeypatch.setattr(atomic.os, "fsync", flushed.append)
+    for number in range(9):
+        (tmp_path / str(number)).touch()
+    atomic._sync(tmp_path)
+    assert len(flushed) == 10
