@@ -20,7 +20,7 @@ DISTIL_ROWS=$([ -n "$QUICK" ] && echo 64 || echo 1280) # 40 steps of 32
 HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 12000) # of training rows, to heal the seams on
 # What to drop, by hand after a look at the ranking: cheap layers, and a DeepStack tap with its merger. It could be
 # --from-ranking runs/demo/knockout/ranking.json --max-layers 4, too.
-read -ra DROP <<< "${DROP:---text 6 8 --vision 5 7 --drop-taps 1}"
+read -ra DROP <<< "${DROP:---text 4 6 --vision 5 7 --drop-taps 1}"
 
 export WANDB_PROJECT=${WANDB_PROJECT:-prune-kit-demo} WANDB_DIR=${WANDB_DIR:-$RUN} WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-demo}
 unset NNODES NODE_RANK MASTER_ADDR MASTER_PORT # it runs on one machine
@@ -98,7 +98,7 @@ MODEL=$RUN/recovered TEACHER=$BASE CACHE=$RUN/cache DATASET=$DATASET#$DISTIL_ROW
 # In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better (docs/kv.md).
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \
   --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 120)"
-recover mqa-recovered mqa 360 4e-4
+recover mqa-recovered mqa 480 4e-4
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
   stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 130) --learning_rate 1e-3 --lora_dropout 0
