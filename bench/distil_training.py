@@ -29,7 +29,7 @@ from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 
 ROOT = Path(__file__).resolve().parents[1]
-CUT = ["--text", "6", "8", "--vision", "5", "7", "--drop-taps", "1", "--heal"]  # as demo.sh has it
+CUT = ["--text", "4", "6", "--vision", "5", "7", "--drop-taps", "1", "--heal"]  # as demo.sh has it
 ORDER = [17, 14, 13, 16, 18]  # SmolLM2's cheapest layers, by bench/heal.py
 METHODS = {
     "sft": ("full_run.sh", {}, []),
