@@ -50,12 +50,17 @@ class Ledger(TorchDispatchMode):
         self.live[part] += size
         where[0] = part
 
-    def _watch(self, tensor: Tensor) -> None:
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Never count these, nor views of them: they were there before."""
+        for tensor in tensors:
+            self._watch(tensor, 0)
+
+    def _watch(self, tensor: Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()
         if (key := id(storage)) in self._known:
             return
         where = ["logits" if tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary else "activations"]
-        size = storage.nbytes()
+        size = storage.nbytes() if size is None else size
 
         def gone(_: Any) -> None:
             del self._known[key]

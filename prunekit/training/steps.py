@@ -50,8 +50,8 @@ class Step:
     attention: str = "sdpa"
     fused_loss: bool = False  # Liger's
     top_k: int | None = None
-    teacher: Path | None = None
-    cached: bool = False  # a teacher that is a cache on the disk
+    teacher: Path | None = None  # None in a distillation: a cache on the disk
+    teacher_visits: bool = False  # it is on the GPU while it answers, and else on the host
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,53 @@ class Account:
     parameters: int
     trained: int
     trained_bytes: int
-    adapters: int  # parameters of a LoRA
+    teacher: int
     peak: Counter[str]
 
 
 def _model(config: Any, dtype: str, attention: str) -> nn.Module:
+    """The class that a config names, on the meta device: peft changes it there, which it can't do to fake tensors."""
     cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
     make = getattr(cls, "_from_config", None) or cls.from_config
-    return make(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    with torch.device("meta"):
+        return make(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+
+
+def _student(config: Any, step: Step) -> nn.Module:
+    """The model that is trained, with its adapter if it has one, and what isn't trained frozen."""
+    model = _model(config, step.weights, step.attention).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(step.lora is None and step.trained(name))
+    if step.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": step.reentrant})
+        for part in (model, getattr(getattr(model, "model", None), "visual", None)):  # as ms-swift does, so that both learn
+            if part is not None:
+                part.enable_input_require_grads()
+    if step.lora is None:
+        return model
+    import peft
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**step.lora)).train()
+    # DeepSpeed turns all of it into the type to compute in; else adapters are float32
+    return adapted if step.autocast else adapted.to(getattr(torch, step.weights))
+
+
+def _materialise(model: nn.Module) -> nn.Module:
+    """Put tensors of the mode that is entered (fake ones) in the place of those on the meta device, shared ones once."""
+    made: dict[int, Tensor] = {}
+    kept = []  # ids are another's when a tensor is gone
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+                    made[id(tensor)] = nn.Parameter(empty, trained) if isinstance(tensor, nn.Parameter) else empty
+                    kept.append(tensor)
+                tensors[name] = made[id(tensor)]
+    return model
 
 
 def size_of(model: nn.Module) -> int:
@@ -130,7 +169,7 @@ class _FusedLoss(torch.autograd.Function):
         return hidden * scale, weight * scale
 
 
-def _sft_loss(model: nn.Module, step: Step, inputs: dict[str, Any], _: Any) -> Tensor:
+def _sft_loss(model: nn.Module, step: Step, inputs: dict[str, Any], *_: Any) -> Tensor:
     if step.fused_loss:
         labels = inputs.pop("labels")
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -141,7 +180,7 @@ def _sft_loss(model: nn.Module, step: Step, inputs: dict[str, Any], _: Any) -> T
     return outputs.loss
 
 
-def _gkd_loss(model: nn.Module, step: Step, inputs: dict[str, Any], teacher: nn.Module | None) -> Tensor:
+def _gkd_loss(model: nn.Module, step: Step, inputs: dict[str, Any], teacher: nn.Module | None, ledger: Ledger) -> Tensor:
     inputs = _kept(inputs)
     labels = inputs.pop("labels")
     rows = (labels.roll(-1, dims=1) != -100).flatten().nonzero()[:, 0]
@@ -150,15 +189,18 @@ def _gkd_loss(model: nn.Module, step: Step, inputs: dict[str, Any], teacher: nn.
         k = step.top_k or 8
         wanted = top_k(student.detach()[:1, :1].flatten(0, 1).expand(len(rows), -1), torch.arange(len(rows)), k)
     else:
+        visit = size_of(teacher) if step.teacher_visits else 0
+        ledger.add("teacher", visit)
         with torch.no_grad():
             logits = _forward(teacher, step, inputs).logits.flatten(0, 1)
+        ledger.add("teacher", -visit)
         common = min(student.shape[-1], logits.shape[-1])
         student, logits = student[..., :common], logits[:, :common]
         wanted = logits if step.top_k is None else top_k(logits, rows, step.top_k)
     return distillation_loss(student.flatten(0, 1), rows, wanted, rows, 1.0, 0.9) / len(rows)
 
 
-def _grpo_loss(model: nn.Module, step: Step, inputs: dict[str, Any], _: Any) -> Tensor:
+def _grpo_loss(model: nn.Module, step: Step, inputs: dict[str, Any], *_: Any) -> Tensor:
     inputs.pop("labels")
     logits = _forward(model, step, inputs | {"logits_to_keep": step.rows.answer + 1}).logits[:, :-1]
     logits.div_(1.0)  # the temperature
@@ -189,28 +231,18 @@ def go_through(folder: Path, step: Step) -> Account:
     config = transformers.AutoConfig.from_pretrained(folder)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = inputs_for(config, step.rows, fake)
+    model = _student(config, step)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake)
-        model = _model(config, step.weights, step.attention).train()
+        _materialise(model)
         teacher = None
-        if step.teacher and not step.cached:
-            teacher = _model(transformers.AutoConfig.from_pretrained(step.teacher), step.weights, step.attention).eval()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(step.lora is None and step.trained(name))
-        if step.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": step.reentrant})
-            model.enable_input_require_grads()
-        adapters = 0
-        if step.lora is not None:
-            import peft
-
-            before = sum(parameter.numel() for parameter in model.parameters())
-            model = peft.get_peft_model(model, peft.LoraConfig(**step.lora)).train()
-            adapters = sum(parameter.numel() for parameter in model.parameters()) - before
-            if not step.autocast:  # DeepSpeed turns the whole model into the type to compute in
-                model.to(getattr(torch, step.weights))
+        if step.teacher:
+            teacher_config = transformers.AutoConfig.from_pretrained(step.teacher)
+            teacher = _materialise(_model(teacher_config, step.weights, step.attention)).eval()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ledger = stack.enter_context(Ledger(fake, config.get_text_config().vocab_size))
+        for part in filter(None, (model, teacher)):
+            ledger.leave_out((*part.parameters(), *part.buffers()))
 
         def made(parameter: nn.Parameter) -> None:
             assert parameter.grad is not None  # that is when torch calls this
@@ -224,13 +256,13 @@ def go_through(folder: Path, step: Step) -> Account:
                 parameter.grad = torch.empty_like(parameter)
                 ledger.move(parameter.grad, "gradients")
             parameter.register_post_accumulate_grad_hook(made)
-        LOSSES[step.kind](model, step, inputs, teacher).backward()
+        LOSSES[step.kind](model, step, inputs, teacher, ledger).backward()
     return Account(
         weights=size_of(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=sum(parameter.nbytes for parameter in trained),
-        adapters=adapters,
+        teacher=size_of(teacher) if teacher else 0,
         peak=ledger.peak,
     )
 
