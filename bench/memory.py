@@ -22,13 +22,14 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
 import transformers as hf
-from materials import EMBEDDED, smollm2
+from materials import EMBEDDED, embedded_data, smollm2
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.msswift.line import parse
 from prunekit.training.memory import Training, estimate
 
+PLUGINS = Path(__file__).parents[1] / "plugins"
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 128,
@@ -197,9 +198,7 @@ def model_folder(name: str, runs: Path) -> Path:
 
 
 def rows_for(name: str, runs: Path, grpo: bool) -> Path:
-    """Rows that are longer than any `--max_length` here, so that all are cut to it; of the embedded model one of its own."""
-    from materials import embedded_data
-
+    """Rows longer than any `--max_length` here, so that all are cut to it; of the embedded model one of its own."""
     file = runs / "memory" / f"rows-{name == 'embedded'}-{grpo}.jsonl"
     if name == "embedded":  # one row, so that all are of one length
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -215,18 +214,16 @@ def rows_for(name: str, runs: Path, grpo: bool) -> Path:
 
 
 def train(name: str, line: list[str], runs: Path) -> tuple[Recorder, list[str]]:
-    from swift import RLHFArguments, SftArguments, rlhf_main, sft_main
+    from swift import rlhf_main, sft_main
 
     rlhf = "--rlhf_type" in line
     model_type = json.loads((model_folder(name, runs) / "config.json").read_text())["model_type"]
-    plugins = [str(Path(__file__).parents[1] / "plugins" / f"{each}.py") for each in ("qwen_vl_token_ids", "gpt2_model")]
-    if "gkd" in line:
-        plugins.append(str(Path(__file__).parents[1] / "plugins/distillation.py"))
-    line = [str(model_folder(word, runs)) if previous == "--teacher_model" else word for previous, word in zip(["", *line], line)]
+    plugins = [str(PLUGINS / f"{each}.py") for each in ("qwen_vl_token_ids", "gpt2_model")]
     if "--teacher_model" in line:
-        line += ["--teacher_model_type", model_type]
-    if name == "gpt2" and "--target_modules" in line:
-        line += ["--target_modules", "c_attn", "c_proj", "c_fc"]
+        plugins.append(str(PLUGINS / "distillation.py"))
+        at = line.index("--teacher_model") + 1
+        teacher = str(model_folder(line[at], runs))
+        line = [*line[:at], teacher, *line[at + 1 :], "--teacher_model_type", model_type]
     template = {"embedded": "qwen3_vl", "smollm2": "chatml"}.get(name, "qwen")
     with tempfile.TemporaryDirectory() as out:
         whole = [
@@ -285,7 +282,8 @@ def main() -> None:
         rows.append(row := {"case": number, **measure(name, line, args.runs)})
         print(
             f"{number:3} {name:14}{row['measured'] / 1e6:9.1f} MB, counted {row['counted'] / 1e6:9.1f} "
-            f"{row['error']:+7.2%} ({row['error_without_weights']:+.2%} without weights)  {row['seconds']} s  {row['line']}",
+            f"{row['error']:+7.2%} ({row['error_without_weights']:+.2%} without weights)  {row['seconds']} s  "
+            f"{row['line']}",
             file=sys.stderr,
             flush=True,
         )

@@ -4,11 +4,11 @@
     python -m prunekit.memory --stage gkd --model checkpoints/recovered --gpus 4 --teacher_model Qwen3-VL-8B-Instruct
     python -m prunekit.memory --stage lora --model checkpoints/mqa --gpus 1 --gpu-memory 24 --max_length 8192
 
-Stages are full_run.sh (sft), distil.sh (gkd), rl_run.sh (grpo) and lora.sh (lora) with their own settings; ms-swift's flags
-change them, as they do there. A step is gone through on fake tensors: nothing is trained, no weights are read, no GPU is
-needed. Rows are as long as --max_length allows, images half of them (--tokens, --image-tokens, --answer-tokens say
-otherwise, MAX_PIXELS how large an image may be). Prints a table, --json JSON. Launchers print its first line before
-they start. What isn't counted: CUDA's context, NCCL, fragmentation. Leave some GB.
+Stages are full_run.sh (sft), distil.sh (gkd), rl_run.sh (grpo) and lora.sh (lora) with their own settings; ms-swift's
+flags change them, as they do there. A step is gone through on fake tensors: nothing is trained, no weights are read, no
+GPU is needed. Rows are as long as --max_length allows, images half of them (--tokens, --image-tokens, --answer-tokens
+say otherwise, MAX_PIXELS how large an image may be). Prints a table, with --json JSON. Launchers print its first line
+before they start. Not counted: CUDA's context, NCCL, fragmentation. Leave some GB.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunekit.arguments import Parser, natural, positive_float, positive_int
+from prunekit.arguments import Parser, finite_float, natural, positive_int
 from prunekit.checkpoint import Checkpoint, open_checkpoint
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, run_script
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--stage", required=True, choices=STAGES)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--gpus", type=natural, default=1, help="that train, on all nodes; 0: the CPU")
-    parser.add_argument("--gpu-memory", type=positive_float, help="GB of each")
+    parser.add_argument("--gpu-memory", type=finite_float, default=0, help="GB of each; 0: not known")
     parser.add_argument("--tokens", type=positive_int, help="of the longest row, answer and all")
     parser.add_argument("--image-tokens", type=natural, help="of its images")
     parser.add_argument("--answer-tokens", type=positive_int, help="of its answer")
@@ -91,14 +91,20 @@ def main() -> None:
     check_no_remote_code(checkpoint.path)
     if not checkpoint.family.causal:
         raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train: choose a causal model")
+    if args.image_tokens and args.tokens and args.image_tokens + 2 > args.tokens:
+        raise PruneKitError(f"--image-tokens {args.image_tokens}: no room for an answer in --tokens {args.tokens}")
+    if args.stage == "gkd" and not swift.teacher_model_server:
+        if not swift.teacher_model:
+            raise PruneKitError("--stage gkd: give the --teacher_model, or a cache as --teacher_model_server")
+        open_checkpoint(swift.teacher_model)
     report(args, swift, checkpoint)
 
 
 def report(args: argparse.Namespace, swift: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Print one line for a launcher, else what each setting would save, too."""
-    from prunekit.training.memory import Training, alternatives, changed, estimate  # torch: seconds
+    from prunekit.training.memory import Training, alternatives, estimate  # torch: seconds
 
-    card = int((args.gpu_memory or 0) * 1e9)
+    card = int(args.gpu_memory * 1e9)
 
     def training(values: argparse.Namespace) -> Training:
         return Training.of(values, checkpoint, args.gpus, card, args.tokens, args.image_tokens, args.answer_tokens)
@@ -109,13 +115,12 @@ def report(args: argparse.Namespace, swift: argparse.Namespace, checkpoint: Chec
     if args.line:
         print(sentence)
         return
-    saved = {
-        name: estimate(training(changed(swift, changes))) for name, changes in alternatives(swift, checkpoint.config, args.gpus).items()
-    }
+    others = alternatives(swift, checkpoint.config, args.gpus)
+    saved = {name: estimate(training(argparse.Namespace(**vars(swift) | others[name]))) for name in others}
     if args.json:
         totals = {name: each.total for name, each in saved.items()}
         rows = dataclasses.asdict(now.step.rows)
-        print(json.dumps({"parts": found.parts, "total": found.total, "when": found.when, "rows": rows, "with": totals}))
+        print(json.dumps({**dataclasses.asdict(found), "total": found.total, "rows": rows, "with": totals}))
         return
     print(sentence)
     for part, size in found.parts.items():
@@ -128,9 +133,10 @@ def report(args: argparse.Namespace, swift: argparse.Namespace, checkpoint: Chec
 
 def one_line(found: "Estimate", tokens: int, gpus: int, card: int) -> str:
     parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in found.parts.items())
-    text = f"memory: about {gigabytes(found.total)} GB{' a GPU' if gpus else ''} {found.when} ({parts}), rows of {tokens} tokens"
+    where = " a GPU" if gpus else ""
+    text = f"memory: about {gigabytes(found.total)} GB{where} {found.when} ({parts}), rows of {tokens} tokens"
     if card and found.total > card:
-        text += f": more than the {gigabytes(card)} GB that a GPU has; python -m prunekit.memory says what saves how much"
+        text += f": more than its {gigabytes(card)} GB; python -m prunekit.memory says what saves how much"
     return text
 
 

@@ -1,10 +1,11 @@
 """How much memory of a GPU a training by ms-swift takes at its peak, part by part, before it is run.
 
-The step itself is gone through on fake tensors (steps.py): activations, logits and gradients are counted, not estimated.
-What stays between steps is arithmetic. Without DeepSpeed: weights and both moments of AdamW in the weights' type, and with
-several processes DDP's buckets, as large as the gradients. With DeepSpeed 0.18: 16-bit weights, float32 masters and two
-moments, of which ZeRO 1, 2 and 3 share out the last three, gradients, and weights; its flat buffers of a step (16-bit and
-float32 gradients of a process' share) when activations are gone; buckets and gathered weights as ms-swift configures them.
+The step itself is gone through on fake tensors (steps.py): activations, logits and gradients are counted. What stays
+between steps is arithmetic. Without DeepSpeed: weights and both moments of AdamW in the weights' type, and with several
+processes DDP's buckets, as large as the gradients. With DeepSpeed: 16-bit weights, float32 masters and two moments, of
+which ZeRO 1 shares out masters and moments, ZeRO 2 gradients, too, and ZeRO 3 weights, too; its flat copies of a
+process' share of the gradients at the optimizer's turn (16 and 32 bits), when activations are gone; buckets and
+gathered weights as ms-swift configures them.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from prunekit.families import positions
 from prunekit.msswift.source import package
 
 from .lengths import PROMPT
-from .steps import Account, Rows, Step, go_through, trained_by
+from .steps import Account, Rows, Step, frozen_by, go_through
 
 IMAGE_TOKENS = 16384  # of one image at most, where MAX_PIXELS and IMAGE_MAX_TOKEN_NUM are not set (qwen-vl-utils)
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "teacher", "reference", "rollout engine")
@@ -44,7 +45,7 @@ class Zero:
             return cls()
         own = package("swift") / "config" / f"{name}.json"
         if not own.is_file() and not is_file(name):
-            raise PruneKitError(f"--deepspeed {name}: no such file, and no name of ms-swift's: zero1, zero2, zero3, ...")
+            raise PruneKitError(f"--deepspeed {name}: no such file, and no name of ms-swift's, like zero2 or zero3")
         config = read_json(own if own.is_file() else Path(name))
         zero = (config.get("zero_optimization") if isinstance(config, dict) else None) or {}
 
@@ -115,7 +116,7 @@ class Training:
             gradients="sent" if zero.stage > 1 else "kept" if accumulated else "made",
             checkpointing=swift.gradient_checkpointing,
             reentrant=gpus < 2 or bool(zero.stage),
-            trained=trained_by(config["model_type"], swift.freeze_llm, swift.freeze_vit, swift.freeze_aligner),
+            frozen=frozen_by(checkpoint.family.vision_prefix, swift.freeze_llm, swift.freeze_vit, swift.freeze_aligner),
             lora=_lora(swift, checkpoint) if swift.tuner_type == "lora" else None,
             attention="eager" if swift.attn_impl == "eager" else "sdpa",
             fused_loss=bool(swift.use_liger_kernel) and kind == "sft",
@@ -184,11 +185,11 @@ def largest_image(vision: dict[str, Any]) -> int:
     return max(1, int(pixels) // side**2) if pixels else IMAGE_TOKENS
 
 
-def _lora(swift: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    targets = swift.target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear" if checkpoint.family.lora_targets == ["all-linear"] else checkpoint.family.lora_targets
-    return {"r": swift.lora_rank, "lora_dropout": swift.lora_dropout, "target_modules": targets}
+def _lora(swift: argparse.Namespace, checkpoint: Checkpoint) -> tuple[tuple[str, Any], ...]:
+    """peft's settings of a line, in a form that can be a key."""
+    targets = checkpoint.family.lora_targets if swift.target_modules == ["all-linear"] else swift.target_modules
+    target = "all-linear" if targets == ["all-linear"] else tuple(targets)
+    return ("r", swift.lora_rank), ("lora_dropout", swift.lora_dropout), ("target_modules", target)
 
 
 def estimate(training: Training) -> Estimate:
@@ -233,7 +234,7 @@ def add_up(training: Training, step: Account) -> Estimate:
 
 
 def alternatives(swift: argparse.Namespace, config: dict[str, Any], gpus: int) -> dict[str, dict[str, Any]]:
-    """What could be lowered, in the order of docs/training.md: a setting as one types it, and the flags that it changes."""
+    """What could be lowered, in the order of docs/training.md: settings as one types them, and what they change."""
     get = vars(swift).get
     kind, zero = get("rlhf_type") or "sft", swift.deepspeed or ""
     found: dict[str, dict[str, Any]] = {}
@@ -261,9 +262,3 @@ def alternatives(swift: argparse.Namespace, config: dict[str, Any], gpus: int) -
             found["--freeze_vit true"] = {"freeze_vit": True}
         found["a LoRA (lora.sh)"] = {"tuner_type": "lora", "target_modules": ["all-linear"], "lora_rank": 32}
     return found
-
-
-def changed(swift: argparse.Namespace, changes: dict[str, Any]) -> argparse.Namespace:
-    """A line's values with some of them others."""
-    return argparse.Namespace(**vars(swift) | changes)
-

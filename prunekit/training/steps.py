@@ -1,8 +1,10 @@
 """One training step of each kind, as ms-swift 4.6 takes it, gone through on fake tensors: what it needs at its peak."""
 
 import contextlib
+import functools
+import re
+import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from prunekit.families import family_of
 
 from .distillation_loss import distillation_loss, top_k
 from .ledger import Ledger
@@ -34,7 +34,7 @@ class Step:
 
     `weights` and `compute` are torch's names of types: where they differ, and with a LoRA, ms-swift trains under
     autocast. `gradients`: kept (they are there when the step begins: accumulation), made, or sent (to their owner, as
-    ZeRO 2 and 3 do, as soon as they are there). `trained`: says of a parameter's name whether it is trained.
+    ZeRO 2 and 3 do, as soon as they are there).
     """
 
     kind: str  # sft, gkd, grpo
@@ -45,8 +45,8 @@ class Step:
     gradients: str = "made"
     checkpointing: bool = True
     reentrant: bool = True
-    trained: Callable[[str], bool] = lambda name: True
-    lora: dict[str, Any] | None = None  # peft's settings
+    frozen: tuple[str, ...] = ()  # regexes of parameters' names
+    lora: tuple[tuple[str, Any], ...] | None = None  # peft's settings
     attention: str = "sdpa"
     fused_loss: bool = False  # Liger's
     top_k: int | None = None
@@ -78,23 +78,24 @@ def _student(config: Any, step: Step) -> nn.Module:
     """The model that is trained, with its adapter if it has one, and what isn't trained frozen."""
     model = _model(config, step.weights, step.attention).train()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(step.lora is None and step.trained(name))
+        parameter.requires_grad_(step.lora is None and not any(re.search(each, name) for each in step.frozen))
     if step.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": step.reentrant})
-        for part in (model, getattr(getattr(model, "model", None), "visual", None)):  # as ms-swift does, so that both learn
+        # As ms-swift does, so that both learn
+        for part in (model, getattr(getattr(model, "model", None), "visual", None)):
             if part is not None:
                 part.enable_input_require_grads()
     if step.lora is None:
         return model
     import peft
 
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**step.lora)).train()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**dict(step.lora))).train()
     # DeepSpeed turns all of it into the type to compute in; else adapters are float32
     return adapted if step.autocast else adapted.to(getattr(torch, step.weights))
 
 
 def _materialise(model: nn.Module) -> nn.Module:
-    """Put tensors of the mode that is entered (fake ones) in the place of those on the meta device, shared ones once."""
+    """Put tensors of the mode that is entered, fake ones, in the place of those on the meta device."""
     made: dict[int, Tensor] = {}
     kept = []  # ids are another's when a tensor is gone
     for module in model.modules():
@@ -180,7 +181,7 @@ def _sft_loss(model: nn.Module, step: Step, inputs: dict[str, Any], *_: Any) -> 
     return outputs.loss
 
 
-def _gkd_loss(model: nn.Module, step: Step, inputs: dict[str, Any], teacher: nn.Module | None, ledger: Ledger) -> Tensor:
+def _gkd_loss(model, step: Step, inputs: dict[str, Any], teacher: nn.Module | None, ledger: Ledger) -> Tensor:
     inputs = _kept(inputs)
     labels = inputs.pop("labels")
     rows = (labels.roll(-1, dims=1) != -100).flatten().nonzero()[:, 0]
@@ -222,17 +223,20 @@ def _forward(model: nn.Module, step: Step, inputs: dict[str, Any]) -> Any:
     return outputs
 
 
+@functools.cache
 def go_through(folder: Path, step: Step) -> Account:
     """Build the model of a checkpoint folder on fake tensors and take a step.
 
-    Activations, logits and gradients are of the step, the loss ms-swift's (or ours, in a distillation) and the optimizer
-    left out: it makes nothing new in a step that isn't the first.
+    The loss is ms-swift's, or ours in a distillation. The optimizer is left out: it makes nothing new in a step that
+    isn't the first.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = inputs_for(config, step.rows, fake)
     model = _student(config, step)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of a vision tower that isn't trained, whose inputs need no gradient
         stack.enter_context(fake)
         _materialise(model)
         teacher = None
@@ -267,16 +271,10 @@ def go_through(folder: Path, step: Step) -> Account:
     )
 
 
-def trained_by(model_type: str, freeze_llm: bool, freeze_vit: bool, freeze_aligner: bool) -> Callable[[str], bool]:
-    """What ms-swift's three flags leave to be trained: the text, the vision tower, and the mergers between."""
-    family = family_of({"model_type": model_type})
-    vision = family.stacks.get("vision")
-
-    def trained(name: str) -> bool:
-        if vision is None:
-            return True
-        if "visual." not in name:
-            return not freeze_llm
-        return not (freeze_aligner if "merger" in name else freeze_vit)
-
-    return trained
+def frozen_by(vision_prefix: str | None, llm: bool, vit: bool, aligner: bool) -> tuple[str, ...]:
+    """Regexes of what ms-swift's three flags freeze: the text, the vision tower, and the mergers between."""
+    if vision_prefix is None:
+        return ()
+    tower = rf"^{vision_prefix}"
+    parts = {rf"^(?!{vision_prefix})": llm, rf"{tower}(?!.*merger)": vit, rf"{tower}.*merger": aligner}
+    return tuple(pattern for pattern, frozen in parts.items() if frozen)
