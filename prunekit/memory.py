@@ -43,6 +43,8 @@ def defaults(stage: str, gpus: int, flags: list[str]) -> list[str]:
     processes = max(1, gpus)
     if not gpus and stage != "grpo":
         most = 1
+    if stage == "grpo" and rows % processes:
+        rows = 8 * processes
     batch = next(count for count in range(most, 0, -1) if count == 1 or rows % (count * processes) == 0)
     given = {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in flags if flag.startswith("--")}
     zero = [] if not gpus or (stage == "lora" and gpus == 1) else ["--deepspeed", "zero2"]
@@ -59,7 +61,7 @@ def defaults(stage: str, gpus: int, flags: list[str]) -> list[str]:
     if not gpus:
         line += ["--gradient_checkpointing", "false"]
     elif stage == "grpo" or (stage == "gkd" and gpus == 1):
-        line += ["--use_vllm", "true", "--vllm_mode", "colocate", "--sleep_level", "1"]
+        line += ["--use_vllm", "true", "--vllm_mode", "colocate", "--sleep_level", "2"]
         line += ["--vllm_gpu_memory_utilization", "0.4" if stage == "grpo" else "0.3"]
     return line
 

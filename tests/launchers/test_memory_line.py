@@ -10,7 +10,7 @@ COUNTED = (
     "fp16", "torch_dtype", "deepspeed", "gradient_checkpointing", "per_device_train_batch_size", "optim",
     "gradient_accumulation_steps",
 )  # fmt: skip
-OF_RLHF = ("rlhf_type", "beta", "max_completion_length", "use_vllm", "vllm_mode", "sleep_level")
+OF_RLHF = ("rlhf_type", "beta", "use_vllm", "vllm_mode", "sleep_level", "vllm_gpu_memory_utilization")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_commands_own_settings_are_the_launchers(lab, stage, launcher, gpus)
     count = len(gpus.split(",")) if gpus else 0
     theirs, ours = parse(kind, call["argv"][1:]), parse(kind, defaults(stage, count, []))
     names = [name for name in COUNTED if kind == "sft" or not name.startswith("lora")]
-    names += OF_RLHF if kind == "rlhf" else ("max_length",)  # RL's prompts are kept within the model's positions
+    names += OF_RLHF if kind == "rlhf" else ("max_length",)  # where answers are made, lengths are kept within the model's positions
     if stage == "gkd":
         names.remove("beta")  # there it is what the loss is, no reference model
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
