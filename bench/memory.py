@@ -270,16 +270,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
     parser.add_argument("--cases", nargs="*", type=int, help="numbers of the configurations; default: all")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, help="also write the result here, into what is there")
     args = parser.parse_args()
     from swift.callbacks import callbacks_map
 
     callbacks_map["memory_recorder"] = Recorder
-    rows = []
-    for number, (name, line) in enumerate(CASES):
-        if args.cases is not None and number not in args.cases:
-            continue
-        rows.append(row := {"case": number, **measure(name, line, args.runs)})
+    rows = {}
+    if args.json and args.json.is_file():  # of configurations that aren't measured anew
+        rows = {row["case"]: row for row in json.loads(args.json.read_text())["configurations"]}
+    for number in range(len(CASES)) if args.cases is None else args.cases:
+        name, line = CASES[number]
+        rows[number] = row = {"case": number, **measure(name, line, args.runs)}
         print(
             f"{number:3} {name:14}{row['measured'] / 1e6:9.1f} MB, counted {row['counted'] / 1e6:9.1f} "
             f"{row['error']:+7.2%} ({row['error_without_weights']:+.2%} without weights)  {row['seconds']} s  "
@@ -288,7 +289,7 @@ def main() -> None:
             flush=True,
         )
         if args.json:
-            write_json(args.json, {"configurations": rows})
+            write_json(args.json, {"configurations": [rows[each] for each in sorted(rows)]})
 
 
 if __name__ == "__main__":
