@@ -215,8 +215,7 @@ def add_up(training: Training, step: Account) -> Estimate:
             held["weights"] = 0 if zero.host_weights else -(-step.weights // processes)
             buffers["weights"] = size * min(step.parameters, zero.gathered)
         kept = 0 if zero.host_optimizer else size * share
-        if zero.stage > 1:
-            buffers["gradients"] = kept + size * zero.bucket
+        buffers["gradients"] = (kept if zero.stage > 1 else 0) + size * zero.bucket
         at_once = min(share, zero.gathered) if zero.stage == 3 else share
         flat = 0 if zero.host_optimizer else (4 + size) * at_once
         turn = Counter(gradients=(size * step.trained if zero.stage == 1 else kept) + flat)
