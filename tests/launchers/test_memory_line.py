@@ -35,7 +35,8 @@ def test_the_commands_own_settings_are_the_launchers(lab, stage, launcher, gpus)
     count = len(gpus.split(",")) if gpus else 0
     theirs, ours = parse(kind, call["argv"][1:]), parse(kind, defaults(stage, count, []))
     names = [name for name in COUNTED if kind == "sft" or not name.startswith("lora")]
-    names += OF_RLHF if kind == "rlhf" else ("max_length",)  # where answers are made, lengths are kept within the model's positions
+    # Where answers are made, a launcher keeps lengths within the model's positions
+    names += OF_RLHF if kind == "rlhf" else ("max_length",)
     if stage == "gkd":
         names.remove("beta")  # there it is what the loss is, no reference model
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
