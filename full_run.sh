@@ -3,7 +3,8 @@
 #   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (ms-swift messages JSONL)
 #   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
 #   Cost: by arithmetic, not measured: 16 bytes of GPU memory per parameter, of which ZeRO shares out 12 (14 with zero2, 16 with
-#         zero3) among the GPUs, and activations; so 8B should fit 8x80 GB, and fewer with zero3
+#         zero3) among the GPUs, and activations; so 8B should fit 8x80 GB, and fewer with zero3 (python -m prunekit.memory
+#         says what yours will take)
 #   MODEL=checkpoints/pruned GPUS=0,1 bash full_run.sh --max_steps 50
 #   MODEL=checkpoints/pruned GLOBAL_BATCH=64 bash full_run.sh      # rows a step, on any number of GPUs; default: about 16
 source "$(dirname "$0")/lib/common.sh"

@@ -2,8 +2,8 @@
 # Teach or repair one skill with a LoRA. export_lora.sh merges it back.
 #   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (mix in rows of the old skills, or they fade)
 #   Out:  $OUTPUT (an adapter folder), with logging.jsonl, command.sh and curves.png of the run
-#   Cost: by arithmetic, not measured: 2 bytes of GPU memory per parameter, 16 per parameter of the adapter, and
-#         activations; so 8B should fit one 24 GB GPU
+#   Cost: counted, not measured: 2 bytes of GPU memory per parameter, 16 per parameter of the adapter, and activations; so 8B
+#         takes 25 GB with rows of 4096 tokens, one at once (python -m prunekit.memory says what yours will)
 #   MODEL=checkpoints/mqa DATASET=data/handwriting.jsonl OUTPUT=checkpoints/lora bash lora.sh
 source "$(dirname "$0")/lib/common.sh"
 

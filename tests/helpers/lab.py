@@ -99,6 +99,7 @@ class Lab:
             "VAL_DATASET": "val.jsonl",
             "OUTPUT": "ckpt/out",
             "TRYOUT": "0",  # of rewards, which takes seconds
+            "MEMORY": "0",  # of the training, which does, too
         }
 
     def start(self, launcher: str, *arguments: object, **env: str) -> subprocess.Popen:
