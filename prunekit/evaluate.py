@@ -18,8 +18,7 @@ from prunekit.arguments import Parser, device, finite_float, new_file, positive_
 from prunekit.checkpoint import Checkpoint, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.data.answers import Judged, check_columns, judge, load_engine
-from prunekit.data.figures import chosen, means
-from prunekit.data.groups import groups_of, indices_by_group
+from prunekit.data.groups import groups_of
 from prunekit.data.rows import Rows, read_datasets
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
@@ -36,7 +35,7 @@ def _reward(text: str) -> tuple[str, float]:
 def judge_model(
     model: Path, template: str | None, datasets: dict[str, Rows], rewards: dict[str, float], args: argparse.Namespace
 ) -> dict[str, Judged]:
-    """What it makes of each data set. Rows that it can't take leave `datasets`: the next ones are judged on the same."""
+    """What it makes of each data set. Rows that it can't take leave `datasets`: the next are judged on the same."""
     engine = load_engine(model, args.device, args.dtype, args.model_type, template)
     found: dict[str, Judged] = {}
     for name, rows in list(datasets.items()):
@@ -56,25 +55,13 @@ def judge_model(
     return found
 
 
-def scores_of(judged: Judged, by: str | None = None) -> dict[str, Any]:
-    """Means over all rows. With `by`, a column: the `groups` have the same of their rows, and how many `samples`."""
-    scores: dict[str, Any] = means(judged.figures)
-    if judged.answers:
-        scores |= {"n_cut": judged.cut, "cut_share": judged.cut / len(judged.rows)}
-    if by:
-        groups = indices_by_group(judged.rows, by)
-        found = {g: means(chosen(judged.figures, places)) | {"samples": len(places)} for g, places in groups.items()}
-        scores["groups"] = {group: found[group] for group in sorted(found)}
-    return scores
-
-
 def measure_model(
     model: Path, template: str | None, datasets: dict[str, Rows], rewards: dict[str, float], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Scores by data set, said as they are found. Rows leave `datasets` as in `judge_model`."""
     found = {}
     for name, judged in judge_model(model, template, datasets, rewards, args).items():
-        found[name] = scores = scores_of(judged, args.by)
+        found[name] = scores = judged.scores(args.by)
         print(f"{model}  {name} ({len(judged.rows)} rows)  {_said(scores)}", flush=True)
         for group, of_group in scores.get("groups", {}).items():
             print(f"    {group} ({of_group['samples']} rows)  {_said(of_group)}", flush=True)
@@ -86,7 +73,7 @@ def _said(scores: dict[str, Any]) -> str:
     return "  ".join(f"{key} {value:{'d' if isinstance(value, int) else '.4f'}}" for key, value in shown.items())
 
 
-def add_arguments(parser: Parser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """How models are judged: what this command and others take of a user."""
     parser.add_argument("--limit", type=positive_int, help="rows of each data set to use (default: all)")
     parser.add_argument("--by", metavar="COLUMN", help="a column of the rows (skill, source): score its groups, too")
@@ -126,6 +113,8 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
     load_plugins(args.plugins)
     for rows in datasets.values():
         check_columns(rewards, rows)
+    if not datasets:
+        return {}, []
     templates = [args.template or find_template(checkpoint, args.model_type) for checkpoint in checkpoints]
     for checkpoint, template in zip(checkpoints, templates):
         load_template(checkpoint, None, args.model_type, template)

@@ -15,6 +15,7 @@ from prunekit.model.scores import score_batch
 
 from .encode import encode_row
 from .figures import Figures, chosen, means
+from .groups import indices_by_group
 from .rewards import call_reward, columns_for, failure, guard
 from .rows import Rows, question_of
 from .templates import find_template
@@ -148,6 +149,18 @@ class Judged:
         index = [places[id(row)] for row in rows]
         answers = [self.answers[place] for place in index] if self.answers else []
         return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers)
+
+    def scores(self, by: str | None = None) -> dict[str, Any]:
+        """Means over all rows. With `by`, a column: its `groups` have the same of their rows, and their `samples`."""
+        scores: dict[str, Any] = means(self.figures)
+        if self.answers:
+            scores |= {"n_cut": self.cut, "cut_share": self.cut / len(self.rows)}
+        if by:
+            scores["groups"] = {
+                group: means(chosen(self.figures, places)) | {"samples": len(places)}
+                for group, places in sorted(indices_by_group(self.rows, by).items())
+            }
+        return scores
 
 
 def judge(

@@ -1,4 +1,4 @@
-"""Figures of rows: of each row a part of them, of all rows or some their means, of two models how sure a difference is."""
+"""Figures of rows: of each row its part, of all rows or some their means, of two models how sure a difference is."""
 
 from collections.abc import Sequence
 
