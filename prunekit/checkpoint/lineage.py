@@ -81,7 +81,9 @@ def _removed(stage: dict[str, Any], stack: str) -> list[int]:
 
 def _follow(base: Checkpoint, stack: str, stages: list[dict[str, Any]], path: Path) -> StackWay:
     count = len(layer_numbers(base, stack))
-    kept, gone, healed = list(range(count)), {}, {}
+    kept = list(range(count))
+    gone: dict[int, int] = {}
+    healed: dict[int, int] = {}
     for number, stage in enumerate(stages, 1):
         refitted = [layer for seam in stage.get("seams") or () if seam["stack"] == stack for layer in seam["refitted"]]
         removed = _removed(stage, stack)

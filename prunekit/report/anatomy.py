@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prunekit.checkpoint.lineage import StackWay
 
@@ -29,7 +30,7 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     scale = min(0.62, 17 / widest)  # inches a layer
     figure, axes = new_figure(1, max(7.5, 1.9 + scale * widest), 1.5 + 1.25 * height)
     axis = axes[0][0]
-    bottoms = {stack: (len(rows) - 1 - row) * (HEIGHT + GAP) for row, stack in enumerate(rows)}
+    bottoms: dict[str, float] = {stack: (len(rows) - 1 - row) * (HEIGHT + GAP) for row, stack in enumerate(rows)}
     for stack in rows:
         _draw_stack(axis, anatomy.stacks[stack], anatomy.bars[stack], bottoms[stack], 8 if widest <= 40 else 6)
         _name_stack(axis, stack, anatomy.stacks[stack], bottoms[stack])
@@ -71,13 +72,10 @@ def _draw_stack(axis, way: StackWay, bars: list[tuple[str, int, int]], bottom: f
             )  # fmt: skip
             slot = (WIDTH - 0.12) / len(bars)
             for number, (what, before, after) in enumerate(bars):
-                left, full = layer + 0.06 + (number + 0.1) * slot, HEIGHT - 0.14
-                axis.add_patch(
-                    Rectangle((left, bottom + 0.07), 0.8 * slot, full, color=COLOURS[what], alpha=0.15, lw=0)
-                )
-                axis.add_patch(
-                    Rectangle((left, bottom + 0.07), 0.8 * slot, full * after / before, color=COLOURS[what], lw=0)
-                )
+                corner = (layer + 0.06 + (number + 0.1) * slot, bottom + 0.07)
+                for share, alpha in ((1.0, 0.15), (after / before, 1.0)):
+                    size_of_bar = (0.8 * slot, (HEIGHT - 0.14) * share)
+                    axis.add_patch(Rectangle(corner, *size_of_bar, color=COLOURS[what], alpha=alpha, linewidth=0))
         axis.text(layer + WIDTH / 2, bottom - 0.13, layer, ha="center", va="center", fontsize=size,
                   color=PALE if layer in way.gone else INK)  # fmt: skip
     for left, right in _gaps(way):
@@ -114,7 +112,7 @@ def _explain(figure, anatomy: Anatomy) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = []
+    handles: list[Any] = []
     for stack in anatomy.bars:
         for what, before, after in anatomy.bars[stack] if stack == "text" else ():
             label = f"{what}: {before:,}" + (f" to {after:,}" if after != before else "")

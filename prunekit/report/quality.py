@@ -54,10 +54,9 @@ def quality_of(judged: list[Judged], by: str | None, examples: int, folder: Path
 
 def differences_of(base: Judged, model: Judged, places: list[int] | None = None) -> dict[str, dict[str, float]]:
     """By metric the `difference` of the model to the base, and the ends `low` and `high` of its interval."""
-    pair = [each.figures if places is None else chosen(each.figures, places) for each in (base, model)]
-    return {
-        metric: dict(zip(("difference", "low", "high"), found)) for metric, found in paired_differences(*pair).items()
-    }
+    old, new = (each.figures if places is None else chosen(each.figures, places) for each in (base, model))
+    found = paired_differences(old, new)
+    return {metric: dict(zip(("difference", "low", "high"), values)) for metric, values in found.items()}
 
 
 def lost_rows(right: Judged, wrong: Judged) -> list[int]:

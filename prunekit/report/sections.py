@@ -44,7 +44,7 @@ def _cuts(report: dict[str, Any], names: list[str]) -> list[Part]:
     parts = []
     for name, anatomy in zip(names, report["anatomy"]):
         lost = [
-            f"{stack} {'blocks' if stack == 'vision' else 'layers'} {', '.join(sorted(way['gone'], key=int))}"
+            f"{stack} {'blocks' if stack == 'vision' else 'layers'} {', '.join(map(str, sorted(way['gone'])))}"
             for stack, way in anatomy["stacks"].items()
             if way["gone"]
         ]
@@ -70,11 +70,11 @@ def _sizes(report: dict[str, Any], names: list[str]) -> list[Part]:
         fits = [size["fits"][card] for size in sizes]
         fitting.append([f"{card} GB: longest context, tokens", *_beside([f["context"] for f in fits], ",", False)])
         fitting.append([f"{card} GB: batch, rows", *_beside([f["batch"] for f in fits], ",", False)])
-    arithmetic = report["arithmetic"]
+    arithmetic, places = report["arithmetic"], ", ".join(f"{size['positions']:,}" for size in sizes)
     note = (
         f"By arithmetic, not measured: {arithmetic['usable']:.0%} of a card's memory, less the weights at 2 bytes a "
         "parameter, over the KV cache's bytes per token; activations are not counted. A context is at most the model's "
-        f"positions ({', '.join(f'{size["positions"]:,}' for size in sizes)}); rows of a batch have "
+        f"positions ({places}); rows of a batch have "
         f"{min(arithmetic['batch_context'], *(size['positions'] for size in sizes)):,} tokens or a model's positions."
     )
     return [table(_head("", names), rows), heading("What fits"), table(_head("", names), fitting, note)]
@@ -97,8 +97,8 @@ def _speed(speed: dict[str, Any], names: list[str]) -> list[Part]:
             rows.append([f"batch {size}: {what}, {unit}", *_beside(values, form, not key.endswith("rate"))])
     rows.append(["peak memory, MB", *_beside([row["peak_memory"] / 1e6 for row in found], ",.0f")])
     note = (
-        f"On {found[0]['machine']}, in {found[0]['dtype']}, by transformers: text only, {pace['tokens']} tokens decoded "
-        f"with a KV cache; each model in processes of its own, by turns, {pace['rounds']} rounds, the best round's "
+        f"On {found[0]['machine']}, in {found[0]['dtype']}, by transformers, text only, {pace['tokens']} tokens "
+        f"decoded with a KV cache; each model in processes of its own, by turns, {pace['rounds']} rounds, the best round's "
         "median. Peak memory is the process's, libraries included, or what torch took of the GPU."
     )
     return [table(_head("", names), rows, note)]

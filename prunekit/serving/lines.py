@@ -53,7 +53,7 @@ def serving_lines(checkpoint: Checkpoint, run: bool = False) -> list[dict[str, A
 
 def _missing(folder: Path, vision: bool) -> list[str]:
     """What both engines read beside weights and config."""
-    files = [("tokenizer.json", "tokenizer.model", "vocab.json")]
+    files: list[tuple[str, ...]] = [("tokenizer.json", "tokenizer.model", "vocab.json")]
     if vision:
         files.append(("preprocessor_config.json", "processor_config.json"))
     missing = [names[0] for names in files if not any((folder / name).is_file() for name in names)]
