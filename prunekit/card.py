@@ -64,7 +64,8 @@ def notes_of(way: Lineage) -> list[str]:
     """What shapes don't show: heads and weights that are zero."""
     notes = []
     for number, stage in enumerate(way.stages, 1):
-        if masked := (stage.get("settings") or {}).get("masked"):
+        masked = (stage.get("settings") or {}).get("masked")
+        if masked and isinstance(masked, list):
             notes.append(f"stage {number} zeroed {' and '.join(map(str, masked))} instead of removing them")
         if sparsity := stage.get("sparsity"):
             notes.append(f"stage {number} left {sparsity['sparsity']:.0%} of the layers' weights at zero")

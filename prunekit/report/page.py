@@ -3,9 +3,8 @@
 Nothing that comes from models or data gets into a page as markup.
 """
 
-import base64
 import re
-from collections.abc import Callable
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,35 +55,41 @@ def rows_beside(rows: list[dict[str, Any]]) -> Part:
 
 def write_pages(folder: Path, title: str, made: str, sections: list[Section]) -> None:
     """report.html, with the folder's pictures in it, and report.md, which names them."""
-    values = {"title": title, "made": made, "sections": sections}
-    for end, filters in (("html", {"inline": _inliner(folder)}), ("md", MARKDOWN)):
-        page = _environment(end, filters).get_template(f"card.{end}.jinja").render(values)
-        (folder / f"report.{end}").write_text(page, encoding="utf-8", errors="backslashreplace")
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # torch needs it, so that it's always there
+
+    jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    jinja.filters["inline"] = lambda name: f"data:image/png;base64,{b64encode((folder / name).read_bytes()).decode()}"
+    html = jinja.get_template("card.html.jinja").render(title=title, made=made, sections=sections)
+    blocks = [f"# {plain(title)}", plain(made)]
+    for section in sections:
+        blocks += [f"## {plain(section.title)}", *map(_markdown, section.parts)]
+    for end, text in (("html", html), ("md", "\n\n".join(blocks) + "\n")):
+        (folder / f"report.{end}").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def _environment(end: str, filters: dict[str, Callable[[str], str]]):
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=end == "html", trim_blocks=end == "md",
-        undefined=StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
-    found.filters |= filters
-    return found
-
-
-def _inliner(folder: Path) -> Callable[[str], str]:
-    return lambda name: f"data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}"
+def _markdown(part: Part) -> str:
+    match part["kind"]:
+        case "heading":
+            return f"### {plain(part['text'])}"
+        case "text":
+            return plain(part["text"])
+        case "code":
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", part["text"])), default=0))
+            return f"{fence}\n{part['text'].rstrip()}\n{fence}"
+        case "picture":
+            return f"![{plain(part['alt'])}]({part['name']})"
+        case "table":
+            rows = [part["head"], *([cell["text"] for cell in row] for row in part["rows"])]
+            lines = [f"| {' | '.join(map(plain, row))} |" for row in rows]
+            lines.insert(1, f"|---|{'---:|' * (len(part['head']) - 1)}")
+            return "\n".join(lines) + (f"\n\n{plain(part['note'])}" if part["note"] else "")
+    said = []
+    for row in part["rows"]:
+        pictures = "".join(f"![a picture of the question]({name}) " for name in row["pictures"])
+        said.append(f"- {pictures}{'; '.join(f'{plain(who)}: {code_span(what)}' for who, what in row['said'])}")
+    return "\n".join(said)
 
 
 def plain(text: str) -> str:
     """Text as one line of Markdown that no reader takes for markup."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", " ".join(str(text).split()))
-
-
-def fenced(text: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}\n{text.rstrip()}\n{fence}"
-
-
-MARKDOWN = {"plain": plain, "cell": plain, "code": code_span, "fenced": fenced}

@@ -98,7 +98,7 @@ def _speed(speed: dict[str, Any], names: list[str]) -> list[Part]:
     rows.append(["peak memory, MB", *_beside([row["peak_memory"] / 1e6 for row in found], ",.0f")])
     note = (
         f"On {found[0]['machine']}, in {found[0]['dtype']}, by transformers, text only, {pace['tokens']} tokens "
-        f"decoded with a KV cache; each model in processes of its own, by turns, {pace['rounds']} rounds, the best round's "
+        f"decoded with a KV cache; each model in processes of its own, by turns, of {pace['rounds']} the best turn's "
         "median. Peak memory is the process's, libraries included, or what torch took of the GPU."
     )
     return [table(_head("", names), rows, note)]
@@ -163,8 +163,8 @@ def _way(report: dict[str, Any], names: list[str]) -> list[Part]:
             continue
         rows = [
             [
-                f"{number}. {stage['stage']}", stage["removed"], f"{stage['parameters']:,}",
-                f"{stage['kv_bytes_per_token']:,}", stage["measured"],
+                f"{number}. {stage['stage']}", stage["removed"], _count(stage["parameters"]),
+                _count(stage["kv_bytes_per_token"]), stage["measured"],
                 "" if stage["seconds"] is None else f"{stage['seconds']:,.0f}", stage["time"],
             ]
             for number, stage in enumerate(stages, 1)
@@ -175,8 +175,15 @@ def _way(report: dict[str, Any], names: list[str]) -> list[Part]:
             if (command := stage["command"]) and command not in shown:
                 shown.add(command)
                 parts.append(code(command))
-    note = "Seconds are those of training or cutting, where a stage has kept them."
+    note = (
+        "Removed layers are numbered as in a stage's own input. Seconds are those of training or cutting, where a stage "
+        "has kept them; commands those of stages whose folders are still there."
+    )
     return [*parts, paragraph(note)]
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def _serving(serving: list[list[dict[str, Any]]], names: list[str]) -> list[Part]:

@@ -9,8 +9,8 @@ from .style import INK, LINES, MUTED, new_figure, save_figure
 def draw_way(measured: list[dict[str, Any]], logged: list[dict[str, Any]], metric: str, path: Path) -> None:
     """Points have name, parameters and kv_bytes_per_token (shares of the base's) and quality.
 
-    `measured`: by `metric`, the base first, with `low` and `high` where there is an interval; `logged`: token_acc on the
-    validation rows of each stage's own training, in the order of the stages.
+    `measured`: by `metric`, the base first, with `low` and `high` where there is an interval; `logged`: token_acc on
+    the validation rows of each stage's own training, in the order of the stages.
     """
     figure, axes = new_figure(2, 9.6, 3.8)
     for axis, key, label in (
