@@ -176,8 +176,8 @@ def _way(report: dict[str, Any], names: list[str]) -> list[Part]:
                 shown.add(command)
                 parts.append(code(command))
     note = (
-        "Removed layers are numbered as in a stage's own input. Seconds are those of training or cutting, where a stage "
-        "has kept them; commands those of stages whose folders are still there."
+        "Removed layers are numbered as in a stage's own input. Seconds are those of training or cutting, where a "
+        "stage has kept them; commands those of stages whose folders are still there."
     )
     return [*parts, paragraph(note)]
 
