@@ -11,13 +11,46 @@ FOLLOWING = "Intervals: 95%, paired bootstrap over the rows. Coloured: the inter
 
 def sections_of(report: dict[str, Any]) -> list[Section]:
     names = report["names"]  # of the base, then of the models
-    found = [Section("What was cut", _cuts(report, names[1:])), Section("Size", _sizes(report, names))]
+    found = [Section("At a glance", [_glance(report, names)])]
+    found += [Section("What was cut", _cuts(report, names[1:])), Section("Size", _sizes(report, names))]
     if report["speed"]:
         found.append(Section("Speed", _speed(report["speed"], names)))
     if report["quality"]:
         found.append(Section("Quality", _quality(report, names)))
     found.append(Section("The way", _way(report, names[1:])))
     return [*found, Section("How to serve it", _serving(report["serving"], names[1:]))]
+
+
+def _glance(report: dict[str, Any], names: list[str]) -> Part:
+    """A row a model: what it is smaller, faster and worse by. Quality is that on the first data set."""
+    sizes, speeds = report["sizes"], (report["speed"] or {}).get("rows", [])
+    speeds = [] if any("error" in row for row in speeds) else speeds
+    dataset, quality = next(iter(report["quality"].items()), ("", None))
+    head = ["", "parameters", "KV bytes per token"]
+    batch = max(speeds[0]["batches"], key=int) if speeds else ""
+    head += [f"decoding, tokens/s at batch {batch}"] * bool(speeds)
+    head += [f"{report['metric']} on {dataset}", "difference", "95%"] if quality else []
+    rows: list[list[Any]] = []
+    for place, name in enumerate(names):
+        row: list[Any] = [name]
+        for key in ("parameters", "kv_bytes_per_token"):
+            row.append(_against(sizes[place][key], sizes[0][key], f"{sizes[place][key]:,}"))
+        if speeds:
+            rate, base = (speeds[i]["batches"][batch]["decode_rate"] for i in (place, 0))
+            row.append(_against(rate, base, f"{rate:,.0f}", smaller_is_better=False))
+        if quality and not place:
+            row += [f"{quality['scores'][0][report['metric']]:.4f}", "", ""]
+        elif quality:
+            scores, differences = quality["scores"], quality["differences"]
+            row += _score_cells(scores[0], scores[place], differences[place - 1], report["metric"])[1:]
+        rows.append(row)
+    return table(head, rows)
+
+
+def _against(new: float, old: float, shown: str, smaller_is_better: bool = True) -> tuple[str, str]:
+    """A value, and in brackets its change against the base's."""
+    change, mark = _change(new, old, smaller_is_better)
+    return f"{shown} ({change})" if change else shown, mark
 
 
 def _change(new: float, old: float, smaller_is_better: bool = True) -> tuple[str, str]:
