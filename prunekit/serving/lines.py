@@ -17,7 +17,8 @@ TIMEOUT = 900  # seconds, of one program's check
 SHORT = 256  # tokens of context that are enough to see it load
 CONVERT, RUN = "convert_hf_to_gguf.py", "llama-completion"
 
-VLLM_CHECK = """import sys
+VLLM_CHECK = """import os, sys
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=int(sys.argv[2]))
 out = llm.generate({"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=4, ignore_eos=True))
