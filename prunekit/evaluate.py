@@ -104,6 +104,8 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
         check_causal(checkpoint)
         check_no_remote_code(checkpoint.path)
     datasets = read_datasets(args.dataset, args.limit)
+    if not datasets:
+        return {}, []
     for rows in datasets.values() if args.by else ():
         groups_of(rows, args.by)
     check_rewards(rewards, args.plugins)
@@ -113,8 +115,6 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
     load_plugins(args.plugins)
     for rows in datasets.values():
         check_columns(rewards, rows)
-    if not datasets:
-        return {}, []
     templates = [args.template or find_template(checkpoint, args.model_type) for checkpoint in checkpoints]
     for checkpoint, template in zip(checkpoints, templates):
         load_template(checkpoint, None, args.model_type, template)

@@ -359,7 +359,35 @@ ANSWERS = [
     Mutant("call_reward(guard(orms[name](), name)", "call_reward(orms[name]()"),
 ]
 
-EVALUATE = [Mutant("datasets[name] = rows", "pass")]
+EVALUATE = [Mutant("datasets[name] = judged.rows", "pass")]
+
+FIGURES = [
+    Mutant("np.maximum(below, 1)", "below"),
+    Mutant("above.sum(), below.sum()", "above.sum(), len(below)"),
+    Mutant("(*before[name], *after[name])", "(*after[name], *before[name])"),
+    Mutant("left -= block", "left = 0"),
+    Mutant("(1 - LEVEL) / 2, (1 + LEVEL) / 2", "1 - LEVEL, LEVEL"),
+    Mutant("if name in after]", "]"),
+    Mutant("parts[..., 2], parts[..., 3]", "parts[..., 2], parts[..., 1]"),
+]
+
+LINEAGE = [
+    Mutant("return entries[starts[0] :]", "return entries"),
+    Mutant("if fingerprint(model) == print_of_base:", "if not entries:"),
+    Mutant("kept[layer]: number for layer in removed", "layer: number for layer in removed"),
+    Mutant("kept[layer]: number for layer in refitted", "layer: number for layer in refitted"),
+    Mutant("if layer in kept})", "})"),
+    Mutant("None if b is None else kept[b]", "None if b is None else b"),
+    Mutant("moves.get(block, block)", "moves.get(block)"),
+    Mutant("yield folder.path if fingerprint(folder) == following", "yield folder.path if following"),
+]
+
+MEMORY = [
+    Mutant("USABLE * size", "size"),
+    Mutant("2 * parameters", "parameters"),
+    Mutant("min(BATCH_CONTEXT, positions)", "BATCH_CONTEXT"),
+    Mutant("max(0, int(USABLE", "max(1, int(USABLE"),
+]
 
 TRAINING_RUN = [
     Mutant(
@@ -546,6 +574,9 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "tests/data/test_answers.py tests/test_evaluate.py -k not (taken or none_of or calibrate)",
         ANSWERS,
     ),
+    "prunekit/data/figures.py": ("tests/data/test_figures.py", FIGURES),
+    "prunekit/checkpoint/lineage.py": ("tests/checkpoint/test_lineage.py", LINEAGE),
+    "prunekit/serving/memory.py": ("tests/serving/test_speed.py -k fit", MEMORY),
     "prunekit/evaluate.py": ("tests/test_evaluate.py -k next_models", EVALUATE),
     "plugins/ocr_rewards.py": ("tests/plugins/test_ocr_rewards.py", OCR),
     "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
