@@ -219,8 +219,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check-serving", action="store_true", help="run vLLM and llama.cpp, where they are installed")
     args = parser.parse_args()
     args.out = args.out or args.models[-1].absolute().parent / "report"
-    if not args.dataset and (args.by or args.rewards):
-        parser.error("--by and --rewards are for rows: name some by --dataset")
+    if not args.dataset and (args.by or args.rewards or args.plugins):
+        parser.error("--by, --rewards and --plugins are for rows: name some by --dataset")
     return args
 
 
@@ -236,10 +236,10 @@ def main() -> None:
         how = {"sizes": tuple(args.batches), "rounds": args.rounds, "device": args.device, "dtype": args.dtype}
         pace = choose_pace(checkpoints, args.prompt_tokens, args.decode_tokens, **how)
 
-    judged = judge_all(paths, templates, datasets, args) if datasets else {}
     speed = None
-    if pace:  # after the models above are gone from the GPU
+    if pace:  # before this process takes anything of the GPU
         speed = {"pace": asdict(pace), "rows": measure_speed([checkpoint.path for checkpoint in checkpoints], pace)}
+    judged = judge_all(paths, templates, datasets, args) if datasets else {}
     serving = [serving_lines(checkpoint, args.check_serving) for checkpoint in checkpoints[1:]]
     with new_folder(args.out, args.overwrite, **REPLACED) as folder:
         write_report(folder, checkpoints, ways, judged, speed, serving, args)

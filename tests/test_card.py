@@ -200,7 +200,7 @@ def test_a_model_that_predicts_no_next_token_is_refused(refused, tiny):
     "arguments",
     [
         ("--limit", "0"), ("--examples", "-1"), ("--device", "gpu"), ("--batches", "0"), ("--rounds", "x"),
-        ("--dataset", "nowhere.jsonl"), ("--plugins", "nowhere.py"),
+        ("--dataset", "nowhere.jsonl"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -208,7 +208,9 @@ def test_a_bad_argument_is_refused_in_one_line(refused, models, arguments):
     assert arguments[-1] in refused(models / "first", "--base", models / "base", *arguments)
 
 
-@pytest.mark.parametrize("arguments", [("--by", "skill"), ("--rewards", "ocr_cer")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [("--by", "skill"), ("--rewards", "ocr_cer"), ("--plugins", "x.py")], ids=" ".join
+)
 def test_what_is_asked_of_rows_needs_some(refused, models, arguments):
     assert "name some by --dataset" in refused(models / "first", "--base", models / "base", *arguments)
 

@@ -37,7 +37,9 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     if anatomy.taps:
         _draw_taps(axis, anatomy, bottoms)
     axis.set_xlim(-2.2 - 0.01 * widest, widest + 0.1)
-    axis.set_ylim(-0.3, height - GAP + 0.15)
+    notes = "; ".join(anatomy.notes).replace("$", r"\$")
+    axis.set_ylim(-0.55 if notes else -0.3, height - GAP + 0.15)
+    axis.text(0, -0.42, notes, va="center", fontsize=8, color=MUTED)
     axis.set_axis_off()
     axis.set_title(anatomy.title.replace("$", r"\$"), fontsize=11, pad=10)
     _explain(figure, anatomy)
@@ -127,5 +129,3 @@ def _explain(figure, anatomy: Anatomy) -> None:
     if any(now is None for _, now in anatomy.taps):
         handles.append(Line2D([], [], color=MUTED, marker="x", linestyle=(0, (2, 2)), label="its merger dropped"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=8)
-    if anatomy.notes:
-        figure.supxlabel("; ".join(anatomy.notes).replace("$", r"\$"), fontsize=8, color=MUTED)

@@ -64,8 +64,11 @@ def measure_speed(folders: list[Path], pace: Pace, quiet: bool | None = None) ->
         row = rows[number]
         if "error" in row:
             continue
+        # In one dtype: which one is chosen by default depends on a model's size
+        dtype = pace.dtype or next((known["dtype"] for known in rows if "dtype" in known), None)
+        job = {"folder": str(folders[number]), **asdict(pace), "dtype": dtype}
         try:
-            found = measure_once({"folder": str(folders[number]), **asdict(pace)}, "prunekit.serving.speed")
+            found = measure_once(job, "prunekit.serving.speed")
         except RuntimeError as error:
             rows[number] = {"error": str(error)}
             continue

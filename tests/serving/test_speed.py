@@ -45,6 +45,7 @@ def test_models_are_measured_by_turns_and_the_best_turn_counts(monkeypatch):
     asked = []
 
     def once(job, module):
+        assert job["dtype"] == ("d" if asked else None)  # the base's, of all
         asked.append(job["folder"])
         times = {"prefill": 2.0 / len(asked), "decode": 0.5}
         return {"machine": "m", "dtype": "d", "load_seconds": 1, "peak_memory": len(asked), "batches": {"4": times}}
