@@ -15,6 +15,7 @@ from prunekit.checkpoint import HISTORY, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
+from prunekit.surgery.width import cut_width, plan_width
 
 SCRIPT = "<script>x()</script>"
 
@@ -151,6 +152,12 @@ def _forced():
     import numpy as np
 
     return {name: (np.ones(1), np.ones(1)) for name in ("token_acc", "loss")}
+
+
+def test_what_shapes_do_not_show_is_said(tiny, tmp_path):
+    write_cut(cut_width(plan_width(open_checkpoint(tiny("gpt2")), heads_kept=2)), tmp_path / "masked")
+    run(tmp_path / "masked", "--base", tiny("gpt2"), "--no-speed", "--out", tmp_path / "out")
+    assert "stage 1 zeroed heads instead of removing them" in (tmp_path / "out/report.md").read_text()
 
 
 # --- what is refused, before anything is loaded or written
