@@ -55,7 +55,8 @@ def test_taps_are_followed_to_where_the_config_has_them(tiny, twice):
 
 def test_a_refitted_layer_counts_as_healed_until_it_goes(tiny, twice):
     change(twice, 0, seams=[{"stack": "text", "layer": 0, "refitted": [0, 3]}])
-    assert way(tiny("qwen3_vl"), twice).stacks["text"].healed == {3: 1}
+    change(twice, 2, seams=[{"stack": "text", "layer": 2, "refitted": [3]}])  # of 0, 2, 3, 4
+    assert way(tiny("qwen3_vl"), twice).stacks["text"].healed == {3: 1, 4: 3}
 
 
 def test_what_was_on_the_way_is_a_base_too(tiny, twice):

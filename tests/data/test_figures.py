@@ -47,6 +47,12 @@ def test_ratios_are_drawn_with_their_denominators():
     assert paired_differences(base, cut)["token_acc"] == pytest.approx((-0.5, -0.5, -0.5))
 
 
+def test_each_model_has_denominators_of_its_own():
+    ones = np.ones(9)
+    found = paired_differences({"token_acc": (ones, ones)}, {"token_acc": (ones, 2 * ones)})
+    assert found["token_acc"] == pytest.approx((-0.5, -0.5, -0.5))
+
+
 def test_only_what_both_have_is_compared():
     assert paired_differences(right(1, 0) | {"cer": (ONES[:2], ONES[:2])}, right(1, 0)).keys() == {"exact_match"}
 

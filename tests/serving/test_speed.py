@@ -87,7 +87,11 @@ def test_what_fits_is_what_weights_leave_over_the_cache():
 
 
 def test_where_the_weights_alone_do_not_fit_nothing_does():
-    assert memory.fits(20 * 10**9, 1000, 4096)["24"] == {"context": 0, "limit": "memory", "batch": 0}
+    assert memory.fits(20 * 10**9, 1, 4096)["24"] == {"context": 0, "limit": "memory", "batch": 0}
+
+
+def test_a_batch_that_fits_has_rows_no_longer_than_the_model_takes():
+    assert memory.fits(10**9, 1000, 1000)["24"]["batch"] == (0.9 * 24 - 2) * 10**9 / 10**6
 
 
 # --- lines
