@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from helpers.bad_input import contents, put
 from helpers.parrot import asked, save_parrot
 from helpers.paths import ROOT
 from PIL import Image
@@ -247,3 +248,17 @@ def test_plugins_that_register_rewards_are_taken(models, tmp_path):
     )  # fmt: skip
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["quality"]["rows"]["scores"][0]["reward"] == 1
+
+
+def test_any_history_is_taken_or_refused(tiny, tmp_path, tries):
+    base, folder, out = tiny("qwen3_vl"), tmp_path / "model", tmp_path / "out"
+    write_cut(cut_layers(plan_layers(open_checkpoint(base), text=[3], vision=[4], drop_taps=[0])), folder)
+    [entry] = json.loads((folder / HISTORY).read_text())["history"]
+    read = ("stage", "input", "input_fingerprint", "removed", "parameters", "kv_bytes_per_token", "time")
+    more = {"seams": [{"stack": "text", "layer": 2, "refitted": [2]}], "settings": {"masked": ["heads"]}}
+    more |= {"metrics": {"eval_token_acc": 0.5, "train_runtime": 3.5}, "seconds": 1.5}
+    for what, content in contents({"history": [{key: entry[key] for key in read} | more]}):
+        put(folder / HISTORY, content)
+        tries.survived(what, "prunekit.card", folder, "--base", base, "--no-speed", "--out", out)
+        shutil.rmtree(out, ignore_errors=True)
+    tries.check()

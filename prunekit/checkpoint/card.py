@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from prunekit.rules import REAL
+
 HISTORY = "pruning_info.json"
 
 ROWS = {
@@ -159,7 +161,7 @@ def measured_said(metrics: Any) -> str:
     """The few of an entry's metrics that say how good the model is."""
     if not isinstance(metrics, dict):
         return ""
-    names = [name for name in METRICS if isinstance(metrics.get(name), int | float)]
+    names = [name for name in METRICS if REAL.holds(metrics.get(name))]
     names = [name for name in names if f"eval_{name}" not in names]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in names[:MOST_METRICS])
 
