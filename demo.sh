@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole loop on the embedded model, on a CPU: sets itself up, then knocks out, prunes, recovers, distils, merges
 # KV heads down to one, adds a LoRA, merges it, and finishes with RL. Minutes; ends with a table and pictures.
-#   Out:  runs/demo/summary.json, runs/demo/*.png, every stage's checkpoint, runs/demo/logs
+#   Out:  runs/demo/report/report.html, runs/demo/summary.json, runs/demo/*.png, every stage's checkpoint, runs/demo/logs
 #   bash demo.sh                  an interrupted demo goes on where it was; `rm -r runs/demo` starts afresh
 #   QUICK=1 bash demo.sh          every stage for a few steps only: to see that all of it works
 # shellcheck disable=SC2046  # lasting prints several words
@@ -15,6 +15,7 @@ BASE=${BASE:-examples/tiny_vl/model}
 QUICK=${QUICK:-}
 steps() { if [ -n "$QUICK" ]; then echo 2; else echo "$1"; fi; }
 ROWS=${ROWS:-$([ -n "$QUICK" ] && echo 24 || echo 400)} # held-out questions, of eight skills by turns
+CARD_ROWS=$([ -n "$QUICK" ] && echo 24 || echo 80)
 VAL_ROWS=$([ -n "$QUICK" ] && echo 80 || echo 160)
 DISTIL_ROWS=$([ -n "$QUICK" ] && echo 64 || echo 1280) # 40 steps of 32
 HEAL_TOKENS=$([ -n "$QUICK" ] && echo 1000 || echo 12000) # of training rows, to heal the seams on
@@ -124,10 +125,14 @@ CHECKPOINTS=(pruned recovered distilled mqa mqa-recovered merged rl)
 mkdir -p "$RUN/evaluation"
 stage evaluation "$RUN/evaluation/done" measure_all
 
+stage card "$RUN/report" python -m prunekit.card "$RUN/rl" --base "$BASE" --out "$RUN/report" --dataset "$RUN/data/test.jsonl" \
+  --by skill --limit "$CARD_ROWS" --batch-size 128 --max-new-tokens 24 --rounds 1 --prompt-tokens 64 --decode-tokens 16 ${QUICK:+--no-speed}
+
 STAGES=(base="$BASE")
 for name in "${CHECKPOINTS[@]}"; do STAGES+=("$name=$RUN/$name"); done
 echo
 python -m prunekit.summary --out "$RUN" --seconds "$RUN/seconds" --evaluation "$RUN"/evaluation/*.json --stages "${STAGES[@]}"
 echo
 echo "pictures: $RUN/stages.png $RUN/knockout/*.png $RUN/*/curves.png      numbers: $RUN/summary.json"
+echo "the report card, one page to show: $RUN/report/report.html"
 echo "in all: $((SECONDS - started)) s"

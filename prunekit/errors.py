@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 SECRET = re.compile(r"--(?:\w+[-_])?(?:token|key|secret|password)(=|$)")
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # a name may hold line ends and a terminal's commands
 command: str | None = None  # the line that a user typed, where a script runs
+started: float | None = None  # when, by time.monotonic()
 
 
 class PruneKitError(Exception):
@@ -31,8 +33,9 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     Whatever else is raised is a fault of ours: a traceback, a line that asks to report it, and exit code 1.
     """
-    global command
+    global command, started
     try:
+        started = time.monotonic()
         command = f"# run in {Path.cwd()}\n{quoted(['python', *sys.orig_argv[1:]])}\n"
         code = main() or 0
         sys.stdout.flush()  # a pipe that is closed is noticed here
@@ -54,7 +57,7 @@ def run_script(main: Callable[[], int | None]) -> None:
             )
             code = 1
     finally:
-        command = None  # what this process writes from here on is no script's
+        command = started = None  # what this process writes from here on is no script's
     sys.exit(code)
 
 

@@ -15,17 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
-from prunekit.checkpoint import open_checkpoint, statistics, write_json
+from prunekit.checkpoint import Checkpoint, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.answers import (
-    check_columns,
-    encode_rows,
-    generate,
-    load_engine,
-    score_answers,
-    teacher_forced_by_group,
-)
-from prunekit.data.groups import groups_of, indices_by_group
+from prunekit.data.answers import Judged, check_columns, judge, load_engine
+from prunekit.data.groups import groups_of
 from prunekit.data.rows import Rows, read_datasets
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
@@ -39,62 +32,49 @@ def _reward(text: str) -> tuple[str, float]:
     return name, finite_float(weight) if equals else 1.0
 
 
-def measure_model(
-    model: Path,
-    template: str | None,
-    datasets: dict[str, Rows],
-    rewards: dict[str, float],
-    args: argparse.Namespace,
-) -> dict[str, Any]:
-    """Scores by data set. What this model can't take leaves `datasets`: the next ones are compared on the same rows.
-
-    With `args.by` the `groups` of a data set have the same scores of their rows, and how many `samples` those are.
-    """
+def judge_model(
+    model: Path, template: str | None, datasets: dict[str, Rows], rewards: dict[str, float], args: argparse.Namespace
+) -> dict[str, Judged]:
+    """What it makes of each data set. Rows that it can't take leave `datasets`: the next are judged on the same."""
     engine = load_engine(model, args.device, args.dtype, args.model_type, template)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Judged] = {}
     for name, rows in list(datasets.items()):
-        encoded = encode_rows(engine, rows)
-        rows = Rows(rows.name, (row for row, item in zip(rows, encoded, strict=True) if item))
-        if not rows:
+        tokens = None if args.no_generate else args.max_new_tokens
+        found[name] = judged = judge(engine, rows, rewards, args.batch_size, tokens)
+        if not judged.rows:
             raise PruneKitError(f"{name}: all rows are longer than {model} takes; give shorter ones")
-        if too_long := len(encoded) - len(rows):
+        if too_long := len(rows) - len(judged.rows):
             print(f"{name}: {too_long} rows are longer than {model} takes, and left out", file=sys.stderr)
-            datasets[name] = rows
-        groups = indices_by_group(rows, args.by)
-        scores, of_groups = teacher_forced_by_group(engine, list(filter(None, encoded)), groups, args.batch_size)
-        if not args.no_generate:
-            answers, cut = generate(engine, rows, args.batch_size, args.max_new_tokens)
-            scores |= score_answers(answers, rows, rewards) | {"n_cut": cut, "cut_share": cut / len(rows)}
-            for group, places in groups.items():
-                of_groups[group] |= score_answers([answers[i] for i in places], [rows[i] for i in places], rewards)
-            if cut:
-                print(
-                    f"warning: {name}: {cut} of {len(rows)} answers of {model} were cut at {args.max_new_tokens} "
-                    "tokens: if right ones are as long, raise --max-new-tokens",
-                    file=sys.stderr,
-                )
-        print(f"{model}  {name} ({len(rows)} rows)  {_said(scores)}", flush=True)
-        found[name] = scores
-        if args.by:
-            found[name] = scores | {"groups": {g: of_groups[g] | {"samples": len(groups[g])} for g in sorted(groups)}}
-            for group in sorted(groups):
-                print(f"    {group} ({len(groups[group])} rows)  {_said(of_groups[group])}", flush=True)
+            datasets[name] = judged.rows
+        if judged.cut:
+            print(
+                f"warning: {name}: {judged.cut} of {len(judged.rows)} answers of {model} were cut at "
+                f"{args.max_new_tokens} tokens: if right ones are as long, raise --max-new-tokens",
+                file=sys.stderr,
+            )
     return found
 
 
-def _said(scores: dict[str, float]) -> str:
-    return "  ".join(f"{key} {value:{'d' if isinstance(value, int) else '.4f'}}" for key, value in scores.items())
+def measure_model(
+    model: Path, template: str | None, datasets: dict[str, Rows], rewards: dict[str, float], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Scores by data set, said as they are found. Rows leave `datasets` as in `judge_model`."""
+    found = {}
+    for name, judged in judge_model(model, template, datasets, rewards, args).items():
+        found[name] = scores = judged.scores(args.by)
+        print(f"{model}  {name} ({len(judged.rows)} rows)  {_said(scores)}", flush=True)
+        for group, of_group in scores.get("groups", {}).items():
+            print(f"    {group} ({of_group['samples']} rows)  {_said(of_group)}", flush=True)
+    return found
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("--model", nargs="+", required=True, type=Path)
-    parser.add_argument(
-        "--dataset",
-        nargs="+",
-        required=True,
-        help="messages, one file or more: JSONL, or FILE#20 for 20 rows",
-    )
+def _said(scores: dict[str, Any]) -> str:
+    shown = {key: value for key, value in scores.items() if key not in ("groups", "samples")}
+    return "  ".join(f"{key} {value:{'d' if isinstance(value, int) else '.4f'}}" for key, value in shown.items())
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """How models are judged: what this command and others take of a user."""
     parser.add_argument("--limit", type=positive_int, help="rows of each data set to use (default: all)")
     parser.add_argument("--by", metavar="COLUMN", help="a column of the rows (skill, source): score its groups, too")
     parser.add_argument("--no-generate", action="store_true", help="teacher-forced only")
@@ -113,17 +93,19 @@ def main() -> None:
         metavar="NAME[=WEIGHT]",
         help="also the mean of these rewards",
     )
-    parser.add_argument("--json", type=new_file, help="also write the results here")
-    args = parser.parse_args()
+
+
+def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[dict[str, Rows], list[str | None]]:
+    """Data sets by name, and each checkpoint's template; plugins are loaded. PruneKitError for all that can't be."""
     rewards = dict(args.rewards)
     if rewards and args.no_generate:
-        parser.error("--rewards are for what is generated: leave out --no-generate")
-
-    checkpoints = [open_checkpoint(model) for model in args.model]
+        raise PruneKitError("--rewards are for what is generated: leave out --no-generate (see --help)")
     for checkpoint in checkpoints:
         check_causal(checkpoint)
         check_no_remote_code(checkpoint.path)
     datasets = read_datasets(args.dataset, args.limit)
+    if not datasets:
+        return {}, []
     for rows in datasets.values() if args.by else ():
         groups_of(rows, args.by)
     check_rewards(rewards, args.plugins)
@@ -136,9 +118,26 @@ def main() -> None:
     templates = [args.template or find_template(checkpoint, args.model_type) for checkpoint in checkpoints]
     for checkpoint, template in zip(checkpoints, templates):
         load_template(checkpoint, None, args.model_type, template)
+    return datasets, templates
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", nargs="+", required=True, type=Path)
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        required=True,
+        help="messages, one file or more: JSONL, or FILE#20 for 20 rows",
+    )
+    add_arguments(parser)
+    parser.add_argument("--json", type=new_file, help="also write the results here")
+    args = parser.parse_args()
+    checkpoints = [open_checkpoint(model) for model in args.model]
+    datasets, templates = prepare(checkpoints, args)
     results = []
     for model, checkpoint, template in zip(args.model, checkpoints, templates):
-        found = measure_model(model, template, datasets, rewards, args)
+        found = measure_model(model, template, datasets, dict(args.rewards), args)
         gc.collect()  # an engine is a circle: it would stay beside the next one
         results.append({"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found})
         if args.json:

@@ -20,7 +20,7 @@ import numpy as np
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int, split_arguments
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.data.rewards import columns_for, failure, shown
-from prunekit.data.rows import Rows, check_messages, question_of
+from prunekit.data.rows import Rows, check_messages, question_of, text_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
 from prunekit.msswift.extend import load_plugins
@@ -51,14 +51,6 @@ def read_rows(name: str, limit: int, column: str, answer: str) -> tuple[Rows, li
             f"column {column!r}; name one by --truth"
         )
     return rows, truths
-
-
-def text_of(messages: list[dict[str, Any]]) -> str:
-    """What the last message says, without images."""
-    content = messages[-1]["content"] if messages else ""
-    if isinstance(content, list):
-        content = " ".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return (content or "").replace("<image>", "").strip()
 
 
 def answers_of(args: argparse.Namespace, rows: Rows) -> list[str]:

@@ -337,9 +337,9 @@ SCORES = [
     Mutant("counted.nonzero()[:, 0]", "counted.nonzero()[:, 1]"),
     Mutant("torch.tanh(logits / cap) * cap if cap else logits", "logits"),
     Mutant("yield slice(start, start + size)", "yield slice(0, size)"),
-    Mutant("(logits.argmax(-1) == labels[part])", "(logits.argmin(-1) == labels[part])"),
-    Mutant('reduction="sum"', 'reduction="mean"'),
-    Mutant("total += len(labels)", "total = len(labels)"),
+    Mutant("logits.argmax(-1) == labels[part]", "logits.argmin(-1) == labels[part]"),
+    Mutant('reduction="none"', 'reduction="mean"'),
+    Mutant("total += len(found)", "total = len(found)"),
     Mutant('"loss": loss / total', '"loss": loss / right'),
     Mutant('{"token_acc": right / total', '{"token_acc": 1.0'),
 ]
@@ -348,19 +348,46 @@ ANSWERS = [
     Mutant("order[start : start + batch_size]", "order[start : start + batch_size - 1]"),
     Mutant('question_of(row["messages"]), images', 'row["messages"], images'),
     Mutant("message.content.strip()", "message.content.upper()"),
-    Mutant("sum(map(str.__eq__, answers, truths)) / len(rows)", "1.0"),
-    Mutant(
-        "sum(map(str.__eq__, answers, truths)) / len(rows)",
-        "sum(map(str.__contains__, truths, answers)) / len(rows)",
-    ),
-    Mutant("edits / max(1, sum(map(len, truths)))", "0.0"),
-    Mutant("edits / max(1, sum(map(len, truths)))", "edits / max(1, sum(map(len, answers)))"),
-    Mutant("weight * sum(filter", "sum(filter"),
-    Mutant("sum(filter(None, values)) / len(rows)", "sum(filter(None, values))"),
+    Mutant("np.array([*map(str.__eq__, answers, truths)], float)", "ones"),
+    Mutant("map(str.__eq__, answers, truths)", "map(str.__contains__, truths, answers)"),
+    Mutant("np.array([*map(Levenshtein.distance, answers, truths)], float)", "0 * ones"),
+    Mutant("np.array([*map(len, truths)], float)", "np.array([*map(len, answers)], float)"),
+    Mutant("weight * np.array([value or", "np.array([value or"),
+    Mutant("value or 0.0 for", "value or 1.0 for"),
+    Mutant("np.add.at(tokens, places, 1)", "tokens[places] = 1"),
+    Mutant("np.array(batch)[rows]", "rows"),
     Mutant("call_reward(guard(orms[name](), name)", "call_reward(orms[name]()"),
 ]
 
-EVALUATE = [Mutant("datasets[name] = rows", "pass")]
+EVALUATE = [Mutant("datasets[name] = judged.rows", "pass")]
+
+FIGURES = [
+    Mutant("np.maximum(below, 1)", "below"),
+    Mutant("above.sum(), below.sum()", "above.sum(), len(below)"),
+    Mutant("(*before[name], *after[name])", "(*after[name], *before[name])"),
+    Mutant("left -= block", "left = 0"),
+    Mutant("(1 - LEVEL) / 2, (1 + LEVEL) / 2", "1 - LEVEL, LEVEL"),
+    Mutant("if name in after]", "]"),
+    Mutant("parts[..., 2], parts[..., 3]", "parts[..., 2], parts[..., 1]"),
+]
+
+LINEAGE = [
+    Mutant("return entries[starts[0] :]", "return entries"),
+    Mutant("if fingerprint(model) == print_of_base:", "if not entries:"),
+    Mutant("kept[layer]: number for layer in removed", "layer: number for layer in removed"),
+    Mutant("kept[layer]: number for layer in refitted", "layer: number for layer in refitted"),
+    Mutant("if layer in kept})", "})"),
+    Mutant("None if b is None else kept[b]", "None if b is None else b"),
+    Mutant("moves.get(block, block)", "moves.get(block)"),
+    Mutant("yield folder.path if fingerprint(folder) == following", "yield folder.path if following"),
+]
+
+MEMORY = [
+    Mutant("USABLE * size", "size"),
+    Mutant("2 * parameters", "parameters"),
+    Mutant("min(BATCH_CONTEXT, positions)", "BATCH_CONTEXT"),
+    Mutant("max(0, int(USABLE", "max(1, int(USABLE"),
+]
 
 TRAINING_RUN = [
     Mutant(
@@ -547,6 +574,9 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "tests/data/test_answers.py tests/test_evaluate.py -k not (taken or none_of or calibrate)",
         ANSWERS,
     ),
+    "prunekit/data/figures.py": ("tests/data/test_figures.py", FIGURES),
+    "prunekit/checkpoint/lineage.py": ("tests/checkpoint/test_lineage.py", LINEAGE),
+    "prunekit/serving/memory.py": ("tests/serving/test_speed.py -k fit", MEMORY),
     "prunekit/evaluate.py": ("tests/test_evaluate.py -k next_models", EVALUATE),
     "plugins/ocr_rewards.py": ("tests/plugins/test_ocr_rewards.py", OCR),
     "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,14 @@ def _is_checkpoint_like(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").exists() or any(folder.glob("*.safetensors")))
 
 
-def check_out(out: str | Path, *inputs: Path, overwrite: bool = False) -> Path:
-    """OUT as a path, if it may be written: new, empty, or (with `overwrite`) a checkpoint that is no input."""
+def check_out(
+    out: str | Path, *inputs: Path, overwrite: bool = False, kind: str = "checkpoint",
+    is_kind: Callable[[Path], bool] = _is_checkpoint_like,
+) -> Path:  # fmt: skip
+    """OUT as a path, if it may be written: new, empty, or (with `overwrite`) a checkpoint that is no input.
+
+    Or something else that may be replaced: `kind` says what in a word, `is_kind` tells it.
+    """
     out = named(out)
     for path in inputs:
         if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
@@ -51,8 +57,8 @@ def check_out(out: str | Path, *inputs: Path, overwrite: bool = False) -> Path:
     if out.exists() or out.is_symlink():
         if not overwrite:
             raise PruneKitError(f"{out}: exists; choose another OUT or pass --overwrite")
-        if not _is_checkpoint_like(out):
-            raise PruneKitError(f"{out}: holds no checkpoint, so it isn't overwritten; choose another OUT")
+        if not is_kind(out):
+            raise PruneKitError(f"{out}: holds no {kind}, so it isn't overwritten; choose another OUT")
     return out
 
 
@@ -183,15 +189,15 @@ def scratch_folder(out: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0) -> Iterator[Path]:
+def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0, **kind: Any) -> Iterator[Path]:
     """Write a folder that is either whole or absent.
 
     Yields an empty folder `OUT.partial-…` beside OUT. When the block ends well, its files are on the disk (fsync) and
     it is renamed to OUT; when it raises, it is removed. A killed process leaves its folder: the next call for the same
     OUT removes it. Raises PruneKitError if OUT is used and `overwrite` is false, if fewer than `need_bytes` are free,
-    if the disk fills up, or OUT can't be written.
+    if the disk fills up, or OUT can't be written. `kind` goes to `check_out`.
     """
-    out = check_out(out, overwrite=overwrite)
+    out = check_out(out, overwrite=overwrite, **kind)
     with scratch_folder(out) as partial:
         free = shutil.disk_usage(out.parent).free
         if free < need_bytes:

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from prunekit.rules import REAL
+
 HISTORY = "pruning_info.json"
 
 ROWS = {
@@ -75,7 +77,7 @@ def model_card(
             f"# {'A LoRA for ' if adapter else ''}{config['model_type']}, by Prune-Kit",
             "",
             *([_lora(adapter, entries), ""] if adapter else []),
-            f"Made from {_code(first.get('input', 'unknown'))}.",
+            f"Made from {code_span(first.get('input', 'unknown'))}.",
             "",
             "|  | before | now | change |",
             "|---|---:|---:|---:|",
@@ -103,8 +105,8 @@ def _front_matter(library: str, tags: list[str], task: str | None, base: str | N
 
 
 def _lora(adapter: dict[str, Any], entries: list[dict[str, Any]]) -> str:
-    rank, alpha = (_code(adapter.get(key, "?")) for key in ("r", "lora_alpha"))
-    base = _code(entries[-1].get("input", "unknown")) if entries else "an unknown base"
+    rank, alpha = (code_span(adapter.get(key, "?")) for key in ("r", "lora_alpha"))
+    base = code_span(entries[-1].get("input", "unknown")) if entries else "an unknown base"
     return f"Rank {rank}, alpha {alpha}, for {base}, whose sizes follow. `export_lora.sh` merges it into that."
 
 
@@ -132,17 +134,18 @@ def _stages(entries: list[dict[str, Any]]) -> list[str]:
     ]
     warnings = []
     for number, entry in enumerate(entries, 1):
-        texts = [entry.get("stage", "?"), entry.get("input", "?"), _removed(entry.get("removed"))]
-        cells = [_code(text).replace("|", "\\|") if text else "" for text in texts]  # even in code it ends a cell
+        texts = [entry.get("stage", "?"), entry.get("input", "?"), removed_said(entry.get("removed"))]
+        cells = [code_span(text).replace("|", "\\|") if text else "" for text in texts]  # even in code it ends a cell
         cells += [_count(entry.get(key)) for key in ("parameters", "kv_bytes_per_token")]
-        lines.append(f"| {number} | {' | '.join(cells)} | {_measured(entry.get('metrics'))} |")
+        lines.append(f"| {number} | {' | '.join(cells)} | {measured_said(entry.get('metrics'))} |")
         said = entry.get("warnings")
-        warnings += [f"Stage {number}: {_code(warning)}" for warning in (said if isinstance(said, list) else ())]
+        warnings += [f"Stage {number}: {code_span(warning)}" for warning in (said if isinstance(said, list) else ())]
     lines += ["", f"Settings, all metrics, versions and times: `{HISTORY}`."]
     return lines + [line for warning in warnings for line in ("", warning)]
 
 
-def _removed(removed: Any) -> str:
+def removed_said(removed: Any) -> str:
+    """What a history entry says was removed, in words."""
     parts = []
     for key, value in removed.items() if isinstance(removed, dict) else ():
         pairs = isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
@@ -154,10 +157,11 @@ def _removed(removed: Any) -> str:
     return "; ".join(parts)
 
 
-def _measured(metrics: Any) -> str:
+def measured_said(metrics: Any) -> str:
+    """The few of an entry's metrics that say how good the model is."""
     if not isinstance(metrics, dict):
         return ""
-    names = [name for name in METRICS if isinstance(metrics.get(name), int | float)]
+    names = [name for name in METRICS if REAL.holds(metrics.get(name))]
     names = [name for name in names if f"eval_{name}" not in names]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in names[:MOST_METRICS])
 
@@ -166,7 +170,7 @@ def _count(value: Any) -> str:
     return f"{value:,}" if type(value) is int else "?"
 
 
-def _code(value: Any) -> str:
+def code_span(value: Any) -> str:
     """Any value as one line of code, which nothing in it can end: not a backtick, not a line end."""
     if isinstance(value, dict):
         value = ", ".join(f"{key} {json.dumps(item, ensure_ascii=False)}" for key, item in value.items())

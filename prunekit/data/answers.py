@@ -2,15 +2,20 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError
-from prunekit.model.scores import score_batches
+from prunekit.model.scores import score_batch
 
 from .encode import encode_row
+from .figures import Figures, chosen, means
+from .groups import indices_by_group
 from .rewards import call_reward, columns_for, failure, guard
 from .rows import Rows, question_of
 from .templates import find_template
@@ -58,32 +63,22 @@ def encode_rows(engine, rows: Rows) -> list[dict[str, Any] | None]:
     return [encode_row(engine.template, row, rows.name) for row in tqdm(rows, desc="encode", leave=False, disable=None)]
 
 
-def teacher_forced(engine, encoded: list[dict[str, Any]], batch_size: int = 64) -> dict[str, float]:
-    """token_acc and mean loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval.
+def teacher_forced(engine, encoded: list[dict[str, Any]], batch_size: int = 64) -> Figures:
+    """token_acc and loss (nats per token) over the answers' tokens, suffix tokens included, as ms-swift's eval.
 
-    `encoded` is what `encode_rows` makes.
+    `encoded` is what `encode_rows` makes; so are the rows of the figures.
     """
     from tqdm import tqdm
 
-    batches = (
-        engine.template.data_collator([encoded[index] for index in batch])
-        for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None)
-    )
-    return score_batches(engine.model, batches)
-
-
-def teacher_forced_by_group(
-    engine, encoded: list[dict[str, Any]], groups: dict[str, list[int]], batch_size: int = 64
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """What `teacher_forced` says of all rows and of each group's; `groups` part the places in `encoded`."""
-    found, tokens = {}, {}
-    for group, places in groups.items():
-        items = [encoded[place] for place in places]
-        found[group] = teacher_forced(engine, items, batch_size)
-        tokens[group] = sum(label != -100 for item in items for label in item["labels"][1:])
-    total = sum(tokens.values())
-    whole = {key: sum(found[group][key] * tokens[group] for group in groups) / total for key in ("token_acc", "loss")}
-    return whole, found
+    right, losses, tokens = np.zeros((3, len(encoded)))
+    for batch in tqdm(batches_by_length(encoded, batch_size), desc="token_acc", leave=False, disable=None):
+        found = score_batch(engine.model, engine.template.data_collator([encoded[index] for index in batch]))
+        counted, lost, rows = (values.cpu().numpy() for values in found)
+        places = np.array(batch)[rows]
+        np.add.at(right, places, counted)
+        np.add.at(losses, places, lost)
+        np.add.at(tokens, places, 1)
+    return {"token_acc": (right, tokens), "loss": (losses, tokens)}
 
 
 def generate(
@@ -110,8 +105,8 @@ def generate(
     return [choice.message.content.strip() for choice in found], cut
 
 
-def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> dict[str, float]:
-    """Exact match, character error rate (edits per reference character) and, if rewards are named, their mean.
+def figures_of_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> Figures:
+    """Exact match, character error rate (edits per reference character) and, if rewards are named, their sum.
 
     `rewards` gives a weight to each reward that a loaded plugin registers in ms-swift; None (not applicable) counts 0,
     as in ms-swift's own sum, and so does a row that it fails on.
@@ -120,18 +115,67 @@ def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: d
     from swift.rewards import orms
 
     truths = [row["messages"][-1]["content"].strip() for row in rows]
-    edits = sum(Levenshtein.distance(answer, truth) for answer, truth in zip(answers, truths, strict=True))
-    scores = {
-        "exact_match": sum(map(str.__eq__, answers, truths)) / len(rows),
-        "cer": edits / max(1, sum(map(len, truths))),
+    ones = np.ones(len(rows))
+    figures = {
+        "exact_match": (np.array([*map(str.__eq__, answers, truths)], float), ones),
+        "cer": (np.array([*map(Levenshtein.distance, answers, truths)], float), np.array([*map(len, truths)], float)),
     }
     if rewards:
-        columns = columns_for(rows)(answers, list(range(len(rows))))
-        scores["reward"] = 0.0
+        columns, total = columns_for(rows)(answers, list(range(len(rows)))), np.zeros(len(rows))
         for name, weight in rewards.items():
             values = call_reward(guard(orms[name](), name), answers, columns)
-            scores["reward"] += weight * sum(filter(None, values)) / len(rows)
-    return scores
+            total += weight * np.array([value or 0.0 for value in values])
+        figures["reward"] = (total, ones)
+    return figures
+
+
+def score_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> dict[str, float]:
+    """The means of `figures_of_answers`."""
+    return means(figures_of_answers(answers, rows, rewards))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model makes of a data set: of the rows that it takes."""
+
+    rows: Rows
+    figures: Figures
+    answers: list[str] = field(default_factory=list)  # none where nothing was generated
+    cut: int = 0  # of them, as `generate` says
+
+    def among(self, rows: Rows) -> "Judged":
+        """The same of some of these rows, in their order."""
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        index = [places[id(row)] for row in rows]
+        answers = [self.answers[place] for place in index] if self.answers else []
+        return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers)
+
+    def scores(self, by: str | None = None) -> dict[str, Any]:
+        """Means over all rows. With `by`, a column: its `groups` have the same of their rows, and their `samples`."""
+        scores: dict[str, Any] = means(self.figures)
+        if self.answers:
+            scores |= {"n_cut": self.cut, "cut_share": self.cut / len(self.rows)}
+        if by:
+            scores["groups"] = {
+                group: means(chosen(self.figures, places)) | {"samples": len(places)}
+                for group, places in sorted(indices_by_group(self.rows, by).items())
+            }
+        return scores
+
+
+def judge(
+    engine, rows: Rows, rewards: dict[str, float], batch_size: int = 64, max_new_tokens: int | None = 64
+) -> Judged:
+    """Teacher-forced figures and, unless `max_new_tokens` is None, those of greedy answers."""
+    encoded = encode_rows(engine, rows)
+    taken = Rows(rows.name, (row for row, item in zip(rows, encoded, strict=True) if item))
+    if not taken:
+        return Judged(taken, {})
+    figures = teacher_forced(engine, list(filter(None, encoded)), batch_size)
+    if max_new_tokens is None:
+        return Judged(taken, figures)
+    answers, cut = generate(engine, taken, batch_size, max_new_tokens)
+    return Judged(taken, figures | figures_of_answers(answers, taken, rewards), answers, cut)
 
 
 def check_columns(rewards: Iterable[str], rows: Rows) -> None:

@@ -180,6 +180,14 @@ def question_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
 
 
+def text_of(messages: list[dict[str, Any]]) -> str:
+    """What the last message says, without images."""
+    content = messages[-1]["content"] if messages else ""
+    if isinstance(content, list):
+        content = " ".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return (content or "").replace("<image>", "").strip()
+
+
 def find_question(names: Iterable[str], messages: list[dict[str, Any]]) -> str | None:
     """Where in these data sets the first row asks what `messages` ask, as `iterate` says it; None if none does."""
     asked = [(message["role"], message["content"]) for message in question_of(messages)]

@@ -49,17 +49,27 @@ def logits_in_parts(model, states):
         yield slice(start, start + size), torch.tanh(logits / cap) * cap if cap else logits
 
 
-def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
+def score_batch(model, batch: dict[str, Any]):
+    """Of a batch's labels but -100: is the likeliest token the label (n,), its loss in nats (n,), its row (n,)."""
     import torch
 
+    with torch.inference_mode():
+        states, labels, rows = counted_states(final_states(model, batch), batch["labels"])
+        right = torch.zeros_like(labels, dtype=torch.bool)
+        losses = torch.zeros_like(labels, dtype=torch.float32)
+        for part, logits in logits_in_parts(model, states):
+            right[part] = logits.argmax(-1) == labels[part]
+            losses[part] = torch.nn.functional.cross_entropy(logits, labels[part], reduction="none")
+    return right, losses, rows
+
+
+def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
     right = total = 0
     loss = 0.0
-    with torch.inference_mode():
-        for batch in batches:
-            states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
-            for part, logits in logits_in_parts(model, states):
-                right += int((logits.argmax(-1) == labels[part]).sum())
-                loss += float(torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum"))
-            total += len(labels)
+    for batch in batches:
+        found, losses, _ = score_batch(model, batch)
+        right += int(found.sum())
+        loss += float(losses.double().sum())
+        total += len(found)
     return {"token_acc": right / total, "loss": loss / total}

@@ -110,8 +110,9 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
     return job | {"token": tokenizer.pad_token_id or 0, "timed": timed}, data
 
 
-def _measure_once(job: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "prunekit.serving.run"]
+def measure_once(job: dict[str, Any], module: str = "prunekit.serving.run") -> dict[str, Any]:
+    """What a module says of a job, in a process of its own. RuntimeError with its last line if it fails."""
+    command = [sys.executable, "-m", module]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
     if done.returncode:
@@ -138,7 +139,7 @@ def measure_served(folders: list[Path], how: Measuring, quiet: bool | None = Non
     turns = [number for _ in range(how.rounds) for number in range(len(folders))]
     for turn, number in enumerate(tqdm(turns, desc="measure", leave=False, disable=quiet)):
         (job, data), row = jobs[number], rows[number]
-        result = _measure_once(job if turn < len(folders) else job | {"task": None})
+        result = measure_once(job if turn < len(folders) else job | {"task": None})
         row["peak_memory"] = max(row["peak_memory"], result["peak_memory"])
         row["load_seconds"] = min(row.get("load_seconds", 1e9), result["load_seconds"])
         for size, times in result["batches"].items():

@@ -4,10 +4,12 @@ A plan of X is an `XPlan`: nothing is computed yet, and there is nothing to writ
 tensors can all be read or computed, and says what the history shall say of it.
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from prunekit import errors
 from prunekit.checkpoint import Checkpoint, history_entry, statistics, write_checkpoint
 from prunekit.data.batches import Calibration
 
@@ -46,6 +48,8 @@ def write_cut(cut: Cut, out: str | Path, overwrite: bool = False, max_shard_byte
         account.settings,
     )
     entry |= account.more
+    if errors.started is not None:
+        entry["seconds"] = round(time.monotonic() - errors.started, 1)
     write_checkpoint(cut.result, out, entry, overwrite, max_shard_bytes)
     return entry
 

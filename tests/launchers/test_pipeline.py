@@ -120,6 +120,12 @@ def test_pictures_are_drawn(demo, picture):
     assert (demo / picture).stat().st_size > 10_000
 
 
+def test_the_report_card_tells_the_whole_way_from_the_base(demo):
+    report = json.loads((demo / "report" / "report.json").read_text())
+    assert sorted(report["anatomy"][0]["stacks"]["text"]["gone"]) == ["6", "8"]
+    assert len(report["way"][0]) == 7 and "report.html" in {path.name for path in (demo / "report").iterdir()}
+
+
 def test_no_temporary_checkpoint_is_left(demo):
     assert not [*demo.glob("*.run"), *demo.glob("*.partial-*"), *demo.glob("knockout/*/work")]
 
@@ -155,7 +161,7 @@ def test_a_second_demo_repeats_nothing(demo):
         text=True,
     )
     assert finished.returncode == 0
-    assert finished.stdout.count("done already") == len(CHECKPOINTS) + 4  # data, knockout, lora, evaluation
+    assert finished.stdout.count("done already") == len(CHECKPOINTS) + 5  # data, knockout, lora, evaluation, card
 
 
 def recover(demo: Path, output: Path) -> list[str]:

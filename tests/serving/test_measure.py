@@ -47,7 +47,7 @@ def test_a_folder_without_weights_and_a_decoder_on_tagged_rows_are_refused(tiny,
 
 
 def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunekit.serving.measure._measure_once", measure)  # in this process
+    monkeypatch.setattr("prunekit.serving.measure.measure_once", measure)  # in this process
     folder = shutil.copytree(tiny("llama"), tmp_path / "llama")
     save_tokenizer(folder)
     data = tmp_path / "texts.jsonl"

@@ -1,0 +1,250 @@
+"""A report card of pruned models beside their base: one page to show, report.html, and the same as .md and .json.
+
+    python -m prunekit.card checkpoints/pruned checkpoints/mqa --base checkpoints/base --dataset data/test.jsonl
+
+What was cut, drawn; sizes, and what fits into which GPU; speed and memory, measured here, by turns; quality on your
+rows with intervals of the paired differences, and the rows that were lost; every stage on the way; how to serve it.
+Without --dataset there is no quality, with --no-speed no speed.
+"""
+
+import argparse
+import gc
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prunekit import errors
+from prunekit.arguments import Parser, natural, positive_int
+from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint, statistics, write_json
+from prunekit.checkpoint.card import measured_said, removed_said
+from prunekit.checkpoint.lineage import Lineage, folders_of, lineage
+from prunekit.checkpoint.records import COMMAND
+from prunekit.data.answers import Judged
+from prunekit.data.rows import Rows
+from prunekit.errors import run_script
+from prunekit.evaluate import add_arguments, judge_model, prepare
+from prunekit.families import positions
+from prunekit.report.quality import PICTURES, quality_of
+from prunekit.rules import REAL
+from prunekit.serving.lines import serving_lines
+from prunekit.serving.memory import BATCH_CONTEXT, USABLE, fits
+from prunekit.serving.speed import Pace, choose_pace, measure_speed
+
+FILES = {"report.html", "report.md", "report.json"}
+BARS = {"heads": "num_attention_heads", "KV heads": "num_key_value_heads", "neurons": "neurons"}
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds a report, and nothing besides."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return FILES <= names <= FILES | {PICTURES}
+
+
+REPLACED: dict[str, Any] = {"kind": "report alone", "is_kind": is_report}
+
+
+def names_of(paths: list[Path]) -> list[str]:
+    """What a report calls models: the folder's name, or all of the path where two folders are named alike."""
+    short = [path.absolute().name for path in paths]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
+
+
+# --- what was cut, and sizes ------------------------------------------------------------------------------------------
+
+
+def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`statistics`, the positions, and what `fits`."""
+    numbers, places = statistics(checkpoint), positions(checkpoint.config)
+    fitting = fits(numbers["parameters"], numbers["kv_bytes_per_token"], places)
+    return {**numbers, "positions": places, "fits": fitting}
+
+
+def notes_of(way: Lineage) -> list[str]:
+    """What shapes don't show: heads and weights that are zero."""
+    notes = []
+    for number, stage in enumerate(way.stages, 1):
+        masked = (stage.get("settings") or {}).get("masked")
+        if masked and isinstance(masked, list):
+            notes.append(f"stage {number} zeroed {' and '.join(map(str, masked))} instead of removing them")
+        if sparsity := stage.get("sparsity"):
+            notes.append(f"stage {number} left {sparsity['sparsity']:.0%} of the layers' weights at zero")
+    return notes
+
+
+def cut_of(name: str, way: Lineage, base: dict[str, Any], model: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A drawing of a model beside its base, and what it shows. `base` and `model` are their sizes."""
+    from prunekit.report.anatomy import Anatomy, draw_anatomy  # matplotlib
+
+    def said(key: str) -> str:
+        change = f" ({(model[key] - base[key]) / base[key]:+.0%})" if base[key] and model[key] != base[key] else ""
+        return f"{model[key]:,}{change}"
+
+    widths = {what: (base[key], model[key]) for what, key in BARS.items()}
+    bars = {"text": [(what, *pair) for what, pair in widths.items()], "vision": [("blocks", 1, 1)]}
+    title = f"{name}: {said('parameters')} parameters, {said('kv_bytes_per_token')} bytes of KV cache a token"
+    draw_anatomy(Anatomy(title, way.stacks, bars, way.taps, notes_of(way)), path)
+    return {
+        "stacks": {stack: asdict(each) for stack, each in way.stacks.items()},
+        "taps": way.taps,
+        "widths": widths,
+        "notes": notes_of(way),
+        "picture": f"{PICTURES}/{path.name}",
+    }
+
+
+# --- the way ----------------------------------------------------------------------------------------------------------
+
+
+def way_of(way: Lineage, model: Path) -> list[dict[str, Any]]:
+    """Of each stage what its entry says, and its command where its folder is still there."""
+    found = []
+    for stage, folder in zip(way.stages, folders_of(way.stages, model)):
+        metrics = stage.get("metrics") or {}
+        seconds = metrics.get("train_runtime", stage.get("seconds"))
+        file = folder / COMMAND if folder else None
+        found.append(
+            {
+                "stage": stage.get("stage", "?"),
+                "input": stage.get("input"),
+                "folder": str(folder) if folder else None,
+                "removed": removed_said(stage.get("removed")),
+                "parameters": stage.get("parameters"),
+                "kv_bytes_per_token": stage.get("kv_bytes_per_token"),
+                "measured": measured_said(metrics),
+                "token_acc": metrics.get("eval_token_acc"),
+                "seconds": seconds if REAL.holds(seconds) else None,
+                "time": stage.get("time", ""),
+                "command": file.read_text(errors="replace") if file and file.is_file() else None,
+            }
+        )
+    return found
+
+
+def draw_way_of(report: dict[str, Any], path: Path) -> str | None:
+    """Quality against size on the first data set, and as the last model's trainings logged it; None: no figures."""
+    from prunekit.report.way import draw_way
+
+    base = report["sizes"][0]
+
+    def shares(numbers: dict[str, Any]) -> dict[str, float]:
+        return {key: (numbers[key] or 0) / (base[key] or 1) for key in ("parameters", "kv_bytes_per_token")}
+
+    logged = [
+        shares(stage) | {"quality": stage["token_acc"]} for stage in report["way"][-1] if REAL.holds(stage["token_acc"])
+    ]
+    measured = []
+    dataset, found = next(iter(report["quality"].items()), ("", None))
+    if found:
+        qualities = [scores[report["metric"]] for scores in found["scores"]]
+        ends = [None, *(difference[report["metric"]] for difference in found["differences"])]
+        for name, numbers, quality, end in zip(report["names"], report["sizes"], qualities, ends):
+            interval = {key: qualities[0] + end[key] for key in ("low", "high")} if end else {}
+            measured.append({"name": name, "quality": quality} | shares(numbers) | interval)
+    if not measured and not logged:
+        return None
+    draw_way(measured, logged, f"{report['metric']} on {dataset}" if found else "token_acc", path)
+    return f"{PICTURES}/{path.name}"
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def judge_all(
+    paths: list[Path], templates: list[str | None], datasets: dict[str, Rows], args: argparse.Namespace
+) -> dict[str, list[Judged]]:
+    """By data set what each model makes of the rows that all of them take."""
+    found = []
+    for path, template in zip(paths, templates):
+        found.append(judge_model(path, template, datasets, dict(args.rewards), args))
+        gc.collect()  # an engine is a circle: it would stay beside the next one
+    return {name: [each[name].among(rows) for each in found] for name, rows in datasets.items()}
+
+
+def write_report(
+    folder: Path,
+    checkpoints: list[Checkpoint],
+    ways: list[Lineage],
+    judged: dict[str, list[Judged]],
+    speed: dict[str, Any] | None,
+    serving: list[list[dict[str, Any]]],
+    args: argparse.Namespace,
+) -> None:
+    """All files of a report. The first checkpoint is the base."""
+    from prunekit.report.page import write_pages
+    from prunekit.report.sections import sections_of
+
+    pictures = folder / PICTURES
+    pictures.mkdir()
+    paths = [args.base, *args.models]
+    names, sizes = names_of(paths), [size_of(checkpoint) for checkpoint in checkpoints]
+    report: dict[str, Any] = {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": errors.command,
+        "names": names,
+        "models": [str(path) for path in paths],
+        "sizes": sizes,
+        "arithmetic": {"usable": USABLE, "batch_context": BATCH_CONTEXT},
+        "anatomy": [
+            cut_of(name, way, sizes[0], size, pictures / f"model-{number}.png")
+            for number, (name, way, size) in enumerate(zip(names[1:], ways, sizes[1:]), 1)
+        ],
+        "speed": speed,
+        "metric": "token_acc" if args.no_generate else "exact_match",
+        "quality": {name: quality_of(each, args.by, args.examples, pictures) for name, each in judged.items()},
+        "way": [way_of(way, checkpoint.path) for way, checkpoint in zip(ways, checkpoints[1:])],
+        "serving": serving,
+    }
+    report["way_picture"] = draw_way_of(report, pictures / "way.png")
+    write_json(folder / "report.json", report)
+    title = f"{', '.join(names[1:])} beside {names[0]}"
+    write_pages(folder, title, f"Made by Prune-Kit, {report['made']}", sections_of(report))
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders that stages wrote")
+    parser.add_argument("--base", required=True, type=Path, help="the model that they were made from")
+    parser.add_argument("--out", type=Path, help="folder to write (default: report, beside the last MODEL)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report at OUT")
+    parser.add_argument("--dataset", nargs="+", default=[], help="messages: JSONL, or FILE#20 for 20 rows")
+    parser.add_argument("--examples", type=natural, default=12, help="lost rows to show of each model (default: 12)")
+    add_arguments(parser.add_argument_group("quality"))
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--no-speed", action="store_true", help="don't measure it")
+    speed.add_argument("--prompt-tokens", type=positive_int, help="to read (default: 256, or what the models take)")
+    speed.add_argument("--decode-tokens", type=positive_int, help="to decode behind them (default: 32, as above)")
+    speed.add_argument("--batches", nargs="+", type=positive_int, default=[1, 32], help="rows at once (default: 1 32)")
+    speed.add_argument("--rounds", type=positive_int, default=2, help="turns of each model (default: 2)")
+    parser.add_argument("--check-serving", action="store_true", help="run vLLM and llama.cpp, where they are installed")
+    args = parser.parse_args()
+    args.out = args.out or args.models[-1].absolute().parent / "report"
+    if not args.dataset and (args.by or args.rewards or args.plugins):
+        parser.error("--by, --rewards and --plugins are for rows: name some by --dataset")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    paths = [args.base, *args.models]
+    checkpoints = [open_checkpoint(path) for path in paths]
+    check_out(args.out, *(checkpoint.path for checkpoint in checkpoints), overwrite=args.overwrite, **REPLACED)
+    ways = [lineage(checkpoints[0], checkpoint) for checkpoint in checkpoints[1:]]
+    datasets, templates = prepare(checkpoints, args)
+    pace: Pace | None = None
+    if not args.no_speed:
+        how = {"sizes": tuple(args.batches), "rounds": args.rounds, "device": args.device, "dtype": args.dtype}
+        pace = choose_pace(checkpoints, args.prompt_tokens, args.decode_tokens, **how)
+
+    speed = None
+    if pace:  # before this process takes anything of the GPU
+        speed = {"pace": asdict(pace), "rows": measure_speed([checkpoint.path for checkpoint in checkpoints], pace)}
+    judged = judge_all(paths, templates, datasets, args) if datasets else {}
+    serving = [serving_lines(checkpoint, args.check_serving) for checkpoint in checkpoints[1:]]
+    with new_folder(args.out, args.overwrite, **REPLACED) as folder:
+        write_report(folder, checkpoints, ways, judged, speed, serving, args)
+    print(f"wrote {args.out / 'report.html'}, report.md and report.json")
+
+
+if __name__ == "__main__":
+    run_script(main)
