@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from prunekit.data.batches import Calibration
-from prunekit.model.replay import find_stack, record_calls
+from prunekit.model.replay import find_stack
 from prunekit.surgery.layers import check_healable, find_seams
 from prunekit.surgery.layers_fit import fit_layers
-from prunekit.surgery.sides import Projection, Sides
+from prunekit.surgery.sides import Projection, Sides, reached
 
 from .removal import BASELINE, Removal
 from .scanner import Scanner
@@ -99,8 +99,7 @@ class HealedScanner:
         self, stack: str, gone: Sequence[Removal], candidates: Sequence[Removal]
     ) -> Iterator[tuple[Removal, int]]:
         """Each candidate while the layer before its seam is refitted, and the first position that is then changed."""
-        row, batches, sides = self.stacks[stack], [*self.data.fit, *self.data.held_out], None
-        judged = range(len(self.data.fit), len(batches))
+        family, sides = self.scanner.checkpoint.family, None
         kept = self.scanner.kept(stack, gone)
         for candidate in candidates:
             plan = self.scanner.plan([*gone, candidate])
@@ -109,8 +108,8 @@ class HealedScanner:
                 check_healable(plan)
             if sides is None:
                 with self.uncut_weights():
-                    calls = record_calls(self.model, row, batches)
-                sides = Sides(self.model, self.scanner.checkpoint.family, stack, batches, judged, calls, plan=plan)
+                    rows = reached(self.model, family, stack, self.data.fit, self.data.held_out)
+                sides = Sides(self.model, family, stack, *rows, plan=plan)
             seam = next((s for s in seams if s.stack == stack and candidate.layer in s.gone), None)
             if seam is None:  # nothing is left before it
                 yield candidate, kept.index(candidate.layer)

@@ -19,15 +19,13 @@ from tqdm import tqdm
 
 from prunekit.checkpoint import Checkpoint, Tensor, float_bytes
 from prunekit.data.batches import Calibration
-from prunekit.errors import PruneKitError
 from prunekit.families import Stack
-from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 
 from .cut import calibrated_on
 from .in_memory import removed
 from .layers import LayersCut, LayersPlan, check_healable, find_seams
-from .sides import Fit, Sides
+from .sides import Fit, Sides, reached
 
 
 @torch.inference_mode()
@@ -38,15 +36,11 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
     doesn't lower the model's loss there is left as it was. The cut has a record per seam:
     `stack`, `layer` (the one before it), `removed`, `refitted` (layers, numbered as in the input), `ridge`, `jump_left`
     (share of the jump in the state that the layer before leaves, held out), held-out `loss_before` and `loss_after`.
-    Memory: three states per token, and the normal matrix of one layer. Raises as `check_healable`.
+    Memory: three states per token, and the normal matrix of one layer. Raises as `check_healable` and `reached`.
     """
     check_healable(plan)
     family, seams = plan.source.family, find_seams(plan)
-    batches = [*data.fit, *data.held_out]
-    judged = range(len(data.fit), len(batches))
-    calls = {stack: record_calls(model, family.stacks[stack], batches) for stack in {s.stack for s in seams}}
-    if not all(calls.values()):
-        raise PruneKitError("no row to heal on has an image: vision blocks need some (--calib)")
+    rows = {s.stack: reached(model, family, s.stack, data.fit, data.held_out) for s in seams}
 
     def held_out_loss() -> float:
         with removed(model, plan):
@@ -58,7 +52,7 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
     with tqdm(total=sum(1 + len(seam.behind) for seam in seams), desc="heal", disable=quiet) as progress:
         for seam in seams:
             if sides is None or sides.stack != seam.stack:
-                sides = Sides(model, family, seam.stack, batches, judged, calls.pop(seam.stack), plan=plan)
+                sides = Sides(model, family, seam.stack, *rows.pop(seam.stack), plan=plan)
             record: dict[str, Any] = {
                 "stack": seam.stack,
                 "layer": seam.before,

@@ -5,7 +5,7 @@ comes nearest to the uncut one's (the teacher's) state there. All is folded into
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunekit.errors import PruneKitError
 from prunekit.families import Family, Stack
 from prunekit.model.parts import Experts, Linear, find_part
 from prunekit.model.replay import Replay, Store, find_stack, in_memory, record_calls
@@ -26,6 +27,25 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # times the mean of the normal matrix's dia
 # lets errors add up. In narrower layers all pays where much is lost, and a quarter where little is: both are tried.
 MADE_UP_KV, MADE_UP_WIDTH, MADE_UP_ZEROS = 0.5, (1.0, 0.25), 0.25
 UNLABELLED = 0.1  # weight of text tokens that predict no label (prompt, image): what they carry counts only indirectly
+
+
+def reached(
+    model: nn.Module, family: Family, stack: str, fit: Sequence[dict], held_out: Sequence[dict]
+) -> tuple[list[dict], range, list[tuple[tuple, dict]]]:
+    """The batches that reach a stack, which of them only judge, and its calls: texts alone don't reach a vision tower.
+
+    Raises PruneKitError if there are none to fit on, or none to judge.
+    """
+    row = family.stacks[stack]
+    parts = [
+        [(batch, call) for batch in part for call in record_calls(model, row, [batch])] for part in (fit, held_out)
+    ]
+    if not all(parts):
+        raise PruneKitError(
+            f"too few calibration rows reach the {stack} layers (have they images?); give more: --calib, --calib-tokens"
+        )
+    batches, calls = map(list, zip(*parts[0], *parts[1]))
+    return batches, range(len(parts[0]), len(batches)), calls
 
 
 class LeastSquares:

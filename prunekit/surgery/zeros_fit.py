@@ -23,11 +23,10 @@ from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack, spot_of
 from prunekit.model.parts import place
-from prunekit.model.replay import record_calls
 from prunekit.model.scores import score_batches
 
 from .cut import calibrated_on
-from .sides import MADE_UP_ZEROS, Sides
+from .sides import MADE_UP_ZEROS, Sides, reached
 from .zeros import ZerosCut, ZerosPlan, cut_zeros, magnitude, tensor_bytes, with_importance
 from .zeros_scores import IMPORTANCE, SCORES_OF, plain_name, watch_inputs
 
@@ -158,11 +157,6 @@ class Layer:
         return fit, judge
 
 
-def _reaching(model: nn.Module, row: Stack, batches: list[dict]) -> list[tuple[dict, tuple]]:
-    """(batch, call of the stack) of those that reach it: rows without images don't reach a vision tower."""
-    return [(batch, call) for batch in batches for call in record_calls(model, row, [batch])]
-
-
 def _relative_names(plan: ZerosPlan, stack: str, row: Stack) -> dict[int, dict[str, str]]:
     found: dict[int, dict[str, str]] = defaultdict(dict)
     for name, weight in plan.weights.items():
@@ -231,24 +225,15 @@ def refit(cut: ZerosCut, model: nn.Module, data: Calibration, quiet: bool | None
     # Towers first: what they give is what the text layers read
     names = {stack: _relative_names(plan, stack, row) for stack, row in reversed(family.stacks.items())}
     names = {stack: chosen for stack, chosen in names.items() if chosen}
-    reached = {
-        stack: [_reaching(model, family.stacks[stack], part) for part in (data.fit, data.held_out)] for stack in names
-    }
-    for stack, parts in reached.items():
-        if not all(parts):
-            raise PruneKitError(
-                f"--refit: too few calibration rows reach the {stack} layers (have they images?); give more, or leave "
-                "these out with --modules"
-            )
+    rows = {stack: reached(model, family, stack, data.fit, data.held_out) for stack in names}
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, weight in plan.weights.items():
         if weight.stack is None and (found := place(parameters, plain_name(name))):
             found[0][found[1]].copy_(cut.zeroed(name))
     tensors = dict(cut.result.tensors)
     with tqdm(total=sum(map(len, names.values())), desc="refit", disable=quiet) as progress:
-        for stack, (fit, held_out) in reached.items():
-            batches, calls = map(list, zip(*fit, *held_out))
-            sides = Sides(model, family, stack, batches, range(len(fit), len(batches)), calls)
+        for stack, mine in rows.items():
+            sides = Sides(model, family, stack, *mine)
             for number, chosen in names[stack].items():
                 for name, values in _refitted(Layer(sides, number, chosen), cut, chosen):
                     tensors[name] = replace(tensors[name], compute=partial(tensor_bytes, values))

@@ -122,7 +122,7 @@ def test_pictures_are_drawn(demo, picture):
 
 def test_the_report_card_tells_the_whole_way_from_the_base(demo):
     report = json.loads((demo / "report" / "report.json").read_text())
-    assert sorted(report["anatomy"][0]["stacks"]["text"]["gone"]) == ["6", "8"]
+    assert sorted(report["anatomy"][0]["stacks"]["text"]["gone"]) == ["4", "6"]
     assert len(report["way"][0]) == 7 and "report.html" in {path.name for path in (demo / "report").iterdir()}
 
 

@@ -233,7 +233,7 @@ def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path
 
 def test_vision_blocks_are_not_healed_on_rows_without_images(tiny):
     folder = tiny("qwen3_vl")
-    with pytest.raises(PruneKitError, match="has an image"):
+    with pytest.raises(PruneKitError, match="too few calibration rows reach the vision layers"):
         fit_layers(plan_layers(open_checkpoint(folder), vision=[5]), load(folder), data(), quiet=True)
 
 

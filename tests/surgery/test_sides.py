@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from helpers.calibration import data, text_batches
+from helpers.calibration import data, picture_batches, text_batches
 from helpers.llama_sides import sides_of
 from helpers.tiny_models import build, load
 
 from prunekit.data.batches import Calibration
+from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
 from prunekit.model.replay import find_stack
 from prunekit.surgery import sides as sides_module
-from prunekit.surgery.sides import UNLABELLED, LeastSquares, Projection, Sides, states_between
+from prunekit.surgery.sides import UNLABELLED, LeastSquares, Projection, Sides, reached, states_between
 
 
 def test_least_squares_find_a_linear_map():
@@ -148,3 +149,22 @@ def test_stacked_experts_are_changed_alike_in_both_orientations():
     turned = projection.changed("mlp.experts.down_proj", value.transpose(1, 2), solution)
     torch.testing.assert_close(changed, turned.transpose(1, 2))
     torch.testing.assert_close(changed[2], projection.changed("mlp.experts.2.down_proj.weight", value[2], solution))
+
+
+def test_texts_among_the_rows_neither_fit_nor_judge_a_vision_tower(tiny):
+    model, family = load(tiny("qwen3_vl")), ROWS["qwen3_vl"]
+    pictures, texts = picture_batches(5, seed=0), text_batches(3)
+    fit, held_out = [texts[0], pictures[0], texts[1], *pictures[1:3]], [pictures[3], texts[2], pictures[4]]
+    batches, judged, calls = reached(model, family, "vision", fit, held_out)
+    assert [id(batch) for batch in batches] == [id(picture) for picture in pictures]
+    assert judged == range(3, 5) and len(calls) == 5
+    sides = Sides(model, family, "vision", batches, judged, calls)
+    assert len(sides.teacher.states) == len(sides.student.states) == 5
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_pictures_must_be_among_the_rows_that_fit_and_among_those_that_judge(which, tiny):
+    parts = [picture_batches(2, seed=0), picture_batches(2, seed=1)]
+    parts[which] = text_batches(2)
+    with pytest.raises(PruneKitError, match="too few calibration rows reach the vision layers"):
+        reached(load(tiny("qwen3_vl")), ROWS["qwen3_vl"], "vision", *parts)
