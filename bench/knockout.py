@@ -315,7 +315,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         records = train(model, [None, *removals], data, validation, args.runs / f"trained-{name}", jobs, arguments)
         scan = Scan(Job(str(model), str(validation), None, length, template=template), None)
         scan.measure([], removals, range(scan.batches), "scan")
-        scanned = {entry["name"]: entry for entry in describe(scan, removals, None, set())["removals"]}
+        scanned = {entry["name"]: entry for entry in describe(scan, removals, None, set(), "all")["removals"]}
         trained = {record["name"]: record["token_acc"] for record in records}
         names = [str(removal) for removal in removals if trained[str(removal)] is not None]
         result[name] = {
@@ -343,7 +343,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     candidates = list_removals(checkpoint, "all", "none")
     scan = Scan(job, args.runs / "sets-records.jsonl")
     scan.measure([], candidates, range(scan.batches), "scan")
-    removals = describe(scan, candidates, None, set())["removals"]
+    removals = describe(scan, candidates, None, set(), "all")["removals"]
     chosen, seconds = {}, {}
     for metric in ("loss", "token_acc", "block_influence"):
         sign = -1 if metric == "token_acc" else 1
