@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole method as a loop: find what is cheap, cut it, recover, distil, measure, and again, until the model is small enough.
+# The method as a loop: find what is cheap, cut it, recover, distil, measure, and again, until the model is small enough.
 #   In:   $MODEL (a checkpoint, the teacher too), $DATASET, $VAL_DATASET (ms-swift messages JSONL), and what you want:
 #         targets, any of TARGET_PARAMS=0.6 and TARGET_KV=0.125 (shares of the base's parameters, of its KV cache) and
 #         TARGET_BYTES=5e9 (of weights), and KEEP=0.97 of the base's METRIC on VAL_DATASET, the gate
-#   Out:  $OUTPUT: the last round's checkpoint that keeps the gate. $OUTPUT.loop: loop.json (what could be cut, what was, what
-#         it kept), loop.png (the way), and a folder a round: scan, cut, recovered, distilled, as if made by hand
+#   Out:  $OUTPUT: the last round's checkpoint that keeps the gate. $OUTPUT.loop: loop.json (what could be cut, what was,
+#         what it kept), loop.png (the way), and a folder a round: scan, cut, recovered, distilled, as if made by hand
 #         Exit code 0: all targets are reached; 3: OUTPUT keeps the gate, but not all are; 1: nothing keeps it
 #   Cost: a round is a scan, a fit a trial, full_run.sh and distil.sh; how much disk is said beforehand
 #   MODEL=Qwen3-VL-8B-Instruct OUTPUT=checkpoints/small TARGET_BYTES=5e9 KEEP=0.97 bash loop.sh
-#   MODEL=Qwen3-VL-8B-Instruct TARGET_PARAMS=0.6 CUTS='layers neurons' bash loop.sh --dry-run      # the lines that it would run
+#   MODEL=Qwen3-VL-8B-Instruct TARGET_PARAMS=0.6 CUTS='layers neurons' bash loop.sh --dry-run   # prints the lines only
 # The same command goes on with what is there, and with folders that you put in their places.
 source "$(dirname "$0")/lib/common.sh"
 
@@ -29,7 +29,7 @@ KEEP_ROUNDS=${KEEP_ROUNDS:-good}    # whose checkpoints stay on the disk: of all
 
 RECOVER_STEPS=${RECOVER_STEPS:-3000}
 DISTIL_STEPS=${DISTIL_STEPS:-1000}  # 0: no distillation
-LONGER_STEPS=${LONGER_STEPS:-$((2 * RECOVER_STEPS))} # of recovery again, where a round is below the gate
+LONGER_STEPS=${LONGER_STEPS:-}      # of recovery again, where a round is below the gate; default: twice as many
 RECOVER_ARGS=${RECOVER_ARGS:-}      # flags for full_run.sh alone, and for distil.sh alone; what both take comes last
 DISTIL_ARGS=${DISTIL_ARGS:-}
 EVALUATE_ARGS=${EVALUATE_ARGS:-}    # --max-new-tokens 24, --rewards ocr_cer --plugins plugins/ocr_rewards.py
@@ -50,19 +50,24 @@ read -ra evaluate_args <<< "$EVALUATE_ARGS"
 
 one_node "a loop's stages run on one node; its GPUs all take part"
 need_switch DRY_RUN HEAL
-for name in MAX_ROUNDS RECOVER_STEPS LONGER_STEPS CALIB_TOKENS; do need_number "$name" 1; done
+for name in MAX_ROUNDS RECOVER_STEPS CALIB_TOKENS; do need_number "$name" 1; done
+LONGER_STEPS=${LONGER_STEPS:-$((2 * RECOVER_STEPS))}
+need_number LONGER_STEPS 1
 need_number DISTIL_STEPS 0
 need METRIC 'token_acc|exact_match|cer|reward|loss' "choose token_acc, exact_match, cer, reward or loss"
 need KEEP_ROUNDS 'good|last|all' "choose good, last or all"
-for name in TARGET_PARAMS TARGET_KV; do need "$name" '|0?\.[0-9]*[1-9][0-9]*' "give the share that is to be left, between 0 and 1"; done
+for name in TARGET_PARAMS TARGET_KV; do
+  need "$name" '|0?\.[0-9]*[1-9][0-9]*' "give the share that is to be left, between 0 and 1"
+done
 need TARGET_BYTES '|[0-9]{1,15}(\.[0-9]+)?(e[0-9]{1,2})?' "give bytes, as 5e9"
 need KEEP '0?\.[0-9]*[1-9][0-9]*|1(\.0*)?' "give the share of the base's $METRIC to keep, as 0.97"
 need ROUND_SHARE '0?\.[0-9]*[1-9][0-9]*' "give a share of the weights, as 0.25"
 need CUTS '(layers|heads|neurons|kv)( +(layers|heads|neurons|kv))*' "choose from layers, heads, neurons and kv"
 [ -n "$TARGET_PARAMS$TARGET_BYTES$TARGET_KV" ] || die "no target: set TARGET_PARAMS, TARGET_BYTES or TARGET_KV"
-[[ $METRIC != reward || " $EVALUATE_ARGS " == *" --rewards "* ]] || die "METRIC=reward: of which rewards? EVALUATE_ARGS='--rewards ...'"
+[[ $METRIC != reward || " $EVALUATE_ARGS " == *" --rewards "* ]] ||
+  die "METRIC=reward: of which rewards? EVALUATE_ARGS='--rewards ocr_cer --plugins plugins/ocr_rewards.py'"
 case $METRIC in
-  token_acc | loss) [[ $EVALUATE_ARGS == *--no-generate* || $EVALUATE_ARGS == *--rewards* ]] || evaluate_args+=(--no-generate) ;;
+  token_acc | loss) [[ $EVALUATE_ARGS =~ --(no-generate|rewards) ]] || evaluate_args+=(--no-generate) ;;
   *) [[ $EVALUATE_ARGS != *--no-generate* ]] || die "METRIC=$METRIC: is of answers, and EVALUATE_ARGS has --no-generate" ;;
 esac
 
@@ -72,7 +77,8 @@ out=$OUTPUT
 [ -z "$DRY_RUN" ] || OUTPUT=$OUTPUT.dry-run # that is never made, nor is anything of a loop that runs touched
 if [ "$result" = distilled ]; then
   USER_ARGS=("${distil_args[@]}" "$@")
-  settle gkd 4 --rlhf_type gkd --teacher_model "$MODEL" --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" >/dev/null
+  settle gkd 4 --rlhf_type gkd --teacher_model "$MODEL" --dataset "$DATASET" --val_dataset "$VAL_DATASET" \
+    "${FULL_ARGS[@]}" >/dev/null
   preflight rlhf --teacher "$MODEL"
 fi
 USER_ARGS=("${recover_args[@]}" "$@")
@@ -107,8 +113,8 @@ run() {
   return "$code"
 }
 stop() { # WHAT
-  fail "round ${here##*/} stopped: $1's messages are above; the same command goes on with it (with other flags for a training:" \
-    "remove its $here/*.run first)"
+  fail "round ${here##*/} stopped: $1's messages are above; the same command goes on with it (before a training gets other" \
+    "flags, remove its $here/*.run)"
 }
 
 have() { # NAME...: is any of these in the round's folder?
@@ -132,9 +138,9 @@ trained() { # NAME MODEL LAUNCHER ARGS...: that launcher makes NAME of MODEL, or
   local name=$1 model=$2 launcher=$3
   shift 3
   if have "$name" && [ ! -d "$here/$name.run" ]; then return; fi
-  run env MODEL="$model" OUTPUT="$here/$name" TEACHER="$MODEL" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" GPUS="$GPUS" \
-    STAGE="${launcher%.sh}" RUN_NAME="round-$ROUND-$name" \
-    RESTART= OVERWRITE= REUSE= KEEP_RUN= bash "$ROOT/$launcher" --external_plugins "${USER_PLUGINS[@]}" "$@" || stop "$launcher"
+  run env MODEL="$model" OUTPUT="$here/$name" TEACHER="$MODEL" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
+    GPUS="$GPUS" STAGE="${launcher%.sh}" RUN_NAME="round-$ROUND-$name" RESTART= OVERWRITE= REUSE= KEEP_RUN= \
+    bash "$ROOT/$launcher" --external_plugins "${USER_PLUGINS[@]}" "$@" || stop "$launcher"
 }
 
 measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL_DATASET
@@ -155,11 +161,12 @@ measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL
     # shellcheck disable=SC2086  # flags and numbers
     have "trials/$name" || run python "$ROOT/$script" --model "$from" --out "$here/trials/$name" $flags "${CALIB[@]}" || stop "$script"
   done
-  [ ${#models[@]} -eq 0 ] || evaluate "$here/trials.json" --model "$from" "${models[@]}" --no-generate || stop prunekit.evaluate
+  [ ${#models[@]} -eq 0 ] || evaluate "$here/trials.json" --model "$from" "${models[@]}" --no-generate ||
+    stop prunekit.evaluate
 }
 
 make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
-  local line number=0 input=$from output chosen
+  local line number=0 input=$from output chosen trial
   local -a lines measured=() fitting
   ! have scan/scan.json || measured+=(--scan "$here/scan/scan.json")
   ! have trials.json || measured+=(--trials "$here/trials.json")
@@ -173,10 +180,12 @@ make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
     if [ ! -e "$output" ]; then
       fitting=("${CALIB[@]}")
       if [ "${words[0]}" = manual_select.py ]; then fitting=(${HEAL:+--heal "${CALIB[@]}"}); fi
-      if [ -z "$DRY_RUN" ] && [ "$number" -eq 1 ] && [ ${#words[@]} -eq 3 ] && have "trials/${words[1]#--}-${words[2]}"; then
-        mv "$here/trials/${words[1]#--}-${words[2]}" "$output" # that very cut, made already
+      trial=trials/${words[1]#--}-${words[2]}
+      if [ -z "$DRY_RUN" ] && [ "$number" -eq 1 ] && [ ${#words[@]} -eq 3 ] && have "$trial"; then
+        mv "$here/$trial" "$output" # that very cut, made already
       else
-        run python "$ROOT/${words[0]}" --model "$input" --out "$output" "${words[@]:1}" "${fitting[@]}" || stop "${words[0]}"
+        run python "$ROOT/${words[0]}" --model "$input" --out "$output" "${words[@]:1}" "${fitting[@]}" ||
+          stop "${words[0]}"
       fi
     fi
     input=$output
@@ -220,8 +229,8 @@ else
   export WANDB_RUN_GROUP=${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}
   setup_wandb
   settings=()
-  for name in MODEL DATASET VAL_DATASET OUTPUT TARGET_PARAMS TARGET_BYTES TARGET_KV KEEP METRIC CUTS MAX_ROUNDS ROUND_SHARE KEEP_ROUNDS \
-    RECOVER_STEPS DISTIL_STEPS LONGER_STEPS RECOVER_ARGS DISTIL_ARGS EVALUATE_ARGS CALIB_TOKENS HEAL; do
+  for name in MODEL DATASET VAL_DATASET OUTPUT TARGET_PARAMS TARGET_BYTES TARGET_KV KEEP METRIC CUTS MAX_ROUNDS \
+    ROUND_SHARE KEEP_ROUNDS RECOVER_STEPS DISTIL_STEPS LONGER_STEPS RECOVER_ARGS DISTIL_ARGS EVALUATE_ARGS CALIB_TOKENS HEAL; do
     settings+=("$name=${!name}")
   done
   printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT/loop.sh" \
@@ -229,7 +238,8 @@ else
 fi
 
 while true; do
-  found=$(python -m prunekit.loop next --into "$state" --max-rounds "$MAX_ROUNDS" --keep-rounds "$KEEP_ROUNDS" ${DRY_RUN:+--dry-run})
+  found=$(python -m prunekit.loop next --into "$state" --max-rounds "$MAX_ROUNDS" --keep-rounds "$KEEP_ROUNDS" \
+    ${DRY_RUN:+--dry-run})
   END=$(answer END "$found")
   [ -z "$END" ] || break
   ROUND=$(answer ROUND "$found") LEAVES=$(answer LEAVES "$found") WANTS=$(answer WANTS "$found")
@@ -237,13 +247,14 @@ while true; do
   from=${from:+$folder/}${from:-$MODEL}
   here=$folder/$ROUND
   [ -n "$DRY_RUN" ] || mkdir -p "$here"
-  echo "round $ROUND of at most $MAX_ROUNDS: from $from, which keeps $(answer KEPT "$found"); $(answer MOST "$found") parameters may go"
+  echo "round $ROUND of at most $MAX_ROUNDS: from $from, which keeps $(answer KEPT "$found") of the base's $METRIC;" \
+    "$(answer MOST "$found") parameters may go"
   if ! have cut recovered distilled; then
     measure_candidates
     code=0
     if [ -n "$DRY_RUN" ] && ! have scan/scan.json trials.json; then
       echo "# what of these is cheapest for the target (docs/loop.md), for instance:"
-      run python "$ROOT/manual_select.py" --model "$from" --out "$here/cut" --text ... ${HEAL:+--heal "${CALIB[@]}"}
+      run python "$ROOT/manual_select.py" --model "$from" --out "$here/cut" --text N ${HEAL:+--heal "${CALIB[@]}"}
     else
       make_cut || code=$?
     fi
@@ -258,7 +269,8 @@ while true; do
     # shellcheck disable=SC2046
     trained distilled "$here/recovered" distil.sh $(lasting "$DISTIL_STEPS") "${distil_args[@]}" "$@"
   fi
-  have evaluation.json || evaluate "$here/evaluation.json" --model "$here/$result" "${evaluate_args[@]}" || stop prunekit.evaluate
+  have evaluation.json || evaluate "$here/evaluation.json" --model "$here/$result" "${evaluate_args[@]}" ||
+    stop prunekit.evaluate
   if [ -n "$DRY_RUN" ]; then
     echo "# keeps it KEEP=$KEEP? Then round $((ROUND + 1)) from there. If not, for longer, and else half as much from $from:"
     # shellcheck disable=SC2046
@@ -270,7 +282,8 @@ while true; do
   if [ "$(answer VERDICT "$verdict")" = longer ]; then
     # shellcheck disable=SC2046
     trained longer "$here/$result" full_run.sh $(lasting "$LONGER_STEPS") "${recover_args[@]}" "$@"
-    have longer.json || evaluate "$here/longer.json" --model "$here/longer" "${evaluate_args[@]}" || stop prunekit.evaluate
+    have longer.json || evaluate "$here/longer.json" --model "$here/longer" "${evaluate_args[@]}" ||
+      stop prunekit.evaluate
     python -m prunekit.loop judge --into "$folder" --result "$result"
   fi
 done

@@ -1,4 +1,4 @@
-"""Plays prunekit.scan, prunekit.evaluate and the fits of cuts for tests of loop.sh, whose tiny models have no tokenizer.
+"""Plays prunekit.scan, prunekit.evaluate and the fits of cuts for tests of loop.sh: tiny models have no tokenizer.
 
 A sitecustomize.py calls `main` in every Python process. It records their command lines beside ms-swift's (STUB_CALLS,
 event "python") and does on disk what the real ones do: cuts by the weights alone, scores from STUB_SCORES, JSON with
@@ -80,6 +80,8 @@ def cut(name: str, argv: list[str], values: dict[str, list[str]]) -> None:
     else:
         number, share = given(argv, "--heads"), given(argv, "--neuron-share")
         made = width.cut_width(
-            width.plan_width(source, int(number[0]) if number else None, neuron_share=float(share[0]) if share else None)
+            width.plan_width(
+                source, int(number[0]) if number else None, neuron_share=float(share[0]) if share else None
+            )
         )
     write_cut(made, values["--out"][0])
