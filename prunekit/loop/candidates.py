@@ -201,7 +201,7 @@ def _cut(entry: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     if "heads" in removed:
         if len(removed) > 1:
             raise PruneKitError(
-                f"a trial cut {' and '.join(removed)} at once: what each costs isn't known; cut one a trial"
+                f"a trial cut {' and '.join(removed)} at once: cut one kind a trial, to tell costs apart"
             )
         return "heads", ("--heads", str(entry["num_attention_heads"]))
     return "neurons", ("--neuron-share", _share_of_neurons(entry["neurons"], entry["neurons_before"]))
