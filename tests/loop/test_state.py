@@ -16,7 +16,8 @@ def loop(tiny, tmp_path):
     model = tiny("qwen3")
     base = sizes(model)
     cut_width(model, tmp_path / "small", neuron_share=0.25)
-    settings = {"model": str(model), "fingerprint": "f", "data": [], "targets": {"params": sizes(tmp_path / "small")["params"]},
+    targets = {"params": sizes(tmp_path / "small")["params"]}
+    settings = {"model": str(model), "fingerprint": "f", "data": [], "targets": targets,
                 "keep": 0.9, "metric": "token_acc", "cuts": ["neurons"], "share": 0.25}  # fmt: skip
     made = Loop.begin(tmp_path / "loop", settings, base)
     made.note_base(measured(tmp_path / "base.json", 1.0))
