@@ -87,6 +87,7 @@ settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}"
 disk=$((DISK_FACTOR + 9 + $([ "$KEEP_ROUNDS" = last ] && echo 1 || echo "$MAX_ROUNDS")))
 [ "$KEEP_ROUNDS" != all ] || disk=$((disk + 3 * MAX_ROUNDS))
 preflight sft --disk-factor "$disk"
+scanners=$PROCESSES
 use_gpus "${GPUS%%,*}" # cuts and evaluations take one, trainings are told all of them
 OUTPUT=${out%/}
 folder=$OUTPUT.loop
@@ -104,12 +105,12 @@ echo "disk: up to $((disk * megabytes)) MB, $disk times the model, most of it wh
 # run COMMAND...: say a line as a person would type it, and run it; its exit code.
 run() {
   local begun=$SECONDS code=0
-  local -a said=("$@")
+  local -a said=("$@") # without env
   [ "$1" != env ] || said=("${@:2}")
   echo "+ $(quoted "${said[@]}")"
   [ -z "$DRY_RUN" ] || return 0
   run_to_end "$@" || code=$?
-  echo "${here##*/} $((SECONDS - begun)) $2 $3" >> "$folder/seconds"
+  echo "${here##*/} $((SECONDS - begun)) ${said[*]:0:3}" >> "$folder/seconds"
   return "$code"
 }
 stop() { # WHAT
@@ -149,8 +150,9 @@ measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL
   if [[ " $CUTS " == *" layers "* ]] && ! have scan/scan.json; then
     [ "$WANTS" != kv ] || more+=(--vision none) # which has none of it
     [ -z "$HEAL" ] || more+=(--heal --calib "$DATASET" --calib-tokens "$CALIB_TOKENS")
-    run python -m prunekit.scan --model "$from" --dataset "$VAL_DATASET" --out "$here/scan" --tokens 0 "${NAMES[@]}" \
-      --target-params "$LEAVES" --processes "$PROCESSES" "${more[@]}" || stop prunekit.scan
+    run env ${GPUS:+CUDA_VISIBLE_DEVICES="$GPUS"} python -m prunekit.scan --model "$from" --dataset "$VAL_DATASET" \
+      --out "$here/scan" --tokens 0 "${NAMES[@]}" --target-params "$LEAVES" --processes "$scanners" "${more[@]}" ||
+      stop prunekit.scan
   fi
   ! have trials.json || return 0
   said=$(python -m prunekit.loop trials --into "$state" --model "$from")

@@ -12,6 +12,10 @@ from prunekit.errors import PruneKitError
 KINDS = ("layers", "heads", "neurons", "kv")  # what may be cut, in the order in which it is
 SIZES = {"params": "parameters", "bytes": "bytes", "kv": "kv_bytes_per_token"}  # what targets are of, in `statistics`
 METRICS = ("token_acc", "exact_match", "cer", "reward", "loss")
+DEAR, LITTLE = (
+    10.0,
+    0.01,
+)  # a step this many times as dear as the set so far, or as LITTLE loss, waits for another round
 NEAR = 0.4  # of a round's share is spent where nothing is left between the model and its gate: 10% of 25%
 
 
@@ -35,9 +39,10 @@ def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: f
     """The set that costs least for what it saves of `wanted`, with at most `most` parameters gone.
 
     From nothing, step by step: of all candidates that could be added, or stand in for the one of their kind, that with
-    the least loss per unit of the target gained; until all that is `wanted` (by SIZES' keys, above 0) is saved, or
-    nothing that gains fits. What goes beyond the target is no gain. Costs of different kinds are added up. In KINDS'
-    order; empty if nothing fits.
+    the least loss per unit of the target gained; until all that is `wanted` (by SIZES' keys, above 0) is saved, nothing
+    that gains fits, or what does is DEAR against the set so far: a budget needn't be spent, the next round looks again.
+    What goes beyond the target is no gain. Costs of different kinds are added up. In KINDS' order; empty where nothing
+    fits.
     """
     chosen: dict[str, Candidate] = {}
     while (found := total(list(chosen.values()))) and (now := gain(found, wanted)) < len(wanted) - 1e-9:
@@ -51,7 +56,9 @@ def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: f
                 steps.append((added / more, each.name, each))
         if not steps:
             break
-        best = min(steps, key=lambda step: step[:2])[2]
+        rate, _, best = min(steps, key=lambda step: step[:2])
+        if chosen and rate > DEAR * max(LITTLE, sum(c.cost for c in chosen.values()) / now):
+            break
         chosen[best.kind] = best
     return sorted(chosen.values(), key=lambda each: KINDS.index(each.kind))
 

@@ -21,6 +21,7 @@ def loop(lab):
         "GPUS": "",
         "TARGET_PARAMS": "0.75",
         "WANDB_MODE": "disabled",
+        "PYTHONDONTWRITEBYTECODE": "1",
     }
     return lab
 
@@ -127,10 +128,10 @@ def test_a_loop_goes_on_with_a_folder_that_a_person_put_in_place(loop):
     assert [entry["stage"] for entry in history(loop.out)][0] == "width_cut"
 
 
-def test_a_loop_of_another_base_or_for_other_targets_is_refused_in_one_line(loop, tiny):
+def test_a_loop_of_another_base_or_for_other_targets_is_refused_in_one_line(loop, pruned):
     assert loop.run("loop.sh", STUB_BREAK="prunekit.scan").returncode == 1
     before = (loop.folder / "ckpt/out.loop/loop.json").read_text()
-    for what, more in (("targets", {"TARGET_PARAMS": "0.5"}), ("fingerprint", {"MODEL": str(tiny("qwen3"))})):
+    for what, more in (("targets", {"TARGET_PARAMS": "0.5"}), ("fingerprint", {"MODEL": str(pruned)})):
         result = loop.run("loop.sh", **more)
         assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
         assert f"holds a loop with another {what}" in result.stderr

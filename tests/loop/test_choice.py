@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
 from prunekit.loop.choice import (
+    DEAR,
     KINDS,
+    LITTLE,
     SIZES,
     Candidate,
     absolute_targets,
@@ -50,13 +52,16 @@ def test_a_choice_fits_its_budget_and_takes_one_of_a_kind_in_order(candidates, w
 
 
 @given(CANDIDATES, WANTED, st.floats(0, 60))
-def test_a_choice_ends_only_where_the_target_is_reached_or_nothing_more_fits(candidates, wanted, most):
+def test_a_choice_ends_only_where_the_target_is_reached_or_nothing_more_fits_or_is_worth_it(candidates, wanted, most):
     chosen = choose(candidates, wanted, most)
-    now = gain(total(chosen), wanted)
+    now, cost = gain(total(chosen), wanted), sum(each.cost for each in chosen)
     if now < len(wanted) - 1e-6:
         for each in candidates:
-            saved = total([*(c for c in chosen if c.kind != each.kind), each])
-            assert saved["params"] > most or gain(saved, wanted) <= now + 1e-6
+            others = [c for c in chosen if c.kind != each.kind]
+            saved, more = total([*others, each]), gain(total([*others, each]), wanted) - now
+            added = sum(c.cost for c in others) + each.cost - cost
+            dear = chosen and more > 0 and added / more > 0.99 * DEAR * max(LITTLE, cost / now)
+            assert saved["params"] > most or more <= 1e-6 or dear
 
 
 @given(CANDIDATES, WANTED, st.floats(0, 60), st.randoms())
@@ -68,10 +73,16 @@ def test_a_choice_does_not_hang_on_the_order_of_what_there_is(candidates, wanted
 
 def test_the_cheapest_kind_a_unit_goes_first_and_others_fill_the_budget():
     layers = [candidate("layers", 0.01, 10), candidate("layers", 0.10, 20)]
-    others = [candidate("neurons", 0.03, 10), candidate("heads", 0.5, 10)]
+    others = [candidate("neurons", 0.03, 10), candidate("heads", 0.2, 10)]
     assert choose([*layers, *others], {"params": 100}, 10) == [layers[0]]
     assert choose([*layers, *others], {"params": 100}, 20) == [layers[0], others[0]]
     assert choose([*layers, *others], {"params": 100}, 30) == [layers[1], others[0]], "a larger cut of the same kind"
+
+
+def test_a_budget_is_not_spent_on_what_is_far_dearer_than_the_rest():
+    cheap, ruinous = candidate("neurons", 0.03, 20), candidate("heads", 1.2, 5)
+    assert choose([cheap, ruinous], {"params": 30}, 25) == [cheap]
+    assert choose([ruinous], {"params": 30}, 25) == [ruinous], "there is nothing else"
 
 
 def test_what_goes_beyond_the_target_is_no_gain():
@@ -83,6 +94,7 @@ def test_what_goes_beyond_the_target_is_no_gain():
 def test_a_target_of_the_kv_cache_takes_what_saves_it():
     neurons, heads = candidate("neurons", 0.001, 20), candidate("kv", 0.2, 1, kv=4)
     assert choose([neurons, heads], {"kv": 4}, 25) == [heads]
+    heads = candidate("kv", 0.02, 1, kv=4)
     assert choose([neurons, heads], {"kv": 4, "params": 20}, 25) == [neurons, heads]
 
 
