@@ -100,6 +100,12 @@ BEGIN=(
 megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors | tail -n 1 | cut -f1)
 echo "disk: up to $((disk * megabytes)) MB, $disk times the model, most of it while a stage trains (KEEP_ROUNDS=$KEEP_ROUNDS)"
 
+export DATASET VAL_DATASET GPUS
+export -n STAGE RESTART OVERWRITE REUSE KEEP_RUN # this loop's, not its stages'
+plugins=()
+[ ${#USER_PLUGINS[@]} -eq 0 ] || plugins=(--external_plugins "${USER_PLUGINS[@]}")
+[ -z "$DRY_RUN" ] || echo "+ export $(quoted DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" GPUS="$GPUS")"
+
 # --- what a round is made of --------------------------------------------------------------------------------------
 
 # run COMMAND...: say a line as a person would type it, and run it; its exit code.
@@ -139,9 +145,9 @@ trained() { # NAME MODEL LAUNCHER ARGS...: that launcher makes NAME of MODEL, or
   local name=$1 model=$2 launcher=$3
   shift 3
   if have "$name" && [ ! -d "$here/$name.run" ]; then return; fi
-  run env MODEL="$model" OUTPUT="$here/$name" TEACHER="$MODEL" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
-    GPUS="$GPUS" STAGE="${launcher%.sh}" RUN_NAME="round-$ROUND-$name" RESTART= OVERWRITE= REUSE= KEEP_RUN= \
-    bash "$ROOT/$launcher" --external_plugins "${USER_PLUGINS[@]}" "$@" || stop "$launcher"
+  local -a settings=(MODEL="$model" OUTPUT="$here/$name" RUN_NAME="round-$ROUND-$name")
+  [ "$launcher" != distil.sh ] || settings+=(TEACHER="$MODEL")
+  run env "${settings[@]}" bash "$ROOT/$launcher" "${plugins[@]}" "$@" || stop "$launcher"
 }
 
 measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL_DATASET
@@ -235,8 +241,8 @@ else
     ROUND_SHARE KEEP_ROUNDS RECOVER_STEPS DISTIL_STEPS LONGER_STEPS RECOVER_ARGS DISTIL_ARGS EVALUATE_ARGS CALIB_TOKENS HEAL; do
     settings+=("$name=${!name}")
   done
-  printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT/loop.sh" \
-    --external_plugins "${USER_PLUGINS[@]}" "$@")" > "$folder/command.sh"
+  printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT/loop.sh" "${plugins[@]}" "$@")" \
+    > "$folder/command.sh"
 fi
 
 while true; do
