@@ -51,14 +51,16 @@ def _heads(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
 
 def _neurons(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
     """Shares of the neurons that take half of `most` parameters, and all of it."""
-    half = _saved(checkpoint, plan_width(checkpoint, neuron_share=0.5).outline)["params"]
+    before = statistics(checkpoint)["neurons"]
+    try:
+        half = _saved(checkpoint, plan_width(checkpoint, neuron_share=0.5).outline)["params"]
+    except PruneKitError:  # too few are left
+        return
     for part in (0.5, 1.0):
-        share = max(LEAST_NEURONS, 1 - 0.5 * part * most / max(half, 1))
-        try:
+        with contextlib.suppress(PruneKitError):  # less than the smallest step
+            share = max(LEAST_NEURONS, 1 - 0.5 * part * most / max(half, 1))
             outline = plan_width(checkpoint, neuron_share=share).outline
-        except PruneKitError:  # not even the smallest step
-            continue
-        yield _share_of_neurons(statistics(outline)["neurons"], statistics(checkpoint)["neurons"]), outline
+            yield _share_of_neurons(statistics(outline)["neurons"], before), outline
 
 
 def _share_of_neurons(after: int, before: int) -> str:

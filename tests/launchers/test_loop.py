@@ -48,11 +48,11 @@ def scripts(lab):
 
 @pytest.mark.slow
 def test_rounds_go_on_until_the_target_is_reached_and_the_last_one_is_published(loop):
-    result = loop.run("loop.sh", TARGET_PARAMS="0.75", ROUND_SHARE="0.2", DISTIL_STEPS=9)
+    result = loop.run("loop.sh", TARGET_PARAMS="0.8", ROUND_SHARE="0.15", DISTIL_STEPS=9)
     assert result.returncode == 0, result.stderr
     found = state(loop)
     assert len(found["rounds"]) > 1 and all(each["good"] for each in found["rounds"])
-    assert statistics(loop.out)["parameters"] <= 0.75 * statistics(loop.env["MODEL"])["parameters"]
+    assert statistics(loop.out)["parameters"] <= 0.8 * statistics(loop.env["MODEL"])["parameters"]
     assert "all targets are reached" in result.stdout
     entry = history(loop.out)[-1]
     assert entry["stage"] == "loop" and entry["settings"]["round"] == len(found["rounds"])

@@ -41,6 +41,11 @@ def test_trials_are_of_the_kinds_that_are_allowed_and_save_what_is_wanted(model)
     assert list_trials(model, ALL, {"params": most / 4}, 1) == [], "nothing is as small as that"
 
 
+def test_of_neurons_that_cannot_be_fewer_no_trial_is_made(model, tmp_path):
+    cut_width(model.path, tmp_path / "narrow", neurons=8)
+    assert list_trials(open_checkpoint(tmp_path / "narrow"), ("neurons",), {"params": 1}, 10**6) == []
+
+
 def test_a_trial_is_named_as_its_flags_are(model):
     for name, _, flags in list_trials(model, ALL, {"params": 1}, sizes(model)["params"]):
         assert f"{flags[0][2:]}-{flags[1]}" == name
