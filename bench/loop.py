@@ -52,7 +52,8 @@ def summary(folder: Path, seconds: float) -> dict:
     return {
         "settings": loop["settings"], "base": base, "rounds": rounds,
         "seconds": seconds, "seconds_of_stages": stages, "own_share": (seconds - stages) / seconds,
-        "stages": [{"round": int(line[0]), "seconds": int(line[1]), "what": line[2]} for line in lines],
+        "stages": [{"round": int(line[0]), "seconds": int(line[1]), "what": re.sub(r"\S*/", "", line[2])}
+                   for line in lines],
     }  # fmt: skip
 
 

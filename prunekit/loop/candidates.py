@@ -15,7 +15,7 @@ from prunekit.rules import NAMES, OBJECT, REAL, Items, Keys, check
 from prunekit.surgery.kv import plan_kv
 from prunekit.surgery.width import plan_width
 
-from .choice import SIZES, Candidate, gain
+from .choice import SIZES, Candidate, gain, useful_share
 
 LEAST_NEURONS = 0.5  # of them stay in one round
 MOST_TRIALS = 2  # of a kind in one round
@@ -85,9 +85,11 @@ def list_trials(
     Of heads, neurons and KV heads: what saves something that is wanted and takes no more than that. Layers need no
     trial: a scan scores them in memory.
     """
+    now = sizes(checkpoint)
+    useful = useful_share(most, wanted, now) * now["params"]
     options = {
         "heads": ("--heads", _heads(checkpoint) if "heads" in kinds else ()),
-        "neurons": ("--neuron-share", _neurons(checkpoint, most) if "neurons" in kinds else ()),
+        "neurons": ("--neuron-share", _neurons(checkpoint, useful) if "neurons" in kinds else ()),
         "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds else ()),
     }
     trials: list[tuple[str, str, list[str]]] = []
@@ -192,7 +194,8 @@ def from_trials(checkpoint: Checkpoint, file: Path) -> list[Candidate]:
 
 
 def _loss(result: dict[str, Any]) -> float | None:
-    return next(iter(result["datasets"].values()), {}).get("loss")
+    scores: dict[str, Any] = next(iter(result["datasets"].values()), {})
+    return scores.get("loss")
 
 
 def _cut(entry: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
