@@ -8,6 +8,7 @@ from helpers.cuts import cut_width
 from prunekit.errors import PruneKitError
 from prunekit.loop.candidates import sizes
 from prunekit.loop.state import Loop
+from prunekit.report import draw_loop
 
 
 @pytest.fixture
@@ -109,3 +110,12 @@ def test_a_damaged_file_is_refused_by_its_place(loop):
     (loop.folder / "loop.json").write_text('{"settings": {}, "base": {}, "rounds": [{"round": 1}]}')
     with pytest.raises(PruneKitError, match=r"loop.json: rounds\[0\].from is missing"):
         Loop(loop.folder)
+
+
+def test_the_way_is_drawn_with_a_panel_for_each_target(loop, tmp_path):
+    loop.settings["targets"]["kv"] = 0.5 * loop.base["sizes"]["kv"]
+    loop.save()
+    for score, longer in ((0.95, None), (0.5, 0.6)):
+        do_round(Loop(loop.folder), score, longer)
+    draw_loop(Loop(loop.folder).content, tmp_path / "loop.png")
+    assert (tmp_path / "loop.png").read_bytes().startswith(b"\x89PNG")
