@@ -531,6 +531,23 @@ TRYOUT = [
     Mutant(">= ALIKE:", "> 1:"),
 ]
 
+CHOICE = [
+    Mutant("min(saved[unit], wish) / wish", "saved[unit] / wish"),
+    Mutant('saved["params"] <= most', 'saved["params"] <= 2 * most'),
+    Mutant("if kind != each.kind), each]", "), each]"),
+    Mutant("steps.append((added / more, each.name, each))", "steps.append((added, each.name, each))"),
+    Mutant("if chosen and rate > DEAR", "if rate > DEAR"),
+    Mutant("DEAR * max(LITTLE, ", "9999 * max(LITTLE, "),
+    Mutant("key=lambda each: KINDS.index(each.kind)", "key=lambda each: each.name"),
+    Mutant("return most * (NEAR + (1 - NEAR) * room) / 2**failed", "return most * room / 2**failed"),
+    Mutant("/ 2**failed", "/ 1"),
+    Mutant('(1 - base, 1 - now) if metric == "cer"', '(base, now) if metric == "cer"'),
+    Mutant("math.exp(min(base - now", "math.exp(min(now - base"),
+    Mutant("if before <= 0:", "if before < 0:"),
+    Mutant('share if "kv" in wanted else', "share if False else"),
+    Mutant("if numbers[unit] > target", "if numbers[unit] >= target"),
+]
+
 FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/sides.py": (f"tests/surgery/test_sides.py {FIT_TESTS}", SIDES),
     "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
@@ -582,6 +599,7 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
     "prunekit/knockout/callback.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
     "plugins/sparsity.py": ("tests/plugins/test_plugins.py", SPARSITY_PLUGIN),
+    "prunekit/loop/choice.py": ("tests/loop/test_choice.py", CHOICE),
     "prunekit/msswift/extend.py": (
         "tests/plugins/test_plugins.py tests/test_evaluate.py -k ids_of or known or exact",
         EXTEND,

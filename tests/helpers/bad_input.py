@@ -195,6 +195,7 @@ CHEAP = {  # what reads a config, with arguments that its model can be cut by
     "width_cut.py": ("--heads", "2", "--neuron-share", "0.5", "--dry-run"),
     "sparsify.py": ("--sparsity", "0.5", "--dry-run"),
     "prunekit.critical": (),
+    "prunekit.plan": ("--target-params", "0.5"),
     "prunekit.training.cycles": (),
 }
 

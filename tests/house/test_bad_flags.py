@@ -52,6 +52,8 @@ def flags(tagger, model, ranking, rows, out) -> list[tuple]:
         ("ner_run.py", trained, "--optim", ["nonsense"]),
         ("ner_run.py", trained, "--deepspeed", ["gone.json"]),
         ("ner_run.py", trained, "--weight_decay", ["nan", "abc"]),
+        *(("prunekit.plan", ("--model", model, "--ranking", ranking), flag, NUMBERS)
+          for flag in ("--target-params", "--target-kv", "--target-bytes", "--most")),
         ("prunekit.training.cycles", ("plan", "--model", model), "--sparsity", NUMBERS),
         ("prunekit.training.cycles", ("plan", "--model", model, "--sparsity", "0.5"), "--start", NUMBERS),
         ("prunekit.training.cycles", ("plan", "--model", model, "--sparsity", "0.5"), "--cycles", NUMBERS),

@@ -8,12 +8,13 @@ from helpers.paths import ROOT
 LIBRARY = ROOT / "prunekit"
 ORDER = (  # from below; names on one line know nothing of each other, and what is not here is a command, above all
     ("errors",), ("rules", "arguments"), ("families",), ("msswift",), ("checkpoint",), ("model",), ("data",),
-    ("surgery",), ("report",), ("knockout", "training", "tagger"), ("serving",),
+    ("surgery",), ("report",), ("knockout", "training", "tagger"), ("serving", "loop"),
 )  # fmt: skip
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 WINGS = {path.stem for path in LIBRARY.iterdir()}
 WITHOUT_TORCH = [LIBRARY / "families.py", *(LIBRARY / "checkpoint").glob("*.py"), *(LIBRARY / "msswift").glob("*.py")]
 PLANS = ("layers", "kv", "width", "width_parts", "zeros", "zeros_weights", "zeros_wish")
+WITHOUT_TORCH += [*(LIBRARY / "loop").glob("*.py"), LIBRARY / "plan.py"]
 WITHOUT_TORCH += [LIBRARY / "surgery" / f"{plan}.py" for plan in PLANS]
 
 

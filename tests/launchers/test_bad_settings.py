@@ -22,7 +22,7 @@ def refused(lab: Lab, launcher: str, message: str, *arguments: object, **env: st
     assert sorted(lab.folder.rglob("*")) == before
 
 
-EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh"]
+EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh", "loop.sh"]
 BAD_SETTINGS = [
     *(({name: value}, "full_run.sh") for name, value in {
         "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16",
@@ -43,10 +43,16 @@ BAD_SETTINGS = [
     *(({name: value}, "sparse_run.sh") for name, value in {
         "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
     }.items()),
+    *(({name: value}, "loop.sh") for name, value in {
+        "TARGET_PARAMS": "1.5", "TARGET_BYTES": "5GB", "TARGET_KV": "0", "KEEP": "97", "METRIC": "bleu",
+        "CUTS": "experts", "MAX_ROUNDS": "0", "ROUND_SHARE": "1", "KEEP_ROUNDS": "some", "RECOVER_STEPS": "0",
+        "DISTIL_STEPS": "x", "LONGER_STEPS": "0", "CALIB_TOKENS": "-1", "HEAL": "yes", "DRY_RUN": "2",
+    }.items()),
     *(({"GPUS": "0,1", name: value}, "distil.sh") for name, value in {
         "ROLLOUT_GPUS": "x", "ROLLOUT_PORT": "65536", "ROLLOUT_DEADLINE": "soon",
     }.items()),
-    *(({"MASTER_ADDR": "a", "NNODES": "2"}, name) for name in ("export_lora.sh", "knockout_check.sh", "sparse_run.sh")),
+    *(({"MASTER_ADDR": "a", "NNODES": "2"}, name)
+      for name in ("export_lora.sh", "knockout_check.sh", "loop.sh", "sparse_run.sh")),
     ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),
     ({"BY": "skill", "GATE": "best"}, "knockout_check.sh"),
     ({"GATE": "worst"}, "knockout_check.sh"),

@@ -104,7 +104,7 @@ def test_knockouts_leave_a_folder_that_is_no_sweep_alone(lab):
     assert [path.name for path in lab.out.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("launcher", [*LAUNCHERS, "knockout_check.sh"])
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "knockout_check.sh", "loop.sh"])
 def test_help_prints_the_header_and_runs_nothing(lab, launcher):
     before = sorted(lab.folder.rglob("*"))
     result = lab.run(launcher, "--max_steps", "3", "--help")

@@ -15,7 +15,7 @@ from helpers.tiny_ocr import tiny_ocr
 from PIL import Image
 from safetensors.torch import load_file
 
-from prunekit.checkpoint import history
+from prunekit.checkpoint import history, statistics
 
 pytestmark = pytest.mark.slow
 BATCH = ["--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "60", "--logging_steps", "2"]
@@ -117,3 +117,24 @@ def test_a_cycle_of_sparsity_is_judged_by_what_was_measured_and_its_zeros_surviv
     shares = entry["sparsity"]["tensors"]
     assert entry["stage"] == "sparse_run" and sum(zeros[name] for name in shares) == entry["sparsity"]["zeros"]
     assert entry["sparsity"]["sparsity"] == pytest.approx(0.7, abs=1e-4)
+
+
+@pytest.mark.ci
+def test_a_loop_ends_at_its_target_and_within_its_gate(run, measured, tmp_path):
+    out = tmp_path / "out"
+    printed = run(
+        "bash", "loop.sh", *BATCH, "--gradient_accumulation_steps", 1, "--learning_rate", "2e-4",
+        MODEL=EMBEDDED, OUTPUT=out, TARGET_PARAMS=0.9, KEEP=0.9, CUTS="layers neurons", CALIB_TOKENS=1500,
+        RECOVER_STEPS=8, DISTIL_STEPS=2, DISTIL_ARGS="--max_completion_length 12", KEEP_ROUNDS="all",
+    )  # fmt: skip
+    assert "all targets are reached" in printed
+    base, small = measured("val", EMBEDDED, out, arguments=["--no-generate"])
+    assert statistics(out)["parameters"] <= 0.9 * statistics(EMBEDDED)["parameters"]
+    assert small["token_acc"] >= 0.9 * base["token_acc"]
+    found = json.loads((tmp_path / "out.loop/loop.json").read_text())
+    last = found["rounds"][-1]
+    assert found["base"]["scores"] == pytest.approx(base, rel=1e-4)
+    assert last["tries"][-1]["scores"] == pytest.approx(small, rel=1e-4)
+    scan = json.loads((tmp_path / "out.loop/1/scan/scan.json").read_text())
+    assert scan["baseline"]["loss"] == pytest.approx(base["loss"], rel=1e-3), "both judge on the same rows"
+    assert (out / "loop.png").exists()

@@ -1,0 +1,202 @@
+"""The steps of loop.sh: each reads loop.json, decides one thing, writes it down and says it in lines for the shell.
+
+    python -m prunekit.loop begin --into runs/small.loop --model checkpoints/base --target-params 0.7 --keep 0.97 ...
+    python -m prunekit.loop next --into runs/small.loop
+    python -m prunekit.loop trials --into runs/small.loop --model checkpoints/base
+    python -m prunekit.loop choose --into runs/small.loop --model checkpoints/base --scan scan.json --trials trials.json
+    python -m prunekit.loop judge --into runs/small.loop
+    python -m prunekit.loop publish --into runs/small.loop --out checkpoints/small
+
+next answers ROUND=, FROM= (a folder within INTO; empty: the base), MOST= (the parameters that may go), LEAVES= (the
+share of them down to which layers are worth a scan), WANTS= (the targets that are not reached) and KEPT=; or END=, why
+there is no other round. judge answers VERDICT=good, longer (to be recovered for longer) or back. trials and choose
+answer command lines.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from prunekit.arguments import Parser, positive_float, positive_int, share
+from prunekit.checkpoint import fingerprint, history_entry, open_checkpoint, statistics, write_checkpoint
+from prunekit.checkpoint.provenance import contents, data_record
+from prunekit.checkpoint.records import COMMAND
+from prunekit.errors import PruneKitError, run_script
+from prunekit.model.load import check_causal
+
+from .candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, sizes
+from .choice import KINDS, METRICS, absolute_targets, choose, missing, table, useful_share
+from .state import PICTURE, Loop
+
+
+def begin(args: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(args.model)
+    check_causal(checkpoint)
+    kinds = args.cuts.split()
+    if not kinds or not set(kinds) <= set(KINDS) or len(kinds) != len(set(kinds)):
+        raise PruneKitError(f"CUTS={args.cuts}: choose from {' '.join(KINDS)}, each once")
+    base = sizes(checkpoint)
+    targets = absolute_targets(base, args.target_params, args.target_bytes, args.target_kv)
+    reached = sorted(targets.keys() - missing(targets, base).keys())
+    if reached:
+        raise PruneKitError(f"TARGET_{reached[0].upper()}: {args.model} is as small as that already; leave it out")
+    check_reachable(checkpoint, kinds, targets)
+    settings = {
+        "model": args.model,
+        "fingerprint": fingerprint(checkpoint),
+        "data": [contents([data_record(name)])[0] + name[len(name.partition("#")[0]) :] for name in args.data],
+        "targets": targets,
+        "keep": args.keep,
+        "metric": args.metric,
+        "cuts": kinds,
+        "share": args.share,
+    }
+    if args.into:
+        loop = Loop.begin(args.into, settings, base)
+        if args.base_scores:
+            loop.note_base(args.base_scores)
+
+
+def next_round(args: argparse.Namespace) -> None:
+    loop = Loop(args.into)
+    if not args.dry_run:
+        loop.tidy(args.keep_rounds)
+    if end := loop.end(args.max_rounds):
+        print(f"END={end}")
+        return
+    this = loop.next_round()
+    start = loop.last_good
+    print(f"ROUND={this['round']}")
+    print(f"FROM={'' if this['from'] == 0 else loop.model(this['from']).relative_to(loop.folder)}")
+    print(f"MOST={this['most']:.0f}")
+    print(f"LEAVES={1 - useful_share(this['most'], this['wanted'], start['sizes']):.4f}")
+    print(f"WANTS={' '.join(this['wanted'])}")
+    print(f"KEPT={start['kept']:.4f}")
+
+
+def trials(args: argparse.Namespace) -> None:
+    loop = Loop(args.into)
+    this = loop.rounds[-1]
+    checkpoint = open_checkpoint(args.model)
+    for name, script, flags in list_trials(checkpoint, loop.settings["cuts"], this["wanted"], this["most"]):
+        print(name, script, *flags)
+
+
+def choose_cuts(args: argparse.Namespace) -> int:
+    loop = Loop(args.into)
+    this = loop.rounds[-1]
+    checkpoint = open_checkpoint(args.model)
+    candidates = from_path(checkpoint, args.scan) if args.scan else []
+    candidates += from_trials(checkpoint, args.trials) if args.trials else []
+    chosen = choose(candidates, this["wanted"], this["most"])
+    loop.note_choice(candidates, chosen)
+    print(table(candidates, chosen, this["wanted"]), file=sys.stderr)
+    for line in cut_lines(chosen):
+        print(*line)
+    return 0 if chosen else 3
+
+
+def judge(args: argparse.Namespace) -> None:
+    from prunekit.report import draw_loop
+
+    loop = Loop(args.into)
+    this = loop.judge(args.result)
+    metric, last = loop.settings["metric"], this["tries"][-1]
+    print(
+        f"round {this['round']}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
+        f"{loop.base['scores'][metric]:.4f}; KEEP={loop.settings['keep']:g}"
+    )
+    if "good" in this:
+        draw_loop(loop.content, loop.folder / PICTURE)
+        log_to_wandb(loop, this)
+    print(f"VERDICT={'longer' if 'good' not in this else 'good' if this['good'] else 'back'}")
+
+
+def publish(args: argparse.Namespace) -> int:
+    loop = Loop(args.into)
+    best = loop.last_good
+    if not best["round"]:
+        raise PruneKitError(
+            f"no round kept {loop.settings['keep']:g} of the base's {loop.settings['metric']}: the base is the last "
+            f"good model, and {args.out} isn't written; recover for longer, allow less a round, or keep less"
+        )
+    checkpoint = open_checkpoint(loop.model(best["round"]))
+    numbers = statistics(checkpoint)
+    metrics = next(each["scores"] for each in best["tries"] if each["folder"] == best["folder"])
+    settings = {key: loop.settings[key] for key in ("targets", "keep", "metric", "cuts", "share")}
+    settings |= {"rounds": len(loop.rounds), "round": best["round"], "kept": best["kept"]}
+    entry = history_entry("loop", loop.settings["model"], numbers, numbers, None, metrics, settings)
+    extra = [file for file in (loop.folder / COMMAND, loop.folder / PICTURE) if file.exists()]
+    write_checkpoint(checkpoint, args.out, entry, args.overwrite, extra_files=extra)
+    base = loop.base["sizes"]
+    print(
+        f"round {best['round']} is the last good one: {best['sizes']['params'] / base['params']:.1%} of the "
+        f"parameters, {best['kept']:.1%} of the base's {loop.settings['metric']}; published as {args.out}"
+    )
+    if wanted := loop.wanted():
+        print(f"not reached: {', '.join(f'TARGET_{unit.upper()}' for unit in wanted)}: {loop.end(args.max_rounds)}")
+        return 3
+    return 0
+
+
+def log_to_wandb(loop: Loop, this: dict[str, Any]) -> None:
+    """One W&B run a round, with what could be cut and what was. Whatever goes wrong there is one line on stderr."""
+    try:
+        import wandb
+
+        with wandb.init(
+            name=f"loop/round-{this['round']}",
+            job_type="loop",
+            config=loop.settings,
+            settings=wandb.Settings(console="off", silent=True),
+        ) as run:
+            columns: list[Any] = ["kind", "name", "cost", "parameters", "kv_bytes_per_token", "chosen"]
+            rows = [
+                [each["kind"], each["name"], each["cost"], each["saved"]["params"], each["saved"]["kv"], each["chosen"]]
+                for each in this.get("candidates", [])
+            ]
+            log: dict[str, Any] = {"way": wandb.Image(str(loop.folder / PICTURE)), "kept": this["kept"]}
+            if rows:
+                log["candidates"] = wandb.Table(columns=columns, data=rows)
+            run.log(log)
+    except Exception as error:  # W&B raises many kinds; none is worth a loop
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: W&B has no round {this['round']} ({line}); {loop.file} has it", file=sys.stderr)
+
+
+def main() -> int | None:
+    parser = Parser(description=__doc__)
+    steps = parser.add_subparsers(dest="step", required=True)
+    doing = {"begin": begin, "next": next_round, "trials": trials, "choose": choose_cuts, "judge": judge,
+             "publish": publish}  # fmt: skip
+    for name in doing:
+        step = steps.add_parser(name)
+        step.add_argument("--into", type=Path, required=name != "begin", help="folder of the loop")
+        if name in ("begin", "trials", "choose"):
+            step.add_argument("--model", required=True)
+        if name in ("next", "publish"):
+            step.add_argument("--max-rounds", type=positive_int, default=8)
+    parts = steps.choices
+    parts["begin"].add_argument("--data", nargs="*", default=[], help="what rounds train and are measured on")
+    parts["begin"].add_argument("--base-scores", type=Path, help="evaluation of the base")
+    parts["begin"].add_argument("--target-params", type=share)
+    parts["begin"].add_argument("--target-bytes", type=positive_float)
+    parts["begin"].add_argument("--target-kv", type=share)
+    parts["begin"].add_argument("--keep", type=share, required=True)
+    parts["begin"].add_argument("--metric", choices=METRICS, required=True)
+    parts["begin"].add_argument("--cuts", required=True, help="kinds, with spaces between")
+    parts["begin"].add_argument("--share", type=share, required=True, help="of the weights, at most, in a round")
+    parts["next"].add_argument("--keep-rounds", choices=("good", "last", "all"), default="good")
+    parts["next"].add_argument("--dry-run", action="store_true", help="remove nothing")
+    parts["choose"].add_argument("--scan", type=Path)
+    parts["choose"].add_argument("--trials", type=Path)
+    parts["judge"].add_argument("--result", default="distilled", help="what of a round is measured first")
+    parts["publish"].add_argument("--out", required=True)
+    parts["publish"].add_argument("--overwrite", action="store_true")
+    args = parser.parse_args()
+    return doing[args.step](args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,220 @@
+"""What can be cut next: trials worth making, and candidates read from what scans and evaluations measured."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunekit.checkpoint import Checkpoint, Outline, fingerprint, heads, history, read_json, statistics
+from prunekit.checkpoint.provenance import check_ranking
+from prunekit.errors import PruneKitError
+from prunekit.knockout.removal import STACKS, Removal, plan_without
+from prunekit.report.results import read_results
+from prunekit.rules import NAMES, OBJECT, REAL, Items, Keys, check
+from prunekit.surgery.kv import plan_kv
+from prunekit.surgery.width import plan_width
+
+from .choice import SIZES, Candidate, gain, useful_share
+
+LEAST_NEURONS = 0.5  # of them stay in one round
+MOST_TRIALS = 2  # of a kind in one round
+SCRIPTS = {"layers": "manual_select.py", "heads": "width_cut.py", "neurons": "width_cut.py", "kv": "kv_cut.py"}
+_POINT = Keys({"removed": NAMES, "loss": REAL}, ("removed",))
+_PATH = Keys({"greedy": Keys({"path": Items(_POINT)}, ("path",)), "settings": OBJECT})
+
+
+def sizes(model: Outline | str | Path) -> dict[str, float]:
+    """A model's sizes by SIZES' keys."""
+    numbers = statistics(model)
+    return {unit: numbers[key] for unit, key in SIZES.items()}
+
+
+def _saved(checkpoint: Checkpoint, after: Outline | str | Path) -> dict[str, float]:
+    left = sizes(after)
+    return {unit: before - left[unit] for unit, before in sizes(checkpoint).items()}
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+def _heads(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
+    """Each number of query heads that every layer could keep, falling; none where heads could only be masked."""
+    for number in range(heads(checkpoint).query - 1, 0, -1):
+        try:
+            plan = plan_width(checkpoint, number)
+        except PruneKitError:
+            continue
+        if not plan.heads_masked:
+            yield str(number), plan.outline
+
+
+def _neurons(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
+    """Shares of the neurons that take half of `most` parameters, and all of it."""
+    before = statistics(checkpoint)["neurons"]
+    try:
+        half = _saved(checkpoint, plan_width(checkpoint, neuron_share=0.5).outline)["params"]
+    except PruneKitError:  # too few are left
+        return
+    for part in (0.5, 1.0):
+        with contextlib.suppress(PruneKitError):  # less than the smallest step
+            share = max(LEAST_NEURONS, 1 - 0.5 * part * most / max(half, 1))
+            outline = plan_width(checkpoint, neuron_share=share).outline
+            yield _share_of_neurons(statistics(outline)["neurons"], before), outline
+
+
+def _share_of_neurons(after: int, before: int) -> str:
+    return f"{after / before:.4g}"
+
+
+def _kv(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
+    """The next number of KV heads."""
+    for number in range(heads(checkpoint).kv - 1, 0, -1):
+        try:
+            yield str(number), plan_kv(checkpoint, number, "calibrated").outline
+        except PruneKitError:
+            continue
+        return
+
+
+def list_trials(
+    checkpoint: Checkpoint, kinds: Sequence[str], wanted: Mapping[str, float], most: float
+) -> list[tuple[str, str, list[str]]]:
+    """(name, script, flags) of the cuts that are worth a trial in a round which may take `most` parameters.
+
+    Of heads, neurons and KV heads: what saves something that is wanted and takes no more than that. Layers need no
+    trial: a scan scores them in memory.
+    """
+    now = sizes(checkpoint)
+    useful = useful_share(most, wanted, now) * now["params"]
+    options = {
+        "heads": ("--heads", _heads(checkpoint) if "heads" in kinds else ()),
+        "neurons": ("--neuron-share", _neurons(checkpoint, useful) if "neurons" in kinds else ()),
+        "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds else ()),
+    }
+    trials: list[tuple[str, str, list[str]]] = []
+    for kind, (flag, found) in options.items():
+        fitting = 0
+        for value, outline in found:
+            saved = _saved(checkpoint, outline)
+            if saved["params"] > most or fitting == MOST_TRIALS:
+                break
+            trial = (f"{flag[2:]}-{value}", SCRIPTS[kind], [flag, value])
+            if gain(saved, wanted) > 0 and trial not in trials:
+                fitting += 1
+                trials.append(trial)
+    return trials
+
+
+def check_reachable(checkpoint: Checkpoint, kinds: Sequence[str], targets: Mapping[str, float]) -> None:
+    """PruneKitError for a target (by SIZES' keys) that these kinds can't reach, were all gone of them that can go."""
+    before = sizes(checkpoint)
+    left = dict(before)
+    for kind in kinds:
+        saved = _most_saved(checkpoint, kind)
+        left = {unit: max(0.0, left[unit] - saved[unit]) for unit in left}
+    for unit, target in targets.items():
+        if target < left[unit]:
+            raise PruneKitError(
+                f"TARGET_{unit.upper()}: is {target:,.0f} {SIZES[unit]} of {before[unit]:,.0f}, and cuts of "
+                f"{', '.join(kinds)} leave {left[unit]:,.0f} at the least: allow more kinds (CUTS), or ask for less"
+            )
+
+
+def _most_saved(checkpoint: Checkpoint, kind: str) -> dict[str, float]:
+    """All that a kind can save, or more: one text layer left and no vision block, one head for each KV head, ..."""
+    if kind == "layers":
+        numbers, before = statistics(checkpoint), sizes(checkpoint)
+        parts, text = numbers["parameters_by_component"], 1 - 1 / numbers["num_hidden_layers"]
+        gone = text * parts["text"] + parts["vision"]
+        return {"params": gone, "bytes": before["bytes"] * gone / before["params"], "kv": text * before["kv"]}
+    found: list[tuple[str, Outline]] = []
+    with contextlib.suppress(PruneKitError):  # none of this kind can go
+        if kind == "heads":
+            found = list(_heads(checkpoint))
+        elif kind == "neurons":
+            found = [("", plan_width(checkpoint, neuron_share=0.01).outline)]
+        else:
+            found = [("", plan_kv(checkpoint, 1, "calibrated").outline)]
+    return _saved(checkpoint, found[-1][1] if found else checkpoint)
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def from_path(checkpoint: Checkpoint, file: Path) -> list[Candidate]:
+    """A candidate for every set of a greedy path, from a scan.json or a ranking.json of this model."""
+    found = read_json(file)
+    check(found, _PATH, file)
+    if not found.get("greedy"):
+        raise PruneKitError(f"{file}: has no greedy path; make one: GREEDY=8 HEAL=1 bash knockout_check.sh")
+    settings: dict[str, Any] = found.get("settings") or {}
+    of = found.get("fingerprint") or settings.get("fingerprint")
+    check_ranking(checkpoint, {"model": found.get("model", "another model"), "fingerprint": of})
+    candidates, (base, *path) = [], found["greedy"]["path"]
+    for point in path:
+        if (cost := _difference(point.get("loss"), base.get("loss"))) is None:
+            continue
+        try:
+            gone = sorted(map(Removal.parse, point["removed"]))
+        except ValueError as error:
+            raise PruneKitError(f"{file}: {error}; make it anew") from None
+        flags: list[str] = []
+        for stack in STACKS:
+            if numbers := [str(removal.layer) for removal in gone if removal.stack == stack]:
+                flags += [f"--{stack}", *numbers]
+        saved = _saved(checkpoint, plan_without(checkpoint, gone).result)
+        candidates.append(Candidate("layers", " ".join(map(str, gone)), cost, saved, tuple(flags)))
+    return candidates
+
+
+def _difference(now: float | None, base: float | None) -> float | None:
+    return now - base if now is not None and base is not None and math.isfinite(now - base) else None
+
+
+def from_trials(checkpoint: Checkpoint, file: Path) -> list[Candidate]:
+    """A candidate for every model but the first of an evaluation, which is of `checkpoint` and of cuts made from it.
+
+    What was cut says each folder's history. PruneKitError for a folder that was made by something else.
+    """
+    base, *others = read_results(file)
+    own = fingerprint(checkpoint)
+    before = _loss(base)
+    candidates = []
+    for result in others:
+        folder = Path(result["model"])
+        entry: dict[str, Any] = (history(folder) or [{}])[-1]
+        if entry.get("input_fingerprint") != own or entry.get("stage") not in ("width_cut", "kv_cut"):
+            raise PruneKitError(f"{file}: {folder} is no cut of {checkpoint.path} by width_cut.py or kv_cut.py")
+        if (cost := _difference(_loss(result), before)) is None:
+            continue
+        kind, flags = _cut(entry)
+        candidates.append(Candidate(kind, f"{kind} {flags[-1]}", cost, _saved(checkpoint, folder), flags))
+    return candidates
+
+
+def _loss(result: dict[str, Any]) -> float | None:
+    scores: dict[str, Any] = next(iter(result["datasets"].values()), {})
+    return scores.get("loss")
+
+
+def _cut(entry: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """(kind, flags that make it again) of a history's entry."""
+    if entry["stage"] == "kv_cut":
+        return "kv", ("--kv-heads", str(entry["num_key_value_heads"]))
+    removed = entry.get("removed") or {}
+    if "heads" in removed:
+        if len(removed) > 1:
+            raise PruneKitError(
+                f"a trial cut {' and '.join(removed)} at once: cut one kind a trial, to tell costs apart"
+            )
+        return "heads", ("--heads", str(entry["num_attention_heads"]))
+    return "neurons", ("--neuron-share", _share_of_neurons(entry["neurons"], entry["neurons_before"]))
+
+
+def cut_lines(chosen: Sequence[Candidate]) -> list[list[str]]:
+    """The scripts that make these cuts one after the other, each with its flags: heads and neurons go in one."""
+    lines: dict[str, list[str]] = {}
+    for each in chosen:
+        lines.setdefault(SCRIPTS[each.kind], []).extend(each.flags)
+    return [[script, *flags] for script, flags in lines.items()]

@@ -1,0 +1,126 @@
+"""The loop's decisions, as arithmetic: how much a round may cut, what is cheapest, whether a model keeps enough.
+
+Nothing here reads a file or imports a library: candidates with a cost and what they save go in, a set comes out.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prunekit.errors import PruneKitError
+
+KINDS = ("layers", "heads", "neurons", "kv")  # what may be cut, in the order in which it is
+SIZES = {"params": "parameters", "bytes": "bytes", "kv": "kv_bytes_per_token"}  # what targets are of, in `statistics`
+METRICS = ("token_acc", "exact_match", "cer", "reward", "loss")
+DEAR, LITTLE = 10.0, 0.01  # a step so many times as dear as the set so far, or as so much loss, waits for another round
+NEAR = 0.4  # of a round's share is spent where nothing is left between the model and its gate: 10% of 25%
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One cut that was tried and measured. Of each kind at most one is chosen: larger ones hold the smaller."""
+
+    kind: str
+    name: str
+    cost: float  # what it adds to the loss, healed or refitted, in nats a token
+    saved: Mapping[str, float]  # by SIZES' keys: parameters, bytes of weights, bytes of KV cache a token
+    flags: tuple[str, ...]  # of the script that makes this cut
+
+
+def gain(saved: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+    """How much of what is wanted is saved, each target's part from 0 to 1: at most as many as there are targets."""
+    return sum(min(saved[unit], wish) / wish for unit, wish in wanted.items())
+
+
+def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: float) -> list[Candidate]:
+    """The set that costs least for what it saves of `wanted`, with at most `most` parameters gone.
+
+    From nothing, step by step: of all candidates that could be added, or stand in for the one of their kind, that with
+    the least loss per unit of the target gained; until all that is `wanted` (by SIZES' keys, above 0) is saved, nothing
+    that gains fits, or what does is DEAR against the set so far: a budget needn't be spent, the next round looks again.
+    What goes beyond the target is no gain. Costs of different kinds are added up. In KINDS' order; empty where nothing
+    fits.
+    """
+    chosen: dict[str, Candidate] = {}
+    while (found := total(list(chosen.values()))) and (now := gain(found, wanted)) < len(wanted) - 1e-9:
+        steps = []
+        for each in candidates:
+            set_with = [*(c for kind, c in chosen.items() if kind != each.kind), each]
+            saved = total(set_with)
+            more = gain(saved, wanted) - now
+            if more > 1e-9 and saved["params"] <= most:
+                added = sum(c.cost for c in set_with) - sum(c.cost for c in chosen.values())
+                steps.append((added / more, each.name, each))
+        if not steps:
+            break
+        rate, _, best = min(steps, key=lambda step: step[:2])
+        if chosen and rate > DEAR * max(LITTLE, sum(c.cost for c in chosen.values()) / now):
+            break
+        chosen[best.kind] = best
+    return sorted(chosen.values(), key=lambda each: KINDS.index(each.kind))
+
+
+def useful_share(most: float, wanted: Mapping[str, float], now: Mapping[str, float]) -> float:
+    """The share of its parameters that it is of use to take from a model of size `now`, of which `most` may go."""
+    share = most / now["params"]
+    return share if "kv" in wanted else min(share, max(wish / now[unit] for unit, wish in wanted.items()))
+
+
+def total(chosen: Sequence[Candidate]) -> dict[str, float]:
+    """What all of them save together, taken as independent of each other."""
+    return {unit: sum(each.saved[unit] for each in chosen) for unit in SIZES}
+
+
+def round_share(most: float, kept: float, keep: float, failed: int) -> float:
+    """The share of its weights that a model may lose in the next round.
+
+    `most` of them while all is kept, NEAR of that at the gate `keep`, in proportion between them; half of it after each
+    round that failed since the last good one.
+    """
+    room = min(1.0, max(0.0, (kept - keep) / (1 - keep))) if keep < 1 else 0.0
+    return most * (NEAR + (1 - NEAR) * room) / 2**failed
+
+
+def kept_share(metric: str, base: float, now: float) -> float:
+    """The share of the base's quality that is kept. PruneKitError for a base of which no share can be kept.
+
+    Of token_acc, exact match and rewards the share of the score, of cer (errors per character) of what is right, of the
+    loss (nats a token) of the probability of a token: what perplexity is divided by.
+    """
+    if metric == "loss":
+        return math.exp(min(base - now, 700.0))
+    before, after = (1 - base, 1 - now) if metric == "cer" else (base, now)
+    if before <= 0:
+        raise PruneKitError(f"METRIC={metric}: the base has {base:.4g}: of that no share can be kept; name another")
+    return after / before
+
+
+def absolute_targets(
+    base: Mapping[str, float], params: float | None, size: float | None, kv: float | None
+) -> dict[str, float]:
+    """Targets by SIZES' keys in parameters and bytes, from shares of the base's and bytes. PruneKitError for none."""
+    shares = {"params": params, "kv": kv}
+    targets = {unit: share * base[unit] for unit, share in shares.items() if share is not None}
+    targets |= {} if size is None else {"bytes": size}
+    if not targets:
+        raise PruneKitError("no target: name a share of the parameters or of the KV cache, or bytes of weights")
+    return targets
+
+
+def missing(targets: Mapping[str, float], numbers: Mapping[str, float]) -> dict[str, float]:
+    """How far sizes (by SIZES' keys) are above targets of the same; what is reached is left out."""
+    return {unit: numbers[unit] - target for unit, target in targets.items() if numbers[unit] > target}
+
+
+def table(candidates: Sequence[Candidate], chosen: Sequence[Candidate], wanted: Mapping[str, float]) -> str:
+    """What could be cut, the cheapest a unit first, as text: what it saves, what it costs, and what is chosen (*)."""
+    order = sorted(candidates, key=lambda each: each.cost / max(gain(each.saved, wanted), 1e-9))
+    lines = [f"  {'parameters':>12}{'KV B/token':>12}{'loss':>9}{'loss / target':>15}  cut"]
+    for each in order:
+        part = gain(each.saved, wanted)
+        rate = f"{each.cost / part:>15.4f}" if part > 0 else f"{'-':>15}"
+        lines.append(
+            f"{'*' if each in chosen else ' '} {each.saved['params']:>12,.0f}{each.saved['kv']:>12,.0f}"
+            f"{each.cost:>+9.4f}{rate}  {each.name}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""For a target, the cheapest set of cuts that was measured: the choice that loop.sh makes, for who cuts by hand.
+
+    python -m prunekit.plan --model checkpoints/base --target-params 0.8 --ranking runs/sets/ranking.json
+    python -m prunekit.evaluate --model checkpoints/base trials/narrow trials/kv4 --dataset data/val.jsonl \\
+        --no-generate --json runs/trials.json
+    python -m prunekit.plan --model checkpoints/base --target-params 0.8 --target-kv 0.5 \\
+        --ranking runs/sets/ranking.json --trials runs/trials.json
+
+Layers come from a greedy path (knockout_check.sh with GREEDY=8 HEAL=1, or a scan.json), all else from an evaluation of
+MODEL and of folders that width_cut.py and kv_cut.py made from it: both on the same rows. What a cut costs is what it
+adds to the loss there. Prints what there is to choose from, what is cheapest for the target, and the lines that cut it.
+"""
+
+from pathlib import Path
+
+from prunekit.arguments import Parser, positive_float, share
+from prunekit.checkpoint import open_checkpoint, write_json
+from prunekit.errors import PruneKitError, quoted, run_script
+from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
+from prunekit.loop.choice import SIZES, absolute_targets, choose, missing, table, total
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint that is to be cut")
+    parser.add_argument("--base", help="the model whose sizes targets are shares of (default: MODEL)")
+    parser.add_argument("--target-params", type=share, metavar="SHARE", help="of the base's parameters, to be left")
+    parser.add_argument("--target-bytes", type=positive_float, metavar="N", help="of weights")
+    parser.add_argument("--target-kv", type=share, metavar="SHARE", help="of its KV cache's bytes a token")
+    parser.add_argument("--most", type=share, default=0.25, help="of MODEL's parameters that may go (default: 0.25)")
+    parser.add_argument("--ranking", nargs="*", default=[], type=Path, metavar="JSON", help="with a greedy path")
+    parser.add_argument("--trials", nargs="*", default=[], type=Path, metavar="JSON", help="of prunekit.evaluate")
+    parser.add_argument("--json", type=Path, help="also write the choice here")
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(args.model)
+    now = sizes(checkpoint)
+    base = sizes(args.base) if args.base else now
+    wanted = missing(absolute_targets(base, args.target_params, args.target_bytes, args.target_kv), now)
+    if not wanted:
+        raise PruneKitError(f"{args.model}: is as small as that already")
+    candidates = [each for file in args.ranking for each in from_path(checkpoint, file)]
+    candidates += [each for file in args.trials for each in from_trials(checkpoint, file)]
+    if not candidates:
+        raise PruneKitError("nothing to choose from: give --ranking or --trials")
+    chosen = choose(candidates, wanted, args.most * now["params"])
+    print(table(candidates, chosen, wanted))
+    if not chosen:
+        raise PruneKitError(f"nothing fits: each of these takes more than {args.most:.0%} of the parameters (--most)")
+    saved, cost = total(chosen), sum(each.cost for each in chosen)
+    print(f"chosen (*): {saved['params'] / now['params']:.1%} of the parameters for {cost:+.4f} of loss")
+    lines = cut_lines(chosen)
+    folders = [args.model, *(f"checkpoints/cut-{number}" for number in range(1, len(lines) + 1))]
+    for line, source, out in zip(lines, folders, folders[1:]):
+        heal = ["--heal"] if line[0] == "manual_select.py" else []
+        words = ["python", line[0], "--model", source, "--out", out, *line[1:], *heal, "--calib", "data/train.jsonl"]
+        print(quoted([str(word) for word in words]))
+    for unit, wish in wanted.items():
+        if saved[unit] < wish:
+            print(f"of the target's {wish:,.0f} {SIZES[unit]} that saves {saved[unit]:,.0f}: recover, and look again")
+    if args.json:
+        write_json(args.json, {"cost": cost, "saved": saved, "lines": lines, "chosen": [each.name for each in chosen]})
+
+
+if __name__ == "__main__":
+    run_script(main)

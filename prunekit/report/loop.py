@@ -1,0 +1,36 @@
+"""The way of a loop: what each round kept, at which size."""
+
+from pathlib import Path
+from typing import Any
+
+from .style import FREE, INK, KEY, MUTED, PALE, new_figure, save_figure
+
+LABELS = {"params": "parameters", "bytes": "bytes of weights", "kv": "KV bytes a token"}
+
+
+def draw_loop(loop: dict[str, Any], path: Path) -> None:
+    """Kept quality against size, a panel for each target, from loop.json's content: rounds by their numbers.
+
+    The gate and the target are dashed; what failed is red, and hangs on the round that it was cut from.
+    """
+    settings, base = loop["settings"], loop["base"]["sizes"]
+    judged = [each for each in loop["rounds"] if each.get("sizes")]
+    figure, axes = new_figure(len(settings["targets"]), 5.2 * len(settings["targets"]), 3.6)
+    for axis, (unit, target) in zip(axes[0], settings["targets"].items()):
+        places = {0: (1.0, 1.0)} | {each["round"]: (each["sizes"][unit] / base[unit], each["kept"]) for each in judged}
+        for each in judged:
+            line = (places[each["from"]], places[each["round"]])
+            axis.plot(*zip(*line), color=INK if each["good"] else PALE, linewidth=1.3, zorder=1)
+        for number, (size, kept) in places.items():
+            good = not number or next(each["good"] for each in judged if each["round"] == number)
+            axis.plot(size, kept, marker="o", markersize=5, color=FREE if good else KEY)
+            name = str(number) if number else "base"
+            axis.annotate(name, (size, kept), xytext=(4, 5), textcoords="offset points", fontsize=8)
+        axis.axhline(settings["keep"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.axvline(target / base[unit], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.set_xlabel(f"{LABELS[unit]}, share of the base's")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+        axis.invert_xaxis()
+        axis.set_title(f"{settings['metric']}, kept of the base's")
+    save_figure(figure, path)

@@ -1,0 +1,183 @@
+"""loop.sh: rounds until the targets are reached, gates that fail, kills, folders put in place by hand, bad settings."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from helpers.cuts import cut_width
+from helpers.lab import executable, values, wait_for
+from helpers.paths import ROOT
+
+from prunekit.checkpoint import history, statistics
+
+
+@pytest.fixture
+def loop(lab):
+    """A lab in which scans, evaluations and fits take no time (helpers/stub_measuring.py)."""
+    executable(lab.folder / "stubs/sitecustomize.py", "from helpers.stub_measuring import main\n\nmain()\n")
+    lab.env |= {
+        "PYTHONPATH": f"{lab.folder}/stubs:{ROOT}:{ROOT}/tests:{lab.folder}/packages",
+        "GPUS": "",
+        "TARGET_PARAMS": "0.75",
+        "CUTS": "layers neurons",
+        "DISTIL_STEPS": "0",
+        "WANDB_MODE": "disabled",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return lab
+
+
+def scores(**by_end):
+    return json.dumps({end.replace("_", "/"): value for end, value in by_end.items()})
+
+
+def state(lab):
+    return json.loads((lab.folder / "ckpt/out.loop/loop.json").read_text())
+
+
+def scripts(lab):
+    """What ran, in order: scripts and launchers' stages."""
+    lines = [json.loads(line) for line in lab.calls_file.read_text().splitlines()]
+    return [
+        line["argv"][1] if line["argv"][0] == "-m" else line["argv"][0].split("/")[-1]
+        for line in lines
+        if line["event"] in ("python", "start")
+    ]
+
+
+@pytest.mark.slow
+def test_rounds_go_on_until_the_target_is_reached_and_the_last_one_is_published(loop):
+    result = loop.run("loop.sh", TARGET_PARAMS="0.8", ROUND_SHARE="0.15", DISTIL_STEPS=9)
+    assert result.returncode == 0, result.stderr
+    found = state(loop)
+    assert len(found["rounds"]) > 1 and all(each["good"] for each in found["rounds"])
+    assert statistics(loop.out)["parameters"] <= 0.8 * statistics(loop.env["MODEL"])["parameters"]
+    assert "all targets are reached" in result.stdout
+    entry = history(loop.out)[-1]
+    assert entry["stage"] == "loop" and entry["settings"]["round"] == len(found["rounds"])
+    assert (loop.out / "loop.png").exists() and (loop.out / "command.sh").exists() and not loop.work.exists()
+    assert {call["env"]["CUDA_VISIBLE_DEVICES"] for call in loop.calls()} == {""}
+    teachers = [values(call["argv"], "--teacher_model") for call in loop.calls("rlhf")]
+    assert teachers == [[loop.env["MODEL"]]] * len(found["rounds"]), "the first model, in every round"
+
+
+def test_a_round_is_what_a_person_would_do_and_all_that_could_be_cut_is_written_down(loop):
+    loop.run("loop.sh", MAX_ROUNDS=1, DISTIL_STEPS=9, CUTS="layers heads neurons kv")
+    assert scripts(loop)[:2] == ["prunekit.evaluate", "prunekit.scan"]
+    assert scripts(loop)[-3:] == ["sft", "rlhf", "prunekit.evaluate"]
+    [this] = state(loop)["rounds"]
+    chosen = [each for each in this["candidates"] if each["chosen"]]
+    assert {each["kind"] for each in this["candidates"]} >= {"layers", "heads", "neurons"}
+    assert 0 < len(chosen) < len(this["candidates"])
+    assert sum(each["saved"]["params"] for each in chosen) <= this["most"]
+    folder = loop.folder / "ckpt/out.loop/1"
+    assert {path.name for path in folder.iterdir()} == {"scan", "distilled", "trials.json", "evaluation.json"}
+
+
+def test_below_the_gate_a_round_is_recovered_for_longer(loop):
+    result = loop.run("loop.sh", MAX_ROUNDS=1, RECOVER_STEPS=7, STUB_SCORES=scores(_1_recovered=0.8))
+    assert result.returncode in (0, 3), result.stderr
+    [this] = state(loop)["rounds"]
+    assert this["good"] and this["folder"] == "longer"
+    steps = [values(call["argv"], "--max_steps") for call in loop.calls("sft")]
+    assert steps == [["7"], ["14"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("good", [0, 1])
+def test_after_two_failed_rounds_the_last_good_model_is_published_if_there_is_one(good, loop):
+    failing = {f"_{number}_{name}": 0.5 for number in (good + 1, good + 2) for name in ("recovered", "longer")}
+    result = loop.run("loop.sh", TARGET_PARAMS="0.6", ROUND_SHARE="0.2", STUB_SCORES=scores(**failing))
+    rounds = state(loop)["rounds"]
+    assert [each["good"] for each in rounds] == [True] * good + [False] * 2
+    assert [each["from"] for each in rounds] == [0] * good + [good] * 2
+    assert rounds[-1]["most"] == pytest.approx(rounds[-2]["most"] / 2)
+    if good:
+        assert result.returncode == 3 and "not reached: TARGET_PARAMS: two rounds failed" in result.stdout
+        assert history(loop.out)[-1]["settings"]["round"] == 1
+    else:
+        assert result.returncode == 1 and not loop.out.exists()
+        assert "the base is the last good model" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_loop_leaves_no_process_and_repeats_nothing_that_is_done(loop):
+    process = loop.until_hanging("loop.sh", MAX_ROUNDS=1, STUB_HANG_AT=3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = scripts(loop)
+    result = loop.run("loop.sh", MAX_ROUNDS=1)
+    assert result.returncode in (0, 3), result.stderr
+    assert scripts(loop)[len(before) :] == ["sft", "prunekit.evaluate"]
+    assert "--resume_from_checkpoint" in loop.calls("sft")[1]["argv"]
+    wait_for(lambda: not loop.left())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["width_cut.py", "prunekit.scan"])
+def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_command_goes_on(stage, loop):
+    result = loop.run("loop.sh", MAX_ROUNDS=1, STUB_BREAK=stage)
+    assert result.returncode == 1
+    assert f"{stage}: CUDA out of memory\nerror: round 1 stopped: {stage}'s messages are above" in result.stderr
+    assert loop.run("loop.sh", MAX_ROUNDS=1).returncode in (0, 3)
+    assert scripts(loop).count(stage) >= 2
+
+
+def test_a_loop_goes_on_with_a_folder_that_a_person_put_in_place(loop):
+    here = loop.folder / "ckpt/out.loop/1"
+    assert loop.run("loop.sh", STUB_BREAK="prunekit.scan").returncode == 1
+    cut_width(loop.env["MODEL"], here / "cut", neuron_share=0.25)
+    result = loop.run("loop.sh", TARGET_PARAMS="0.75", MAX_ROUNDS=1)
+    assert result.returncode in (0, 3), result.stderr
+    assert scripts(loop) == ["prunekit.evaluate", "prunekit.scan", "sft", "prunekit.evaluate"]
+    assert [entry["stage"] for entry in history(loop.out)][0] == "width_cut"
+
+
+def test_a_loop_of_another_base_or_for_other_targets_is_refused_in_one_line(loop, pruned):
+    assert loop.run("loop.sh", STUB_BREAK="prunekit.scan").returncode == 1
+    before = (loop.folder / "ckpt/out.loop/loop.json").read_text()
+    for what, more in (("targets", {"TARGET_PARAMS": "0.5"}), ("fingerprint", {"MODEL": str(pruned)})):
+        result = loop.run("loop.sh", **more)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert f"holds a loop with another {what}" in result.stderr
+    assert (loop.folder / "ckpt/out.loop/loop.json").read_text() == before
+
+
+def test_a_dry_run_prints_the_lines_and_writes_nothing(loop):
+    before = sorted(loop.folder.rglob("*"))
+    result = loop.run("loop.sh", "--dry-run", "--learning_rate", "3e-5")
+    assert result.returncode == 0, result.stderr
+    lines = [line[2:] for line in result.stdout.splitlines() if line.startswith("+ ")]
+    for start in ("python -m prunekit.evaluate", "python -m prunekit.scan", f"python {ROOT}/width_cut.py", "MODEL="):
+        assert any(line.startswith(start) for line in lines), lines
+    assert any("full_run.sh" in line and "--learning_rate 3e-5" in line for line in lines)
+    assert sorted(loop.folder.rglob("*")) == before
+
+
+def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
+    shutil.copytree(loop.env["MODEL"], loop.out)
+    result = loop.run("loop.sh")
+    assert result.returncode == 2 and "exists; choose another OUT or pass --overwrite" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"TARGET_PARAMS": ""}, "no target"),
+        ({"TARGET_BYTES": "5e9"}, "TARGET_BYTES: {model} is as small as that already"),
+        ({"TARGET_PARAMS": "", "TARGET_KV": "0.5", "CUTS": "neurons"}, "TARGET_KV: is"),
+        ({"TARGET_PARAMS": "0.3", "CUTS": "kv"}, "TARGET_PARAMS: is"),
+        ({"METRIC": "reward"}, "of which rewards?"),
+        ({"METRIC": "exact_match"}, "has no exact_match (METRIC)"),
+        ({"STUB_SCORES": '{"qwen3_vl": 0}'}, "of that no share can be kept"),
+        ({"MODEL": "absent"}, "absent: no such folder"),
+        ({"CUTS": "kv kv"}, "each once"),
+    ],
+    ids=str,
+)
+def test_what_can_come_to_nothing_is_refused_in_one_line_and_leaves_nothing(env, message, loop):
+    result = loop.run("loop.sh", **env)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and message.format(model=loop.env["MODEL"]) in result.stderr
+    assert not loop.out.parent.exists() or list(loop.out.parent.iterdir()) == []

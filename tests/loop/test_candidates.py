@@ -1,0 +1,107 @@
+"""What can be cut next: trials that are worth making, and candidates as scans and evaluations tell of them."""
+
+import json
+
+import pytest
+from helpers.cuts import cut_width
+
+from prunekit.checkpoint import fingerprint, open_checkpoint, statistics
+from prunekit.errors import PruneKitError
+from prunekit.loop.candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, sizes
+from prunekit.surgery.cut import write_cut
+from prunekit.surgery.kv import cut_kv, plan_kv
+
+ALL = ("layers", "heads", "neurons", "kv")
+
+
+@pytest.fixture
+def model(tiny):
+    return open_checkpoint(tiny("qwen3"))
+
+
+def evaluation(file, losses):
+    results = [{"model": str(model), "datasets": {"val": {"loss": loss}}} for model, loss in losses.items()]
+    file.write_text(json.dumps(results))
+    return file
+
+
+def scan(file, model, *losses):
+    path = [{"removed": ["text-01", "text-03"][:count], "loss": loss} for count, loss in enumerate(losses)]
+    settings = {"fingerprint": fingerprint(model)}
+    file.write_text(json.dumps({"settings": settings, "greedy": {"path": path}}))
+    return file
+
+
+def test_trials_are_of_the_kinds_that_are_allowed_and_save_what_is_wanted(model):
+    most = sizes(model)["params"]
+    found = list_trials(model, ALL, {"params": most / 4}, most)
+    assert {name.rpartition("-")[0] for name, *_ in found} == {"heads", "neuron-share", "kv-heads"}
+    assert {script for _, script, _ in list_trials(model, ("neurons",), {"params": 1}, most)} == {"width_cut.py"}
+    assert {script for _, script, _ in list_trials(model, ALL, {"kv": 1}, most)} == {"kv_cut.py"}
+    assert list_trials(model, ALL, {"params": most / 4}, 1) == [], "nothing is as small as that"
+
+
+def test_of_neurons_that_cannot_be_fewer_no_trial_is_made(model, tmp_path):
+    cut_width(model.path, tmp_path / "narrow", neurons=8)
+    assert list_trials(open_checkpoint(tmp_path / "narrow"), ("neurons",), {"params": 1}, 10**6) == []
+
+
+def test_a_trial_is_named_as_its_flags_are(model):
+    for name, _, flags in list_trials(model, ALL, {"params": 1}, sizes(model)["params"]):
+        assert f"{flags[0][2:]}-{flags[1]}" == name
+
+
+def test_a_path_gives_a_candidate_for_each_of_its_sets(model, tmp_path):
+    one, two = from_path(model, scan(tmp_path / "scan.json", model, 0.2, 0.25, 0.4))
+    assert (one.name, one.cost, one.flags) == ("text-01", pytest.approx(0.05), ("--text", "1"))
+    assert two.flags == ("--text", "1", "3") and two.saved["params"] == 2 * one.saved["params"]
+    assert two.saved["kv"] == 2 * one.saved["kv"] > 0
+
+
+def test_a_set_without_a_number_is_no_candidate(model, tmp_path):
+    assert [each.name for each in from_path(model, scan(tmp_path / "scan.json", model, 0.2, None, 0.4))] == [
+        "text-01 text-03"
+    ]
+
+
+def test_a_path_of_another_model_or_none_is_refused(model, tiny, tmp_path):
+    file = scan(tmp_path / "scan.json", open_checkpoint(tiny("llama")), 0.2, 0.3)
+    with pytest.raises(PruneKitError, match="is of another model"):
+        from_path(model, file)
+    file.write_text('{"greedy": null}')
+    with pytest.raises(PruneKitError, match="has no greedy path"):
+        from_path(model, file)
+
+
+def test_trials_are_candidates_by_what_their_history_says(model, tmp_path):
+    cut_width(model.path, tmp_path / "a", heads_kept=4)
+    cut_width(model.path, tmp_path / "b", neuron_share=0.5)
+    write_cut(cut_kv(plan_kv(model, 1)), tmp_path / "c")
+    losses = {model.path: 0.5, tmp_path / "a": 0.7, tmp_path / "b": 0.4, tmp_path / "c": float("inf")}
+    file = evaluation(tmp_path / "trials.json", losses)
+    file.write_text(file.read_text().replace("Infinity", "null"))
+    heads, neurons = from_trials(model, file)
+    assert (heads.kind, heads.cost, heads.flags) == ("heads", pytest.approx(0.2), ("--heads", "4"))
+    assert (neurons.kind, neurons.cost, neurons.flags) == ("neurons", pytest.approx(-0.1), ("--neuron-share", "0.5"))
+    saved = statistics(model)["parameters"] - statistics(tmp_path / "b")["parameters"]
+    assert neurons.saved["params"] == saved
+    assert cut_lines([heads, neurons]) == [["width_cut.py", "--heads", "4", "--neuron-share", "0.5"]]
+
+
+def test_a_trial_that_is_no_cut_of_this_model_or_of_several_kinds_is_refused(model, tmp_path):
+    file = evaluation(tmp_path / "trials.json", {model.path: 0.5, "other": 0.6})
+    with pytest.raises(PruneKitError, match="other is no cut of"):
+        from_trials(model, file)
+    cut_width(model.path, tmp_path / "both", heads_kept=4, neuron_share=0.5)
+    with pytest.raises(PruneKitError, match="cut one kind a trial"):
+        from_trials(model, evaluation(file, {model.path: 0.5, tmp_path / "both": 0.6}))
+
+
+def test_a_target_that_the_kinds_cannot_reach_is_refused(model):
+    now = sizes(model)
+    check_reachable(model, ("layers",), {"params": 0.6 * now["params"], "kv": 0.5 * now["kv"]})
+    check_reachable(model, ("kv",), {"kv": 0.5 * now["kv"]})
+    with pytest.raises(PruneKitError, match="TARGET_KV: is .*cuts of heads, neurons leave"):
+        check_reachable(model, ("heads", "neurons"), {"kv": 0.5 * now["kv"]})
+    with pytest.raises(PruneKitError, match="TARGET_PARAMS"):
+        check_reachable(model, ("kv",), {"params": 0.2 * now["params"]})

@@ -1,0 +1,121 @@
+"""loop.json: rounds begin, are judged, fail and end; what is tidied away."""
+
+import json
+
+import pytest
+from helpers.cuts import cut_width
+
+from prunekit.errors import PruneKitError
+from prunekit.loop.candidates import sizes
+from prunekit.loop.state import Loop
+from prunekit.report import draw_loop
+
+
+@pytest.fixture
+def loop(tiny, tmp_path):
+    """A loop to what a quarter of the neurons leaves, that keeps 90% of token_acc, which is 1."""
+    model = tiny("qwen3")
+    base = sizes(model)
+    cut_width(model, tmp_path / "small", neuron_share=0.25)
+    targets = {"params": sizes(tmp_path / "small")["params"]}
+    settings = {"model": str(model), "fingerprint": "f", "data": [], "targets": targets,
+                "keep": 0.9, "metric": "token_acc", "cuts": ["neurons"], "share": 0.25}  # fmt: skip
+    made = Loop.begin(tmp_path / "loop", settings, base)
+    made.note_base(measured(tmp_path / "base.json", 1.0))
+    return made
+
+
+def measured(file, score):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps([{"model": "m", "datasets": {"val": {"token_acc": score}}}]))
+    return file
+
+
+def do_round(loop, score, longer=None, share=0.8):
+    this = loop.next_round()
+    here = loop.folder / str(this["round"])
+    cut_width(loop.model(0), here / "distilled", neuron_share=share)
+    measured(here / "evaluation.json", score)
+    if longer is not None:
+        cut_width(loop.model(0), here / "longer", neuron_share=share)
+        measured(here / "longer.json", longer)
+    return Loop(loop.folder).judge("distilled")
+
+
+def test_a_round_behind_the_gate_is_where_the_next_begins(loop):
+    assert do_round(loop, 0.95)["good"]
+    again = Loop(loop.folder)
+    assert again.next_round()["from"] == 1
+    assert again.model(1) == loop.folder / "1/distilled"
+    assert again.rounds[1]["share"] == pytest.approx(0.25 * (0.4 + 0.6 * 0.5)), "half of the way to the gate is gone"
+
+
+def test_a_round_below_the_gate_stays_open_until_it_was_recovered_for_longer(loop):
+    assert "good" not in do_round(loop, 0.5)
+    again = Loop(loop.folder)
+    assert again.next_round()["round"] == 1
+    cut_width(again.model(0), again.folder / "1/longer", neuron_share=0.8)
+    measured(again.folder / "1/longer.json", 0.92)
+    this = again.judge("distilled")
+    assert this["good"] and this["folder"] == "longer" and [each["kept"] for each in this["tries"]] == [0.5, 0.92]
+
+
+def test_two_failures_end_it_and_a_good_round_between_them_does_not(loop):
+    assert do_round(loop, 0.5, 0.6)["good"] is False
+    assert (again := Loop(loop.folder)).end(8) is None and again.failed == 1
+    assert do_round(again, 0.95)["good"]
+    assert do_round(Loop(loop.folder), 0.5, 0.6)["good"] is False
+    assert Loop(loop.folder).end(8) is None
+    do_round(Loop(loop.folder), 0.5, 0.6)
+    assert "two rounds failed" in Loop(loop.folder).end(8)
+    assert Loop(loop.folder).last_good["round"] == 2
+
+
+def test_it_ends_where_targets_are_reached_or_rounds_are_used_up(loop):
+    do_round(loop, 0.95)
+    assert Loop(loop.folder).end(1) == "MAX_ROUNDS=1 are done"
+    do_round(Loop(loop.folder), 0.95, share=0.25)
+    assert Loop(loop.folder).end(8) == "all targets are reached"
+
+
+def test_other_settings_are_refused_and_a_base_that_moved_is_not(loop):
+    same = loop.settings | {"model": "elsewhere"}
+    assert Loop.begin(loop.folder, same, loop.base["sizes"]).model(0).name == "elsewhere"
+    with pytest.raises(PruneKitError, match="holds a loop with another keep, metric: repeat"):
+        Loop.begin(loop.folder, same | {"keep": 0.5, "metric": "loss"}, loop.base["sizes"])
+
+
+def test_a_metric_that_was_not_measured_is_refused(loop):
+    loop.settings["metric"] = "reward"
+    with pytest.raises(PruneKitError, match="has no reward .METRIC., only token_acc"):
+        loop.scores(loop.folder.parent / "base.json")
+
+
+@pytest.mark.parametrize(("keep", "left"), [("good", {1, 2}), ("last", {2}), ("all", {1, 2, 3})])
+def test_checkpoints_of_rounds_stay_as_the_setting_says_and_measurements_always(keep, left, loop):
+    do_round(loop, 0.95)
+    do_round(Loop(loop.folder), 0.94)
+    do_round(Loop(loop.folder), 0.5, 0.6)
+    (loop.folder / "1/recovered").symlink_to(loop.folder / "1/distilled")
+    again = Loop(loop.folder)
+    again.next_round()
+    (loop.folder / "4/cut").mkdir(parents=True)
+    again.tidy(keep)
+    stays = {number for number in (1, 2, 3) if (loop.folder / str(number) / "distilled").exists()}
+    assert stays == left and (loop.folder / "4/cut").exists()
+    assert all((loop.folder / str(number) / "evaluation.json").exists() for number in (1, 2, 3))
+
+
+def test_a_damaged_file_is_refused_by_its_place(loop):
+    (loop.folder / "loop.json").write_text('{"settings": {}, "base": {}, "rounds": [{"round": 1}]}')
+    with pytest.raises(PruneKitError, match=r"loop.json: rounds\[0\].from is missing"):
+        Loop(loop.folder)
+
+
+def test_the_way_is_drawn_with_a_panel_for_each_target(loop, tmp_path):
+    loop.settings["targets"]["kv"] = 0.5 * loop.base["sizes"]["kv"]
+    loop.save()
+    for score, longer in ((0.95, None), (0.5, 0.6)):
+        do_round(Loop(loop.folder), score, longer)
+    draw_loop(Loop(loop.folder).content, tmp_path / "loop.png")
+    assert (tmp_path / "loop.png").read_bytes().startswith(b"\x89PNG")
