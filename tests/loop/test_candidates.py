@@ -36,7 +36,7 @@ def test_trials_are_of_the_kinds_that_are_allowed_and_save_what_is_wanted(model)
     most = sizes(model)["params"]
     found = list_trials(model, ALL, {"params": most / 4}, most)
     assert {name.rpartition("-")[0] for name, *_ in found} == {"heads", "neuron-share", "kv-heads"}
-    assert {script for _, script, _ in list_trials(model, ("neurons",), {"params": 1}, most)} == {"width_cut.py"}
+    assert {script for _, script, _ in list_trials(model, ("neurons",), {"params": most / 4}, most)} == {"width_cut.py"}
     assert {script for _, script, _ in list_trials(model, ALL, {"kv": 1}, most)} == {"kv_cut.py"}
     assert list_trials(model, ALL, {"params": most / 4}, 1) == [], "nothing is as small as that"
 
@@ -47,7 +47,10 @@ def test_of_neurons_that_cannot_be_fewer_no_trial_is_made(model, tmp_path):
 
 
 def test_a_trial_is_named_as_its_flags_are(model):
-    for name, _, flags in list_trials(model, ALL, {"params": 1}, sizes(model)["params"]):
+    most = sizes(model)["params"]
+    trials = list_trials(model, ALL, {"params": most / 4}, most)
+    assert trials
+    for name, _, flags in trials:
         assert f"{flags[0][2:]}-{flags[1]}" == name
 
 
