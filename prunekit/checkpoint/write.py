@@ -140,8 +140,8 @@ def write_checkpoint(
 ) -> None:
     """Write `checkpoint` to OUT, atomically, with its side files, its history plus `entry`, and a README.md of these.
 
-    `checkpoint.path` is the folder that side files come from, but for those that `checkpoint.files` has anew; files
-    missing there come from `fallback`, whose history is then the one that goes on. Raises PruneKitError as `new_folder` does.
+    `checkpoint.path` is the folder that side files come from, but for what is anew in `checkpoint.files`; those missing
+    there come from `fallback`, whose history is then the one that goes on. Raises PruneKitError as `new_folder` does.
     """
     files = {file.name: file for folder in (fallback, checkpoint.path) if folder for file in side_files(folder)}
     files |= {file.name: file for file in map(Path, extra_files)}
