@@ -47,6 +47,8 @@ def main() -> None:
     print(*plan.notes, comparison(statistics(checkpoint), statistics(plan.outline)), sep="\n")
     cut = fit_vocabulary(plan, data)
     print("tokens a byte of held-out rows: {tokens_per_byte_before:.4f} -> {tokens_per_byte:.4f}".format(**cut.metrics))
+    for name in (name for name, content in cut.result.files.items() if content is None):
+        print(f"{name} has the old numbers, and is left out: tokenizer.json says the same")
     save(cut, arguments)
 
 

@@ -12,7 +12,6 @@ the uncut model too. Part `embedded` cuts the model of eight skills. Prints JSON
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
@@ -34,6 +33,17 @@ CUTS = {  # by name: the script, and what it is told; 4 layers have as many para
     "a quarter of the vocabulary": ("vocab_cut.py", "--keep-share", 0.25),
     "6 layers dropped": ("manual_select.py", "--text", *LAYERS[:6]),
 }
+
+# Runs a command and says what it took: from a small process, whose memory isn't taken for its child's
+WATCH = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+used, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+print(json.dumps({"seconds": round(seconds, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+                  "peak_mb": round(used.ru_maxrss * 1024 / 1e6)}))
+sys.exit(code)
+"""
 
 
 def texts_of(path: Path, count: int) -> list[str]:
@@ -65,13 +75,10 @@ class Bench:
             command = [sys.executable, ROOT / script, "--model", model, "--out", out, *words]
             if script == "vocab_cut.py":
                 command += ["--calib", calib]
-            start = time.perf_counter()
-            process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=sys.stderr)
-            _, status, used = os.wait4(process.pid, 0)
-            if status:
-                sys.exit(f"error: {script} failed")
-            seconds = round(time.perf_counter() - start, 1)
-            self.keep({"seconds": seconds, "peak_mb": round(used.ru_maxrss / 1e3)}, "cuts", name)
+            done = subprocess.run(
+                [sys.executable, "-c", WATCH, *map(str, command)], cwd=ROOT, check=True, stdout=subprocess.PIPE
+            )
+            self.keep(json.loads(done.stdout), "cuts", name)
         return out
 
     # --- SmolLM2 -------------------------------------------------------------------------------------------------

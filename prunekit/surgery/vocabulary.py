@@ -106,8 +106,8 @@ def plan_vocabulary(
             f"{tokenizer.folder / 'tokenizer.json'}: {tokenizer.tokens[last]!r} is token {last}, the model has rows "
             f"for {before}: copy the tokenizer of the same model"
         )
-    wanted, said = (size, f"--size {size}") if size else (round(before * (share or 0)), f"--keep-share {share:g}")
-    assert wanted is not None
+    said = f"--size {size}" if size is not None else f"--keep-share {share:g}"
+    wanted = size if size is not None else round(before * (share or 0))
     rows = -(-max(1, wanted) // multiple) * multiple
     if rows >= before:
         rounded = f", rounded up to a multiple of {multiple} that is {rows:,}" if rows != wanted else ""

@@ -21,11 +21,13 @@ def given(tmp_path):
 
 def test_the_script_cuts_on_data_and_records_it(given, tmp_path, script):
     model, file = given
+    (model / "tokenizer.model").write_text("the old numbers")
     words = ("--model", model, "--out", tmp_path / "out", "--size", 350, "--multiple", 16, "--calib", file)
     done = script("vocab_cut.py", *words)
     assert done.returncode == 0, done.stderr
     assert re.search(r"352 tokens are kept: 350 rounded up to a multiple of 16", done.stdout)
     assert re.search(r"tokens a byte of held-out rows: 0\.\d+ -> 0\.\d+", done.stdout)
+    assert "tokenizer.model has the old numbers, and is left out" in done.stdout
     (entry,) = history(tmp_path / "out")
     assert entry["stage"] == "vocab_cut" and entry["removed"] == {"tokens": 81}
     assert entry["settings"]["calibration_data"][0]["path"] == str(file)
