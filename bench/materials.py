@@ -18,12 +18,14 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
 CHARACTERS = 2400  # a row of text: somewhat over 512 tokens
 TINY_VL = Path(__file__).resolve().parents[1] / "examples/tiny_vl"
 EMBEDDED = TINY_VL / "model"
+DOCUMENTED = ("torch", "numpy", "matplotlib", "datasets", "huggingface_hub")  # packages that .venv has anyway
 MODELS = ("embedded", "smollm2")  # what a bench can be run on
 
 
@@ -108,13 +110,16 @@ def wikipedia() -> tuple[list[str], list[str]]:
     return halves
 
 
-def docstrings() -> list[str]:
-    """The longer docstrings of each module of Python's library, joined and cut to pieces of `CHARACTERS`."""
+def docstrings(files: Iterable[Path] | None = None) -> list[str]:
+    """The longer docstrings of each module, joined and cut to pieces of `CHARACTERS`; default: of Python's library."""
     import ast
 
     texts = []
-    for file in sorted(Path(json.__file__).parents[1].glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+    for file in sorted(files or Path(json.__file__).parents[1].glob("*.py")):
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+        except SyntaxError:  # a template of a module
+            continue
         nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
         found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
         text = "\n\n".join(doc for doc in found if doc and len(doc) > 200)
@@ -129,6 +134,20 @@ def write_texts(folder: Path) -> dict[str, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for path, texts in zip(paths.values(), (*wikipedia(), docstrings()), strict=True):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return paths
+
+
+def package_docstrings(folder: Path) -> dict[str, Path]:
+    """packages-train.jsonl and, every fifth row, packages-test.jsonl: docstrings of `DOCUMENTED`, 7 MB, shuffled."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("packages-train", "packages-test")}
+    if not all(path.exists() for path in paths.values()):
+        texts = [text for name in DOCUMENTED for text in docstrings(_package(name).rglob("*.py"))]
+        random.Random(0).shuffle(texts)
+        folder.mkdir(parents=True, exist_ok=True)
+        test = texts[::5]
+        train = [text for number, text in enumerate(texts) if number % 5]
+        for path, half in zip(paths.values(), (train, test), strict=True):
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in half))
     return paths
 
 

@@ -14,6 +14,8 @@ from prunekit.rules import COUNT, FACTOR, FLAG, NAMES, NUMBER, NUMBERS, OBJECT, 
 # What may stand before a tensor's name, depending on release and on whether the model was saved with its head
 NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)\.)+"
 
+# Config keys whose numbers are tokens, in transformers' configs of models, generation and processors
+TOKEN_IDS = re.compile(r".*_token_(?:ids?|index)|(?:begin_)?suppress_tokens|bad_words_ids|stop_token_ids")
 
 _EXPERT = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?(\w+?)(?:\.(weight|bias))?")
 
@@ -116,6 +118,8 @@ class Family:
     tables: dict[str, str] = field(  # regex of an embedding table's name -> config key that counts its rows
         default_factory=lambda: {r"(?:.*\.)?embed_tokens\.weight": "vocab_size"}
     )
+    vocabulary: str = r"(?:.*\.)?embed_tokens\.weight|lm_head\.(?:weight|bias)"  # regex: tensors with a row a token
+    token_ids: dict[str, int] = field(default_factory=dict)  # what transformers takes where a config has no such key
     tied: str = r"lm_head\.weight"  # regex: tensors that are a second copy when embeddings are tied
     tied_by_default: bool = False
     hidden: str = "hidden_size"
@@ -175,6 +179,13 @@ _QWEN_VL = replace(_QWEN, defaults={"max_window_layers": 80}, config="text_confi
 _QWEN_MOE = Stack(
     _TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step", experts="moe_intermediate_size"
 )
+_VISION_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+_ROBERTA_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 _VIT: dict[str, Any] = {
     "prefix": _VISUAL + r"blocks\.",
     "count": "depth",
@@ -208,6 +219,8 @@ _ENCODER: dict[str, Any] = {
         r"(?:.*\.)?embeddings\.word_embeddings\.weight": "vocab_size",
         r"(?:.*\.)?embeddings\.position_embeddings\.weight": "max_position_embeddings",
     },
+    "vocabulary": r"(?:.*\.)?embeddings\.word_embeddings\.weight|(?:cls\.predictions|lm_head)\.(?:decoder\.)?bias"
+    r"|(?:cls\.predictions|lm_head)\.decoder\.weight|vocab_projector\.(?:weight|bias)",
     "tied": r"(?:cls\.predictions|lm_head)\.decoder\.(?:weight|bias)|vocab_projector\.weight",
 }
 
@@ -221,6 +234,7 @@ FAMILIES: dict[str, Family] = {
             _VIT3,
             vision_prefix=_VISUAL,
             taps=Taps(),
+            token_ids=_VISION_IDS,
             head_dim_default=128,
             one_template=True,
         ),
@@ -230,6 +244,7 @@ FAMILIES: dict[str, Family] = {
             _VIT3,
             vision_prefix=_VISUAL,
             taps=Taps(),
+            token_ids=_VISION_IDS,
             one_template=True,
         ),
         Family(
@@ -241,6 +256,7 @@ FAMILIES: dict[str, Family] = {
                 defaults={"fullatt_block_indexes": [7, 15, 23, 31]},
             ),
             vision_prefix=_VISUAL,
+            token_ids=_VISION_IDS | {"bos_token_id": 151643, "eos_token_id": 151645},
             head_dim=None,
             removable_heads="none",
         ),
@@ -249,14 +265,15 @@ FAMILIES: dict[str, Family] = {
             _QWEN_VL,
             Stack(**_VIT, mlp=("mlp.fc1", "mlp.fc2")),
             vision_prefix=_VISUAL,
+            token_ids=_VISION_IDS | {"bos_token_id": 151643, "eos_token_id": 151645},
             head_dim=None,
             removable_heads="none",
         ),
         Family("qwen3", _QWEN, head_dim_default=128),
         Family("qwen3_moe", _QWEN_MOE),
         Family("qwen2", _QWEN, removable_heads="none"),  # vLLM takes hidden / heads
-        Family("llama", _DECODER, removable_heads="divisors"),
-        Family("mistral", _DECODER, one_template=True),
+        Family("llama", _DECODER, removable_heads="divisors", token_ids={"bos_token_id": 1, "eos_token_id": 2}),
+        Family("mistral", _DECODER, one_template=True, token_ids={"bos_token_id": 1, "eos_token_id": 2}),
         Family(
             "gemma3_text",
             Stack(
@@ -271,6 +288,7 @@ FAMILIES: dict[str, Family] = {
                     "post_feedforward_layernorm",
                 ),
             ),
+            token_ids={"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
             head_dim_default=256,
             removable_heads="divisors",
             tied_by_default=True,
@@ -295,6 +313,8 @@ FAMILIES: dict[str, Family] = {
                 inputs_first=True,
             ),
             embedding=r"(?:transformer\.)?w[tp]e\.|lm_head\.",
+            vocabulary=r"(?:transformer\.)?wte\.weight|lm_head\.weight",
+            token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
             tables={
                 r"(?:transformer\.)?wte\.weight": "vocab_size",
                 r"(?:transformer\.)?wpe\.weight": "n_positions",
@@ -308,9 +328,9 @@ FAMILIES: dict[str, Family] = {
             head_dim=None,
             removable_heads="none",
         ),
-        Family("bert", _BERT, **_ENCODER),
-        Family("roberta", _BERT, first_position=2, **_ENCODER),
-        Family("camembert", _BERT, first_position=2, **_ENCODER),
+        Family("bert", _BERT, token_ids={"pad_token_id": 0}, **_ENCODER),
+        Family("roberta", _BERT, first_position=2, token_ids=_ROBERTA_IDS, **_ENCODER),
+        Family("camembert", _BERT, first_position=2, token_ids=_ROBERTA_IDS, **_ENCODER),
         Family(
             "distilbert",
             Stack(
@@ -326,6 +346,7 @@ FAMILIES: dict[str, Family] = {
                 plain_residual=False,
                 norms=("sa_layer_norm", "output_layer_norm"),
             ),
+            token_ids={"pad_token_id": 0},
             hidden="dim",
             heads="n_heads",
             **_ENCODER,

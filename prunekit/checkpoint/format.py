@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Checkpoint(Outline):
     """A folder's config and the whereabouts of its tensors, by name, in the order of files and offsets."""
 
     tensors: dict[str, Tensor]
+    files: dict[str, bytes | None] = field(default_factory=dict)  # side files that surgery changed; None: left out
 
     def shapes(self) -> dict[str, Shape]:
         """Those of its tensors, by name: what an `Outline` begins with."""

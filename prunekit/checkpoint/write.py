@@ -140,18 +140,23 @@ def write_checkpoint(
 ) -> None:
     """Write `checkpoint` to OUT, atomically, with its side files, its history plus `entry`, and a README.md of these.
 
-    `checkpoint.path` is the folder that side files come from; files missing there come from `fallback`, whose history
-    is then the one that goes on. Raises PruneKitError as `new_folder` does.
+    `checkpoint.path` is the folder that side files come from, but for what is anew in `checkpoint.files`; those missing
+    there come from `fallback`, whose history is then the one that goes on. Raises PruneKitError as `new_folder` does.
     """
     files = {file.name: file for folder in (fallback, checkpoint.path) if folder for file in side_files(folder)}
     files |= {file.name: file for file in map(Path, extra_files)}
+    files = {name: file for name, file in files.items() if name not in checkpoint.files}
+    anew = {name: content for name, content in checkpoint.files.items() if content is not None}
     entries = [*history(fallback or checkpoint.path), entry]
     numbers = statistics(checkpoint)
     need = checkpoint.nbytes + sum(file.stat().st_size for file in files.values()) + 2**20
+    need += sum(map(len, anew.values()))
     check_out(out, checkpoint.path, *([fallback] if fallback else []), overwrite=overwrite)
     with new_folder(out, overwrite, need) as folder:
         write_weights(folder, checkpoint.tensors, max_shard_bytes)
         write_json(folder / "config.json", checkpoint.config)
         for file in files.values():
             shutil.copyfile(file, folder / file.name)
+        for name, content in anew.items():
+            (folder / name).write_bytes(content)
         write_records(folder, checkpoint.config, numbers, entries)

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers.paths import ROOT
 from helpers.tiny_models import load
 from safetensors.torch import save_file
 
-from prunekit.checkpoint import INDEX, read_header, statistics, write_weights
+from prunekit.checkpoint import INDEX, open_checkpoint, read_header, statistics, write_checkpoint, write_weights
 from prunekit.errors import PruneKitError
 
 
@@ -58,6 +59,16 @@ def test_shards_stay_as_they_are_with_a_right_index(tiny, tmp_path):
     assert [f.name for f in sorted(out.glob("*.safetensors"))] == [f.name for f in sorted(source.glob("*.safetensors"))]
     load(out)
     assert_same_weights(out, source)
+
+
+def test_side_files_that_surgery_changed_are_written_anew_or_left_out(own, tmp_path):
+    folder = own("llama")
+    for name in ("kept.txt", "changed.txt", "gone.txt"):
+        (folder / name).write_text(name)
+    files = {"changed.txt": b"anew", "gone.txt": None, "new.txt": b"too"}
+    write_checkpoint(replace(open_checkpoint(folder), files=files), tmp_path / "out", {"stage": "copy"})
+    found = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.txt")}
+    assert found == {"kept.txt": b"kept.txt", "changed.txt": b"anew", "new.txt": b"too"}
 
 
 @pytest.mark.parametrize("limit", [1, 10_000, 10**9])

@@ -38,6 +38,7 @@ OUTS = {
     "manual_select.py": ("--text", "1"),
     "kv_cut.py": ("--kv-heads", "1"),
     "width_cut.py": ("--heads", "2"),
+    "vocab_cut.py": ("--size", "64", "--calib", "rows.jsonl"),
     "sparsify.py": ("--sparsity", "0.5"),
     "deploy.py": (),
     "ner_run.py": ("--dataset",),

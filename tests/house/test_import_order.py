@@ -13,7 +13,17 @@ ORDER = (  # from below; names on one line know nothing of each other, and what 
 RANK = {name: number for number, names in enumerate(ORDER) for name in names}
 WINGS = {path.stem for path in LIBRARY.iterdir()}
 WITHOUT_TORCH = [LIBRARY / "families.py", *(LIBRARY / "checkpoint").glob("*.py"), *(LIBRARY / "msswift").glob("*.py")]
-PLANS = ("layers", "kv", "width", "width_parts", "zeros", "zeros_weights", "zeros_wish")
+PLANS = (
+    "layers",
+    "kv",
+    "width",
+    "width_parts",
+    "vocabulary",
+    "vocabulary_files",
+    "zeros",
+    "zeros_weights",
+    "zeros_wish",
+)
 WITHOUT_TORCH += [*(LIBRARY / "loop").glob("*.py"), LIBRARY / "plan.py"]
 WITHOUT_TORCH += [LIBRARY / "surgery" / f"{plan}.py" for plan in PLANS]
 
