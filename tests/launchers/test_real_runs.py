@@ -85,7 +85,7 @@ def measured(run, data):
 @pytest.mark.ci
 def test_each_of_three_phases_reads_words_better_that_it_has_not_seen(run, cut, measured, tmp_path):
     run(
-        "bash", "progressive_run.sh", *BATCH, "--eval_steps", 40, "--save_steps", 40, "--learning_rate", "1e-3",
+        "bash", "progressive_run.sh", *BATCH, "--eval_steps", 40, "--save_steps", 40, "--learning_rate", "5e-4",
         MODEL=cut, OUTPUT=tmp_path / "out", STEPS1=16, STEPS2=32, STEPS3=3, ACCUMULATE=1,
     )  # fmt: skip
     phases = [tmp_path / name for name in ("out-phase1", "out-phase2", "out")]
