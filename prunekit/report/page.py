@@ -55,7 +55,7 @@ def rows_beside(rows: list[dict[str, Any]]) -> Part:
 
 def write_pages(folder: Path, title: str, made: str, sections: list[Section]) -> None:
     """report.html, with the folder's pictures in it, and report.md, which names them."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # torch needs it, so that it's always there
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     jinja.filters["inline"] = lambda name: f"data:image/png;base64,{b64encode((folder / name).read_bytes()).decode()}"

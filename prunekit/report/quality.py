@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prunekit.data.answers import Judged
-from prunekit.data.figures import chosen, means, paired_differences
+from prunekit.data.figures import chosen, means, paired_differences, ratios
 from prunekit.data.groups import group_of, indices_by_group
 from prunekit.data.rows import Rows, images_of, question_of, text_of
 
@@ -62,7 +62,7 @@ def differences_of(base: Judged, model: Judged, places: list[int] | None = None)
 def lost_rows(right: Judged, wrong: Judged) -> list[int]:
     """Places of the rows that one is right and the other wrong on; farthest from the truth first, then by loss."""
     lost = (right.figures["exact_match"][0] == 1) & (wrong.figures["exact_match"][0] == 0)
-    share, loss = (above / np.maximum(below, 1) for above, below in (wrong.figures["cer"], wrong.figures["loss"]))
+    share, loss = (ratios(*wrong.figures[name]) for name in ("cer", "loss"))
     return sorted(np.flatnonzero(lost).tolist(), key=lambda place: (-share[place], -loss[place]))
 
 

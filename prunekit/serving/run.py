@@ -159,9 +159,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return result | {"peak_memory": peak_memory("cpu" if on_cpu else job["device"])}
 
 
-if __name__ == "__main__":
+def answer(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Measure what the JSON on stdin says, and write the result, and nothing else, to stdout as JSON."""
     output = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of the result
     result = measure(json.load(sys.stdin))
     with open(output, "w") as stream:  # noqa: PTH123
         json.dump(result, stream)
+
+
+if __name__ == "__main__":
+    answer(measure)

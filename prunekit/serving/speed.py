@@ -6,10 +6,7 @@
 memory is its own process's.
 """
 
-import json
-import os
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +17,8 @@ import numpy as np
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
+
+from .run import answer, peak_memory
 
 REPEATS = 3  # of a prefill, and of the tokens decoded behind one, within a round
 
@@ -128,8 +127,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from prunekit.checkpoint import open_checkpoint
     from prunekit.model.load import load_model
 
-    from .run import peak_memory
-
     checkpoint, start = open_checkpoint(job["folder"]), time.perf_counter()
     model = load_model(checkpoint, job["device"], job["dtype"])
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "batches": {}}
@@ -151,8 +148,4 @@ def _processor(threads: int) -> str:
 
 
 if __name__ == "__main__":
-    output = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no part of the result
-    result = measure(json.load(sys.stdin))
-    with open(output, "w") as stream:  # noqa: PTH123
-        json.dump(result, stream)
+    answer(measure)

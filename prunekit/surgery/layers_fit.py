@@ -40,7 +40,7 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
     """
     check_healable(plan)
     family, seams = plan.source.family, find_seams(plan)
-    rows = {s.stack: reached(model, family, s.stack, data.fit, data.held_out) for s in seams}
+    rows = {stack: reached(model, family, stack, data.fit, data.held_out) for stack in {s.stack for s in seams}}
 
     def held_out_loss() -> float:
         with removed(model, plan):
