@@ -5,9 +5,10 @@
 
 Students: the embedded model after the demo's cuts, with one KV head, and SmolLM2-135M without the 5 layers that cost it
 least. Each method takes the same steps, rows and rate: `sft` the answers; `on-policy` reverse KL to the whole model on
-the student's own answers; `live` the same on the data's answers; `cached` from the teacher's top 8 and tail; `hidden`
-live and with a term for hidden states (bench/hidden_states.py). At each of `--points` checkpoints the loss (nats a
-token) on held-out rows, of the training's kind and of another; and seconds a step, without what a start takes.
+the student's own answers; `live` the same on the data's answers; `cached` from the teacher's top 8 and tail; both with
+forward KL, too; `hidden` live and with a term for hidden states (bench/hidden_states.py). At each of `--points`
+checkpoints the loss (nats a token) on held-out rows, of the training's kind and of another; and seconds a step,
+without what a start takes.
 
 Prints JSON; takes an hour on two CPU cores. What earlier calls made in RUNS/distil isn't made again.
 """
@@ -36,6 +37,8 @@ METHODS = {
     "on-policy": ("distil.sh", {"LMBDA": "1"}, []),
     "live": ("distil.sh", {"LMBDA": "0"}, []),
     "cached": ("distil.sh", {"CACHE": "{case}/cache"}, []),
+    "live forward": ("distil.sh", {"LMBDA": "0", "BETA": "0"}, []),
+    "cached forward": ("distil.sh", {"CACHE": "{case}/cache", "BETA": "0"}, []),
     "hidden": ("distil.sh", {"LMBDA": "0", "HIDDEN_STATES": "1.0"}, ["--external_plugins", "bench/hidden_states.py"]),
 }
 FLAGS = "--gradient_accumulation_steps 1 --warmup_ratio 0.05 --eval_strategy no --save_total_limit 20 --logging_steps 1"
