@@ -111,8 +111,10 @@ def test_int8_is_near_small_and_tells_its_story(served):
 def test_the_table_holds_what_files_and_plain_evaluation_say(served, tmp_path, script):
     (int8, source), data = served("bert", "onnx-int8"), write_rows(tmp_path / "rows.jsonl")
     done = script("deploy.py", "--model", source, int8, "--dataset", data, "--length", 16, "--batches", 1, 4,
-                  "--seconds", 0.1, "--rounds", 1, "--json", tmp_path / "table.json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+                  "--seconds", 0.1, "--rounds", 1, "--json", tmp_path / "table.json", "--require", "bytes<=1e9",
+                  "--require", "batches.4.latency<=1e-9")  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"gate: {int8}: batches.4.latency is 0.")
     first, second = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert (first["format"], second["format"]) == ("float32", "onnx-int8")
     assert first["f1"] == evaluate(source, read_rows(data))["f1"]
