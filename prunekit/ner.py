@@ -40,7 +40,7 @@ TAG = """The entities of texts, as a line of JSON each: label, text, start and e
 
 A file has a text a line, or is JSONL with rows {"text": "Ana ..."} or {"tokens": ["Ana", ...]}.
 """
-WATCH = """What a log of tagged texts says: how sure the model is, how fast, how far its label shares are from training's.
+WATCH = """What a log of tagged texts says: how sure the model is, how fast, how far its labels are from training's.
 
     python -m prunekit.ner watch tagged.log --last 10000 --max-psi 0.2 --require 'latency.p95<=0.1'
 

@@ -89,17 +89,16 @@ class TextData:
 
         Of each in `entities`, with its `support` (texts), as `entity_scores` has them of each type.
         """
-        from sklearn.metrics import classification_report
+        from sklearn.metrics import precision_recall_fscore_support
 
         truth = [self.labels[feature["labels"]] for feature in self.features]
         said = [self.labels[int(number)] for number in predicted]
-        report = classification_report(truth, said, output_dict=True, zero_division=0)
-        accuracy = report.pop("accuracy", sum(map(str.__eq__, truth, said)) / len(truth))
-        names = {"precision": "precision", "recall": "recall", "f1-score": "f1"}
-        scores = {
-            label: {name: float(report[label][theirs]) for theirs, name in names.items()}
-            | {"support": int(report[label]["support"])}
-            for label in sorted({*truth, *said})
+        names = sorted({*truth, *said})
+        columns = precision_recall_fscore_support(truth, said, labels=names, zero_division=0)
+        scores = dict(zip(("precision", "recall", "f1"), columns))
+        each = {
+            label: {name: float(values[place]) for name, values in scores.items()} | {"support": int(columns[3][place])}
+            for place, label in enumerate(names)
         }
-        means = {name: float(report["macro avg"][theirs]) for theirs, name in names.items()}
-        return {"accuracy": float(accuracy), **means, "entities": scores}
+        means = {name: float(values.mean()) for name, values in scores.items()}
+        return {"accuracy": sum(map(str.__eq__, truth, said)) / len(truth), **means, "entities": each}

@@ -22,7 +22,8 @@ from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
 from prunekit.serving.deploy import choose_format, deploy, quantise_onnx, sums_overflow
 from prunekit.serving.run import load_served, mean_loss, pad
-from prunekit.tagger.rows import read_rows
+from prunekit.tagger.rows import TEXT_CLASSIFIER, read_rows
+from prunekit.tagger.train import load_classifier
 
 ROWS = [list(range(5, 30)), list(range(40, 47)), list(range(20, 33))]
 
@@ -58,6 +59,19 @@ def test_onnx_equals_torch_for_any_batch_and_length(family, served):
             theirs = model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.numpy()
         counted = inputs["attention_mask"].astype(bool)
         np.testing.assert_allclose(ours[counted], theirs[counted], atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_text_classifier_as_onnx_gives_the_same_logits(tagger, tmp_path):
+    labels = {0: "good", 1: "bad"}
+    model = load_classifier(open_checkpoint(tagger("distilbert")), labels, True, TEXT_CLASSIFIER).eval()
+    model.save_pretrained(tmp_path / "texts")
+    shutil.copy(tagger("distilbert") / "tokenizer.json", tmp_path / "texts")
+    entry = deploy(open_checkpoint(tmp_path / "texts"), tmp_path / "out", "onnx")
+    assert entry["metrics"]["largest_difference"] < 1e-4
+    inputs = pad(ROWS)
+    with torch.inference_mode():
+        theirs = model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.numpy()
+    np.testing.assert_allclose(load_served(tmp_path / "out")(inputs), theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_a_decoder_as_onnx_gives_the_same_loss(tiny, tmp_path):

@@ -28,7 +28,7 @@ from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.tagger.rows import Row, encode, join, labels_of, load_tokenizer, read_rows, tag_numbers
 from prunekit.tagger.scores import Data, entity_scores
-from prunekit.tagger.train import check_teacher, matching_layers
+from prunekit.tagger.train import check_teacher, load_classifier, matching_layers
 from prunekit.training.publish import publish
 
 pytestmark = pytest.mark.usefixtures("plain_trainer")
@@ -322,13 +322,9 @@ def test_a_new_head_does_not_excuse_other_layers(tagger, tmp_path):
 
 @pytest.fixture
 def inside_only(tagger, tmp_path):
-    """The tagger with labels as the common French model's: no B- among them. Two of its old ones are gone."""
-    model = hf.AutoModelForTokenClassification.from_pretrained(
-        tagger("bert"), num_labels=3, ignore_mismatched_sizes=True
-    )
-    model.config.id2label = {0: "O", 1: "I-LOC", 2: "I-PER"}
-    model.config.label2id = {name: number for number, name in model.config.id2label.items()}
-    model.save_pretrained(tmp_path / "inside")
+    """A tagger with labels as the common French model's: no B- among them."""
+    labels = {0: "O", 1: "I-LOC", 2: "I-PER"}
+    load_classifier(open_checkpoint(tagger("bert")), labels, new_head=True).save_pretrained(tmp_path / "inside")
     save_tokenizer(tmp_path / "inside")
     return tmp_path / "inside"
 
