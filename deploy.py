@@ -3,12 +3,16 @@
     python deploy.py --model checkpoints/pruned --out serve/int8 --dataset data/test.jsonl
     python deploy.py --model checkpoints/dense checkpoints/pruned --out serve/int8 --dataset data/test.jsonl
     python deploy.py --model checkpoints/dense checkpoints/pruned serve/int8 --dataset data/test.jsonl --json table.json
+    python deploy.py --model checkpoints/pruned --out serve/int8 --dataset data/test.jsonl --min-f1 0.84
 
 With --out, the last model is written there: onnx or onnx-int8 (onnxruntime's dynamic quantisation) for encoders and
 small decoders, torchao-int8 or torchao-int8-dynamic for any text model, which plain transformers loads where torchao is
 installed. With --dataset, all models and OUT are measured side by side: size of the weight files, peak memory, latency
 and throughput of batches, F1 (token classifiers: rows as for ner_run.py) or loss (decoders: rows {"text": ...}). To
 publish a folder: hf upload NAME/MODEL serve/int8
+
+--min-f1 and --require are gates on what was measured of OUT, or of the last model: exit code 3 if it falls short. OUT
+is written then, too.
 """
 
 from pathlib import Path
@@ -16,11 +20,19 @@ from pathlib import Path
 from prunekit.arguments import Parser, device, new_file, positive_float, positive_int
 from prunekit.checkpoint import check_out, open_checkpoint, write_json
 from prunekit.errors import run_script
+from prunekit.gates import add_gates, check_bounds, gate
 from prunekit.serving.deploy import FORMATS, choose_format, deploy
-from prunekit.serving.measure import Measuring, check_measurable, measure_served, served_table, where_zeros_save_nothing
+from prunekit.serving.measure import (
+    Measuring,
+    check_measurable,
+    measure_served,
+    metric_names,
+    served_table,
+    where_zeros_save_nothing,
+)
 
 
-def main() -> None:
+def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, type=Path, help="folders; the last becomes OUT")
     parser.add_argument("--out", type=Path, help="folder to write")
@@ -42,9 +54,12 @@ def main() -> None:
     measuring.add_argument("--threads", type=positive_int, help="(default: all cores)")
     measuring.add_argument("--device", type=device, help="of what torch runs (default: cpu)")
     measuring.add_argument("--json", type=new_file, help="also write the table here")
+    add_gates(measuring, min_f1=True)
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dataset:
         parser.error("--out or --dataset is needed")
+    if arguments.require and not arguments.dataset:
+        parser.error("--require and --min-f1 are of what is measured: give --dataset")
 
     how = None
     if arguments.dataset:
@@ -53,6 +68,7 @@ def main() -> None:
             arguments.rounds, arguments.threads, arguments.device or "cpu",
         )  # fmt: skip
         check_measurable(arguments.model, how)
+        check_bounds(arguments.require, metric_names(arguments.model[-1]))
     folders = list(arguments.model)
     if arguments.out:
         checkpoint = open_checkpoint(arguments.model[-1])
@@ -70,6 +86,8 @@ def main() -> None:
             print(line)
         if arguments.json:
             write_json(arguments.json, {"length": how.length, "rounds": how.rounds, "rows": rows})
+        return gate(arguments.require, {rows[-1]["model"]: rows[-1]})
+    return 0
 
 
 if __name__ == "__main__":

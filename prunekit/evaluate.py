@@ -1,10 +1,12 @@
 """Measure checkpoints on a data set: token_acc and loss as ms-swift counts them, and what is really generated.
 
     python -m prunekit.evaluate --model checkpoints/base checkpoints/recovered --dataset data/test.jsonl
+    python -m prunekit.evaluate --model checkpoints/recovered --dataset data/test.jsonl --require 'exact_match>=0.97'
 
 token_acc looks good on a model whose generation has collapsed, so both are measured: teacher-forced over every row,
 and greedy generation compared with the answer (exact match, character error rate). `--by skill` says it of each group
-of rows, too: a mean can hide that a cut has killed one of them.
+of rows, too: a mean can hide that a cut has killed one of them. `--require` is a gate: exit code 3 if the last model
+falls short on any data set; 'groups.reading.exact_match>=0.9' is of a group.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from prunekit.data.groups import groups_of
 from prunekit.data.rows import Rows, read_datasets
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
+from prunekit.gates import add_gates, check_bounds, gate
 from prunekit.model.load import check_causal
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names, check_rewards
@@ -121,7 +124,14 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
     return datasets, templates
 
 
-def main() -> None:
+def metric_names(args: argparse.Namespace) -> set[str]:
+    """What the scores of a model will have."""
+    names = {"token_acc", "loss"} | ({"groups"} if args.by else set())
+    generated = {"exact_match", "cer", "n_cut", "cut_share"} | ({"reward"} if args.rewards else set())
+    return names if args.no_generate else names | generated
+
+
+def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, type=Path)
     parser.add_argument(
@@ -132,7 +142,9 @@ def main() -> None:
     )
     add_arguments(parser)
     parser.add_argument("--json", type=new_file, help="also write the results here")
+    add_gates(parser)
     args = parser.parse_args()
+    check_bounds(args.require, metric_names(args))
     checkpoints = [open_checkpoint(model) for model in args.model]
     datasets, templates = prepare(checkpoints, args)
     results = []
@@ -142,6 +154,7 @@ def main() -> None:
         results.append({"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found})
         if args.json:
             write_json(args.json, results)
+    return gate(args.require, {f"{args.model[-1]} {name}": scores for name, scores in found.items()})
 
 
 if __name__ == "__main__":

@@ -174,10 +174,12 @@ def test_the_next_models_are_judged_on_the_rows_that_the_first_could_take(parrot
         patch.setattr(
             sys,
             "argv",
-            ["evaluate", "--model", str(short), str(parrot), "--dataset", str(data), "--device", "cpu"],
-        )
-        evaluation.main()
-    said = capsys.readouterr().out
+            ["evaluate", "--model", str(short), str(parrot), "--dataset", str(data), "--device", "cpu",
+             "--require", "exact_match>=0.97", "--require", "exact_match>=0.5"],
+        )  # fmt: skip
+        assert evaluation.main() == 3
+    said, line = capsys.readouterr()
+    assert line.endswith(f"gate: {parrot} rows: exact_match is 0.5, not >= 0.97\n")
     assert said.count("rows (2 rows)") == 2 and said.count("exact_match 0.5000") == 2
 
 
@@ -312,6 +314,13 @@ def refused(parrot, tmp_path, monkeypatch):
 def test_a_bad_argument_is_refused_in_one_line(refused, arguments):
     value = arguments[-1].rpartition("=")[2]
     assert value[:15] in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((), "f1"), ((), "reward"), ((), "groups.x.cer"), (("--no-generate",), "exact_match")]
+)
+def test_a_bound_on_what_is_not_measured_is_refused(refused, arguments, name):
+    assert f"--require {name}: no such metric here" in refused(*arguments, "--require", f"{name}>=0")
 
 
 def test_a_reward_whose_column_is_missing_is_refused(refused):

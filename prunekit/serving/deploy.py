@@ -139,10 +139,14 @@ def _check_inputs(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _compare(ours, theirs, mask) -> dict[str, float]:
-    """How far logits are from the checkpoint's where the mask is 1: largest difference (a share), cosine, same best."""
+    """How far logits are from the checkpoint's where the mask is 1: largest difference (a share), cosine, same best.
+
+    Those of whole texts (batch, n) all count.
+    """
     import numpy as np
 
-    a, b = (logits[mask.astype(bool)].astype("f8") for logits in (ours, theirs))
+    counted = mask.astype(bool) if ours.ndim == 3 else ...
+    a, b = (logits[counted].astype("f8") for logits in (ours, theirs))
     return {
         "largest_difference": float(np.abs(a - b).max() / np.abs(b).max()),
         "cosine": float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())),

@@ -13,7 +13,7 @@ from prunekit.errors import PruneKitError, need_packages
 from prunekit.families import family_of, positions
 from prunekit.surgery.zeros_weights import measure
 from prunekit.tagger.rows import TOKEN_CLASSIFIER, Row, check_labels, encode, load_tokenizer, model_labels, read_rows
-from prunekit.tagger.scores import Data
+from prunekit.tagger.scores import METRICS, Data
 
 from .run import ONNX, weight_files
 
@@ -51,6 +51,16 @@ def zero_share(folder: Path) -> float | None:
     return measure(open_checkpoint(folder))["sparsity"]
 
 
+def is_tagger(config: dict[str, Any]) -> bool:
+    return str((config.get("architectures") or [""])[0]).endswith(TOKEN_CLASSIFIER)
+
+
+def metric_names(folder: Path) -> set[str]:
+    """What has numbers in the row that `measure_served` makes of a folder."""
+    quality = METRICS if is_tagger(read_config(folder)) else ("loss",)
+    return {"zeros", "bytes", "peak_memory", "load_seconds", "batches", *quality}
+
+
 def check_measurable(folders: list[Path], how: Measuring) -> None:
     """PruneKitError if a folder or the rows can't be measured; reads rows, loads nothing."""
     for folder in folders:
@@ -65,7 +75,7 @@ def check_measurable(folders: list[Path], how: Measuring) -> None:
 def _read(folder: Path, how: Measuring) -> list[Any]:
     """The rows that a folder is measured on, of the kind that its model is for."""
     config = read_config(folder)
-    if not str((config.get("architectures") or [""])[0]).endswith(TOKEN_CLASSIFIER):
+    if not is_tagger(config):
         if not family_of(config).causal:
             raise PruneKitError(f"{folder}: neither a token classifier nor a decoder; only these are measured")
         return _texts(how.dataset, how.limit)

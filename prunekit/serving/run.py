@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +87,26 @@ def pad(rows: list[list[int]], token: int = 0) -> dict[str, np.ndarray]:
     return dict(zip(INPUTS, (ids, mask)))
 
 
-def in_batches(rows: list[list[int]], size: int) -> list[list[int]]:
+def in_batches(rows: Sequence[Sized], size: int) -> list[list[int]]:
     """Numbers of rows, of similar length together."""
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def word_logits(run: Run, features: list[dict[str, list[int]]], token: int, size: int = 32) -> list[np.ndarray]:
+    """Of each feature the logits (counted, labels) wherever it has a label (not -100)."""
+    rows = [feature["input_ids"] for feature in features]
+    found: list[np.ndarray] = [np.empty(0)] * len(features)
+    for batch in in_batches(rows, size):
+        for number, logits in zip(batch, run(pad([rows[number] for number in batch], token))):
+            counted = np.array(features[number]["labels"]) != -100
+            found[number] = logits[: len(counted)][counted]
+    return found
+
+
 def predict_labels(run: Run, features: list[dict[str, list[int]]], token: int, size: int = 32) -> list[int]:
     """The best label's number wherever a feature has a label (not -100), through all features in their order."""
-    rows = [feature["input_ids"] for feature in features]
-    found: list[list[int]] = [[] for _ in features]
-    for batch in in_batches(rows, size):
-        best = run(pad([rows[number] for number in batch], token)).argmax(-1)
-        for number, labels in zip(batch, best):
-            counted = np.array(features[number]["labels"]) != -100
-            found[number] = labels[: len(counted)][counted].tolist()
-    return [label for labels in found for label in labels]
+    return [int(best) for logits in word_logits(run, features, token, size) for best in logits.argmax(-1)]
 
 
 def mean_loss(run: Run, rows: list[list[int]], token: int, size: int = 8) -> float:

@@ -18,7 +18,7 @@ from prunekit.rules import short
 
 TAG = re.compile(r"O|[BI]-\S+")
 
-TOKEN_CLASSIFIER = "ForTokenClassification"
+TOKEN_CLASSIFIER, TEXT_CLASSIFIER = "ForTokenClassification", "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -103,26 +103,33 @@ def labels_of(rows: Iterable[Row]) -> dict[int, str]:
     return dict(enumerate(["O", *(f"{place}-{name}" for name in types for place in "BI")]))
 
 
-def model_labels(config: dict[str, Any]) -> dict[int, str]:
-    """A token classifier's labels by number; PruneKitError if the config is none's."""
+def model_labels(config: dict[str, Any], kind: str = TOKEN_CLASSIFIER) -> dict[int, str]:
+    """A classifier's labels by number; PruneKitError if the config is none's of this kind."""
     names = config.get("id2label")
-    if not str((config.get("architectures") or [""])[0]).endswith(TOKEN_CLASSIFIER):
+    if not str((config.get("architectures") or [""])[0]).endswith(kind):
+        what = "token" if kind == TOKEN_CLASSIFIER else "text"
         raise PruneKitError(
-            f"{config.get('architectures')}: no token classifier; train it with ner_run.py --new-head first"
+            f"{config.get('architectures')}: no {what} classifier; train it with ner_run.py --new-head first"
         )
     if not isinstance(names, dict) or names.keys() != {str(number) for number in range(len(names))}:
         raise PruneKitError('config.json: "id2label" does not number the labels from 0; mend it')
     return {number: names[str(number)] for number in range(len(names))}
 
 
+def tag_numbers(labels: dict[int, str]) -> dict[str, int]:
+    """The number of the label that each tag is learned as: its own, or of B-TYPE that of I-TYPE where there is no B."""
+    numbers = {name: number for number, name in labels.items()}
+    return {f"B-{name[2:]}": number for name, number in numbers.items() if name.startswith("I-")} | numbers
+
+
 def check_labels(rows: Iterable[Row], labels: dict[int, str], dataset: str | Path) -> None:
-    """PruneKitError if a tag in the rows is none of the model's labels."""
-    known = set(labels.values())
+    """PruneKitError if a tag in the rows is none that a model of these labels can learn."""
+    known = tag_numbers(labels)
     for tag in sorted({tag for row in rows for tag in row.tags}):
         if tag not in known:
             raise PruneKitError(
-                f"dataset {dataset}: its tag {tag} is none of the model's labels ({', '.join(sorted(known))}); "
-                "rename the tags, or train a new head: ner_run.py --new-head"
+                f"dataset {dataset}: its tag {tag} is none of the model's labels ({', '.join(sorted(labels.values()))}"
+                "); rename the tags, or train a new head: ner_run.py --new-head"
             )
 
 
@@ -141,31 +148,42 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
+def pieces_of(words: list[str], tokenizer, max_length: int) -> list[tuple[list[int], list[int | None]]]:
+    """A text as pieces of at most `max_length` sub-words: their ids, and at a word's first one its number, else None.
+
+    Words of which the tokenizer makes nothing (a lone control character) are in none.
+    """
+    encoded = tokenizer(
+        words, is_split_into_words=True, truncation=True, max_length=max_length, return_overflowing_tokens=True
+    )
+    pieces, last = [], -1
+    for piece, ids in enumerate(encoded["input_ids"]):
+        firsts: list[int | None] = []
+        for word in encoded.word_ids(piece):
+            new = word is not None and word > last
+            firsts.append(word if new else None)
+            last = word if new else last
+        pieces.append((ids, firsts))
+    return pieces
+
+
 def encode(
     rows: Iterable[Row], tokenizer, labels: dict[int, str], max_length: int
 ) -> tuple[list[dict[str, list[int]]], list[list[str]]]:
     """(features, tags): pieces of at most `max_length` sub-words, and each row's tags for `join`.
 
     A feature has input_ids, attention_mask and labels: the number of a word's tag at its first sub-word, else -100.
-    Words of which the tokenizer makes nothing (a lone control character) are left out of both.
+    Words of which the tokenizer makes nothing are left out of both.
     """
-    numbers = {name: number for number, name in labels.items()}
+    numbers = tag_numbers(labels)
     features, truth = [], []
     for row in rows:
-        encoded = tokenizer(
-            row.words, is_split_into_words=True, truncation=True, max_length=max_length,
-            return_overflowing_tokens=True,
-        )  # fmt: skip
-        seen: list[int] = []
-        for piece, ids in enumerate(encoded["input_ids"]):
-            targets = []
-            for word in encoded.word_ids(piece):
-                new = word is not None and (not seen or word > seen[-1])
-                targets.append(numbers[row.tags[word]] if new else -100)
-                if new:
-                    seen.append(word)
+        seen: list[str] = []
+        for ids, firsts in pieces_of(row.words, tokenizer, max_length):
+            targets = [-100 if word is None else numbers[row.tags[word]] for word in firsts]
             features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": targets})
-        truth.append([row.tags[word] for word in seen])
+            seen += [row.tags[word] for word in firsts if word is not None]
+        truth.append(seen)
     return features, truth
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from .rows import join
 
+METRICS = ("precision", "recall", "f1", "entities")
+
 
 def entity_scores(truth: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
     """precision, recall and f1 over all entities, and by type in `entities` (there with `support`), from 0 to 1."""

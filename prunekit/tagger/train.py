@@ -1,4 +1,4 @@
-"""Token classifiers learn, from labels alone or from a teacher, too, on transformers' Trainer."""
+"""Classifiers of tokens and of texts learn, from labels alone or from a teacher, too, on transformers' Trainer."""
 
 import json
 import math
@@ -15,10 +15,12 @@ from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.checkpoint.training_run import whole_checkpoints
 from prunekit.errors import PruneKitError
 
-from .rows import model_labels
+from .rows import TOKEN_CLASSIFIER, model_labels
 from .scores import Data
+from .texts import TextData
 
 TEMPERATURE, HARD_SHARE = 2.0, 0.5
+RATE, LORA_RATE = 5e-5, 5e-4  # a LoRA, which starts from nothing, needs about ten times as much
 
 
 def matching_layers(entries: list[dict[str, Any]], teacher_layers: int, student_layers: int) -> list[tuple[int, int]]:
@@ -44,7 +46,7 @@ class Distillation:
     """What a student learns from a teacher: loss = hard * CE + (1 - hard) * T^2 KL(teacher || student) + hidden * MSE.
 
     KL (Hinton et al., arXiv:1503.02531) and MSE of hidden states (`layers`: pairs of `matching_layers`) are means over
-    all sub-words that aren't padding, CE over those with a label.
+    all sub-words that aren't padding, CE over those with a label. Of texts KL and CE are means over the texts.
     """
 
     teacher: Any
@@ -63,7 +65,8 @@ class Distillation:
         with torch.no_grad():
             teacher = self.teacher(**given, output_hidden_states=bool(self.hidden))
         ours, theirs = (
-            functional.log_softmax(out.logits[mask].float() / self.temperature, -1) for out in (student, teacher)
+            functional.log_softmax((logits[mask] if logits.dim() == 3 else logits).float() / self.temperature, -1)
+            for logits in (student.logits, teacher.logits)
         )
         soft = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
         loss = self.hard * student.loss + (1 - self.hard) * soft
@@ -117,39 +120,46 @@ def _log_callback(file: Path):
     return LogFile()
 
 
-def load_classifier(checkpoint: Checkpoint, labels: dict[int, str], new_head: bool = False):
-    """The checkpoint as a token classifier in fp32, with a new head for `labels` if so wanted.
+def load_classifier(
+    checkpoint: Checkpoint, labels: dict[int, str], new_head: bool = False, kind: str = TOKEN_CLASSIFIER
+):
+    """The checkpoint as a classifier of this kind in fp32, with a new head for `labels` if so wanted.
 
-    Raises PruneKitError if anything but a new head is missing from its weights.
+    Raises PruneKitError if anything but a new head (and the pooler that it may read from) is missing from its weights.
     """
     import torch
-    from transformers import AutoModelForTokenClassification
+    import transformers
 
     check_no_remote_code(checkpoint.path)
-    model, info = AutoModelForTokenClassification.from_pretrained(
+    model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
         checkpoint.path, dtype="float32", id2label=labels, num_labels=len(labels),
         label2id={name: number for number, name in labels.items()},
         ignore_mismatched_sizes=new_head, output_loading_info=True,
     )  # fmt: skip
     inside = tuple(f"{prefix}." for prefix, module in model.named_children() if module is model.base_model)
-    missing = {key for key in info["missing_keys"] if not new_head or key.startswith(inside)}
+    layers = {key for key in info["missing_keys"] if key.startswith(inside) and ".pooler." not in key}
+    missing = layers if new_head else info["missing_keys"]
     if missing:
         raise PruneKitError(f"{checkpoint.path}: has no {min(missing)}; copy or download it again")
     if new_head:  # also one that would fit: it is of other labels
-        for module in model.children():
-            if isinstance(module, torch.nn.Linear):
-                torch.nn.init.normal_(module.weight, std=0.02)
-                torch.nn.init.zeros_(module.bias)
+        for child in model.children():
+            for module in child.modules() if child is not model.base_model else ():
+                if isinstance(module, torch.nn.Linear):
+                    torch.nn.init.normal_(module.weight, std=0.02)
+                    torch.nn.init.zeros_(module.bias)
     return model
 
 
-def training_arguments(flags: list[str], run: Path, name: str, validate: bool):
-    """transformers' TrainingArguments: our defaults, then the user's flags. PruneKitError for flags it doesn't know."""
+def training_arguments(flags: list[str], run: Path, name: str, validate: bool, rate: float = RATE):
+    """transformers' TrainingArguments: our defaults, then the user's flags. PruneKitError for flags it doesn't know.
+
+    `rate`: the learning rate where the flags say none.
+    """
     from transformers import HfArgumentParser, TrainingArguments
 
     defaults = {
         "num_train_epochs": 3,
-        "learning_rate": 5e-5,
+        "learning_rate": rate,
         "warmup_steps": 0.06,  # below 1: a share of all steps
         "weight_decay": 0.01,
         "per_device_train_batch_size": 16,
@@ -199,17 +209,17 @@ def train(
     model,
     arguments,
     tokenizer,
-    data: Data,
-    validation: Data | None = None,
+    data: Data | TextData,
+    validation: Data | TextData | None = None,
     distillation: Distillation | None = None,
     callbacks: Iterable[Any] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """Train `model` in place, resuming from the last whole checkpoint in `arguments.output_dir`.
 
     Returns the checkpoint-N folder to publish, the one of the best F1 if there is `validation`, and its metrics: loss
-    and `entity_scores` on the validation rows, or the mean training loss.
+    and scores on the validation rows, or the mean training loss.
     """
-    from transformers import DataCollatorForTokenClassification
+    from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
     run = Path(arguments.output_dir)
     scores: dict[str, Any] = {}
@@ -217,12 +227,14 @@ def train(
     def compute_metrics(prediction):
         assert validation is not None  # else nobody asks
         scores.update(validation.scores(prediction.predictions[prediction.label_ids != -100]))
-        return {key: scores[key] for key in ("f1", "precision", "recall")}
+        return {key: scores[key] for key in ("f1", "precision", "recall", "accuracy") if key in scores}
 
     trainer = _trainer_class()(
         model=model,
         args=arguments,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
+        data_collator=(DataCollatorWithPadding if isinstance(data, TextData) else DataCollatorForTokenClassification)(
+            tokenizer
+        ),
         train_dataset=data.features,
         eval_dataset=validation and validation.features,
         compute_metrics=validation and compute_metrics,
@@ -244,9 +256,11 @@ def train(
     return Path(best), {"loss": loss, **scores}
 
 
-def check_teacher(teacher: Checkpoint, student: Checkpoint, labels: dict[int, str], hidden: bool) -> None:
+def check_teacher(
+    teacher: Checkpoint, student: Checkpoint, labels: dict[int, str], hidden: bool, kind: str = TOKEN_CLASSIFIER
+) -> None:
     """PruneKitError if a student of these labels can't learn from this teacher."""
-    if (theirs := model_labels(teacher.config)) != labels:
+    if (theirs := model_labels(teacher.config, kind)) != labels:
         differ = sorted(set(theirs.items()) ^ set(labels.items()))[0]
         raise PruneKitError(
             f"{teacher.path}: its labels are not the student's ({len(theirs)} and {len(labels)}; {differ[1]} is number "

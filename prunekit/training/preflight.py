@@ -330,7 +330,8 @@ def main() -> None:
     for each in (checkpoint, teacher):
         check_no_remote_code(each.path)
     if not checkpoint.family.causal:  # an unknown family is refused: publishing needs to know it
-        raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py does")
+        lora = " --lora-rank 16" if swift.tuner_type == "lora" else ""
+        raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train; python ner_run.py{lora} does")
     if teacher is not checkpoint:
         check_teacher(checkpoint, teacher)
     targets: list[str] = []

@@ -22,7 +22,8 @@ from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
 from prunekit.serving.deploy import choose_format, deploy, quantise_onnx, sums_overflow
 from prunekit.serving.run import load_served, mean_loss, pad
-from prunekit.tagger.rows import read_rows
+from prunekit.tagger.rows import TEXT_CLASSIFIER, read_rows
+from prunekit.tagger.train import load_classifier
 
 ROWS = [list(range(5, 30)), list(range(40, 47)), list(range(20, 33))]
 
@@ -58,6 +59,19 @@ def test_onnx_equals_torch_for_any_batch_and_length(family, served):
             theirs = model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.numpy()
         counted = inputs["attention_mask"].astype(bool)
         np.testing.assert_allclose(ours[counted], theirs[counted], atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_text_classifier_as_onnx_gives_the_same_logits(tagger, tmp_path):
+    labels = {0: "good", 1: "bad"}
+    model = load_classifier(open_checkpoint(tagger("distilbert")), labels, True, TEXT_CLASSIFIER).eval()
+    model.save_pretrained(tmp_path / "texts")
+    shutil.copy(tagger("distilbert") / "tokenizer.json", tmp_path / "texts")
+    entry = deploy(open_checkpoint(tmp_path / "texts"), tmp_path / "out", "onnx")
+    assert entry["metrics"]["largest_difference"] < 1e-4
+    inputs = pad(ROWS)
+    with torch.inference_mode():
+        theirs = model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.numpy()
+    np.testing.assert_allclose(load_served(tmp_path / "out")(inputs), theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_a_decoder_as_onnx_gives_the_same_loss(tiny, tmp_path):
@@ -111,8 +125,10 @@ def test_int8_is_near_small_and_tells_its_story(served):
 def test_the_table_holds_what_files_and_plain_evaluation_say(served, tmp_path, script):
     (int8, source), data = served("bert", "onnx-int8"), write_rows(tmp_path / "rows.jsonl")
     done = script("deploy.py", "--model", source, int8, "--dataset", data, "--length", 16, "--batches", 1, 4,
-                  "--seconds", 0.1, "--rounds", 1, "--json", tmp_path / "table.json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+                  "--seconds", 0.1, "--rounds", 1, "--json", tmp_path / "table.json", "--require", "bytes<=1e9",
+                  "--require", "batches.4.latency<=1e-9")  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"gate: {int8}: batches.4.latency is 0.")
     first, second = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert (first["format"], second["format"]) == ("float32", "onnx-int8")
     assert first["f1"] == evaluate(source, read_rows(data))["f1"]

@@ -26,9 +26,9 @@ from prunekit.ner import evaluate, main
 from prunekit.serving.run import load_served, pad
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
-from prunekit.tagger.rows import Row, encode, join, labels_of, load_tokenizer, read_rows
+from prunekit.tagger.rows import Row, encode, join, labels_of, load_tokenizer, read_rows, tag_numbers
 from prunekit.tagger.scores import Data, entity_scores
-from prunekit.tagger.train import check_teacher, matching_layers
+from prunekit.tagger.train import check_teacher, load_classifier, matching_layers
 from prunekit.training.publish import publish
 
 pytestmark = pytest.mark.usefixtures("plain_trainer")
@@ -252,12 +252,15 @@ def test_models_are_compared_in_a_table_a_json_and_a_picture(tagger, rows, tmp_p
     monkeypatch.setattr(
         sys, "argv",
         ["ner", "--model", *folders, "--dataset", str(rows), "--json", f"{tmp_path}/a.json", "--figure",
-         f"{tmp_path}/a.png"],
+         f"{tmp_path}/a.png", "--min-f1", "0.99"],
     )  # fmt: skip
-    main()
+    code = main()
+    said = capsys.readouterr()
     results = json.loads((tmp_path / "a.json").read_text())
+    f1 = results[1]["f1"]
+    assert (code, said.err) == (3, f"gate: {folders[1]}: f1 is {f1:.6g}, not >= 0.99\n")
     assert [result["model"] for result in results] == folders
-    assert capsys.readouterr().out.count("precision") == 2
+    assert said.out.count("precision") == 2
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -315,6 +318,52 @@ def test_a_new_head_does_not_excuse_other_layers(tagger, tmp_path):
     student = student_of(tagger("bert"), tmp_path / "student")
     with pytest.raises(PruneKitError, match=r"has no encoder\.layer\.2"):
         publish(student, tmp_path / "out", tagger("bert"), "ner", new_head={})
+
+
+@pytest.fixture
+def inside_only(tagger, tmp_path):
+    """A tagger with labels as the common French model's: no B- among them."""
+    labels = {0: "O", 1: "I-LOC", 2: "I-PER"}
+    load_classifier(open_checkpoint(tagger("bert")), labels, new_head=True).save_pretrained(tmp_path / "inside")
+    save_tokenizer(tmp_path / "inside")
+    return tmp_path / "inside"
+
+
+def apart(path, begin, count=64):
+    """Sentences with names of one and two words, never two beside each other; a name begins with B- or I-."""
+    lines, rest = [], {"PER": ["ana", "bo", "cem"], "LOC": ["oslo", "rome", "york"]}
+    for n in range(count):
+        words, tags = ["in"], ["O"]
+        for kind in ("PER", "LOC") if n % 2 else ("LOC",):
+            long = 1 + n % 3 % 2
+            words += [*(rest[kind] * 2)[n % 3 : n % 3 + long], "is"]
+            tags += [f"{begin}-{kind}", f"I-{kind}"][:long] + ["O"]
+        lines.append(json.dumps({"tokens": words, "ner_tags": tags}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def test_a_model_without_b_labels_learns_and_is_scored_alike_on_data_with_them(inside_only, tmp_path, ner_run):
+    with_b, without = apart(tmp_path / "b.jsonl", "B"), apart(tmp_path / "i.jsonl", "I")
+    assert read_rows(with_b) != read_rows(without)
+    ner_run("--model", inside_only, "--out", tmp_path / "out", "--dataset", with_b, "--val-dataset", with_b,
+            "--num_train_epochs", 6, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
+    scores = [evaluate(tmp_path / "out", read_rows(data)) for data in (with_b, without)]
+    assert scores[0] == scores[1] and scores[0]["f1"] > 0.9
+    assert history(tmp_path / "out")[-1]["metrics"]["f1"] == pytest.approx(scores[0]["f1"])
+    assert history(tmp_path / "out")[-1]["settings"]["label_counts"].keys() == {"O", "I-LOC", "I-PER"}
+
+
+def test_tags_are_learned_as_the_labels_that_there_are():
+    inside = {0: "O", 1: "I-LOC", 2: "I-PER"}
+    assert tag_numbers(inside) == {"O": 0, "I-LOC": 1, "B-LOC": 1, "I-PER": 2, "B-PER": 2}
+    assert tag_numbers(LABELS) == {name: number for number, name in LABELS.items()}
+
+
+def test_two_names_beside_each_other_are_none_that_a_model_without_b_labels_finds():
+    truth = [["B-PER", "B-PER", "O"]]
+    assert entity_scores(truth, [["I-PER", "I-PER", "O"]])["f1"] == 0
+    assert entity_scores(truth, [["B-PER", "B-PER", "O"]])["f1"] == 1
 
 
 def test_labels_of_rows_are_a_whole_scheme():

@@ -187,10 +187,13 @@ def test_the_teacher_of_the_line_is_the_one_that_is_checked(preflight, tiny):
     assert (result.returncode, result.stderr) == (2, "error: absent: no such folder\n")
 
 
-def test_an_encoder_is_sent_to_the_script_that_trains_it(preflight, tiny):
-    result = preflight("--model", tiny("bert"), "--swift", "sft", "--", "--max_steps", 1)
+@pytest.mark.parametrize(
+    ("tuner", "command"), [("full", "python ner_run.py does"), ("lora", "python ner_run.py --lora-rank 16 does")]
+)
+def test_an_encoder_is_sent_to_the_script_that_trains_it(preflight, tiny, tuner, command):
+    result = preflight("--model", tiny("bert"), "--swift", "sft", "--", "--max_steps", 1, "--tuner_type", tuner)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "ner_run.py" in result.stderr
+    assert command in result.stderr
 
 
 def test_free_ports_are_answered_when_asked_for(preflight, tiny):
