@@ -2,9 +2,10 @@
 
 A packed folder is the checkpoint's but for its tensors NAME that gain by it: NAME.bitmask, uint8 (weights / 8,), the
 first weight in the lowest bit; NAME.compressed, the values whose bits aren't all 0, in order and in their dtype; and
-NAME.shape. That is compressed-tensors' sparse-bitmask, which it has dropped, without offsets of rows. No
-runtime reads it: its config.json names a quantisation method that nobody has, so that all refuse it until it is
-unpacked. All is done a tensor at a time, and exact to the bit (a negative zero is a value).
+NAME.shape. That is compressed-tensors' sparse-bitmask, which it has dropped, without offsets of rows. The files are
+safetensors that end in .packed, so that no runtime takes them for weights: transformers would only warn of a form that
+it doesn't know, and fill in random ones. All is done a tensor at a time, and exact to the bit (a negative zero is a
+value).
 """
 
 import copy
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from prunekit.checkpoint import (
     DTYPE_BYTES,
+    INDEX,
     TORCH_DTYPES,
     Checkpoint,
     Tensor,
@@ -44,6 +46,7 @@ from prunekit.errors import PruneKitError
 from .zeros_weights import Weight, choose_weights
 
 METHOD = "prunekit-bitmask"  # what config.json's quantization_config calls it
+SUFFIX = ".packed"
 USE = "# packed: no runtime loads this; the checkpoint again, exact to the bit:\n# {command}"
 COMMAND = "python -m prunekit.packed unpack this/folder --out checkpoints/sparse"
 ZSTD_LEVEL = 3
@@ -99,6 +102,9 @@ def pack(checkpoint: Checkpoint, out: str | Path, overwrite: bool = False) -> di
     marked = {"quantization_config": {"quant_method": METHOD, "tensors": len(tensors)}}
     with new_folder(out, overwrite, size + 2**20) as folder:
         write_weights(folder, tensors)
+        for file in folder.glob("*.safetensors"):
+            file.rename(file.with_suffix(SUFFIX))
+        (folder / INDEX).unlink(missing_ok=True)
         write_json(folder / "config.json", checkpoint.config | marked)
         for file in side_files(checkpoint.path):
             shutil.copyfile(file, folder / file.name)
@@ -126,11 +132,12 @@ def open_packed(folder: Path) -> Checkpoint:
     if not isinstance(marked, dict) or marked.get("quant_method") != METHOD:
         raise PruneKitError(f"{folder}: isn't packed; pack a checkpoint with python -m prunekit.packed pack")
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    for file in files:
         found |= read_header(file)
     if len(found) != marked.get("tensors"):
         raise PruneKitError(f"{folder}: a file is missing, or is another folder's; copy or download it again")
-    packed, tensors = Checkpoint(folder, config, found), {}
+    packed, tensors = Checkpoint(folder, config, found, {file.name: None for file in files}), {}
     for name, tensor in tqdm(found.items(), desc="read bitmasks", leave=False, disable=None):
         stem, _, kind = name.rpartition(".")
         if kind == "bitmask" and f"{stem}.compressed" in found and f"{stem}.shape" in found:

@@ -37,7 +37,8 @@ def test_a_packed_checkpoint_comes_back_with_the_same_bits_and_its_history(famil
     stages = [entry["stage"] for entry in history(tmp_path / "back")]
     assert stages == ["sparsify", "pack", "unpack"]
     assert (tmp_path / "back/tokenizer.json").exists() and (tmp_path / "packed/tokenizer.json").exists()
-    sizes = [(tmp_path / each / "model.safetensors").stat().st_size for each in ("packed", "sparse")]
+    assert not list((tmp_path / "back").glob("*.packed"))
+    sizes = [(tmp_path / each).stat().st_size for each in ("packed/model.packed", "sparse/model.safetensors")]
     assert sizes[0] < 0.8 * sizes[1]
 
 
@@ -60,7 +61,7 @@ def packed(tiny, tmp_path):
 def test_what_would_misread_a_packed_folder_refuses_it(packed):
     with pytest.raises(PruneKitError, match="quantised weights can't be cut"):
         open_checkpoint(packed)
-    with pytest.raises(ValueError, match="prunekit-bitmask"):
+    with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModel.from_pretrained(packed)
 
 
@@ -69,14 +70,14 @@ def test_damaged_and_other_folders_are_refused_and_nothing_is_written(packed, ti
         unpack(tiny("llama"), tmp_path / "out")
     with pytest.raises(PruneKitError, match="too few zeros"):
         pack(open_checkpoint(tiny("llama")), tmp_path / "out")
-    tensors = load_file(packed / "model.safetensors")
+    tensors = load_file(packed / "model.packed")
     name = next(name for name in tensors if name.endswith(".bitmask"))
     for change, message in (
         (lambda: tensors[name].bitwise_xor_(1), "has other bits than values"),
         (lambda: tensors.pop(name), "a file is missing"),
     ):
         change()
-        save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+        save_file(tensors, packed / "model.packed", {"format": "pt"})
         with pytest.raises(PruneKitError, match=message):
             unpack(packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -87,7 +88,7 @@ def test_sizes_are_those_that_the_forms_have(packed, tmp_path, monkeypatch, caps
     found = file_sizes(sparse)
     sizes, tensors = found["bytes"], tensors_of(sparse)
     assert tuple(sizes) == FORMS and sizes["dense"] == sum(each.nbytes for each in tensors.values())
-    assert sizes["bitmask"] == sum(each.nbytes for each in load_file(packed / "model.safetensors").values())
+    assert sizes["bitmask"] == sum(each.nbytes for each in load_file(packed / "model.packed").values())
     projections = [values for name, values in tensors.items() if "proj" in name]
     rest = sizes["dense"] - sum(each.nbytes for each in projections)
     assert sizes["INT8"] == rest + sum(each.numel() + 4 * len(each) for each in projections)
