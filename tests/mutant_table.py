@@ -184,7 +184,7 @@ SPARSE_FILES = [
     Mutant('count=dense.size, bitorder="little"', "count=dense.size"),
     Mutant("smaller = sum(", "smaller = 0 * sum("),
     Mutant('if len(found) != marked.get("tensors"):', "if False:"),
-    Mutant("int(np.bitwise_count(bits).sum()) != math.prod(values.shape)", "False"),
+    Mutant("int(np.bitwise_count(bits).sum()) != math.prod(tensor.shape)", "False"),
     Mutant("if tensors.keys() == checkpoint.tensors.keys():", "if False:"),
     Mutant("stays * (DTYPE_BYTES[tensor.dtype] + CSR_INDEX)", "stays * DTYPE_BYTES[tensor.dtype]"),
     Mutant("max(axis=weight.inputs, keepdims=True)", "max()"),

@@ -117,7 +117,8 @@ def weight_distributions(
                 stays = values[new != 0].abs()
                 smallest = float(stays.min()) if len(stays) else float("inf")
                 part.gone.append((float(values[went].abs().max()), smallest))
-    return Distribution(dict(sorted(columns.items())), reach, after is not None)
+    in_order = sorted(columns, key=str.lower)  # attention before MLP
+    return Distribution({column: columns[column] for column in in_order}, reach, after is not None)
 
 
 def _twins(before: Checkpoint, after: Checkpoint, modules: str | None, places) -> dict[str, list[str]]:

@@ -47,6 +47,7 @@ from .zeros_weights import Weight, choose_weights
 
 METHOD = "prunekit-bitmask"  # what config.json's quantization_config calls it
 SUFFIX = ".packed"
+PARTS = ("bitmask", "compressed", "shape")
 USE = "# packed: no runtime loads this; the checkpoint again, exact to the bit:\n# {command}"
 COMMAND = "python -m prunekit.packed unpack this/folder --out checkpoints/sparse"
 ZSTD_LEVEL = 3
@@ -140,17 +141,14 @@ def open_packed(folder: Path) -> Checkpoint:
     packed, tensors = Checkpoint(folder, config, found, {file.name: None for file in files}), {}
     for name, tensor in tqdm(found.items(), desc="read bitmasks", leave=False, disable=None):
         stem, _, kind = name.rpartition(".")
-        if kind == "bitmask" and f"{stem}.compressed" in found and f"{stem}.shape" in found:
-            values = found[f"{stem}.compressed"]
-            shape = tuple(int(n) for n in np.frombuffer(packed.read_bytes(f"{stem}.shape"), "<i8"))
-            bits = np.frombuffer(packed.read_bytes(name), np.uint8)
-            if len(bits) != -(-math.prod(shape) // 8) or int(np.bitwise_count(bits).sum()) != math.prod(values.shape):
-                raise PruneKitError(f"{folder}: {stem} has other bits than values; copy or download it again")
-            tensors[stem] = replace(
-                tensor, dtype=values.dtype, shape=shape, compute=partial(_dense, packed, stem, shape)
-            )
-        elif not (kind in ("compressed", "shape") and f"{stem}.bitmask" in found):
+        if not {f"{stem}.{part}" for part in PARTS} <= found.keys() or kind not in PARTS:
             tensors[name] = tensor
+        elif kind == "compressed":  # these are among the others in the order that they had
+            shape = tuple(int(n) for n in np.frombuffer(packed.read_bytes(f"{stem}.shape"), "<i8"))
+            bits = np.frombuffer(packed.read_bytes(f"{stem}.bitmask"), np.uint8)
+            if len(bits) != -(-math.prod(shape) // 8) or int(np.bitwise_count(bits).sum()) != math.prod(tensor.shape):
+                raise PruneKitError(f"{folder}: {stem} has other bits than values; copy or download it again")
+            tensors[stem] = replace(tensor, shape=shape, compute=partial(_dense, packed, stem, shape))
     checkpoint = replace(packed, tensors=tensors)
     check_agreement(checkpoint)
     return checkpoint

@@ -5,6 +5,8 @@ variant of peft's own layers. Saved adapters are plain ones; whoever merges them
 export_lora.sh does: then W + B A is zero where W is, and the same elsewhere.
 """
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
@@ -28,7 +30,8 @@ class MaskedLora(LoraVariant):
 
     @staticmethod
     def merge_safe(module: Linear, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        module.zeros_before_merge = orig_weight == 0  # a merged weight can be 0 by chance
+        if not module.merged:  # then a weight can be 0 by chance
+            module.zeros_before_merge = orig_weight == 0
         delta = MaskedLora.delta(module, active_adapter, module.zeros_before_merge)
         return orig_weight + delta.to(orig_weight.dtype)
 
@@ -62,7 +65,7 @@ def mask_lora(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or isinstance(module, Embedding):
             continue
-        weight = getattr(module.get_base_layer(), "weight", None)
+        weight: Any = getattr(module.get_base_layer(), "weight", None)
         plain = isinstance(module, Linear) and weight is not None and weight.is_floating_point()
         if plain and (getattr(weight, "ds_numel", weight.numel()) > weight.numel() or hasattr(weight, "placements")):
             raise PruneKitError("ZeRO-3 and FSDP split weights up: train sparse models with DEEPSPEED=zero2 or DDP")

@@ -42,13 +42,13 @@ def test_a_packed_checkpoint_comes_back_with_the_same_bits_and_its_history(famil
     assert sizes[0] < 0.8 * sizes[1]
 
 
-def test_shards_are_kept(tiny, tmp_path):
+def test_files_are_kept_shard_by_shard_to_the_byte(tiny, tmp_path):
     sparsify(tiny("llama", max_shard_size="40KB"), tmp_path / "sparse", sparsity=0.5)
     shards = sorted(file.name for file in (tmp_path / "sparse").glob("*.safetensors"))
     pack(open_checkpoint(tmp_path / "sparse"), tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "back")
     assert len(shards) > 1 and shards == sorted(file.name for file in (tmp_path / "back").glob("*.safetensors"))
-    assert bytes_of(tmp_path / "back") == bytes_of(tmp_path / "sparse")
+    assert all((tmp_path / "back" / name).read_bytes() == (tmp_path / "sparse" / name).read_bytes() for name in shards)
 
 
 @pytest.fixture
