@@ -72,10 +72,10 @@ def test_models_of_other_layers_and_families_are_refused(tiny, pruned):
 
 
 def test_the_command_draws_one_model_what_an_amount_would_make_of_it_and_two(tiny, tmp_path, monkeypatch, capsys):
-    sparsify(tiny("qwen3_vl"), tmp_path / "sparse", sparsity=0.5)
+    sparsify(tiny("llama"), tmp_path / "sparse", sparsity=0.5)
     shown = []
     for words in ([], ["--sparsity", "0.5"], [tmp_path / "sparse"]):
-        line = ["distributions", tiny("qwen3_vl"), *words, "--out", tmp_path / "w.png"]
+        line = ["distributions", tiny("llama"), *words, "--out", tmp_path / "w.png"]
         monkeypatch.setattr("sys.argv", [str(word) for word in line])
         main()
         assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
