@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Merge a LoRA adapter into its base: a plain checkpoint that loads with no peft installed.
 #   In:   $MODEL (the checkpoint the adapter was trained on), $ADAPTER (what lora.sh wrote)
-#   Out:  $OUTPUT (a checkpoint)
+#   Out:  $OUTPUT (a checkpoint); the zeros of a sparse $MODEL are kept if the adapter learned with keep_zeros
 #   MODEL=checkpoints/mqa ADAPTER=checkpoints/lora OUTPUT=checkpoints/merged bash export_lora.sh
 source "$(dirname "$0")/lib/common.sh"
 

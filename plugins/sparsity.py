@@ -5,8 +5,9 @@
     PRUNEKIT_DYNAMIC='interval=100 share=0.3' swift sft ... --callbacks dynamic_sparsity
 
 For full training (--tuner_type full) of any kind: sft, rlhf --rlhf_type gkd or grpo, in one process or several by DDP
-or DeepSpeed ZeRO-2 (dynamic_sparsity: DDP only), resumed or not. The settings are the fields of `Gradual` and `Dynamic`
-in prunekit/training/zeros.py. What happened at each step is in sparsity.json in the output folder, and in W&B.
+or DeepSpeed ZeRO-2 (dynamic_sparsity: DDP only), resumed or not; keep_zeros for LoRA, too. The settings are the fields
+of `Gradual` and `Dynamic` in prunekit/training/zeros_settings.py. What happened at each step is in sparsity.json in the
+output folder, and in W&B.
 """
 
 import os

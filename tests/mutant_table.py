@@ -170,12 +170,41 @@ SPARSE_FIT = [
     ),
 ]
 
+SPARSE_LORA = [
+    Mutant(".masked_fill(zeros, 0)", ""),
+    Mutant("return orig_weight + delta", "return orig_weight - delta"),
+    Mutant("return orig_weight.data - delta", "return orig_weight.data + delta"),
+    Mutant("delta.T if module.fan_in_fan_out else delta", "delta"),
+    Mutant("module.lora_variant and not _only_masked(module)", "module.lora_variant"),
+    Mutant(" and not _only_masked(module))", " and False)"),
+]
+
+SPARSE_FILES = [
+    Mutant("return bits[bits != 0].data", "return bits.data"),
+    Mutant('count=dense.size, bitorder="little"', "count=dense.size"),
+    Mutant("smaller = sum(", "smaller = 0 * sum("),
+    Mutant('if len(found) != marked.get("tensors"):', "if False:"),
+    Mutant("int(np.bitwise_count(bits).sum()) != math.prod(tensor.shape)", "False"),
+    Mutant("if tensors.keys() == checkpoint.tensors.keys():", "if False:"),
+    Mutant("stays * (DTYPE_BYTES[tensor.dtype] + CSR_INDEX)", "stays * DTYPE_BYTES[tensor.dtype]"),
+    Mutant("max(axis=weight.inputs, keepdims=True)", "max()"),
+]
+
+DISTRIBUTIONS = [
+    Mutant("flat[flat != 0]", "flat"),
+    Mutant("largest <= smallest for", "largest > smallest for"),
+    Mutant("(new == 0) & (values != 0)", "(new == 0)"),
+    Mutant("stays = values[new != 0].abs()", "stays = values[new == 0].abs()"),
+    Mutant("if before.family != after.family:", "if False:"),
+    Mutant("if {place[1:] for place in theirs} != first.keys():", "if False:"),
+]
+
 SPARSE_TRAINING = [
     Mutant("if parameter.requires_grad and id(parameter) not in embeddings:", "if parameter.requires_grad:"),
     Mutant("if parameter.requires_grad and id(parameter)", "if id(parameter)"),
     Mutant("if parameter.dim() > 1:", "if parameter.dim() > 0:"),
     Mutant("if saved and (saved / MASKS).is_file():", "if False:"),
-    Mutant("if not masks:\n", "if False:\n"),
+    Mutant("if not masks and not self.under_lora:", "if False:"),
     Mutant("return gradient.masked_fill(self.masks[name], 0)", "return gradient"),
     Mutant(
         "    def on_optimizer_step(self, args, state, control, **kwargs):\n        self._apply()",
@@ -183,7 +212,7 @@ SPARSE_TRAINING = [
     ),
     Mutant("self.hooks.pop().remove()", "self.hooks.pop()"),
     Mutant('draft = folder / f".{MASKS}.new"', "draft = folder / MASKS"),
-    Mutant("if args.should_save:", "if not args.should_save:"),
+    Mutant("if args.should_save and", "if not args.should_save and"),
     Mutant('if scope == "global" else', 'if scope != "global" else'),
     Mutant("round(sparsity * sum(", "int(sparsity * sum("),
     Mutant("max(wanted, zeros))", "wanted)"),
@@ -584,6 +613,9 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "-k not (wandb or script)",
         RANKING,
     ),
+    "prunekit/training/zeros_lora.py": ("tests/training/test_zeros_lora.py", SPARSE_LORA),
+    "prunekit/surgery/zeros_files.py": ("tests/surgery/test_zeros_files.py", SPARSE_FILES),
+    "prunekit/report/distributions.py": ("tests/report/test_distributions.py -k not command", DISTRIBUTIONS),
     "prunekit/checkpoint/training_run.py": ("tests/training/test_publish.py", TRAINING_RUN),
     "prunekit/training/publish.py": ("tests/training/test_publish.py", PUBLISH),
     "prunekit/model/scores.py": ("tests/test_evaluate.py -k not (taken or none_of or calibrate)", SCORES),

@@ -13,6 +13,7 @@ import copy
 import math
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -80,8 +81,19 @@ def _cast(source: Checkpoint, name: str, dtype: str) -> memoryview:
     return float_bytes(source.read_array(name), dtype, name)
 
 
-def _with_dtypes(source: Checkpoint, base: Checkpoint, dtype: str | None) -> tuple[dict[str, Tensor], str]:
-    """The source's tensors in the dtypes of the base (or all floating ones in `dtype`), and the commonest dtype."""
+def _masked(source: Checkpoint, name: str, base: Checkpoint, twin: str, dtype: str) -> memoryview:
+    values = source.read_array(name)
+    values[base.read_array(twin) == 0] = 0
+    return float_bytes(values, dtype, name)
+
+
+def _with_dtypes(
+    source: Checkpoint, base: Checkpoint, dtype: str | None, keep_zeros: bool = False
+) -> tuple[dict[str, Tensor], str]:
+    """The source's tensors in the dtypes of the base (or all floating ones in `dtype`), and the commonest dtype.
+
+    keep_zeros: where a matrix of the base is zero, they are, too; not in embeddings.
+    """
     names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
     if dtype is not None and dtype not in names:
         raise PruneKitError(f"dtype {dtype!r}: choose one of {', '.join(names)}")
@@ -92,7 +104,10 @@ def _with_dtypes(source: Checkpoint, base: Checkpoint, dtype: str | None) -> tup
     for name, tensor in source.tensors.items():
         twin = theirs.get(re.sub(NAME_PREFIX, "", name))
         wanted = base.tensors[twin].dtype if twin and not dtype else common
-        if tensor.dtype != wanted and {tensor.dtype, wanted} <= TORCH_DTYPES.keys():
+        floating = {tensor.dtype, wanted} <= TORCH_DTYPES.keys()
+        if keep_zeros and floating and twin and len(tensor.shape) > 1 and not re.match(base.family.embedding, twin):
+            tensor = replace(tensor, dtype=wanted, compute=partial(_masked, source, name, base, twin, wanted))
+        elif tensor.dtype != wanted and floating:
             tensor = replace(tensor, dtype=wanted, compute=partial(_cast, source, name, wanted))
         tensors[name] = tensor
     return tensors, TORCH_DTYPES[common]
@@ -118,20 +133,22 @@ def publish(
     extra_files: Iterable[str | Path] = (),
     overwrite: bool = False,
     new_head: dict[str, Any] | None = None,
+    keep_zeros: bool = False,
 ) -> dict[str, Any]:
     """Turn a training output folder into a clean checkpoint OUT, atomically; returns the new history entry.
 
     Weights come from `source_folder`, in the dtypes that `base` has (or all floating ones in `dtype`, a torch name).
     config.json comes from `base`: a trainer's own has its traces (use_cache off, another dtype). Side files come from
     `source_folder`, and from `base` where they are missing there; `extra_files` are copied too. History is that of
-    `base` plus an entry for `stage`. `new_head` is what config.json shall say of a head that the base hasn't. Raises
+    `base` plus an entry for `stage`. `new_head` is what config.json shall say of a head that the base hasn't. With
+    `keep_zeros` matrices are zero where the base's are: an adapter that learned so was merged into it. Raises
     PruneKitError unless the source has exactly the tensors of the base (copies of tied weights may be there or not;
     with a new head: exactly its layers), and as `write_checkpoint` does.
     """
     origin, source = open_checkpoint(base), open_checkpoint(source_folder)
     check_out(out, source.path, origin.path, overwrite=overwrite)
     _check_same_tensors(source, origin, layers_only=new_head is not None)
-    tensors, common = _with_dtypes(source, origin, dtype)
+    tensors, common = _with_dtypes(source, origin, dtype, keep_zeros)
     config = copy.deepcopy(origin.config) | {"architectures": source.config.get("architectures")}
     config |= new_head or {}
     _set_dtype(config, common)
@@ -168,6 +185,19 @@ def publish_adapter(
             shutil.copyfile(file, folder / file.name)
         lora = read_json(folder / "adapter_config.json")
         write_records(folder, origin.config, numbers, [*history(origin.path), entry], adapter=lora)
+
+
+def _adapters_keep_zeros(base: str, made_from: dict[str, Any]) -> bool:
+    """Whether an adapter that was merged has learned with its base's zeros kept. Warns if it hasn't, and there are."""
+    adapters = [history(record["path"]) for record in made_from.get("adapters", ())]
+    if any("keep_zeros" in ((entries or [{}])[-1].get("settings") or {}).get("callbacks", ()) for entries in adapters):
+        return True
+    if adapters and any(entry.get("sparsity") for entry in history(base)):
+        print(
+            f"warning: the adapter learned without keep_zeros, so merging it fills zeros of {base}: see docs/zeros.md",
+            file=sys.stderr,
+        )
+    return False
 
 
 def main() -> None:
@@ -215,16 +245,18 @@ def main() -> None:
         )
         print(f"published the adapter {folder} as {arguments.out}")
         return
+    keep_zeros = _adapters_keep_zeros(arguments.base, origin)
     entry = publish(
         folder,
         arguments.out,
         arguments.base,
         arguments.stage,
         metrics=metrics,
-        settings=settings,
+        settings=settings | ({"keep_zeros": True} if keep_zeros else {}),
         dtype=arguments.dtype,
         extra_files=records,
         overwrite=arguments.overwrite,
+        keep_zeros=keep_zeros,
     )
     print(f"published {folder} as {arguments.out} ({entry['parameters']:,} parameters)")
 

@@ -24,6 +24,7 @@ from prunekit.families import family_of
 from prunekit.surgery.zeros_pick import Cut, find_cuts, sort_keys
 from prunekit.surgery.zeros_weights import chooser
 
+from .zeros_lora import mask_lora
 from .zeros_settings import Dynamic, Gradual
 
 MASKS = "zero_masks.safetensors"
@@ -45,11 +46,12 @@ def weight_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 class KeepZeros(TrainerCallback):
     """What is zero in the matrices of a model (not in embeddings) when training begins stays zero, exactly.
 
-    A resumed run takes its masks from the checkpoint, where they are kept beside the weights. Raises PruneKitError if
-    nothing is zero.
+    A resumed run takes its masks from the checkpoint, where they are kept beside the weights. LoRA adapters get those
+    of their base, which doesn't change. Raises PruneKitError if nothing is zero.
     """
 
     def __init__(self):
+        self.under_lora = 0  # zeros of the matrices that adapters add to
         self.weights: dict[str, nn.Parameter] = {}
         self.masks: dict[str, torch.Tensor] = {}  # True: stays zero
         self.hooks: list = []
@@ -64,6 +66,7 @@ class KeepZeros(TrainerCallback):
 
     def on_train_begin(self, args, state, control, *, model=None, **kwargs):
         self.weights = self._choose(model)
+        self.under_lora = mask_lora(model)
         saved = resumed_from(args, state)
         if saved and (saved / MASKS).is_file():
             self.masks = self._load_masks(saved / MASKS)
@@ -74,16 +77,19 @@ class KeepZeros(TrainerCallback):
                 self.hooks.append(weight.register_hook(partial(self._mask_gradient, name)))
         self._apply()
         if state.is_world_process_zero:
-            print(f"sparse training: {self.zeros:,} zeros are kept, {self.sparsity:.2%} of their matrices")
+            if self.under_lora:
+                print(f"sparse training: {self.under_lora:,} zeros of the base are kept by its adapters")
+            if self.masks:
+                print(f"sparse training: {self.zeros:,} zeros are kept, {self.sparsity:.2%} of their matrices")
 
     def _choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(weight_matrices(model))
+        return {name: weight for name, weight in weight_matrices(model) if ".lora_" not in name}
 
     def _first_masks(self, saved: Path | None) -> dict[str, torch.Tensor]:
         """The masks of a run that begins, or (`saved`) was resumed from a checkpoint without masks."""
         masks = {name: weight.detach() == 0 for name, weight in self.weights.items()}
         masks = {name: mask for name, mask in masks.items() if mask.any()}
-        if not masks:
+        if not masks and not self.under_lora:
             raise PruneKitError("no trained weight is zero, so there is nothing to keep: sparsify.py makes zeros")
         return masks
 
@@ -111,7 +117,7 @@ class KeepZeros(TrainerCallback):
             self.hooks.pop().remove()
 
     def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
+        if args.should_save and self.masks:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             packed = {name: np.packbits(mask.cpu().numpy()) for name, mask in self.masks.items()}
             draft = folder / f".{MASKS}.new"

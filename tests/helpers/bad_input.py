@@ -197,6 +197,8 @@ CHEAP = {  # what reads a config, with arguments that its model can be cut by
     "prunekit.critical": (),
     "prunekit.plan": ("--target-params", "0.5"),
     "prunekit.training.cycles": (),
+    "prunekit.distributions": (),
+    "prunekit.packed": (),
 }
 
 
@@ -206,6 +208,10 @@ def words(name: str, model) -> tuple:
             return (model,)
         case "prunekit.summary":
             return ("--line", model)
+        case "prunekit.distributions":
+            return (model, "--out", "weights.png")
+        case "prunekit.packed":
+            return ("sizes", model)
         case "prunekit.training.cycles":
             return ("plan", "--model", model, "--sparsity", "0.5")
     return ("--model", model, *CHEAP[name])

@@ -21,6 +21,7 @@ PLANS = (
     "vocabulary",
     "vocabulary_files",
     "zeros",
+    "zeros_files",
     "zeros_weights",
     "zeros_wish",
 )
