@@ -74,6 +74,9 @@ class Stack:
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
     experts: str | None = None  # config key: width of each expert, where layers can be mixtures
+    experts_count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys: of a layer
+    experts_chosen: str = "num_experts_per_tok"  # config key: experts that a token goes to
+    router: str = "mlp.gate"  # of a mixture: has a row for each expert
     width: str = "intermediate_size"  # config key: neurons of an MLP
     inputs_first: bool = False  # weights are (inputs, outputs), as in transformers' Conv1D
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -177,7 +180,11 @@ _DECODER = Stack(_TEXT)
 _QWEN = Stack(_TEXT, threshold="max_window_layers", defaults={"max_window_layers": 28})
 _QWEN_VL = replace(_QWEN, defaults={"max_window_layers": 80}, config="text_config")
 _QWEN_MOE = Stack(
-    _TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step", experts="moe_intermediate_size"
+    _TEXT,
+    numbers=("mlp_only_layers",),
+    sparse_step="decoder_sparse_step",
+    experts="moe_intermediate_size",
+    defaults={"num_experts_per_tok": 8},
 )
 _VISION_IDS = {
     "image_token_id": 151655,
@@ -240,7 +247,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "qwen3_vl_moe",
-            replace(_QWEN_MOE, config="text_config"),
+            replace(_QWEN_MOE, config="text_config", defaults={"num_experts_per_tok": 4}),
             _VIT3,
             vision_prefix=_VISUAL,
             taps=Taps(),
@@ -380,6 +387,9 @@ def _rules(family: Family, stack: Stack) -> dict[str, Any]:
     if stack is family.text:
         sizes += (family.heads, family.kv_heads, family.head_dim, family.hidden, stack.width, stack.experts)
         sizes += (family.positions, *family.tables.values())
+        if stack.experts:
+            sizes += (stack.experts_chosen,)
+            rules |= dict.fromkeys(stack.experts_count, NUMBER)
         rope = Keys(ROPE | {"full_attention": Keys(ROPE), "sliding_attention": Keys(ROPE)})
         rules |= ROPE | {"rope_parameters": rope, "rope_scaling": rope, "tie_word_embeddings": FLAG}
     elif family.taps:
