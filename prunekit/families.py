@@ -18,12 +18,15 @@ NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)
 TOKEN_IDS = re.compile(r".*_token_(?:ids?|index)|(?:begin_)?suppress_tokens|bad_words_ids|stop_token_ids")
 
 _EXPERT = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?(\w+?)(?:\.(weight|bias))?")
+# What Mixtral's checkpoints call a mixture and its projections, and transformers does in memory
+_MIXTRAL = re.compile(r"(^|\.)block_sparse_moe\.")
+_EXPERTS_OWN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 class Spot(NamedTuple):
     """What a parameter of a module is, by its name."""
 
-    name: str  # of the module; of experts the name that a plain MLP's would have
+    name: str  # of the module in memory; of experts the name that a plain MLP's would have
     kind: str  # weight or bias
     experts: bool = False  # it is an expert's, or all of theirs in one
     expert: int | None = None  # whose; None: no expert's, or those of all in one tensor
@@ -44,8 +47,10 @@ class Spot(NamedTuple):
 
 def spot_of(name: str) -> Spot:
     """name: from the model on, or relative to a layer."""
+    name = _MIXTRAL.sub(r"\1mlp.", name)
     if expert := _EXPERT.fullmatch(name):
         block, number, linear, kind = expert.groups()
+        linear = _EXPERTS_OWN.get(linear, linear)
         return Spot(f"{block}.{linear}", kind or "weight", True, int(number) if number else None)
     module, _, kind = name.rpartition(".")
     return Spot(module, kind)
@@ -280,6 +285,12 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_moe", _QWEN_MOE),
         Family("qwen2", _QWEN, removable_heads="none"),  # vLLM takes hidden / heads
         Family("llama", _DECODER, removable_heads="divisors", token_ids={"bos_token_id": 1, "eos_token_id": 2}),
+        Family(
+            "mixtral",
+            replace(_DECODER, experts="intermediate_size", defaults={"num_experts_per_tok": 2}),
+            removable_heads="divisors",
+            token_ids={"bos_token_id": 1, "eos_token_id": 2},
+        ),
         Family("mistral", _DECODER, one_template=True, token_ids={"bos_token_id": 1, "eos_token_id": 2}),
         Family(
             "gemma3_text",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from prunekit.families import configs
+from prunekit.families import configs, spot_of
 
 from .agreement import heads, layer_numbers
 from .folder import open_checkpoint
@@ -54,11 +54,6 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
         for name, each in checkpoint.tensors.items()
         if each.shape and re.fullmatch(family.vocabulary, name)
     )
-    row = family.text
-    routers = rf"{row.prefix}\d+\.{re.escape(row.router)}\.weight"
-    experts = (
-        each.shape[0] for name, each in checkpoint.tensors.items() if row.experts and re.fullmatch(routers, name)
-    )
     return {
         "parameters": sum(parts.values()),
         "parameters_by_component": parts,
@@ -69,7 +64,16 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
         "num_key_value_heads": of_text.kv,
         "head_dim": of_text.dim,
         "neurons": config.get(family.text.experts or family.text.width) or 4 * config[family.hidden],
-        "num_experts": next((each.shape[0] for each in routers if row.experts and each.shape), None),
+        "num_experts": _experts(checkpoint),
         "vocab_size": next(rows, None),
         "kv_bytes_per_token": 2 * layers * of_text.kv * of_text.dim * 2 if family.causal else 0,
     }
+
+
+def _experts(checkpoint: Outline) -> int | None:
+    """Of the first mixture in the text stack: rows of its router."""
+    row = checkpoint.family.text
+    for name, tensor in checkpoint.tensors.items() if row.experts else ():
+        if (within := row.within(name)) and spot_of(within[1]) == (row.router, "weight", False, None) and tensor.shape:
+            return tensor.shape[0]
+    return None

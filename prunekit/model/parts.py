@@ -166,7 +166,8 @@ def place(parameters: dict[str, nn.Parameter], name: str) -> tuple[nn.Parameter,
         return parameters[name], ...
     spot = spot_of(name)
     if spot.expert is None:
-        return None
+        parameter = parameters.get(f"{spot.name}.{spot.kind}")
+        return None if parameter is None else (parameter, ...)
     if spot.last.startswith("down"):
         return parameters[f"{spot.module}.down_proj"], spot.expert
     both = parameters[f"{spot.module}.gate_up_proj"]
