@@ -71,7 +71,6 @@ def main() -> None:
     model = load_model(base)
     data = calibrate(model, base, folder / "calib.jsonl", args.tokens)
     tests = calibrate(model, base, folder / "test.jsonl", args.test_tokens)
-    of_test = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in [*tests.fit, *tests.held_out])
     uncut = row_losses(base.path, tests)
     tokens = sum(count for _, count in uncut)
     result = {

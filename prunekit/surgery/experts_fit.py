@@ -301,7 +301,7 @@ def tokens_of(sides: Sides, number: int, experts: Experts) -> Tokens:
         gap = uncut.between[index].to(device).float() - between
         wanted = wrote.to(device).float() + MADE_UP * gap
         weight = sides.weight(index, between + wanted).to(device)
-        counted = weight > 0
+        counted = sides.batches[index]["attention_mask"].flatten().bool().to(device)
         each = own.read[index].to(device), uncut.read[index].to(device), wanted
         for name, value in zip(parts, each):
             parts[name].append(value.flatten(0, -2)[counted])
@@ -362,7 +362,7 @@ def fit_experts(
         "held_out_loss_uncut": loss_behind(sides.teacher, model, held_out),
         "held_out_loss": loss_behind(sides.student, model, held_out),
     }
-    settings = calibrated_on(data) | {"refitted": refitted}
+    settings = calibrated_on(data) | {"refitted": refitted} | ({"made_up": MADE_UP} if refitted else {})
     arrays = {name: partial(_array, value) for name, value in values.items()}
     return ExpertsCut(plan, drop(plan, kept, arrays), score, kept, settings, losses)
 
