@@ -5,7 +5,7 @@
 The model is bench/tiny_moe.py's, which is trained first if it isn't there. Experts are chosen, and what is left is
 refitted, on calib.jsonl; losses (nats a token) are on rows of test.jsonl, from files that neither training nor
 calibration saw, each with the standard error of the rows' difference to the uncut model, and of their difference to
-REAP without a refit. Prints JSON; takes some minutes once the model is there.
+REAP without a refit. Prints JSON, that of other numbers of experts in --json kept; takes some minutes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tiny_moe import tiny_moe
 
-from prunekit.checkpoint import history, open_checkpoint, write_json
+from prunekit.checkpoint import history, open_checkpoint, read_json, write_json
 from prunekit.data.batches import Calibration, calibrate
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batch
@@ -80,10 +80,11 @@ def main() -> None:
         "test_rows": len(uncut),
         "threads": torch.get_num_threads(),
         "uncut": sum(nats for nats, _ in uncut) / tokens,
-        "cuts": {},
+        "cuts": read_json(args.json)["cuts"] if args.json and args.json.exists() else {},
     }
     for count in args.experts:
-        rows, cuts = {}, result["cuts"].setdefault(str(count), {})
+        rows: dict[str, list[tuple[float, int]]] = {}
+        cuts = result["cuts"][str(count)] = {}
         for way in ("REAP", *(way for way in args.ways if way != "REAP")):
             score, refitted = WAYS[way]
             out = work / f"{count}-{way}".replace(", ", "-")

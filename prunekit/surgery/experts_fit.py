@@ -307,7 +307,7 @@ def tokens_of(sides: Sides, number: int, experts: Experts) -> Tokens:
             parts[name].append(value.flatten(0, -2)[counted])
         parts["weight"].append(weight[counted])
         fitted += int(counted.sum()) * (index not in sides.judged)
-    return Tokens(*(torch.cat(each) for each in parts.values()), fitted)
+    return Tokens(**{name: torch.cat(each) for name, each in parts.items()}, fitted=fitted)
 
 
 @torch.no_grad()
