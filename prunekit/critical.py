@@ -44,7 +44,7 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
                 layers[stack] = beside | {left.index(old) for old in layers[stack] if old in left}
         if removed.keys() & {"heads", "kv_heads"}:
             blocks |= {name.partition(".")[0] for name in (row.q, row.o)}
-        if removed.keys() & {row.width, row.experts}:
+        if removed.keys() & {row.width, row.experts, "experts"}:
             blocks |= {name.partition(".")[0] for name in row.mlp}
     parts = []
     for stack, numbers in layers.items():

@@ -18,12 +18,15 @@ NAME_PREFIX = r"^(?:(?:model|language_model|transformer|bert|roberta|distilbert)
 TOKEN_IDS = re.compile(r".*_token_(?:ids?|index)|(?:begin_)?suppress_tokens|bad_words_ids|stop_token_ids")
 
 _EXPERT = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?(\w+?)(?:\.(weight|bias))?")
+# What Mixtral's checkpoints call a mixture and its projections, and transformers does in memory
+_MIXTRAL = re.compile(r"(^|\.)block_sparse_moe\.")
+_EXPERTS_OWN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 class Spot(NamedTuple):
     """What a parameter of a module is, by its name."""
 
-    name: str  # of the module; of experts the name that a plain MLP's would have
+    name: str  # of the module in memory; of experts the name that a plain MLP's would have
     kind: str  # weight or bias
     experts: bool = False  # it is an expert's, or all of theirs in one
     expert: int | None = None  # whose; None: no expert's, or those of all in one tensor
@@ -44,8 +47,10 @@ class Spot(NamedTuple):
 
 def spot_of(name: str) -> Spot:
     """name: from the model on, or relative to a layer."""
+    name = _MIXTRAL.sub(r"\1mlp.", name)
     if expert := _EXPERT.fullmatch(name):
         block, number, linear, kind = expert.groups()
+        linear = _EXPERTS_OWN.get(linear, linear)
         return Spot(f"{block}.{linear}", kind or "weight", True, int(number) if number else None)
     module, _, kind = name.rpartition(".")
     return Spot(module, kind)
@@ -74,6 +79,9 @@ class Stack:
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
     experts: str | None = None  # config key: width of each expert, where layers can be mixtures
+    experts_count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys: of a layer
+    experts_chosen: str = "num_experts_per_tok"  # config key: experts that a token goes to
+    router: str = "mlp.gate"  # of a mixture: has a row for each expert
     width: str = "intermediate_size"  # config key: neurons of an MLP
     inputs_first: bool = False  # weights are (inputs, outputs), as in transformers' Conv1D
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -177,7 +185,11 @@ _DECODER = Stack(_TEXT)
 _QWEN = Stack(_TEXT, threshold="max_window_layers", defaults={"max_window_layers": 28})
 _QWEN_VL = replace(_QWEN, defaults={"max_window_layers": 80}, config="text_config")
 _QWEN_MOE = Stack(
-    _TEXT, numbers=("mlp_only_layers",), sparse_step="decoder_sparse_step", experts="moe_intermediate_size"
+    _TEXT,
+    numbers=("mlp_only_layers",),
+    sparse_step="decoder_sparse_step",
+    experts="moe_intermediate_size",
+    defaults={"num_experts_per_tok": 8},
 )
 _VISION_IDS = {
     "image_token_id": 151655,
@@ -240,7 +252,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "qwen3_vl_moe",
-            replace(_QWEN_MOE, config="text_config"),
+            replace(_QWEN_MOE, config="text_config", defaults={"num_experts_per_tok": 4}),
             _VIT3,
             vision_prefix=_VISUAL,
             taps=Taps(),
@@ -273,6 +285,12 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_moe", _QWEN_MOE),
         Family("qwen2", _QWEN, removable_heads="none"),  # vLLM takes hidden / heads
         Family("llama", _DECODER, removable_heads="divisors", token_ids={"bos_token_id": 1, "eos_token_id": 2}),
+        Family(
+            "mixtral",
+            replace(_DECODER, experts="intermediate_size", defaults={"num_experts_per_tok": 2}),
+            removable_heads="divisors",
+            token_ids={"bos_token_id": 1, "eos_token_id": 2},
+        ),
         Family("mistral", _DECODER, one_template=True, token_ids={"bos_token_id": 1, "eos_token_id": 2}),
         Family(
             "gemma3_text",
@@ -380,6 +398,9 @@ def _rules(family: Family, stack: Stack) -> dict[str, Any]:
     if stack is family.text:
         sizes += (family.heads, family.kv_heads, family.head_dim, family.hidden, stack.width, stack.experts)
         sizes += (family.positions, *family.tables.values())
+        if stack.experts:
+            sizes += (stack.experts_chosen,)
+            rules |= dict.fromkeys(stack.experts_count, NUMBER)
         rope = Keys(ROPE | {"full_attention": Keys(ROPE), "sliding_attention": Keys(ROPE)})
         rules |= ROPE | {"rope_parameters": rope, "rope_scaling": rope, "tie_word_embeddings": FLAG}
     elif family.taps:

@@ -15,10 +15,8 @@ from prunekit.families import family_of
 def test_every_projection_and_norm_of_a_row_is_in_the_checkpoint(family, tiny):
     names = open_checkpoint(tiny(family)).tensors
     for row in ROWS[family].stacks.values():
-        projections = {row.q, row.k, row.v, row.o, *row.norms, *row.mlp}
-        for inner in projections:
-            pattern = rf"{row.prefix}1\.{re.escape(inner)}(\.weight)?"
-            assert any(re.fullmatch(pattern, name) for name in names), (family, inner)
+        for inner in {row.q, row.k, row.v, row.o, *row.norms, *row.mlp}:
+            assert row.tensors_of(names, 1, inner), (family, inner)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

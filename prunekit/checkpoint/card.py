@@ -20,6 +20,7 @@ ROWS = {
     "KV heads": "num_key_value_heads",
     "head dim": "head_dim",
     "MLP neurons": "neurons",
+    "experts": "num_experts",
     "vocabulary": "vocab_size",
     "parameters": "parameters",
     "KV bytes/token": "kv_bytes_per_token",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from prunekit.families import configs
+from prunekit.families import configs, spot_of
 
 from .agreement import heads, layer_numbers
 from .folder import open_checkpoint
@@ -29,7 +29,8 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     embedding: token embeddings and output head; other), bytes (of weights), num_hidden_layers, vision_depth (None
     without a vision tower), num_attention_heads, num_key_value_heads, head_dim, neurons (of an MLP, or of each expert),
     and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes. The last counts bf16/fp16 whatever the
-    weights' dtype, so that stages compare; for encoders it is 0. vocab_size is of the embedding's rows.
+    weights' dtype, so that stages compare; for encoders it is 0. vocab_size is of the embedding's rows, num_experts of
+    a mixture's (None where there is none).
     """
     checkpoint = checkpoint_or_path if isinstance(checkpoint_or_path, Outline) else open_checkpoint(checkpoint_or_path)
     family = checkpoint.family
@@ -63,6 +64,16 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
         "num_key_value_heads": of_text.kv,
         "head_dim": of_text.dim,
         "neurons": config.get(family.text.experts or family.text.width) or 4 * config[family.hidden],
+        "num_experts": _experts(checkpoint),
         "vocab_size": next(rows, None),
         "kv_bytes_per_token": 2 * layers * of_text.kv * of_text.dim * 2 if family.causal else 0,
     }
+
+
+def _experts(checkpoint: Outline) -> int | None:
+    """Of the first mixture in the text stack: rows of its router."""
+    row = checkpoint.family.text
+    for name, tensor in checkpoint.tensors.items() if row.experts else ():
+        if (within := row.within(name)) and spot_of(within[1]) == (row.router, "weight", False, None) and tensor.shape:
+            return tensor.shape[0]
+    return None

@@ -83,11 +83,44 @@ class Experts:
         given = dict(zip(("hidden_states", "top_k_index"), inputs)) | named
         states, chosen = given["hidden_states"].flatten(0, -2), given["top_k_index"].flatten(0, -2)
         tokens = text_tokens(states, mask)
-        turned = getattr(self.module, "is_transposed", False)
-        for expert, first in enumerate(self.module.gate_up_proj):
+        for expert in range(len(self)):
             mine = tokens[(chosen[tokens] == expert).any(-1)]
-            gate, up = (states[mine] @ (first if turned else first.T)).chunk(2, -1)
-            yield expert, mine, states[mine], self.module.act_fn(gate) * up
+            yield expert, mine, states[mine], self.neurons(expert, states[mine])
+
+    def neurons(self, expert: int, states: torch.Tensor) -> torch.Tensor:
+        """(n, width): what an expert's last projection reads of what its first ones read, (n, hidden)."""
+        first = self.module.gate_up_proj[expert]
+        gate, up = (states @ (first if getattr(self.module, "is_transposed", False) else first.T)).chunk(2, -1)
+        return self.module.act_fn(gate) * up
+
+    @property
+    def router(self) -> nn.Module:
+        """Of states (n, hidden) it gives all experts' logits, and the shares and numbers of those chosen."""
+        return self.block.gate
+
+    @property
+    def shared(self) -> "Shared | None":
+        for name in ("shared_expert", "shared_experts"):
+            if hasattr(self.block, name):
+                return Shared(name, getattr(self.block, name), getattr(self.block, f"{name}_gate", None))
+        return None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The expert that all tokens go through."""
+
+    name: str  # within the mixture
+    mlp: nn.Module
+    gate: nn.Module | None
+
+    def share(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, 1): how much of what it gives counts."""
+        return self.gate(states).sigmoid() if self.gate else states.new_ones(len(states), 1)
+
+    def neurons(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, width): what its last projection reads."""
+        return self.mlp.act_fn(self.mlp.gate_proj(states)) * self.mlp.up_proj(states)
 
 
 def text_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -133,7 +166,8 @@ def place(parameters: dict[str, nn.Parameter], name: str) -> tuple[nn.Parameter,
         return parameters[name], ...
     spot = spot_of(name)
     if spot.expert is None:
-        return None
+        parameter = parameters.get(f"{spot.name}.{spot.kind}")
+        return None if parameter is None else (parameter, ...)
     if spot.last.startswith("down"):
         return parameters[f"{spot.module}.down_proj"], spot.expert
     both = parameters[f"{spot.module}.gate_up_proj"]

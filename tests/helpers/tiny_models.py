@@ -80,6 +80,9 @@ def _build(family: str):
             return hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT, head_dim=16, tie_word_embeddings=True)
         case "mistral":
             return hf.MistralForCausalLM, hf.MistralConfig(**TEXT, head_dim=16, sliding_window=4)
+        case "mixtral":
+            config = hf.MixtralConfig(**TEXT, head_dim=16, num_local_experts=6, num_experts_per_tok=2)
+            return hf.MixtralForCausalLM, config
         case "gemma3_text":
             config = hf.Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=4, sliding_window_pattern=3)
             return hf.Gemma3ForCausalLM, config
@@ -108,6 +111,7 @@ FAMILIES = [
     "qwen2",
     "llama",
     "mistral",
+    "mixtral",
     "gemma3_text",
     "gpt2",
     "bert",

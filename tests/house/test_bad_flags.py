@@ -29,6 +29,7 @@ def flags(tagger, model, ranking, rows, out) -> list[tuple]:
         ("vocab_cut.py", (*surgery, "--calib", rows), "--size", NUMBERS),
         ("vocab_cut.py", (*surgery, "--calib", rows), "--keep-share", NUMBERS),
         ("vocab_cut.py", (*surgery, "--calib", rows, "--size", "64"), "--multiple", NUMBERS),
+        ("expert_cut.py", (*surgery, "--calib", rows), "--experts", NUMBERS),
         ("sparsify.py", surgery, "--sparsity", NUMBERS),
         ("sparsify.py", surgery, "--threshold", NUMBERS),
         ("sparsify.py", surgery, "--pattern", [*NUMBERS, "2:2", "0:4", "2:" + "9" * 5000]),

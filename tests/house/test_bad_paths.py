@@ -39,6 +39,7 @@ OUTS = {
     "kv_cut.py": ("--kv-heads", "1"),
     "width_cut.py": ("--heads", "2"),
     "vocab_cut.py": ("--size", "64", "--calib", "rows.jsonl"),
+    "expert_cut.py": ("--experts", "2", "--calib", "rows.jsonl"),
     "sparsify.py": ("--sparsity", "0.5"),
     "deploy.py": (),
     "ner_run.py": ("--dataset",),

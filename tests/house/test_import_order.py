@@ -18,6 +18,7 @@ PLANS = (
     "kv",
     "width",
     "width_parts",
+    "experts",
     "vocabulary",
     "vocabulary_files",
     "zeros",
