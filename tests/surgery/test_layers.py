@@ -72,7 +72,9 @@ def test_logits_equal_those_with_text_layers_skipped(family, text, tiny, tmp_pat
     cut(tiny(family), tmp_path / "out", text=text)
     reference = build(family)
     reference = delete(reference, text) if ROWS[family].taps else skip(reference, "text", text)
-    assert torch.equal(logits(load(tmp_path / "out")), logits(reference))
+    # torch groups experts by blocks of memory, whose sums differ in their last bit
+    tolerance = 1e-6 if family == "qwen3_5_moe" else 0
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(reference), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("family", VISION)
