@@ -85,7 +85,10 @@ KV_MERGE = [
     Mutant("missing = total - normal.sum(1)", "missing = normal.sum(1) - total"),
     Mutant("size * (total @ metric / rows / metric).sqrt()", "size / metric.sqrt()"),
     Mutant("norm.weight + gain - old)", "gain)"),
-    Mutant("attention.q.out_features // attention.k.out_features", "1"),
+    Mutant("attention.o.in_features // attention.k.out_features", "1"),
+    Mutant("value = value[:, back][..., back]", "pass"),
+    Mutant("z in (q, gates)], 1)", "z in (gates, q)], 1)"),
+    Mutant("maps.gates[place][:, query] = follow[i]", "maps.gates[place][:, query] = follow[i].T"),
 ]
 
 KV_FIT = [
@@ -98,7 +101,7 @@ KV_FIT = [
     Mutant("MADE_UP_KV * (x.to(e.device) - e)", "MADE_UP_KV * (e - x.to(e.device))"),
     Mutant("needed = of_text.kv // plan.kv_heads * of_text.dim", "needed = of_text.dim"),
     Mutant("if missing < best[0]:", "if missing < best[0] or fit_gains is False:"),
-    Mutant("torch.stack(turns).amax(0) <= SLOW", "torch.stack(turns).amax(0) > SLOW"),
+    Mutant("len(turn))) <= SLOW", "len(turn))) > SLOW"),
     Mutant(
         '[batch["attention_mask"].to(model.device).bool() for batch in data.fit]',
         '[torch.ones_like(batch["attention_mask"]).bool() for batch in data.fit]',
@@ -157,7 +160,7 @@ SPARSE_FIT = [
     Mutant("ratio(size, before) * along", "ratio(before, size) * along"),
     Mutant("torch.where(left < least, found, best)", "found"),
     Mutant("torch.minimum(left, least)", "left"),
-    Mutant("1 if plain == row.o else 2", "2 if plain == row.o else 1"),
+    Mutant("return 1 if plain in row.mixers", "return 2 if plain in row.mixers"),
     Mutant("[tokens].float(), MADE_UP_ZEROS)", "[tokens].float(), 1 - MADE_UP_ZEROS)"),
     Mutant("(judge if index in sides.judged else fit)", "(fit if index in sides.judged else judge)"),
     Mutant("sides.student.step(self.number + 1, keep=False)", "sides.student.step(self.number + 1)"),
@@ -401,7 +404,7 @@ TRAINING_RUN = [
 
 PUBLISH = [
     Mutant("if not BUFFERS.match(name)}", "}"),
-    Mutant("base.family.tied if is_tied(base)", "base.family.tied if True"),
+    Mutant("is_tied(base) and base.family.tied", "base.family.tied"),
     Mutant(".shape) != (shape", ".shape) is None != (shape"),
     Mutant("counts.most_common(1)[0][0]", "counts.most_common()[-1][0]"),
     Mutant("base.tensors[twin].dtype if twin and not dtype else common", "common"),
@@ -450,7 +453,6 @@ KV = [
     Mutant("values.reshape(kv_heads, -1, head_dim", "values.reshape(kv_heads, head_dim, -1"),
     Mutant("if kv_heads == present:", "if False:"),
     Mutant("if kv_heads not in divisors:", "if kv_heads > present:"),
-    Mutant('method == "calibrated" and any(', "any("),
     Mutant("if method not in METHODS:", "if False:"),
     Mutant("old.shape[0] != present * head_dim or", ""),
     Mutant(" or old.dtype not in TORCH_DTYPES", ""),
@@ -478,7 +480,7 @@ WIDTH = [
     Mutant("if not plan.heads_masked and plan.heads.kv", "if plan.heads.kv"),
     Mutant("widths[key] - number", "number"),
     Mutant("copy.deepcopy(checkpoint.config)", "checkpoint.config"),
-    Mutant("number * unit * where.halves", "number * unit"),
+    Mutant("number * where.unit(heads(checkpoint).dim) * where.halves", "number * where.unit(heads(checkpoint).dim)"),
     Mutant("shape=plan.outline.tensors[name].shape, ", ""),
     Mutant("shapes[name] = replace(shapes[name], shape=tuple(shape))", "pass"),
 ]

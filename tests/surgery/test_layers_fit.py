@@ -111,7 +111,8 @@ def test_only_output_projections_of_refitted_layers_change(family, tiny):
     row = checkpoint.family.text
     kept = [0, 2, 4]
     refitted = [kept.index(layer) for seam in cut.seams for layer in seam["refitted"]]
-    outputs = "|".join(re.escape(name) for name in (row.o, row.mlp[-1], row.mlp[-1].rpartition(".")[0] + ".experts"))
+    writing = (*row.mixers, row.mlp[-1], row.mlp[-1].rpartition(".")[0] + ".experts", row.beside_experts(row.mlp[-1]))
+    outputs = "|".join(re.escape(name) for name in writing if name)
     allowed = rf"{row.prefix}(?:{'|'.join(map(str, refitted))})\.(?:{outputs})\b.*"
     changed = [name for name, tensor in cut.result.tensors.items() if tensor.compute]
     assert changed and all(re.fullmatch(allowed, name) for name in changed)
