@@ -57,6 +57,8 @@ KV_MATH = [
     Mutant("diagonal(dim1=1, dim2=2).real.mean(1)", "diagonal(dim1=1, dim2=2).real.sum(1)"),
     Mutant("mean / mean.abs(), 1)", "mean.conj() / mean.abs(), 1)"),
     Mutant("values[:, :-1].sum(1)", "values[:, 1:].sum(1)"),
+    Mutant("readers.gather(1, order)", "readers"),
+    Mutant("decode[heads, order, place] = b", "decode[heads, place, order] = b"),
     Mutant("basis[:, -width:].T @ half, back", "basis[:, :width].T @ half, back"),
     Mutant("covariance.diagonal().sum() / count / power", "covariance.diagonal().sum() / power"),
     Mutant("energy[:-width].sum() * mean", "energy[:-width].sum()"),
@@ -488,6 +490,7 @@ WIDTH = [
 FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
 KV_TESTS = (
     "tests/surgery/test_kv_math.py tests/surgery/test_kv_merge.py tests/surgery/test_kv_fit.py "
+    "tests/surgery/test_hybrid.py "
     "-k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
     "gpt2 or bert or disk or generation or averaged or merging)"
 )

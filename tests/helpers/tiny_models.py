@@ -190,7 +190,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def assert_same(family: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Bit for bit, but where torch's sums go by how weights lie in memory (a gate of one output, Qwen3.5's experts')."""
+    """Bit for bit, but where sums go by how weights lie in memory: Qwen3.5-MoE has a gate of one output."""
     torch.testing.assert_close(found, wanted, atol=1e-6 if family == "qwen3_5_moe" else 0, rtol=0)
 
 
