@@ -225,7 +225,7 @@ _VIT3 = Stack(**_VIT, mlp=("mlp.linear_fc1", "mlp.linear_fc2"))
 _OF_QWEN3_5: dict[str, Any] = {
     "vision": _VIT3,
     "vision_prefix": _VISUAL,
-    "drafts": r"mtp\.",
+    "drafts": r"mtp\..+",
     "draft_count": "mtp_num_hidden_layers",
     "token_ids": dict(zip(_VISION_IDS, (248056, 248057, 248053, 248054), strict=True)),
     "head_dim_default": 256,
