@@ -406,7 +406,7 @@ TRAINING_RUN = [
 
 PUBLISH = [
     Mutant("if not BUFFERS.match(name)}", "}"),
-    Mutant("is_tied(base) and base.family.tied", "base.family.tied"),
+    Mutant("[base.family.tied] if is_tied(base)", "[base.family.tied] if True"),
     Mutant(".shape) != (shape", ".shape) is None != (shape"),
     Mutant("counts.most_common(1)[0][0]", "counts.most_common()[-1][0]"),
     Mutant("base.tensors[twin].dtype if twin and not dtype else common", "common"),

@@ -65,7 +65,8 @@ def _check_same_tensors(source: Checkpoint, base: Checkpoint, layers_only: bool)
     ours, theirs = (
         {plain: name for plain, name in _by_plain_name(each).items() if names.match(name)} for each in (source, base)
     )
-    optional = re.compile("|".join(filter(None, (is_tied(base) and base.family.tied, base.family.drafts))) or r"(?!)")
+    may_lack = [*([base.family.tied] if is_tied(base) else []), *([base.family.drafts] if base.family.drafts else [])]
+    optional = re.compile("|".join(may_lack) or r"(?!)")
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             if not optional.fullmatch(name):
