@@ -64,7 +64,7 @@ def main() -> None:
 
     checkpoint = open_input(arguments)
     plan = plan_kv(checkpoint, arguments.kv_heads, method)
-    print(comparison(statistics(checkpoint), statistics(plan.outline)))
+    print(*plan.notes, comparison(statistics(checkpoint), statistics(plan.outline)), sep="\n")
     save(fit(plan, arguments) if arguments.calib else cut_kv(plan), arguments)
 
 

@@ -68,6 +68,7 @@ class Stack:
     threshold: str | None = None  # config key: layers below this number are of another kind
     sparse_step: str | None = None  # config key: every n-th layer is a mixture of experts
     pattern: tuple[str, ...] = ()  # config keys, by precedence: every n-th layer attends fully
+    others: str = "sliding_attention"  # what the other layers of such a pattern do
     defaults: dict[str, Any] = field(default_factory=dict)  # what transformers takes where such a key is missing
     fixed_if: str | None = None  # config flag that ties a layer's computation to its number
     q: str = "self_attn.q_proj"
@@ -77,11 +78,15 @@ class Stack:
     q_norm: str = "self_attn.q_norm"  # of each head, before RoPE; only some families' layers have them
     k_norm: str = "self_attn.k_norm"
     qkv: str | None = None  # where q, k and v are one projection (then q, k and v are the same name)
+    gated: bool = False  # q_proj gives each head's query and, behind it, a gate of what the head hands to o_proj
+    # Projections of linear attention, in layers that have it in the place of q, k, v and o; the last one writes
+    linear: tuple[str, ...] = ()
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # the last one writes the output
     experts: str | None = None  # config key: width of each expert, where layers can be mixtures
     experts_count: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts")  # config keys: of a layer
     experts_chosen: str = "num_experts_per_tok"  # config key: experts that a token goes to
     router: str = "mlp.gate"  # of a mixture: has a row for each expert
+    shared: str | None = None  # the MLP that a mixture adds to its experts for every token
     width: str = "intermediate_size"  # config key: neurons of an MLP
     inputs_first: bool = False  # weights are (inputs, outputs), as in transformers' Conv1D
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -90,8 +95,17 @@ class Stack:
     @property
     def projections(self) -> list[str]:
         """The last names of attention's and the MLP's projections, each once."""
-        names = (self.q, self.k, self.v, self.o, *self.mlp)
+        names = (self.q, self.k, self.v, self.o, *self.linear, *self.mlp)
         return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The projections that write what a layer takes from other tokens: of each layer one."""
+        return (self.o, *self.linear[-1:])
+
+    def beside_experts(self, linear: str) -> str | None:
+        """Of the MLP's projections' names that of the shared expert's."""
+        return f"{self.shared}.{linear.rpartition('.')[2]}" if self.shared and linear in self.mlp else None
 
     def within(self, name: str) -> tuple[int, str] | None:
         """(layer, name relative to it) of a checkpoint's tensor; None if it is none of this stack's layers'."""
@@ -99,9 +113,9 @@ class Stack:
         return (int(match[1]), match[2]) if match else None
 
     def tensors_of(self, names: Iterable[str], layer: int, module: str) -> dict[str, str]:
-        """Of a checkpoint's names those of a layer's projection (its experts', too) or norm: each weight or bias."""
+        """Of a checkpoint's names those of a layer's projection (all experts', too) or norm: each weight or bias."""
         found = {name: spot_of(within[1]) for name in names if (within := self.within(name)) and within[0] == layer}
-        return {name: spot.kind for name, spot in found.items() if spot.name == module}
+        return {name: spot.kind for name, spot in found.items() if spot.name in (module, self.beside_experts(module))}
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,8 @@ class Family:
     vision: Stack | None = None
     vision_prefix: str | None = None  # regex: every tensor of the vision tower
     taps: Taps | None = None
+    drafts: str | None = None  # regex: tensors that only predict further tokens (MTP): transformers leaves them out
+    draft_count: str | None = None  # config key of the text stack: how many layers they have
     embedding: str = r"(?:.*\.)?embed_tokens\.|lm_head\."  # regex: token embeddings and output head
     tables: dict[str, str] = field(  # regex of an embedding table's name -> config key that counts its rows
         default_factory=lambda: {r"(?:.*\.)?embed_tokens\.weight": "vocab_size"}
@@ -191,6 +207,16 @@ _QWEN_MOE = Stack(
     experts="moe_intermediate_size",
     defaults={"num_experts_per_tok": 8},
 )
+_QWEN3_5 = Stack(
+    _TEXT,
+    config="text_config",
+    pattern=("full_attention_interval",),
+    others="linear_attention",
+    defaults={"full_attention_interval": 4},
+    gated=True,
+    linear=("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
+)
+_QWEN3_5_MOE = replace(_QWEN3_5, experts="moe_intermediate_size", shared="mlp.shared_expert")
 _VISION_IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -208,6 +234,14 @@ _VIT: dict[str, Any] = {
     "norms": ("norm1", "norm2"),
 }
 _VIT3 = Stack(**_VIT, mlp=("mlp.linear_fc1", "mlp.linear_fc2"))
+_OF_QWEN3_5: dict[str, Any] = {
+    "vision": _VIT3,
+    "vision_prefix": _VISUAL,
+    "drafts": r"mtp\..+",
+    "draft_count": "mtp_num_hidden_layers",
+    "token_ids": dict(zip(_VISION_IDS, (248056, 248057, 248053, 248054), strict=True)),
+    "head_dim_default": 256,
+}
 _BERT = Stack(
     r"(?:bert\.|roberta\.)?encoder\.layer\.",
     per_layer=(),
@@ -259,6 +293,8 @@ FAMILIES: dict[str, Family] = {
             token_ids=_VISION_IDS,
             one_template=True,
         ),
+        Family("qwen3_5", _QWEN3_5, **_OF_QWEN3_5),
+        Family("qwen3_5_moe", _QWEN3_5_MOE, **_OF_QWEN3_5),
         Family(
             "qwen2_5_vl",
             _QWEN_VL,
@@ -405,7 +441,8 @@ def _rules(family: Family, stack: Stack) -> dict[str, Any]:
         rules |= ROPE | {"rope_parameters": rope, "rope_scaling": rope, "tie_word_embeddings": FLAG}
     elif family.taps:
         rules[family.taps.key] = NUMBERS
-    rules |= dict.fromkeys((stack.threshold, stack.sparse_step), NUMBER) | {stack.fixed_if: FLAG}
+    numbers = (stack.threshold, stack.sparse_step, family.draft_count if stack is family.text else None)
+    rules |= dict.fromkeys(numbers, NUMBER) | {stack.fixed_if: FLAG}
     rules |= dict.fromkeys(sizes, COUNT)
     return {key: rule for key, rule in rules.items() if key}
 

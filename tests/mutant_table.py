@@ -57,6 +57,8 @@ KV_MATH = [
     Mutant("diagonal(dim1=1, dim2=2).real.mean(1)", "diagonal(dim1=1, dim2=2).real.sum(1)"),
     Mutant("mean / mean.abs(), 1)", "mean.conj() / mean.abs(), 1)"),
     Mutant("values[:, :-1].sum(1)", "values[:, 1:].sum(1)"),
+    Mutant("readers.gather(1, order)", "readers"),
+    Mutant("decode[heads, order, place] = b", "decode[heads, place, order] = b"),
     Mutant("basis[:, -width:].T @ half, back", "basis[:, :width].T @ half, back"),
     Mutant("covariance.diagonal().sum() / count / power", "covariance.diagonal().sum() / power"),
     Mutant("energy[:-width].sum() * mean", "energy[:-width].sum()"),
@@ -85,7 +87,10 @@ KV_MERGE = [
     Mutant("missing = total - normal.sum(1)", "missing = normal.sum(1) - total"),
     Mutant("size * (total @ metric / rows / metric).sqrt()", "size / metric.sqrt()"),
     Mutant("norm.weight + gain - old)", "gain)"),
-    Mutant("attention.q.out_features // attention.k.out_features", "1"),
+    Mutant("attention.o.in_features // attention.k.out_features", "1"),
+    Mutant("value = value[:, back][..., back]", "pass"),
+    Mutant("z in (q, gates)], 1)", "z in (gates, q)], 1)"),
+    Mutant("maps.gates[place][:, query] = follow[i]", "maps.gates[place][:, query] = follow[i].T"),
 ]
 
 KV_FIT = [
@@ -98,7 +103,7 @@ KV_FIT = [
     Mutant("MADE_UP_KV * (x.to(e.device) - e)", "MADE_UP_KV * (e - x.to(e.device))"),
     Mutant("needed = of_text.kv // plan.kv_heads * of_text.dim", "needed = of_text.dim"),
     Mutant("if missing < best[0]:", "if missing < best[0] or fit_gains is False:"),
-    Mutant("torch.stack(turns).amax(0) <= SLOW", "torch.stack(turns).amax(0) > SLOW"),
+    Mutant("len(turn))) <= SLOW", "len(turn))) > SLOW"),
     Mutant(
         '[batch["attention_mask"].to(model.device).bool() for batch in data.fit]',
         '[torch.ones_like(batch["attention_mask"]).bool() for batch in data.fit]',
@@ -157,7 +162,7 @@ SPARSE_FIT = [
     Mutant("ratio(size, before) * along", "ratio(before, size) * along"),
     Mutant("torch.where(left < least, found, best)", "found"),
     Mutant("torch.minimum(left, least)", "left"),
-    Mutant("1 if plain == row.o else 2", "2 if plain == row.o else 1"),
+    Mutant("return 1 if plain in row.mixers", "return 2 if plain in row.mixers"),
     Mutant("[tokens].float(), MADE_UP_ZEROS)", "[tokens].float(), 1 - MADE_UP_ZEROS)"),
     Mutant("(judge if index in sides.judged else fit)", "(fit if index in sides.judged else judge)"),
     Mutant("sides.student.step(self.number + 1, keep=False)", "sides.student.step(self.number + 1)"),
@@ -430,7 +435,7 @@ TRAINING_RUN = [
 
 PUBLISH = [
     Mutant("if not BUFFERS.match(name)}", "}"),
-    Mutant("base.family.tied if is_tied(base)", "base.family.tied if True"),
+    Mutant("[base.family.tied] if is_tied(base)", "[base.family.tied] if True"),
     Mutant(".shape) != (shape", ".shape) is None != (shape"),
     Mutant("counts.most_common(1)[0][0]", "counts.most_common()[-1][0]"),
     Mutant("base.tensors[twin].dtype if twin and not dtype else common", "common"),
@@ -479,7 +484,6 @@ KV = [
     Mutant("values.reshape(kv_heads, -1, head_dim", "values.reshape(kv_heads, head_dim, -1"),
     Mutant("if kv_heads == present:", "if False:"),
     Mutant("if kv_heads not in divisors:", "if kv_heads > present:"),
-    Mutant('method == "calibrated" and any(', "any("),
     Mutant("if method not in METHODS:", "if False:"),
     Mutant("old.shape[0] != present * head_dim or", ""),
     Mutant(" or old.dtype not in TORCH_DTYPES", ""),
@@ -507,7 +511,7 @@ WIDTH = [
     Mutant("if not plan.heads_masked and plan.heads.kv", "if plan.heads.kv"),
     Mutant("widths[key] - number", "number"),
     Mutant("copy.deepcopy(checkpoint.config)", "checkpoint.config"),
-    Mutant("number * unit * where.halves", "number * unit"),
+    Mutant("number * where.unit(heads(checkpoint).dim) * where.halves", "number * where.unit(heads(checkpoint).dim)"),
     Mutant("shape=plan.outline.tensors[name].shape, ", ""),
     Mutant("shapes[name] = replace(shapes[name], shape=tuple(shape))", "pass"),
 ]
@@ -515,6 +519,7 @@ WIDTH = [
 FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
 KV_TESTS = (
     "tests/surgery/test_kv_math.py tests/surgery/test_kv_merge.py tests/surgery/test_kv_fit.py "
+    "tests/surgery/test_hybrid.py "
     "-k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
     "gpt2 or bert or disk or generation or averaged or merging)"
 )

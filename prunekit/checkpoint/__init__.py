@@ -5,7 +5,7 @@ still point at the bytes of the old files (renamed, dropped, or computed), and `
 them.
 """
 
-from .agreement import Heads, heads, layer_numbers
+from .agreement import Heads, attending, heads, layer_numbers
 from .atomic import check_out, new_folder, scratch_folder, write_json
 from .card import HISTORY
 from .folder import INDEX, fingerprint, open_checkpoint, read_config
@@ -36,6 +36,7 @@ __all__ = [
     "Outline",
     "Tensor",
     "append_history",
+    "attending",
     "check_out",
     "fingerprint",
     "float_bytes",

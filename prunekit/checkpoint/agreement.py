@@ -35,6 +35,13 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else f"{a}" for a, b in runs)
 
 
+def attending(checkpoint: Outline) -> list[int]:
+    """The numbers of the text layers that have queries, keys and values: all but those of linear attention."""
+    row = checkpoint.family.text
+    pattern = re.compile(rf"{row.prefix}(\d{{1,9}})\.{re.escape(row.q)}\.weight")
+    return sorted(int(match[1]) for name in checkpoint.tensors if (match := pattern.fullmatch(name)))
+
+
 class Heads(NamedTuple):
     """How many heads of queries, and of keys and values, a layer's attention has, and how wide each is."""
 
@@ -106,7 +113,7 @@ def _said_shapes(checkpoint: Checkpoint) -> dict[tuple[str, bool], tuple[tuple[i
     if row.qkv:
         plain[row.qkv] = (((query + 2 * kv) * dim, hidden), f"{family.heads}, {family.hidden}")
     else:
-        plain[row.q] = ((query * dim, hidden), f"{family.heads}, {head_dim}")
+        plain[row.q] = ((query * dim * (1 + row.gated), hidden), f"{family.heads}, {head_dim}")
         keys = f"{family.kv_heads or family.heads}, {head_dim}"
         plain |= dict.fromkeys((row.k, row.v), ((kv * dim, hidden), keys))
     said = {(name, False): shape for name, shape in plain.items()}

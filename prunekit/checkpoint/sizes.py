@@ -7,7 +7,7 @@ from typing import Any
 
 from prunekit.families import configs, spot_of
 
-from .agreement import heads, layer_numbers
+from .agreement import attending, heads, layer_numbers
 from .folder import open_checkpoint
 from .format import Outline
 
@@ -28,9 +28,9 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     Returns parameters (tied weights counted once), parameters_by_component (text: the layers; vision: the whole tower;
     embedding: token embeddings and output head; other), bytes (of weights), num_hidden_layers, vision_depth (None
     without a vision tower), num_attention_heads, num_key_value_heads, head_dim, neurons (of an MLP, or of each expert),
-    and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes. The last counts bf16/fp16 whatever the
-    weights' dtype, so that stages compare; for encoders it is 0. vocab_size is of the embedding's rows, num_experts of
-    a mixture's (None where there is none).
+    and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes, of the layers that have a cache which
+    grows. The last counts bf16/fp16 whatever the weights' dtype, so that stages compare; for encoders it is 0.
+    vocab_size is of the embedding's rows, num_experts of a mixture's (None where there is none).
     """
     checkpoint = checkpoint_or_path if isinstance(checkpoint_or_path, Outline) else open_checkpoint(checkpoint_or_path)
     family = checkpoint.family
@@ -66,7 +66,7 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
         "neurons": config.get(family.text.experts or family.text.width) or 4 * config[family.hidden],
         "num_experts": _experts(checkpoint),
         "vocab_size": next(rows, None),
-        "kv_bytes_per_token": 2 * layers * of_text.kv * of_text.dim * 2 if family.causal else 0,
+        "kv_bytes_per_token": 2 * len(attending(checkpoint)) * of_text.kv * of_text.dim * 2 if family.causal else 0,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prunekit.data.batches import Calibration
+from prunekit.model.parts import find_mixer
 from prunekit.model.replay import find_stack
 from prunekit.surgery.layers import check_healable, find_seams
 from prunekit.surgery.layers_fit import fit_layers
@@ -29,10 +30,10 @@ class HealedScanner:
         for index in range(len(scanner.batches)):
             scanner.refer(index)  # to the uncut model, while it is
         projections = [
-            Projection(layer, name)
+            Projection(layer, row, name)
             for row in self.stacks.values()
             for layer in getattr(*find_stack(self.model, row))
-            for name in (row.o, row.mlp[-1])
+            for name in (find_mixer(layer, row), row.mlp[-1])
         ]
         parameters = [p for projection in projections for p in projection.parameters.values()]
         self.uncut = [(parameter, parameter.data) for parameter in parameters]

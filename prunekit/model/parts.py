@@ -66,8 +66,9 @@ class Experts:
     """The experts of a mixture, whose weights are stacked: down_proj, and gate and up, one behind the other."""
 
     name: str  # of the projection that writes, as the row names that of a plain MLP
-    block: nn.Module  # the MLP: router and experts; what it writes is linear in the experts' down_proj
+    block: nn.Module  # the MLP: router and experts; what it writes is linear in all their down_proj
     module: nn.Module
+    shared: nn.Linear | None = None  # what the shared expert writes with, where there is one
 
     def __len__(self) -> int:
         return len(self.module.down_proj)
@@ -131,29 +132,47 @@ def text_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().nonzero()[:, 0].to(values.device)
 
 
-def find_part(layer: nn.Module, name: str) -> Linear | Experts:
+def find_part(layer: nn.Module, row: Stack, name: str) -> Linear | Experts:
     """A layer's projection of this name in the row, or the experts that stand in its place."""
     block, _, linear = name.rpartition(".")
     parent = layer.get_submodule(block)
     if hasattr(parent, linear):
         return Linear(name, getattr(parent, linear))
-    return Experts(name, parent, parent.experts)
+    shared = row.beside_experts(name)
+    return Experts(name, parent, parent.experts, layer.get_submodule(shared) if shared else None)
+
+
+def find_mixer(layer: nn.Module, row: Stack) -> str:
+    """The row's name of what a layer's attention writes with, be it full or linear."""
+    names = {name for name, _ in layer.named_modules()}
+    return next(name for name in row.mixers if name in names)
 
 
 class LayerParts:
-    """A layer's attention, its heads, and what its MLP writes with."""
+    """A layer's attention, its heads, and what its MLP writes with.
+
+    A layer of linear attention has no heads that its config's counts are of: only `o` and `down`.
+    """
+
+    attention: nn.Module
+    q: Linear  # the heads' queries, each with its gate behind it where the row has gates
+    k: Linear
+    v: Linear
 
     def __init__(self, layer: nn.Module, row: Stack, heads: Heads):
         self.heads = heads
+        mixer, modules = find_mixer(layer, row), dict(layer.named_modules())
+        self.attends = mixer == row.o
+        self.o = Linear(mixer, modules[mixer])
+        self.down = find_part(layer, row, row.mlp[-1])
+        self.norms = {name: modules[name] for name in (row.q_norm, row.k_norm) if name in modules}
+        if not self.attends:
+            return
         self.attention = layer.get_submodule(row.q.rpartition(".")[0])  # returns its distributions, if eager
         names, kv = (row.q, row.k, row.v), heads.kv * heads.dim
         fused = [(0, heads.query * heads.dim), (heads.query * heads.dim, kv), (heads.query * heads.dim + kv, kv)]
         where = fused if row.qkv else [(0, None)] * 3
         self.q, self.k, self.v = (Linear(n, layer.get_submodule(n), *w) for n, w in zip(names, where, strict=True))
-        self.o = Linear(row.o, layer.get_submodule(row.o))
-        self.down = find_part(layer, row.mlp[-1])
-        modules = dict(layer.named_modules())
-        self.norms = {name: modules[name] for name in (row.q_norm, row.k_norm) if name in modules}
 
 
 def place(parameters: dict[str, nn.Parameter], name: str) -> tuple[nn.Parameter, Any] | None:

@@ -14,7 +14,7 @@ from .style import COOL, KEY, WARM, new_figure, save_figure
 def draw_heads(entry: dict[str, Any], path: Path) -> None:
     """How much each head of each layer matters, as a share of its layer's best, and which of them went.
 
-    `entry` is width_cut's in a history, with its `head_scores` and `heads_removed`.
+    `entry` is width_cut's in a history, with its `head_scores` and `heads_removed`, of all layers or of `head_layers`.
     """
     scores = [[value / (max(row) or 1.0) for value in row] for row in entry["head_scores"]]
     layers, count = len(scores), len(scores[0])
@@ -27,7 +27,9 @@ def draw_heads(entry: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
     axis.grid(visible=False)
     axis.set_xticks(range(0, count, math.ceil(count / 16)))
-    axis.set_yticks(range(0, layers, math.ceil(layers / 20)))
+    numbers = entry.get("head_layers") or range(layers)
+    shown = range(0, layers, math.ceil(layers / 20))
+    axis.set_yticks(shown, [str(numbers[row]) for row in shown])
     axis.set_xlabel("head, × removed")
     axis.set_ylabel("layer")
     axis.set_title(f"heads by {entry['settings']['score']}")

@@ -11,6 +11,7 @@ from prunekit.checkpoint import (
     TORCH_DTYPES,
     Checkpoint,
     Outline,
+    attending,
     float_bytes,
     heads,
     layer_numbers,
@@ -19,6 +20,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import configs
 
 from .cut import Account
+from .drafts import drop_drafts
 
 # Of a group's heads, along axis 1. These need no data.
 MERGES: dict[str, Callable[[Any], Any]] = {
@@ -34,6 +36,7 @@ class KVPlan:
     outline: Outline  # of what will come out: `cut_kv` or `kv_fit.fit_kv` computes k_proj and v_proj
     kv_heads: int
     method: str
+    notes: list[str]  # what the user should know, one line each
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,6 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
     family, row = checkpoint.family, checkpoint.family.text
     if family.kv_heads is None:
         raise PruneKitError(f"{family.model_type}: has no form with fewer KV heads than query heads; nothing to merge")
-    layers = layer_numbers(checkpoint, "text")
     _, present, head_dim = heads(checkpoint)
     divisors = [n for n in range(1, present) if present % n == 0]
     if kv_heads == present:
@@ -85,12 +87,6 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
         raise PruneKitError(
             f"--kv-heads {kv_heads}: the model has {present} KV heads; "
             + (f"choose one of {', '.join(map(str, divisors))}" if divisors else "there is nothing to merge")
-        )
-    rope = [part | (part.get("rope_parameters") or {}) for part in configs(checkpoint.config, row)]
-    if method == "calibrated" and any((part.get("partial_rotary_factor") or 1) != 1 for part in rope):
-        raise PruneKitError(
-            f"{checkpoint.path}: partial_rotary_factor: calibrated merging takes whole heads to be rotated; use "
-            f"--method mean"
         )
     if method not in METHODS:
         raise PruneKitError(f"--method {method}: choose one of {', '.join(METHODS)}")
@@ -105,12 +101,14 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
                 "floating-point rows; copy or download it again"
             )
         shapes[name] = replace(shapes[name], shape=(kv_heads * head_dim, *old.shape[1:]))
+    layers = attending(checkpoint) if row.linear else layer_numbers(checkpoint, "text")
     if sum(name.endswith(".weight") for name in projections) != 2 * len(layers):
         raise PruneKitError(f"{checkpoint.path}: not every text layer has {row.k} and {row.v}; the folder is damaged")
     config = copy.deepcopy(checkpoint.config)
     for part in configs(config, row):
         part[family.kv_heads] = kv_heads
-    return KVPlan(checkpoint, Outline(checkpoint.path, config, shapes), kv_heads, method)
+    notes = drop_drafts(checkpoint, config, shapes)
+    return KVPlan(checkpoint, Outline(checkpoint.path, config, shapes), kv_heads, method, notes)
 
 
 def _projections(checkpoint: Checkpoint) -> list[str]:
@@ -132,4 +130,7 @@ def cut_kv(plan: KVPlan) -> KVCut:
         name: replace(source.tensors[name], shape=plan.outline.tensors[name].shape, compute=partial(compute, name))
         for name in _projections(source)
     }
-    return KVCut(plan, replace(source, config=plan.outline.config, tensors=source.tensors | merged))
+    tensors = {
+        name: merged.get(name, tensor) for name, tensor in source.tensors.items() if name in plan.outline.tensors
+    }
+    return KVCut(plan, replace(source, config=plan.outline.config, tensors=tensors))

@@ -19,6 +19,7 @@ from prunekit.data.batches import Calibration
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack
 from prunekit.model.offload import bring
+from prunekit.model.parts import find_mixer
 from prunekit.model.replay import Replay, Store, given, in_memory, record_calls
 from prunekit.model.scores import score_batches
 
@@ -195,10 +196,17 @@ def fit_kv(
     judged = range(len(data.fit), len(batches))
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches), store)
     masks = [batch["attention_mask"].to(model.device).bool() for batch in data.fit]
-    tensors = dict(plan.source.tensors)
+    tensors = {name: tensor for name, tensor in plan.source.tensors.items() if name in plan.outline.tensors}
     with tqdm(total=len(sides.layers), desc="merge", disable=quiet) as progress:
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
+            if find_mixer(layer, row) != row.o:  # linear attention, which has no KV heads
+                sides.teacher.step(number + 1)
+                sides.student.step(number + 1)
+                if on_disk:
+                    layer.to("meta")
+                progress.update()
+                continue
             attention = Attention(layer, row, of_text)
             came, wanted = original_attention(layer, row, sides.teacher, number)
             entered = enter(layer, attention, sides.student, number)
@@ -207,7 +215,9 @@ def fit_kv(
                 for x, y, e in zip(came, wanted, entered.layer)
             ]
             turns = [turned(*named["position_embeddings"]) for _, named in entered.attention]
-            slow = torch.stack(turns).amax(0) <= SLOW
+            turn = torch.stack(turns).amax(0)
+            attention.rotated = 2 * len(turn)
+            slow = nn.functional.pad(turn, (0, of_text.dim // 2 - len(turn))) <= SLOW
             moments = gather(attention, entered.projections, masks, slow)
             fitted = [x[mask] for x, mask in zip(entered.projections, masks)]
             if not moments.finite():

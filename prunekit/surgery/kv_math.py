@@ -1,6 +1,8 @@
 """The mathematics of merging heads: what a group shares, by closed forms, and which heads make the groups.
 
 Pure functions of tensors. Pairs are those that RoPE rotates, dimensions i and i + head_dim / 2, as complex numbers.
+Where it rotates only a head's first dimensions, `pairing` puts their pairs first, and behind them those that it passes
+on, which are pairs that never turn.
 """
 
 import itertools
@@ -8,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
@@ -52,6 +55,44 @@ def shared_basis(covariance: torch.Tensor, readers: torch.Tensor) -> tuple[torch
     power = energy[-width:].sum().clamp_min(1e-30)
     scale = (covariance.diagonal().sum() / count / power).clamp_min(1e-30).sqrt()
     return encode * scale, (decode / scale).view(count, width, width), energy[:-width].sum() * mean
+
+
+def shared_dimensions(
+    covariance: torch.Tensor, readers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One vector for those of a group's heads, dimension by dimension: for values that a gate scales one by one.
+
+    covariance: E[v v^T], (heads, width, heads, width). readers: by how much each is read, (heads, width). Between a
+    value and what reads it only scales and an order of the dimensions fold away. So each head's dimensions are assigned
+    to the first head's, one to one, as least is lost by it, and what is assigned together shares one value as keys do
+    per frequency. Returns P (width, heads * width) and R (heads, width, width) as `shared_basis`, the orders (heads,
+    width, width), by which a head's gates follow, and what is lost, as squares of what is read.
+    """
+    count, width = readers.shape
+    power = covariance.flatten(2).flatten(0, 1).diagonal().view(count, width) * readers
+    orders = [torch.arange(width)]
+    for head in range(1, count):
+        both = covariance[0, :, head] * (readers[0][:, None] * readers[head]).sqrt()
+        one, other = power[0][:, None], power[head]
+        lost = (one + other) / 2 - ((one - other).square() / 4 + both.square()).sqrt()
+        orders.append(torch.from_numpy(linear_sum_assignment(lost.cpu().numpy())[1]))
+    order = torch.stack(orders).to(covariance.device)
+    heads, place = torch.arange(count, device=order.device)[:, None], torch.arange(width, device=order.device)
+    aligned = covariance[heads[:, None], order[:, None], heads, order]  # (heads, heads, width)
+    a, b, rest = shared_keys(aligned.permute(2, 0, 1), readers.gather(1, order))
+    encode, decode, follow = (covariance.new_zeros(count, width, width) for _ in range(3))
+    encode[heads, place, order] = a
+    decode[heads, order, place] = b
+    follow[heads, place, order] = 1
+    return encode.transpose(0, 1).flatten(1), decode, follow, rest.sum()
+
+
+def pairing(rotated: int, head_dim: int) -> torch.Tensor:
+    """An order of a head's dimensions, (head_dim,), in which i and i + head_dim / 2 are a pair, those rotated first.
+
+    RoPE rotates the first `rotated` dimensions, each with the one that is rotated / 2 behind it.
+    """
+    return torch.cat([torch.arange(rotated).view(2, -1), torch.arange(rotated, head_dim).view(2, -1)], 1).flatten()
 
 
 def turned(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ back is folded into o_proj. Of K, rotations and scalings of the pairs that RoPE 
 shares one combination of its keys per frequency, and the way back is folded into q_proj. Pairs that hardly turn over
 the rows share a basis as values do, whatever pair and head their content comes from. Where q and k have a norm behind
 their projections (Qwen3), the fold has the right direction, and the norm's gains can be fitted to give it its length.
+Dimensions that RoPE doesn't rotate are pairs that never turn. Where a gate scales what a head hands to o_proj
+(Qwen3.5), values are shared dimension by dimension, and the gates follow the order of their head's.
 """
 
 import itertools
@@ -21,7 +23,7 @@ from prunekit.checkpoint import Heads
 from prunekit.families import Stack
 from prunekit.model.parts import LayerParts
 
-from .kv_math import as_pairs, choose_groups, rotation, shared_basis, shared_keys
+from .kv_math import as_pairs, choose_groups, pairing, rotation, shared_basis, shared_dimensions, shared_keys
 
 RIDGE = 0.1  # of the fit of a norm's gains, times the mean of the normal matrix's diagonal
 LEAST_GAIN = 1e-3  # of what is read of the slow pairs, for them to share a basis: per frequency RoPE is kept exactly
@@ -35,21 +37,37 @@ class Attention:
         self.module, self.norms = parts.attention, list(parts.norms.values())
         self.modules = {part.name: part.module for part in (parts.q, parts.k, parts.v, parts.o)} | parts.norms
         self.q, self.k, self.v, self.o = list(self.modules.values())[:4]
-        self.kv_heads, self.head_dim = heads.kv, heads.dim
+        self.kv_heads, self.head_dim, self.gated = heads.kv, heads.dim, row.gated
+        self.rotated = heads.dim  # dimensions of a head that RoPE rotates
 
     def parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         return [(m, name, p) for m in self.modules.values() for name, p in m.named_parameters(recurse=False)]
 
     def heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """(tokens, heads, head_dim) of inputs (tokens, hidden)."""
+        if projection is self.q and self.gated:
+            return projection(x).unflatten(-1, (-1, 2, self.head_dim))[..., 0, :]
         return projection(x).unflatten(-1, (-1, self.head_dim))
 
+    def gates(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head_dim): by how much each dimension is scaled in front of o_proj."""
+        return self.q(x).unflatten(-1, (-1, 2, self.head_dim))[..., 1, :].double().sigmoid()
+
+    def weight(self, projection: nn.Linear) -> torch.Tensor:
+        """`weight_of` a projection's heads, without their gates."""
+        weight = weight_of(projection)
+        return self.by_half(weight)[:, 0].flatten(0, 1) if projection is self.q and self.gated else weight
+
+    def by_half(self, weight: torch.Tensor) -> torch.Tensor:
+        """q_proj's weight by head, and of each head its queries and its gates: (heads, 2, head_dim, inputs)."""
+        return weight.unflatten(0, (-1, 2, self.head_dim))
+
     def queries_and_keys(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """q and k as RoPE gets them."""
+        """q and k as RoPE gets them, their dimensions in the order of `pairing`."""
         both = [self.heads(self.q, x), self.heads(self.k, x)]
         if self.norms:
             both = [norm(z) for norm, z in zip(self.norms, both)]
-        return [z.double() for z in both]
+        return [z.double()[..., pairing(self.rotated, self.head_dim)] for z in both]
 
 
 def weight_of(linear: nn.Linear) -> torch.Tensor:
@@ -86,6 +104,8 @@ class Moments:
     values: torch.Tensor  # E[v v^T], (KV heads * head_dim, KV heads * head_dim)
     readers: torch.Tensor  # O^T O summed over a KV head's query heads, (KV heads, head_dim, head_dim)
     before_norm: list[torch.Tensor]  # root mean square of each head of q and of k in front of its norm
+    order: torch.Tensor  # of a head's dimensions in keys and queries, (head_dim,)
+    gated: torch.Tensor | None  # the readers' diagonals times E[gate^2], (KV heads, head_dim)
 
     def finite(self) -> bool:
         return all(float(z.abs().sum()) < math.inf for z in (self.keys, self.queries, self.values, self.readers))
@@ -108,6 +128,7 @@ def gather(
     slow_keys: Any = 0
     slow_queries: Any = 0
     before: list[Any] = [0.0, 0.0]
+    gates: Any = 0
     tokens = 0
     for rows, mask in zip(inputs, masks):
         x = rows[mask]
@@ -125,6 +146,8 @@ def gather(
         slow_keys = slow_keys + some.T @ some
         read = q[..., slow].unflatten(1, (attention.kv_heads, -1)).transpose(0, 1).flatten(1, 2)
         slow_queries = slow_queries + read.mT @ read
+        if attention.gated:
+            gates = gates + attention.gates(x).square().sum(0)
         if attention.norms:
             both = (attention.q, attention.k)
             before = [
@@ -137,8 +160,21 @@ def gather(
     queries = queries.view(attention.kv_heads, -1, queries.shape[-1]).sum(1) / tokens
     norms = [(total / tokens).sqrt() for total in before] if attention.norms else []
     slow_keys = (slow_keys / tokens).unflatten(0, (attention.kv_heads, -1)).unflatten(2, (attention.kv_heads, -1))
+    read = None
+    if attention.gated:
+        by_head = (gates / tokens).unflatten(0, (attention.kv_heads, -1)) * columns.square().sum(0)
+        read = by_head.sum(1)
     return Moments(
-        keys / tokens, queries, slow_pairs, slow_keys, slow_queries / tokens, values / tokens, readers, norms
+        keys / tokens,
+        queries,
+        slow_pairs,
+        slow_keys,
+        slow_queries / tokens,
+        values / tokens,
+        readers,
+        norms,
+        pairing(attention.rotated, attention.head_dim),
+        read,
     )
 
 
@@ -151,6 +187,7 @@ class Maps:
     k: torch.Tensor  # (new KV heads * head_dim, KV heads * head_dim)
     v: torch.Tensor  # like k
     o: torch.Tensor  # from o_proj's new inputs to its old ones, like q
+    gates: torch.Tensor  # from the old heads' gates to the new ones, like q
 
 
 def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
@@ -160,7 +197,7 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
     slow = moments.slow_pairs.repeat(2).nonzero().flatten()
 
     def share(group: tuple[int, ...]):
-        """(k, q, v, o, what keys and values lose): q and k per head, (head_dim, head_dim)."""
+        """(k, q, v, o, gates, what keys and values lose): all but v per head, (head_dim, head_dim)."""
         index, size = torch.tensor(group, device=moments.values.device), len(group)
         a, b, lost_pairs = shared_keys(moments.keys[:, index][:, :, index], moments.queries[index])
         k, q = torch.stack([rotation(c) for c in a]), torch.stack([rotation(c) for c in b.conj()])
@@ -179,8 +216,12 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
                 k[block], q[block] = p.unflatten(1, (size, -1)).transpose(0, 1), r.mT
             lost_keys = lost_keys + apart
         blocks = moments.values.view(count, width, count, width)[index][:, :, index]
-        p, r, lost_values = shared_basis(blocks.reshape(size * width, -1), moments.readers[index])
-        return k, q, p, r, (lost_keys, lost_values)
+        if moments.gated is None:
+            follow = blocks.new_zeros(size, width, width)
+            p, r, lost_values = shared_basis(blocks.reshape(size * width, -1), moments.readers[index])
+        else:
+            p, r, follow, lost_values = shared_dimensions(blocks, moments.gated[index])
+        return k, q, p, r, follow, (lost_keys, lost_values)
 
     if kv_heads == 1:
         groups = [tuple(range(count))]
@@ -198,19 +239,24 @@ def plan_layer(moments: Moments, kv_heads: int, query_heads: int) -> Maps:
         zeros(kv_heads, width, count, width),
         zeros(kv_heads, width, count, width),
         zeros(query_heads, width, query_heads, width),
+        zeros(query_heads, width, query_heads, width),
     )
     place = 0
     for number, group in enumerate(groups):
-        k, q, p, r, _ = share(group)
+        k, q, p, r, follow, _ = share(group)
         maps.v[number][:, list(group)] = p.view(width, len(group), width)
         for i, head in enumerate(group):
             maps.k[number][:, head] = k[i]
             for query in range(head * per_head, (head + 1) * per_head):
                 maps.q[place][:, query] = q[i]
                 maps.o[query][:, place] = r[i]
+                maps.gates[place][:, query] = follow[i]
                 place += 1
-    for name in ("q", "k", "v", "o"):
+    back = moments.order.argsort()
+    for name in ("q", "k", "v", "o", "gates"):
         value = getattr(maps, name)
+        if name in ("q", "k"):
+            value = value[:, back][..., back]
         setattr(maps, name, value.reshape(value.shape[0] * width, -1))
     return maps
 
@@ -238,7 +284,7 @@ def fold_before_norm(
     used = (blocks != 0).any(3).any(1).double()  # (new heads, old heads)
     mean = (used @ before.square() / used.sum(1)).sqrt()
     scale = mean[:, None] / before.clamp_min(1e-12)
-    fold = (blocks * scale[:, None, :, None] * gain).reshape(len(change), -1) @ weight_of(linear)
+    fold = (blocks * scale[:, None, :, None] * gain).reshape(len(change), -1) @ attention.weight(linear)
     if not fit_gains:
         return fold / size.repeat(len(used))[:, None], size
     weight, bias = (fold, None) if linear.bias is None else (fold[:, :-1], fold[:, -1])
@@ -266,7 +312,7 @@ def merge_layer(
     fit_gains: bool = True,
 ) -> None:
     """Give a layer's attention fewer KV heads. inputs: what its projections get, (tokens, hidden) each."""
-    maps = plan_layer(moments, kv_heads, attention.q.out_features // attention.head_dim)
+    maps = plan_layer(moments, kv_heads, attention.o.in_features // attention.head_dim)
     if attention.norms:
         projections = zip((attention.q, attention.k), attention.norms, (maps.q, maps.k), moments.before_norm)
         (q, q_gain), (k, k_gain) = [fold_before_norm(attention, *each, inputs, fit_gains) for each in projections]
@@ -274,10 +320,13 @@ def merge_layer(
             old = norm(torch.ones_like(norm.weight))
             put_weight(norm, norm.weight + gain - old)  # some families' gains are 1 + weight
     else:
-        q, k = maps.q @ weight_of(attention.q), maps.k @ weight_of(attention.k)
+        q, k = maps.q @ attention.weight(attention.q), maps.k @ weight_of(attention.k)
+    if attention.gated:
+        gates = maps.gates @ attention.by_half(weight_of(attention.q))[:, 1].flatten(0, 1)
+        q = torch.stack([z.unflatten(0, (-1, attention.head_dim)) for z in (q, gates)], 1).flatten(0, 2)
     put_weight(attention.v, maps.v @ weight_of(attention.v))
     put_weight(attention.q, q)
     put_weight(attention.k, k)
     o = weight_of(attention.o)
     put_weight(attention.o, torch.cat([o[:, : len(maps.o)] @ maps.o, o[:, len(maps.o) :]], 1))
-    attention.module.num_key_value_groups = attention.q.out_features // attention.k.out_features
+    attention.module.num_key_value_groups = attention.o.in_features // attention.k.out_features

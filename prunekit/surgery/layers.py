@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint, layer_numbers
+from prunekit.checkpoint import Checkpoint, attending, layer_numbers
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack, configs
 
 from .cut import Account
+from .drafts import draft_tensors
 
 MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
 
@@ -145,17 +146,29 @@ def _plan_taps(
     return [(tap, after.get(i)) for i, tap in enumerate(taps)]
 
 
+def _pattern(row: Stack, count: int, every: int) -> list[str]:
+    return ["full_attention" if (i + 1) % every == 0 else row.others for i in range(count)]
+
+
+def _every(row: Stack, part: dict[str, Any]) -> int | None:
+    """Of a config's layers every which one attends fully; None if they follow no such pattern."""
+    types, count = part.get("layer_types"), part[row.count]
+    return next((n for n in range(1, count + 1) if types == _pattern(row, count, n)), None)
+
+
 def _shrink(part: dict[str, Any], row: Stack, kept: list[int], count: int) -> None:
     """Make one config's per-layer keys fit the layers kept."""
     part[row.count] = len(kept)
     known = row.defaults | part
     for key in row.pattern:
         if type(every := known.get(key)) is int and every > 0 and not part.get("layer_types"):
-            types = ("full_attention", "sliding_attention")
-            part["layer_types"] = [types[(i + 1) % every > 0] for i in range(count)]
+            part["layer_types"] = _pattern(row, count, every)
     for key in row.per_layer:
         if values := part.get(key):
             part[key] = [values[i] for i in kept]
+    for key in row.pattern:
+        if part.pop(key, None) and (every := _every(row, part)):
+            part[key] = every  # some readers go by it, whatever layer_types says
     if row.sparse_step and (step := part.get(row.sparse_step) or 1) != 1:
         # Which layers are sparse depends on their numbers: from here on they are listed.
         dense = part.get(row.numbers[0]) or []
@@ -202,6 +215,15 @@ def plan_layers(
                 _shrink(part, row, kept[name], count)
             renames.append((row.prefix, kept[name]))
 
+    if removed["text"] and family.text.linear:
+        attend = attending(checkpoint)
+        if not set(attend) - set(removed["text"]):
+            raise PruneKitError(
+                f"--text: names all {len(attend)} layers of full attention ({', '.join(map(str, attend))}); leave at "
+                "least one, by which caches count their tokens"
+            )
+        notes += _pattern_notes(checkpoint, config)
+
     moves = []
     if family.taps:
         part = configs(config, family.stacks["vision"])[0]
@@ -218,7 +240,7 @@ def plan_layers(
             )
         if drop_taps:
             renames.append((family.taps.mergers, [i for i in range(len(old)) if i not in drop_taps]))
-        notes = _tap_notes(moves, new, kept["text"])
+        notes += _tap_notes(moves, new, kept["text"])
 
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
@@ -226,6 +248,20 @@ def plan_layers(
             tensors[new_name] = tensor
     result = replace(checkpoint, config=config, tensors=tensors)
     return LayersPlan(checkpoint, result, {k: v for k, v in removed.items() if v}, moves, notes)
+
+
+def _pattern_notes(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
+    notes, row = [], checkpoint.family.text
+    if not _every(row, configs(config, row)[0]):
+        notes.append(
+            "full attention comes in no fixed interval now: transformers and vLLM go by layer_types, but llama.cpp's "
+            "converter goes by the interval"
+        )
+    if draft_tensors(checkpoint):
+        notes.append(
+            "the layers that predict further tokens (MTP) stay as they are: fewer of their drafts will be right"
+        )
+    return notes
 
 
 def _tap_notes(moves: list[tuple[int, int | None]], new: list[int], text: list[int]) -> list[str]:

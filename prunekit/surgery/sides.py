@@ -16,7 +16,7 @@ from torch import nn
 
 from prunekit.errors import PruneKitError
 from prunekit.families import Family, Stack
-from prunekit.model.parts import Experts, Linear, find_part
+from prunekit.model.parts import Experts, Linear, find_mixer, find_part
 from prunekit.model.replay import Replay, Store, find_stack, in_memory, record_calls
 
 from .in_memory import removed
@@ -81,15 +81,17 @@ class Projection:
     and the fitted map goes into every expert's projection.
     """
 
-    def __init__(self, layer: nn.Module, name: str):
-        self.name, part = name, find_part(layer, name)
+    def __init__(self, layer: nn.Module, row: Stack, name: str):
+        self.name, part = name, find_part(layer, row, name)
         self.experts = isinstance(part, Experts)
         self.module = part.block if isinstance(part, Experts) else part.module
         self.bias = not self.experts and self.module.bias is not None
         self.inputs_first = isinstance(part, Linear) and part.inputs_first
-        self.parameters = (
-            {"down_proj": part.module.down_proj} if isinstance(part, Experts) else dict(part.module.named_parameters())
-        )
+        if isinstance(part, Experts):
+            shared = {} if part.shared is None else {"shared": part.shared.weight}
+            self.parameters = {"down_proj": part.module.down_proj} | shared
+        else:
+            self.parameters = dict(part.module.named_parameters())
 
     def features(self, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """(tokens, inputs [+ 1]) in fp32."""
@@ -159,7 +161,7 @@ def states_between(layer: nn.Module, row: Stack, store: Store = in_memory) -> It
 
     with (
         layer.register_forward_pre_hook(enter),
-        layer.get_submodule(row.o).register_forward_hook(written),
+        layer.get_submodule(find_mixer(layer, row)).register_forward_hook(written),
     ):
         yield states
 
@@ -229,7 +231,9 @@ class Sides:
 
     def refit(self, layer: int, targets: list[torch.Tensor]) -> "Refit":
         """Fit the layer's attention and MLP together, then the MLP on what it gets; in the model, where it helps."""
-        names, jump, changes = (self.row.o, self.row.mlp[-1]), None, []
+        names = (find_mixer(self.layers[layer], self.row), self.row.mlp[-1])
+        jump: float | None = None
+        changes: list[Fit] = []
         undo: list[tuple[nn.Parameter, torch.Tensor]] = []
         for wanted in (names, names[1:]):
             fit = self.fit(layer, wanted, targets)
@@ -248,7 +252,7 @@ class Sides:
         Targets are states behind the layer, or those between its attention and its MLP. The ridge is the one that
         leaves least on the rows that judge.
         """
-        projections = [Projection(self.layers[layer], name) for name in names]
+        projections = [Projection(self.layers[layer], self.row, name) for name in names]
         fit, judge = LeastSquares(), LeastSquares()
         features: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}

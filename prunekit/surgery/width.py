@@ -13,6 +13,7 @@ from prunekit.checkpoint import (
     Checkpoint,
     Heads,
     Outline,
+    attending,
     float_bytes,
     heads,
 )
@@ -20,6 +21,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import configs
 
 from .cut import Account
+from .drafts import drop_drafts
 from .width_parts import Part, check_shapes, find_parts, mlp_widths, narrow, neurons_key
 
 SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
@@ -30,7 +32,7 @@ ROUND = 8  # a share of the neurons is rounded to such multiples, which matrix u
 class Kept:
     """What one layer keeps, by numbers in the input, rising. None: all of it."""
 
-    heads: list[int] | None = None
+    heads: list[int] | None = None  # None of linear attention, too, whose heads all stay
     kv_heads: list[int] | None = None
     neurons: list[list[int]] | None = None  # of each expert; one list where there are no experts
 
@@ -46,7 +48,7 @@ class Kept:
 class Scores:
     """How much each head and neuron of a layer matters; more is more. numpy arrays, None where nothing was scored."""
 
-    heads: Any = None  # (heads,)
+    heads: Any = None  # (heads,); None of linear attention, too
     neurons: Any = None  # (experts, neurons); (1, neurons) where there are no experts
 
 
@@ -88,11 +90,13 @@ class WidthCut:
             removed["heads"] = before.query - plan.heads.query
             if not plan.heads_masked and plan.heads.kv < before.kv:
                 removed["kv_heads"] = before.kv - plan.heads.kv
-            layers = sorted(self.kept)
+            layers = [layer for layer in sorted(self.kept) if self.kept[layer].heads is not None]
             more["heads_removed"] = [
                 [head for head in range(before.query) if head not in (self.kept[layer].heads or ())] for layer in layers
             ]
             more["head_scores"] = [[float(f"{score:.4g}") for score in self.scores[layer].heads] for layer in layers]
+            if len(layers) < len(self.kept):
+                more["head_layers"] = layers  # of which these are
         widths = mlp_widths(plan.source, find_parts(plan.source))
         removed |= {key: widths[key] - number for key, number in plan.neurons.items()}
         masked = ["heads"] * bool(plan.heads and plan.heads_masked)
@@ -203,10 +207,11 @@ def plan_width(
     plan = WidthPlan(checkpoint, checkpoint, heads_of, kept, heads_masked, mask, notes)
     for name, where in parts.items():
         if (number := _kept_number(plan, where)) and not _masks(plan, where):
-            unit = heads(checkpoint).dim if where.role in "qkvo" else 1
             shape = list(shapes[name].shape)
-            shape[where.axis] = number * unit * where.halves
+            shape[where.axis] = number * where.unit(heads(checkpoint).dim) * where.halves
             shapes[name] = replace(shapes[name], shape=tuple(shape))
+    if heads_of and not heads_masked or kept and not mask:
+        notes += drop_drafts(checkpoint, config, shapes)
     return replace(plan, outline=Outline(checkpoint.path, config, shapes))
 
 
@@ -250,7 +255,7 @@ def keep_neurons(scores, plan: WidthPlan) -> list[list[int]]:
 def keep(plan: WidthPlan, scores: Scores) -> Kept:
     """What a layer with these scores keeps."""
     kept: dict[str, Any] = {}
-    if plan.heads:
+    if plan.heads and scores.heads is not None:
         kept["heads"], kept["kv_heads"] = keep_heads(scores.heads, heads(plan.source).kv, plan.heads)
     if plan.neurons:
         kept["neurons"] = keep_neurons(scores.neurons, plan)
@@ -267,7 +272,7 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
 
     row = checkpoint.family.text
     count, kv_count, width = heads(checkpoint)
-    parts, scores = find_parts(checkpoint), {}
+    parts, scores, attend = find_parts(checkpoint), {}, attending(checkpoint)
     by_layer: dict[int, list[str]] = {}
     for name, part in parts.items():
         by_layer.setdefault(part.layer, []).append(name)
@@ -278,11 +283,14 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
         return array.T if row.inputs_first else array
 
     for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):
-        o = weight(layer, row.o).reshape(-1, count, width)
-        v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
-        v = v.reshape(kv_count, width, -1)
-        inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
-        outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
+        of_heads = None
+        if layer in attend:
+            o = weight(layer, row.o).reshape(-1, count, width)
+            v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
+            v = v.reshape(kv_count, width, -1)
+            inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
+            outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
+            of_heads = np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0))
         norms: dict[int, Any] = {}
         for name in by_layer[layer]:
             part = parts[name]
@@ -294,7 +302,7 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
                 squares = np.square(each).sum(axis=1 - axis).reshape(part.halves, -1)
                 norms[expert] = norms.get(expert, 1.0) * np.sqrt(squares).prod(0)
         neurons = np.stack([norms[expert] for expert in sorted(norms)])
-        scores[layer] = Scores(np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0)), neurons)
+        scores[layer] = Scores(of_heads, neurons)
     return scores
 
 
@@ -307,7 +315,7 @@ def choose(
     """The cut in which each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
     kept = {layer: keep(plan, each) for layer, each in scores.items()}
     parts, changes = find_parts(plan.source), changes or {}
-    tensors = dict(plan.source.tensors)
+    tensors = {name: tensor for name, tensor in plan.source.tensors.items() if name in plan.outline.tensors}
     for name in {**parts, **changes}:
         part, cut = parts.get(name), None
         if part and (not _masks(plan, part) or part.role in ("o", "out")) and (stays := kept[part.layer].along(part)):
@@ -340,8 +348,7 @@ def _written(
         array = change(name, array)
     if cut:
         part, stays = cut
-        unit = heads(source).dim if part.role in "qkvo" else 1
-        of = partial(narrow, unit=unit, zero=_masks(plan, part))
+        of = partial(narrow, unit=part.unit(heads(source).dim), zero=_masks(plan, part))
         if part.stacked:
             each = replace(part, axis=part.axis - 1)
             array = np.stack([of(a, each, kept) for a, kept in zip(array, stays, strict=True)])

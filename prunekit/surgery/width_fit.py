@@ -159,9 +159,10 @@ def taylor(
                 nn.functional.cross_entropy(logits, labels[part], reduction="sum").backward()
             states.backward(leaf.grad)
             for number, layer in enumerate(layers):
-                x = entered[number, "heads"]
-                gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.heads.query, layer.heads.dim))
-                heads_of[number] = heads_of[number] + gates.sum((1, 3)).square().sum(0)
+                if layer.attends:
+                    x = entered[number, "heads"]
+                    gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.heads.query, layer.heads.dim))
+                    heads_of[number] = heads_of[number] + gates.sum((1, 3)).square().sum(0)
                 if isinstance(layer.down, Linear):
                     x = entered[number, "neurons"]
                     squares = (x.grad.float() * x.detach().float()).sum(1).square().sum(0)[None]
@@ -172,7 +173,7 @@ def taylor(
                 neurons_of[number] = neurons_of[number] + squares
             entered.clear()
     return {
-        number: Scores(one.cpu().numpy(), other.cpu().numpy())
+        number: Scores(one.cpu().numpy() if layers[number].attends else None, other.cpu().numpy())
         for number, (one, other) in enumerate(zip(heads_of, neurons_of))
     }
 
@@ -297,13 +298,13 @@ def fit_once(
                 entered = list(sides.teacher.states), list(sides.student.states)
                 between, behind = sides.targets_between(number)
             each = known.get(number, Scores())
-            if plan.heads:
+            if plan.heads and layer.attends:
                 if each.heads is None:
                     each = replace(each, heads=head_scores(layer, student, number, score))
                 _check_finite(plan, number, each.heads)
                 gates.enter_context(gate_heads(layer, keep_heads(each.heads, of_text.kv, plan.heads)[0]))
                 if refitted:
-                    refit(number, row.o, _reachable(between, *entered, made_up), behind_attention=True)
+                    refit(number, layer.o.name, _reachable(between, *entered, made_up), behind_attention=True)
             if plan.neurons:
                 if each.neurons is None:
                     each = replace(each, neurons=neuron_scores(layer, student, number))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunekit.checkpoint import TORCH_DTYPES, Checkpoint, heads, layer_numbers
+from prunekit.checkpoint import TORCH_DTYPES, Checkpoint, attending, heads, layer_numbers
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack, configs, spot_of
 
@@ -19,6 +19,11 @@ class Part:
     expert: int | None = None  # whose; None: no expert's, or those of all experts in one tensor
     stacked: bool = False  # experts are its first axis
     halves: int = 1  # 2: gate and up, one behind the other
+    gated: bool = False  # behind each head's queries is its gate
+
+    def unit(self, head_dim: int) -> int:
+        """Rows or columns of a head or neuron."""
+        return (1 if self.role in ("in", "out") else head_dim) * (1 + self.gated)
 
 
 def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
@@ -48,9 +53,10 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
                 parts[name] = Part(layer, "in", 3 - axis, stacked=True, halves=2)
         elif (role := linears.get(spot.name)) and spot.kind == "weight":
             rows = 1 if row.inputs_first else 0
-            parts[name] = Part(layer, role, 1 - rows if role in ("o", "out") else rows)
+            axis = 1 - rows if role in ("o", "out") else rows
+            parts[name] = Part(layer, role, axis, gated=row.gated and role == "q")
         elif role in ("q", "k", "v", "in") and spot.kind == "bias":
-            parts[name] = Part(layer, role, 0)
+            parts[name] = Part(layer, role, 0, gated=row.gated and role == "q")
     return parts
 
 
@@ -90,9 +96,11 @@ def check_shapes(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
     """PruneKitError unless every layer has its projections, in floating point, with the heads that the config says."""
     count, kv_count, width = heads(checkpoint)
     wanted = {"q": count, "o": count, "k": kv_count, "v": kv_count}
+    attend = attending(checkpoint) if checkpoint.family.text.linear else layer_numbers(checkpoint, "text")
     for layer in layer_numbers(checkpoint, "text"):
         roles = {part.role for part in parts.values() if part.layer == layer}
-        if not {"o", "in", "out"} <= roles or ("q" in roles) != ({"k", "v"} <= roles):
+        needed = {"o", "in", "out"} if layer in attend else {"in", "out"}
+        if not needed <= roles or ("q" in roles) != ({"k", "v"} <= roles):
             raise PruneKitError(
                 f"{checkpoint.path}: layer {layer} lacks projections of attention or MLP; the folder is damaged"
             )
@@ -100,8 +108,8 @@ def check_shapes(checkpoint: Checkpoint, parts: dict[str, Part]) -> None:
         tensor = checkpoint.tensors[name]
         if tensor.dtype not in TORCH_DTYPES:
             raise PruneKitError(f"{name}: {tensor.dtype}; only floating-point weights can be cut")
-        if part.role in wanted and tensor.shape[part.axis] != wanted[part.role] * width:
+        if part.role in wanted and tensor.shape[part.axis] != wanted[part.role] * part.unit(width):
             raise PruneKitError(
                 f"{name}: {list(tensor.shape)}, where {wanted[part.role]} heads of {width} have "
-                f"{wanted[part.role] * width}; copy or download it again"
+                f"{wanted[part.role] * part.unit(width)}; copy or download it again"
             )

@@ -103,9 +103,16 @@ def fit_rows(
 
 
 def _turn(row: Stack, name: str) -> int:
-    """When a projection's input is there: before attention, behind it, before the MLP, before what it writes with."""
-    plain = spot_of(name).name
-    return 3 if plain == row.mlp[-1] else 0 if plain in (row.q, row.k, row.v) else 1 if plain == row.o else 2
+    """When a projection's input is there: before attention, behind it, before the MLP, before what it writes with.
+
+    A shared expert's come behind the other experts'.
+    """
+    plain, *beside = spot_of(name).name, *map(row.beside_experts, row.mlp)
+    if plain in beside:
+        return 5 if plain == beside[-1] else 4
+    if plain in (row.q, row.k, row.v, *row.linear[:-1]):
+        return 0
+    return 1 if plain in row.mixers else 3 if plain == row.mlp[-1] else 2
 
 
 class Layer:

@@ -25,8 +25,8 @@ class Weight:
 def _is_projection(row: Stack, spot: Spot) -> bool:
     """Whether it is a weight of a layer's projection, or of a mixture's experts."""
     block = row.mlp[-1].rpartition(".")[0]
-    names = {*row.mlp, f"{block}.gate_up_proj"} if spot.experts else {row.q, row.k, row.v, row.o, *row.mlp}
-    return spot.kind == "weight" and spot.name in names
+    plain = {row.q, row.k, row.v, row.o, *row.linear, *row.mlp, *map(row.beside_experts, row.mlp)}
+    return spot.kind == "weight" and spot.name in ({*row.mlp, f"{block}.gate_up_proj"} if spot.experts else plain)
 
 
 def chooser(family: Family, modules: str | None) -> Callable[[str], tuple[str | None, int | None] | None]:

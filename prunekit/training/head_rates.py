@@ -111,11 +111,15 @@ class HeadRates:
         settings: Rates,
         scores: list[list[float]] | None = None,
     ):
-        """`scores`: (layers, heads); without them, the norms of what the heads' weights make of their input."""
+        """`scores`: (layers, heads); without them, the norms of what the heads' weights make of their input.
+
+        Layers of linear attention aren't counted: their heads learn as all else does.
+        """
         self.settings, self.row = settings, checkpoint.family.text
         self.heads = heads(checkpoint)
         owner, attribute = find_stack(model, self.row)
-        self.layers = [find_owned(LayerParts(layer, self.row, self.heads)) for layer in getattr(owner, attribute)]
+        parts = [LayerParts(layer, self.row, self.heads) for layer in getattr(owner, attribute)]
+        self.layers = [find_owned(each) for each in parts if each.attends]
         for parameter in self.parameters():
             settings.check_dtype(str(parameter.dtype).removeprefix("torch."))
         if scores is not None and [len(row) for row in scores] != [self.heads.query] * len(self.layers):

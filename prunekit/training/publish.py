@@ -53,6 +53,7 @@ from prunekit.checkpoint.training_run import (
 )
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX
+from prunekit.surgery.drafts import draft_tensors, drop_drafts
 
 
 def _by_plain_name(checkpoint: Checkpoint) -> dict[str, str]:
@@ -65,7 +66,8 @@ def _check_same_tensors(source: Checkpoint, base: Checkpoint, layers_only: bool)
     ours, theirs = (
         {plain: name for plain, name in _by_plain_name(each).items() if names.match(name)} for each in (source, base)
     )
-    optional = re.compile(base.family.tied if is_tied(base) else r"(?!)")
+    may_lack = [*([base.family.tied] if is_tied(base) else []), *([base.family.drafts] if base.family.drafts else [])]
+    optional = re.compile("|".join(may_lack) or r"(?!)")
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             if not optional.fullmatch(name):
@@ -151,6 +153,8 @@ def publish(
     tensors, common = _with_dtypes(source, origin, dtype, keep_zeros)
     config = copy.deepcopy(origin.config) | {"architectures": source.config.get("architectures")}
     config |= new_head or {}
+    if not draft_tensors(source):
+        drop_drafts(origin, config, {})
     _set_dtype(config, common)
     result = replace(source, config=config, tensors=tensors)
     entry = history_entry(stage, origin.path, statistics(origin), statistics(result), None, metrics, settings)

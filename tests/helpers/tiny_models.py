@@ -31,6 +31,14 @@ MOE = {
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+HYBRID = {
+    "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+    "layer_types": [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear", "full")],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 ENCODER = {k: TEXT[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")} | {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
@@ -61,6 +69,15 @@ def _build(family: str):
         case "qwen3_vl_moe":
             text = TEXT | KV4 | MOE | {"rope_parameters": MROPE}
             return _vl(hf.Qwen3VLMoeForConditionalGeneration, hf.Qwen3VLMoeConfig, text, VISION3)
+        case "qwen3_5":
+            vision = {key: value for key, value in VISION3.items() if key != "deepstack_visual_indexes"}
+            return _vl(hf.Qwen3_5ForConditionalGeneration, hf.Qwen3_5Config, TEXT | KV4 | HYBRID, vision)
+        case "qwen3_5_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            text = TEXT | KV4 | HYBRID | experts | {"shared_expert_intermediate_size": 24}
+            del text["intermediate_size"]
+            vision = {key: value for key, value in VISION3.items() if key != "deepstack_visual_indexes"}
+            return _vl(hf.Qwen3_5MoeForConditionalGeneration, hf.Qwen3_5MoeConfig, text, vision)
         case "qwen2_5_vl":
             text = TEXT | SLIDING | {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1]}}
             vision = VISION3 | {"fullatt_block_indexes": [1, 4], "window_size": 16}
@@ -104,6 +121,8 @@ def _build(family: str):
 FAMILIES = [
     "qwen3_vl",
     "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
     "qwen2_5_vl",
     "qwen2_vl",
     "qwen3",
@@ -119,7 +138,7 @@ FAMILIES = [
     "camembert",
     "distilbert",
 ]
-VISION = FAMILIES[:4]
+VISION = FAMILIES[:6]
 
 
 def build(family: str) -> torch.nn.Module:
@@ -172,6 +191,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
             **inputs,
             **({"use_cache": False} if hasattr(model.config, "use_cache") else {}),
         ).logits
+
+
+def assert_same(family: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Bit for bit, but where sums go by how weights lie in memory: Qwen3.5-MoE has a gate of one output."""
+    torch.testing.assert_close(found, wanted, atol=1e-6 if family == "qwen3_5_moe" else 0, rtol=0)
 
 
 def text_config(model):

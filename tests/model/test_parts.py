@@ -20,10 +20,14 @@ def parts_of(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_reads_and_writes_where_parts_says(family, tiny):
-    """o reads all query heads side by side; q, k and v are the outputs of their modules that their slices name."""
+    """o reads all query heads side by side; q, k and v are the outputs of their modules that their slices name.
+
+    Linear attention has no such heads; behind each head's query may be a gate.
+    """
     checkpoint, model, _, parts = parts_of(tiny(family))
     query, kv, dim = heads(checkpoint)
-    for each in parts:
+    gates = query * dim if checkpoint.family.text.gated else 0
+    for each in [each for each in parts if each.attends]:
         seen = {}
         hooks = [each.o.module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.update(o=inputs[0]))]
         for name in "qkv":
@@ -34,7 +38,7 @@ def test_attention_reads_and_writes_where_parts_says(family, tiny):
         for hook in hooks:
             hook.remove()
         assert seen["o"].shape[-1] == query * dim == each.o.inputs().length
-        for name, wanted in (("q", query * dim), ("k", kv * dim), ("v", kv * dim)):
+        for name, wanted in (("q", query * dim + gates), ("k", kv * dim), ("v", kv * dim)):
             weight, *bias = getattr(each, name).outputs()
             rows = weight.of(weight.parameter).movedim(weight.axis, 0)
             x, output = seen[name]
@@ -80,20 +84,21 @@ def test_a_projections_tensors_are_those_of_its_module_or_of_its_experts(family,
     checkpoint, _, layers, parts = parts_of(tiny(family))
     row = checkpoint.family.text
     for number, each in enumerate(parts):
-        for part in (each.q, each.k, each.v, each.o, each.down):
+        for part in (*((each.q, each.k, each.v) if each.attends else ()), each.o, each.down):
             found = row.tensors_of(checkpoint.tensors, number, part.name)
             sizes = sum(checkpoint.read(name).numel() for name in found)
-            of_experts = isinstance(part, Experts)
-            assert sizes == (part.module.down_proj if of_experts else part.module.weight).numel() + (
-                0 if of_experts or part.module.bias is None else part.module.bias.numel()
-            )
+            if isinstance(part, Experts):
+                weights = [part.module.down_proj, part.shared and part.shared.weight]
+            else:
+                weights = [part.module.weight, part.module.bias]
+            assert sizes == sum(weight.numel() for weight in weights if weight is not None)
 
 
 @pytest.mark.parametrize("family", VISION)
 def test_vision_blocks_have_projections_too(family, tiny):
     model, row = load(tiny(family)), ROWS[family].vision
     for block in getattr(*find_stack(model, row)):
-        assert [find_part(block, name).name for name in (row.o, row.mlp[-1])] == [row.o, row.mlp[-1]]
+        assert [find_part(block, row, name).name for name in (row.o, row.mlp[-1])] == [row.o, row.mlp[-1]]
 
 
 def test_names_say_whose_they_are():

@@ -124,16 +124,6 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
         plan_kv(open_checkpoint(folder), 2)
 
 
-def test_heads_that_are_rotated_in_part_are_refused(own):
-    folder = own("llama")
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"]["partial_rotary_factor"] = 0.5
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PruneKitError, match="partial_rotary_factor"):
-        plan_kv(open_checkpoint(folder), 1, "calibrated")
-    plan_kv(open_checkpoint(folder), 1, "mean")
-
-
 def test_a_method_that_there_is_not_is_refused(tiny):
     with pytest.raises(PruneKitError, match="--method median: choose one of mean, first, calibrated"):
         plan_kv(open_checkpoint(tiny("qwen3")), 2, "median")

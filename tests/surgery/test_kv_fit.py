@@ -84,7 +84,7 @@ def test_the_loss_reported_is_that_of_the_checkpoints(family, tiny, tmp_path):
         assert score_batches(load(folder), calibration.held_out)["loss"] == pytest.approx(cut.metrics[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5"])
 def test_the_merged_model_is_nearer_to_the_original_than_the_averaged_one(family, tiny, tmp_path):
     calibration = self_labelled(build(family), data())
     cut, _ = merge(tiny(family), 1, calibration)
@@ -95,7 +95,7 @@ def test_the_merged_model_is_nearer_to_the_original_than_the_averaged_one(family
     assert far["calibrated"] < 0.7 * far["mean"]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_5"])
 def test_the_cache_has_one_head_and_generation_is_the_same_with_it(family, tiny, tmp_path):
     cut, _ = merge(tiny(family), 1)
     write_cut(cut, tmp_path / "out")
@@ -105,7 +105,7 @@ def test_the_cache_has_one_head_and_generation_is_the_same_with_it(family, tiny,
     cached = model.generate(prompt, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
     cache = model(prompt, use_cache=True).past_key_values
-    assert {layer.keys.shape[1] for layer in cache.layers} == {1}
+    assert {layer.keys.shape[1] for layer in cache.layers if hasattr(layer, "keys")} == {1}
 
 
 def test_tensors_that_merging_does_not_touch_keep_their_bytes(tiny):

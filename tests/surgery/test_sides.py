@@ -51,7 +51,7 @@ def test_the_ridge_draws_as_much_in_whatever_unit_inputs_are():
 @torch.no_grad()
 def test_a_projection_writes_what_its_weights_make_of_its_features(family, name):
     layer = getattr(*find_stack(build(family), ROWS[family].text))[1]
-    projection = Projection(layer, name)
+    projection = Projection(layer, ROWS[family].text, name)
     x = torch.randn(2, 3, projection.module.weight.shape[0 if projection.inputs_first else 1])
     weights = projection.module.weight if projection.inputs_first else projection.module.weight.T
     if projection.bias:
@@ -142,7 +142,7 @@ def test_of_a_jump_is_left_what_the_last_fit_leaves_of_what_the_first_found(tiny
 
 def test_stacked_experts_are_changed_alike_in_both_orientations():
     layer = build("qwen3_moe").model.layers[3]
-    projection = Projection(layer, "mlp.down_proj")
+    projection = Projection(layer, ROWS["qwen3_moe"].text, "mlp.down_proj")
     value = torch.randn(4, 32, 16)
     solution = torch.randn(32, 32)
     changed = projection.changed("mlp.experts.down_proj", value, solution)

@@ -239,7 +239,8 @@ def test_every_familys_heads_are_found(family, tiny):
     count, kv_count, width = heads(checkpoint)
     for layer in rates.layers:
         lengths = [each.length for each, _ in layer.slices if each.parameter.ndim == 2]
-        assert lengths == [count * width, kv_count * width, kv_count * width, count * width]
+        gated = 1 + checkpoint.family.text.gated  # behind each query
+        assert lengths == [count * width * gated, kv_count * width, kv_count * width, count * width]
 
 
 def test_of_equal_scores_no_more_than_their_share_are_weak():
