@@ -26,7 +26,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import Stack
 from prunekit.model.parts import Experts, LayerParts, Linear
 from prunekit.model.replay import find_stack, record_calls
-from prunekit.model.scores import counted_states, final_states, logits_in_parts, score_batches
+from prunekit.model.scores import backward_loss, score_batches
 
 from .cut import calibrated_on
 from .sides import MADE_UP_WIDTH, Fit, Sides, states_between
@@ -153,11 +153,7 @@ def taylor(
                 else:
                     undo.enter_context(part.module.register_forward_pre_hook(partial(enter, (number, what))))
         for batch in tqdm(batches, desc="gradients", leave=False, disable=quiet):
-            states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
-            leaf = states.detach().requires_grad_()
-            for part, logits in logits_in_parts(model, leaf):
-                nn.functional.cross_entropy(logits, labels[part], reduction="sum").backward()
-            states.backward(leaf.grad)
+            backward_loss(model, batch)
             for number, layer in enumerate(layers):
                 x = entered[number, "heads"]
                 gates = (x.grad.float() * x.detach().float()).unflatten(-1, (layer.heads.query, layer.heads.dim))

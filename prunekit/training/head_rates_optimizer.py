@@ -9,7 +9,11 @@ from prunekit.errors import PruneKitError
 
 from .head_rates import HeadRates, Rates, freeze_others, known_scores
 
-PRESETS = {"head_rates": {}, "active_heads": {"others": 0.0, "weak_share": 0.0}}
+PRESETS = {
+    "head_rates": {},
+    "active_heads": {"others": 0.0, "weak_share": 0.0},
+    "important_heads": {"others": 0.0, "weak": 0.0, "weak_share": 0.5},
+}
 
 
 class HeadRatesOptimizer(OptimizerCallback):
@@ -24,7 +28,8 @@ class HeadRatesOptimizer(OptimizerCallback):
             raise PruneKitError(f"--optimizer {name}: works with --tuner_type full only")
         module = trainer.model if model is None else model
         checkpoint = open_checkpoint(trainer.model_info.model_dir)
-        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint))
+        say = (lambda said: print(f"--optimizer {name}: {said}")) if trainer.is_world_process_zero() else None
+        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint), *filter(None, [say]))
         if not settings.others:
             freeze_others(module, rates)
         optimizer = super().create_optimizer(model)
