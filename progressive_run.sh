@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Recover a pruned model in three phases: what the cuts hurt most, fast; then all of it; then slowly, in large batches.
-#   In:   $MODEL (what a surgery script wrote), $DATASET, $VAL_DATASET
+#   In:   $MODEL (what a surgery script wrote), $DATASET, $VAL_DATASET (messages, or rows {"text": ...})
 #   Out:  $OUTPUT (a checkpoint), and $OUTPUT-phase1, $OUTPUT-phase2 on the way, which the same command doesn't repeat
 #         (RESTART=1 does; those of another model, other data or settings are refused)
 #   Cost: as full_run.sh, which runs three times; in phase 1 most weights need neither gradient nor optimizer state

@@ -3,6 +3,7 @@
 import os
 
 from swift.optimizers import OptimizerCallback
+from swift.utils import is_master
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
@@ -28,10 +29,13 @@ class HeadRatesOptimizer(OptimizerCallback):
             raise PruneKitError(f"--optimizer {name}: works with --tuner_type full only")
         module = trainer.model if model is None else model
         checkpoint = open_checkpoint(trainer.model_info.model_dir)
-        say = (lambda said: print(f"--optimizer {name}: {said}")) if trainer.is_world_process_zero() else None
-        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint), *filter(None, [say]))
+        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint), self.say)
         if not settings.others:
             freeze_others(module, rates)
         optimizer = super().create_optimizer(model)
         rates.attach(optimizer)
         return optimizer
+
+    def say(self, said: str) -> None:
+        if is_master():
+            print(f"--optimizer {self.args.optimizer}: {said}")
