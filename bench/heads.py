@@ -1,6 +1,6 @@
 """What attention heads cost: 0, 25, 33 and 50% of them removed, perplexity before and after recovery, and speed.
 
-    .venv/bin/python bench/heads.py --json docs/measured/heads.json                  # two small models, made here
+    .venv/bin/python bench/heads.py --json runs/heads.json                           # two small models, made here
     .venv/bin/python bench/heads.py --model checkpoints/base --train data/train.jsonl --test data/test.jsonl \\
         --json runs/heads.json
 
@@ -55,16 +55,15 @@ class Heads(Bench):
 
     def cuts(self) -> dict[str, dict]:
         """By name what `plan_width` is told; cuts that come to the same are one."""
-        counts = {share: nearest(self.base, share) for share in SHARES}
-        found: dict[str, dict] = {}
-        for share, number in counts.items():
-            if {"heads_kept": number} not in found.values():
-                found[f"{share:.0%} of heads"] = {"heads_kept": number}
-        return found | {"50% of heads and neurons": {"heads_kept": counts[0.5], "neuron_share": 0.5}}
+        count = heads(self.base).query
+        kept = {f"{1 - number / count:.0%} of heads": number for number in (nearest(self.base, s) for s in SHARES)}
+        last, number = list(kept.items())[-1]
+        both = {f"{last}, 50% of neurons": {"heads_kept": number, "neuron_share": 0.5}}
+        return {name: {"heads_kept": number} for name, number in kept.items()} | both
 
     def cut_as(self, name: str, wanted: dict) -> Path:
         """The folder of a cut, as width_cut.py makes it."""
-        out = self.work / name.replace(" ", "-").replace("%", "")
+        out = self.work / name.replace(" ", "-").replace("%", "").replace(",", "")
         if not out.exists():
             model = load_model(self.base)
             data = calibrate(model, self.base, self.texts, self.args.tokens, self.args.length)
