@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Recover a pruned model by supervised fine-tuning of all its weights.
-#   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (ms-swift messages JSONL)
+#   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (ms-swift messages JSONL, or rows {"text": ...}: pre-training goes on)
 #   Out:  $OUTPUT (a checkpoint), with logging.jsonl, command.sh and curves.png of the run
 #   Cost: by arithmetic, not measured: 16 bytes of GPU memory per parameter, of which ZeRO shares out 12 (14 with zero2, 16 with
 #         zero3) among the GPUs, and activations; so 8B should fit 8x80 GB, and fewer with zero3 (python -m prunekit.memory

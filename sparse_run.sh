@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prune single weights in cycles: set some more to zero, retrain with all zeros kept, measure; then choose.
-#   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (ms-swift messages JSONL)
+#   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET (ms-swift messages JSONL, or rows {"text": ...})
 #   Out:  $OUTPUT: of the cycles' checkpoints the sparsest whose perplexity is at most WORSE above the dense model's.
 #         $OUTPUT.cycles: every cycle's checkpoint (1, 2, ...), cycles.json and quality.png
 #   Cost: CYCLES times full_run.sh's; zeros in dense files make nothing smaller or faster by themselves

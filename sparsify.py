@@ -24,7 +24,7 @@ from prunekit.errors import run_script
 from prunekit.knockout.ranking import knockout_importance, read_ranking
 from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
 from prunekit.surgery.zeros import cut_zeros, plan_zeros, say_zeros, with_importance
-from prunekit.surgery.zeros_wish import SCOPES, SCORES, wish_of
+from prunekit.surgery.zeros_wish import IMPORTANCES, SCOPES, SCORES, wish_of
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--scope", choices=SCOPES, help="(default: global; row for wanda)")
     parser.add_argument("--score", choices=SCORES, default="magnitude", help="(default: magnitude)")
     parser.add_argument("--modules", metavar="REGEX", help="found in the names of the projections meant")
-    parser.add_argument("--layer-importance", choices=("gradient", "activation", "knockout"))
+    parser.add_argument("--layer-importance", choices=IMPORTANCES)
     parser.add_argument("--ranking", metavar="JSON", help="ranking.json of knockout_check.sh, for knockout")
     parser.add_argument(
         "--power", type=finite_float, default=1.0, help="of importance: lower ones even out (default: 1)"

@@ -10,7 +10,8 @@ drops KV heads with all their query heads. What is left loads in transformers an
 the config can't say it (GPT-2, BERT: head size is hidden / heads), or with --mask, heads are zeroed where o_proj reads
 them: that saves no time, but training only what is left works on it (plugins/head_rates.py). With --calib, heads and
 neurons are scored on your data, each layer behind the cut ones before it, and o_proj and down_proj are refitted there;
-it needs the model in memory. Without it, the weights alone decide.
+it needs the model in memory. Without it, the weights alone decide. With --mask and --across-layers important layers
+keep more heads and neurons than others, as many in all.
 """
 
 from functools import partial
@@ -53,15 +54,22 @@ def main() -> None:
         "of attention (neurons then by activation); gradient x value, on the uncut model",
     )
     parser.add_argument("--mask", action="store_true", help="zero what would go, and keep all shapes")
+    parser.add_argument(
+        "--across-layers",
+        action="store_true",
+        help="numbers are means: important layers keep more, others less; with --mask and --score taylor",
+    )
     add_calibration_arguments(parser.add_argument_group("calibration"))
     arguments = parse_surgery(parser)
     score = arguments.score or ("activation" if arguments.calib else "magnitude")
     if score != "magnitude" and not arguments.calib:
         parser.error(f"--score {score} needs --calib")
+    if arguments.across_layers and score != "taylor":
+        parser.error("--across-layers needs --score taylor: no other can be compared between layers")
 
     checkpoint = open_input(arguments)
     numbers = (arguments.heads, arguments.head_share, arguments.neurons, arguments.neuron_share)
-    plan = plan_width(checkpoint, *numbers, arguments.kv_groups, arguments.mask)
+    plan = plan_width(checkpoint, *numbers, arguments.kv_groups, arguments.mask, arguments.across_layers)
     for note in plan.notes:
         print(note)
     print(comparison(statistics(checkpoint), statistics(plan.outline)))

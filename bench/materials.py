@@ -151,6 +151,61 @@ def package_docstrings(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def library_docstrings(folder: Path) -> dict[str, Path]:
+    """library-train.jsonl and, every fifth row, library-test.jsonl: docstrings of Python's library, shuffled."""
+    paths = {name: folder / f"{name}.jsonl" for name in ("library-train", "library-test")}
+    if not all(path.exists() for path in paths.values()):
+        texts = docstrings()
+        random.Random(0).shuffle(texts)
+        folder.mkdir(parents=True, exist_ok=True)
+        train = [text for number, text in enumerate(texts) if number % 5]
+        for path, half in zip(paths.values(), (train, texts[::5]), strict=True):
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in half))
+    return paths
+
+
+def small(folder: Path, family: str, texts: Path, steps: int = 400) -> Path:
+    """A GPT-2 or Llama of 12 heads (hidden 288: 9, 8 and 6 heads divide it, too), trained on texts: enough to cut.
+
+    6 layers, 2048 tokens of byte-level BPE, `steps` of 4 rows of 256 tokens.
+    """
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    import transformers as hf
+    from tokenizers import ByteLevelBPETokenizer
+    from tqdm import trange
+
+    rows = [json.loads(line)["text"] for line in texts.open()]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(rows, 2048, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")
+    sizes = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        config = hf.GPT2Config(n_embd=288, n_head=12, n_layer=6, n_positions=1024, **sizes)
+    else:
+        config = hf.LlamaConfig(
+            hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=12, head_dim=24,
+            max_position_embeddings=1024, tie_word_embeddings=True, **sizes,
+        )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config)
+    ids = torch.tensor([token for row in rows for token in [*tokenizer(row)["input_ids"], 0]])
+    blocks = ids[: len(ids) // 256 * 256].view(-1, 256)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
+    for _ in trange(steps, desc=f"train {folder.name}", disable=None):
+        batch = blocks[torch.randint(len(blocks), (4,))]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
 def rampart(folder: Path) -> Path:
     """Rampart 1.4 (CC BY 4.0, National Design Studio): a BERT of 6 layers that tags personal data, in fp32.
 

@@ -5,10 +5,10 @@
 
 It has 9 query heads in 3 KV groups of 3, so that a layer keeps 6 or 3 heads: half isn't possible. Scores are compared
 on held-out loss, untrained; then recoveries with the same few steps: plain, with rates per head, of active heads only,
-in three phases. Prefill and decoding are timed side by side with the uncut model, by turns. Calibration and training
-are on the training half of Wikipedia articles, losses (nats per token) on the other half. Prints JSON; goes on where it
-was if --json exists. Times are only worth something on a machine with nothing else to do: --parts speed runs them
-alone.
+in three phases, whose first trains what was cut, or the most important half of the heads. Prefill and decoding are
+timed side by side with the uncut model, by turns. Calibration and training are on the training half of Wikipedia
+articles, losses (nats per token) on the other half. Prints JSON; goes on where it was if --json exists. Times are only
+worth something on a machine with nothing else to do: --parts speed runs them alone.
 """
 
 import argparse
@@ -43,17 +43,19 @@ SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
 KEEP_MASKS = {  # what training does to masked heads; "plain" brings them to life again
     "head rates": Rates(),
     "active heads": Rates(others=0.0, weak_share=0.0),
+    "at rest": Rates(weak_share=0.0),
     "progressive": Rates(weak_share=0.0),
+    "important heads first": Rates(weak_share=0.0),
 }
+IMPORTANT = Rates(weak=0.0, weak_share=0.5, others=0.0)  # --optimizer important_heads
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, base: Path, train: Path, test: Path, work: Path):
+        """base: the uncut checkpoint; train, test: rows of text to calibrate and train on, and to measure on."""
         self.args = args
         self.result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-        self.base = open_checkpoint(smollm2(args.runs / "smollm2-bf16", "bfloat16"))
-        self.texts = write_texts(args.runs)
-        self.work = args.runs / "width"
+        self.base, self.texts, self.test, self.work = open_checkpoint(base), train, test, work
         self._test = None
         self._before: dict[Path, float] = {}
 
@@ -76,9 +78,7 @@ class Bench:
 
     def loss(self, model) -> float:
         if self._test is None:
-            self._test = calibrate(
-                model, self.base, self.texts["wikipedia-test"], self.args.test_tokens, self.args.length
-            )
+            self._test = calibrate(model, self.base, self.test, self.args.test_tokens, self.args.length)
         with torch.autocast("cpu", torch.bfloat16):
             return round(score_batches(model, [*self._test.fit, *self._test.held_out])["loss"], 4)
 
@@ -96,8 +96,8 @@ class Bench:
                 *CUTS[name],
             ]
             if calibrated:
-                texts, tokens = self.texts["wikipedia-train"], self.args.tokens
-                command += ["--score", score, "--calib", texts, "--calib-tokens", tokens, "--max-length", 512]
+                command += ["--score", score, "--calib", self.texts, "--calib-tokens", self.args.tokens]
+                command += ["--max-length", 512]
             start = time.perf_counter()
             subprocess.run([*map(str, command)], check=True, cwd=ROOT, stdout=sys.stderr, stderr=subprocess.DEVNULL)
             print(f"{out.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -125,8 +125,8 @@ class Bench:
     def recover(self) -> None:
         """The same steps, tokens and rows for every way."""
         ways = {
-            "masked": ("plain", "head rates", "active heads", "progressive"),
-            "removed": ("plain", "progressive"),
+            "masked": ("plain", "head rates", "active heads", "progressive", "important heads first"),
+            "removed": ("plain", "progressive", "important heads first"),
         }
         for name, some in ways.items():
             folder = self.cut(name, self.args.score, not self.args.uncalibrated)
@@ -137,7 +137,7 @@ class Bench:
     def rows(self, checkpoint, model) -> list[dict]:
         """Batches of one row of `length` tokens, the same for every way."""
         tokens = self.args.steps * self.args.length
-        data = calibrate(model, checkpoint, self.texts["wikipedia-train"], 2 * tokens, self.args.length, batch_tokens=1)
+        data = calibrate(model, checkpoint, self.texts, 2 * tokens, self.args.length, batch_tokens=1)
         batches = [b for b in [*data.fit, *data.held_out] if b["input_ids"].shape[1] == self.args.length]
         return batches[-self.args.steps :]
 
@@ -145,28 +145,29 @@ class Bench:
         """fp32 weights under bf16 autocast, AdamW, warm-up and linear decay. Progressive: three phases in one run."""
         torch.manual_seed(0)
         args, checkpoint = self.args, open_checkpoint(folder)
-        masked = history(folder)[-1]["settings"]["masked"]
+        masked = (history(folder) or [{}])[-1].get("settings", {}).get("masked", [])  # the uncut one has no history
         model = load_model(checkpoint, dtype="float32")
         if folder not in self._before:
             self._before[folder] = self.loss(model)
         batches = self.rows(checkpoint, model)
-        phases = [(args.steps, args.rate, None, 1)]
-        if way == "progressive":
+        keep = KEEP_MASKS.get(way) if "heads" in masked else None
+        phases = [(args.steps, args.rate, None, 1, keep)]
+        if way in ("progressive", "important heads first"):
             first, last = args.steps * 3 // 10, args.steps // 5
+            what = (critical_parameters(checkpoint), 1, keep) if way == "progressive" else (None, 1, IMPORTANT)
             phases = [
-                (first, 2.5 * args.rate, critical_parameters(checkpoint), 1),
-                (args.steps - first - last, args.rate, None, 1),
-                (last, args.rate / 8, None, 4),
+                (first, 2.5 * args.rate, *what),
+                (args.steps - first - last, args.rate, None, 1, keep),
+                (last, args.rate / 8, None, 4, keep),
             ]
         done, start = 0, time.perf_counter()
-        for steps, rate, pattern, accumulate in phases:
+        for steps, rate, pattern, accumulate, settings in phases:
             for parameter_name, parameter in model.named_parameters():
                 parameter.requires_grad_(pattern is None or bool(re.search(pattern, parameter_name)))
             rates = None
-            if way in KEEP_MASKS and "heads" in masked:
-                settings = KEEP_MASKS[way]
+            if settings:
                 rates = HeadRates(model, checkpoint, settings, known_scores(checkpoint))
-                if way == "active heads":
+                if not settings.others:
                     freeze_others(model, rates)
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -200,34 +201,43 @@ class Bench:
         folders = {name: self.cut(name, "magnitude", calibrated=False) for name in CUTS}  # shapes are what counts
         models = {"uncut": load_model(self.base)}
         models |= {name: load_model(open_checkpoint(folder)) for name, folder in folders.items()}
-        prompt = torch.randint(10, 10_000, (1, 512), generator=torch.Generator().manual_seed(0))
-        times = {name: {"prefill": [], "decode": []} for name in models}
-        with torch.inference_mode():
-            for turn in range(self.args.turns + 1):
-                for name, model in models.items():
-                    start = time.perf_counter()
-                    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-                    middle = time.perf_counter()
-                    token = output.logits[:, -1:].argmax(-1)
-                    for _ in range(self.args.decode):
-                        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-                        token = output.logits[:, -1:].argmax(-1)
-                    if turn:  # the first warms up
-                        times[name]["prefill"].append(middle - start)
-                        times[name]["decode"].append(time.perf_counter() - middle)
-        speed = {}
-        for name, phases in times.items():
-            speed[name] = (
-                {"kv_bytes_per_token": history(folders[name])[-1]["kv_bytes_per_token"]} if name != "uncut" else {}
-            )
-            for phase, seconds in phases.items():
-                ratios = [base / own for base, own in zip(times["uncut"][phase], seconds)]
-                speed[name][phase] = {
-                    "ms": round(1000 * statistics.median(seconds), 1),
-                    "times_as_fast": round(statistics.median(ratios), 3),
-                    "from_to": [round(min(ratios), 3), round(max(ratios), 3)],
-                }
+        speed = time_models(models, self.args.turns, self.args.decode)
+        for name, folder in folders.items():
+            speed[name]["kv_bytes_per_token"] = history(folder)[-1]["kv_bytes_per_token"]
         self.keep(speed, "speed")
+
+
+def time_models(models: dict, turns: int, decode: int, prompt_tokens: int = 512) -> dict[str, dict]:
+    """Of each model by phase (prefill, decode) the median in ms, and how many times as fast as the one named `uncut`.
+
+    All take turns; a ratio is of one turn, so that what else the machine does hits both.
+    """
+    tokens = min(10_000, *(model.get_input_embeddings().num_embeddings for model in models.values()))
+    prompt = torch.randint(0, tokens, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    times = {name: {"prefill": [], "decode": []} for name in models}
+    with torch.inference_mode():
+        for turn in range(turns + 1):
+            for name, model in models.items():
+                start = time.perf_counter()
+                output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+                middle = time.perf_counter()
+                token = output.logits[:, -1:].argmax(-1)
+                for _ in range(decode):
+                    output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                    token = output.logits[:, -1:].argmax(-1)
+                if turn:  # the first warms up
+                    times[name]["prefill"].append(middle - start)
+                    times[name]["decode"].append(time.perf_counter() - middle)
+    speed: dict[str, dict] = {name: {} for name in models}
+    for name, phases in times.items():
+        for phase, seconds in phases.items():
+            ratios = [base / own for base, own in zip(times["uncut"][phase], seconds)]
+            speed[name][phase] = {
+                "ms": round(1000 * statistics.median(seconds), 1),
+                "times_as_fast": round(statistics.median(ratios), 3),
+                "from_to": [round(min(ratios), 3), round(max(ratios), 3)],
+            }
+    return speed
 
 
 def draw(result: dict, path: Path) -> None:
@@ -273,7 +283,8 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode (default: 32)")
     parser.add_argument("--json", type=Path, help="also write the result here, and a picture beside it")
     args = parser.parse_args()
-    bench = Bench(args)
+    base, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
+    bench = Bench(args, base, texts["wikipedia-train"], texts["wikipedia-test"], args.runs / "width")
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "parts")}
     bench.keep(settings | {"model": "SmolLM2-135M-Instruct", "threads": torch.get_num_threads()}, "settings")
     for part in args.parts:

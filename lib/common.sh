@@ -115,7 +115,7 @@ need_gpus GPUS
 PLUGINS=(
   "$ROOT/plugins/qwen_vl_token_ids.py"
   "$ROOT/plugins/gpt2_model.py"
-  "$ROOT/plugins/head_rates.py" # --optimizer head_rates, active_heads
+  "$ROOT/plugins/head_rates.py" # --optimizer head_rates, active_heads, important_heads
 )
 
 # --- argument arrays ------------------------------------------------------------------------------------------
@@ -147,6 +147,13 @@ RUN_ARGS=(
   --seed 42
   --report_to wandb
   --ddp_timeout 3600          # seconds; ms-swift's default would wait 208 days for a process that hangs
+)
+
+TEXT_ARGS=(                    # rows {"text": ...}, see preflight
+  --use_chat_template false
+  --loss_scale all              # every token is learned
+  --truncation_strategy split   # plugins/texts.py: texts one behind the other, cut into blocks of --max_length tokens
+  --lazy_tokenize false
 )
 
 # --- functions ------------------------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ choose_deepspeed() {
   ZERO=''
   [ -n "$CUDA_VISIBLE_DEVICES" ] || return 0
   case " $* " in # single weights and heads have no optimizer state of their own in DeepSpeed's flat buffers
-    *" head_rates "* | *" active_heads "* | *" dynamic_sparsity "*) return 0 ;;
+    *" head_rates "* | *" active_heads "* | *" important_heads "* | *" dynamic_sparsity "*) return 0 ;;
   esac
   value_of tuner_type "$@"
   if [ "$VALUE" != full ] && [ "$WORLD" -eq 1 ]; then return 0; fi # peft keeps an adapter in float32 by itself
@@ -347,6 +354,7 @@ refuse_lost_steps() {
 # preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/training/preflight.py): KIND (sft, rlhf,
 # export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, keeps LINE within the model's
 # positions, and names a LoRA's targets there that all-linear passes over. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
+# Where rows are texts, {"text": ...}, TEXT_ARGS and their plugin join LINE.
 preflight() {
   OUTPUT=${OUTPUT%/}
   local kind=$1 found name value overwrite=$OVERWRITE
@@ -370,6 +378,7 @@ preflight() {
         read -ra targets <<< "$value"
         [ -z "$value" ] || LINE+=(--target_modules "${targets[@]}")
         ;;
+      TEXTS) [ -z "$value" ] || LINE=("${TEXT_ARGS[@]}" "${LINE[@]}" --external_plugins "${EXTERNAL[@]}" "$ROOT/plugins/texts.py") ;;
       MAX_LENGTH) [ -z "$value" ] || LINE+=(--max_length "$value") ;;
       COMPLETION_LENGTH) [ -z "$value" ] || LINE+=(--max_completion_length "$value") ;;
       ENGINE_LENGTH) ENGINE_LENGTH=$value ;;
@@ -530,6 +539,9 @@ run_swift() {
   local -a command=(swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "$@")
   local line found from changed resume='' same=''
   line=$(quoted "${command[@]}")
+  if [[ -n ${HEAD_RATES:-} && $line == *_heads" "* || -n ${HEAD_RATES:-} && $line == *" head_rates "* ]]; then
+    line="HEAD_RATES=$(printf %q "$HEAD_RATES") $line" # of these optimizers a setting, too
+  fi
   from=$WORK
   [ -z "$REUSE" ] || [ -e "$WORK/command.sh" ] || [ ! -e "$OUTPUT" ] || from=$OUTPUT
   found=$(python -m prunekit.checkpoint.provenance --of "$from" -- "${command[@]:2}")

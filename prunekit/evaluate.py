@@ -5,8 +5,9 @@
 
 token_acc looks good on a model whose generation has collapsed, so both are measured: teacher-forced over every row,
 and greedy generation compared with the answer (exact match, character error rate). `--by skill` says it of each group
-of rows, too: a mean can hide that a cut has killed one of them. `--require` is a gate: exit code 3 if the last model
-falls short on any data set; 'groups.reading.exact_match>=0.9' is of a group.
+of rows, too: a mean can hide that a cut has killed one of them. Of plain texts, rows {"text": ...}, it says perplexity.
+`--require` is a gate: exit code 3 if the last model falls short on any data set; 'groups.reading.exact_match>=0.9' is
+of a group.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from typing import Any
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
 from prunekit.checkpoint import Checkpoint, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.answers import Judged, check_columns, judge, load_engine
+from prunekit.data.answers import MAX_LENGTH, Judged, check_columns, judge, load_engine
 from prunekit.data.groups import groups_of
-from prunekit.data.rows import Rows, read_datasets
+from prunekit.data.rows import Rows, is_text, read_datasets
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
 from prunekit.gates import add_gates, check_bounds, gate
@@ -43,11 +44,12 @@ def judge_model(
     found: dict[str, Judged] = {}
     for name, rows in list(datasets.items()):
         tokens = None if args.no_generate else args.max_new_tokens
-        found[name] = judged = judge(engine, rows, rewards, args.batch_size, tokens)
+        found[name] = judged = judge(engine, rows, rewards, args.batch_size, tokens, args.max_length)
+        long = "shorter than two tokens" if is_text(rows[0]) else f"longer than {model} takes"
         if not judged.rows:
-            raise PruneKitError(f"{name}: all rows are longer than {model} takes; give shorter ones")
-        if too_long := len(rows) - len(judged.rows):
-            print(f"{name}: {too_long} rows are longer than {model} takes, and left out", file=sys.stderr)
+            raise PruneKitError(f"{name}: all rows are {long}; give others")
+        if left_out := len(rows) - len(judged.rows):
+            print(f"{name}: {left_out} rows are {long}, and left out", file=sys.stderr)
             datasets[name] = judged.rows
         if judged.cut:
             print(
@@ -82,6 +84,12 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--by", metavar="COLUMN", help="a column of the rows (skill, source): score its groups, too")
     parser.add_argument("--no-generate", action="store_true", help="teacher-forced only")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="of a generated answer (default: 64)")
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=MAX_LENGTH,
+        help=f"tokens of a window of a text, at most the model's positions (default: {MAX_LENGTH})",
+    )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="rows (default: 64)")
     parser.add_argument("--device", type=device, help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -109,6 +117,12 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
     datasets = read_datasets(args.dataset, args.limit)
     if not datasets:
         return {}, []
+    if len({is_text(rows[0]) for rows in datasets.values()}) > 1:
+        raise PruneKitError('--dataset: some have rows {"text": ...}, some messages: evaluate one kind at a time')
+    texts = {is_text(rows[0]) for rows in datasets.values()} == {True}
+    if texts and rewards:
+        raise PruneKitError('--rewards are for what is generated, and rows {"text": ...} ask nothing: leave them out')
+    args.no_generate = args.no_generate or texts
     for rows in datasets.values() if args.by else ():
         groups_of(rows, args.by)
     check_rewards(rewards, args.plugins)
@@ -116,17 +130,18 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
     load_plugins(args.plugins)
-    for rows in datasets.values():
+    for rows in datasets.values() if rewards else ():
         check_columns(rewards, rows)
-    templates = [args.template or find_template(checkpoint, args.model_type) for checkpoint in checkpoints]
+    templates = [args.template or find_template(each, args.model_type, chat=not texts) for each in checkpoints]
     for checkpoint, template in zip(checkpoints, templates):
         load_template(checkpoint, None, args.model_type, template)
     return datasets, templates
 
 
-def metric_names(args: argparse.Namespace) -> set[str]:
-    """What the scores of a model will have."""
+def metric_names(args: argparse.Namespace, datasets: dict[str, Rows]) -> set[str]:
+    """What the scores of a model on what `prepare` has read will have."""
     names = {"token_acc", "loss"} | ({"groups"} if args.by else set())
+    names |= {"perplexity"} if any(is_text(rows[0]) for rows in datasets.values()) else set()
     generated = {"exact_match", "cer", "n_cut", "cut_share"} | ({"reward"} if args.rewards else set())
     return names if args.no_generate else names | generated
 
@@ -138,15 +153,15 @@ def main() -> int:
         "--dataset",
         nargs="+",
         required=True,
-        help="messages, one file or more: JSONL, or FILE#20 for 20 rows",
+        help='messages or {"text": ...}, one file or more: JSONL, or FILE#20 for 20 rows',
     )
     add_arguments(parser)
     parser.add_argument("--json", type=new_file, help="also write the results here")
     add_gates(parser)
     args = parser.parse_args()
-    check_bounds(args.require, metric_names(args))
     checkpoints = [open_checkpoint(model) for model in args.model]
     datasets, templates = prepare(checkpoints, args)
+    check_bounds(args.require, metric_names(args, datasets))
     results = []
     for model, checkpoint, template in zip(args.model, checkpoints, templates):
         found = measure_model(model, template, datasets, dict(args.rewards), args)

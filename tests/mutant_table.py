@@ -281,10 +281,12 @@ OCR = [
 
 HEAD_RATES = [
     Mutant('Rates.parse(os.environ.get("HEAD_RATES", ""), **PRESETS[name])', "Rates(**PRESETS[name])"),
-    Mutant('"others": 0.0', '"others": 1.0'),
+    Mutant('"others": 0.0, "weak_share"', '"others": 1.0, "weak_share"'),
+    Mutant('"others": 0.0, "weak": 0.0', '"others": 1.0, "weak": 0.0'),
+    Mutant('"weak": 0.0, "weak_share": 0.5', '"weak": 0.0, "weak_share": 0.0'),
     Mutant("if trainer.is_deepspeed_enabled or", "if"),
     Mutant('if self.args.tuner_type != "full":', "if False:"),
-    Mutant("settings, known_scores(checkpoint))", "settings)"),
+    Mutant("settings, known_scores(checkpoint), ", "settings, None, "),
     Mutant("if not settings.others:", "if settings.others:"),
     Mutant("        rates.attach(optimizer)\n", ""),
 ]

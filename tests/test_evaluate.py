@@ -141,6 +141,36 @@ def test_token_acc_and_loss_are_those_of_the_known_probabilities(scores):
     assert scores["loss"] == pytest.approx(likeliest + apart * right.count(False) / len(right), rel=1e-5)
 
 
+def test_of_texts_the_loss_of_all_tokens_but_each_windows_first_is_said_as_perplexity_too(parrot, tmp_path):
+    """Windows of 4: of "\\ncat dog" they are "\\ncat", " dog", of "\\ncar?" "\\ncar" and nothing of one character."""
+    rows = [{"text": "\ncat dog", "of": "a"}, {"text": "\ncar?", "of": "b"}, {"text": "c", "of": "c"}]
+    found = judged(parrot, tmp_path, rows, "--max-length", 4, "--by", "of")
+    apart = SHARPNESS / math.sqrt((1 - 1 / SIZE) / SIZE + 1e-5)
+    likeliest = math.log1p((SIZE - 1) * math.exp(-apart))
+    known, right = following(), []
+    for window in ("\ncat", " dog", "\ncar"):
+        tokens = [CHARACTERS.index(c) for c in window]
+        right += [known.get(before) == token for before, token in zip(tokens, tokens[1:])]
+    loss = likeliest + apart * right.count(False) / len(right)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["token_acc"] == pytest.approx(5 / 9)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert set(found) == {"token_acc", "loss", "perplexity", "groups"} and set(found["groups"]) == {"a", "b"}
+    assert found["groups"]["b"]["perplexity"] < found["perplexity"] < found["groups"]["a"]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "said"),
+    [
+        ([{"text": "a"}, asked("cat")], (), "rows.jsonl line 2: rows must all be"),
+        ([{"text": "a"}], ("--rewards", "x"), "ask nothing: leave them out"),
+        ([{"text": "a"}], (), "all rows are shorter than two tokens"),
+    ],
+)
+def test_texts_that_cant_be_judged_are_refused(parrot, tmp_path, rows, arguments, said):
+    with pytest.raises(PruneKitError, match=said):
+        judged(parrot, tmp_path, rows, *arguments)
+
+
 def test_the_rows_are_read_once(parrot, tmp_path, opens):
     count = opens(tmp_path / "rows.jsonl")
     judged(parrot, tmp_path, [asked("cat")])

@@ -11,14 +11,17 @@ import numpy as np
 from prunekit.checkpoint import open_checkpoint
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError
+from prunekit.families import positions
 from prunekit.model.scores import score_batch
 
 from .encode import encode_row
-from .figures import Figures, chosen, means
+from .figures import Figures, chosen, means, perplexity
 from .groups import indices_by_group
 from .rewards import call_reward, columns_for, failure, guard
-from .rows import Rows, question_of
+from .rows import Rows, is_text, question_of
 from .templates import find_template
+
+MAX_LENGTH = 2048  # tokens of a window of text
 
 
 def load_engine(model: str | Path, device: str | None = None, dtype: str | None = None, model_type: str | None = None,
@@ -105,6 +108,41 @@ def generate(
     return [choice.message.content.strip() for choice in found], cut
 
 
+def encode_texts(engine, rows: Rows, max_length: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """Texts, rows {"text": ...}, as the model's input: windows of `max_length` tokens, and the place of each one's row.
+
+    Tokens are the tokenizer's own, a first one that it puts before a text included. Each window begins anew: its first
+    token is told by nothing, and not counted.
+    """
+    from tqdm import tqdm
+
+    windows, places = [], []
+    for place, row in enumerate(tqdm(rows, desc="encode", leave=False, disable=None)):
+        ids = engine.tokenizer(row["text"])["input_ids"]
+        for start in range(0, len(ids), max_length):
+            if len(window := ids[start : start + max_length]) > 1:
+                windows.append({"input_ids": window, "labels": [-100, *window[1:]], "length": len(window)})
+                places.append(place)
+    return windows, places
+
+
+def judge_texts(engine, rows: Rows, batch_size: int = 64, max_length: int = MAX_LENGTH) -> "Judged":
+    """token_acc and loss of texts, in windows of `max_length` tokens, at most as many as the model has positions."""
+    max_length = min(max_length, positions(engine.model.config.to_dict(), max_length))
+    windows, places = encode_texts(engine, rows, max_length)
+    kept = sorted(set(places))  # a text of one token says nothing
+    taken = Rows(rows.name, (rows[place] for place in kept))
+    if not taken:
+        return Judged(taken, {})
+    index = np.searchsorted(kept, places)
+    engine.template.set_mode("train")
+    found = teacher_forced(engine, windows, batch_size).items()
+    figures = {
+        name: tuple(np.bincount(index, part, len(kept)) for part in parts) for name, parts in found
+    }  # of rows, not of windows
+    return Judged(taken, figures)
+
+
 def figures_of_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> Figures:
     """Exact match, character error rate (edits per reference character) and, if rewards are named, their sum.
 
@@ -151,22 +189,37 @@ class Judged:
         return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers)
 
     def scores(self, by: str | None = None) -> dict[str, Any]:
-        """Means over all rows. With `by`, a column: its `groups` have the same of their rows, and their `samples`."""
-        scores: dict[str, Any] = means(self.figures)
+        """Means over all rows. With `by`, a column: its `groups` have the same of their rows, and their `samples`.
+
+        Of texts the loss is said as perplexity, too.
+        """
+
+        def of(figures: Figures) -> dict[str, Any]:
+            found = means(figures)
+            return found | ({"perplexity": perplexity(found["loss"])} if is_text(self.rows[0]) else {})
+
+        scores = of(self.figures)
         if self.answers:
             scores |= {"n_cut": self.cut, "cut_share": self.cut / len(self.rows)}
         if by:
             scores["groups"] = {
-                group: means(chosen(self.figures, places)) | {"samples": len(places)}
+                group: of(chosen(self.figures, places)) | {"samples": len(places)}
                 for group, places in sorted(indices_by_group(self.rows, by).items())
             }
         return scores
 
 
 def judge(
-    engine, rows: Rows, rewards: dict[str, float], batch_size: int = 64, max_new_tokens: int | None = 64
+    engine,
+    rows: Rows,
+    rewards: dict[str, float],
+    batch_size: int = 64,
+    max_new_tokens: int | None = 64,
+    max_length: int = MAX_LENGTH,
 ) -> Judged:
-    """Teacher-forced figures and, unless `max_new_tokens` is None, those of greedy answers."""
+    """Teacher-forced figures and, unless `max_new_tokens` is None, those of greedy answers. Texts: `judge_texts`."""
+    if is_text(rows[0]):
+        return judge_texts(engine, rows, batch_size, max_length)
     encoded = encode_rows(engine, rows)
     taken = Rows(rows.name, (row for row, item in zip(rows, encoded, strict=True) if item))
     if not taken:

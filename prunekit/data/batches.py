@@ -16,7 +16,7 @@ from prunekit.families import positions
 from prunekit.model.load import load_model
 
 from .encode import Encoder, encoder_of
-from .rows import ROWS_CHECKED, Rows, check_messages
+from .rows import ROWS_CHECKED, Rows, check_row, is_text
 
 HELD_OUT = 5  # every fifth row only judges
 
@@ -36,12 +36,7 @@ def read_calibration(dataset: str | Path) -> Rows:
     rows = Rows(dataset)
 
     def check(where: str, row: Any) -> None:
-        if not isinstance(row, dict) or ("text" in row) != ("text" in (rows or [row])[0]):
-            raise PruneKitError(f'{where}: rows must all be {{"text": ...}}, or all have "messages"')
-        if "text" not in row:
-            check_messages(where, row, images=len(rows) < ROWS_CHECKED)
-        elif not (isinstance(row["text"], str) and row["text"].strip()):
-            raise PruneKitError(f"{where} has no text")
+        check_row(where, row, is_text((rows or [row])[0]), images=len(rows) < ROWS_CHECKED)
 
     if len(rows.read(check)) < HELD_OUT:
         raise PruneKitError(f"dataset {dataset} has {len(rows)} rows; give hundreds")

@@ -12,7 +12,7 @@ from prunekit.families import positions
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names
 
-from .rows import Rows, images_of, problem_of_image
+from .rows import Rows, images_of, is_text, problem_of_image
 from .templates import check_tokenizer_files, load_template, tokenizer_errors
 
 
@@ -92,7 +92,7 @@ def encoder_of(
     for a checkpoint without its tokenizer.
     """
     max_length = min(max_length, positions(checkpoint.config, max_length))
-    if "text" in rows[0]:
+    if is_text(rows[0]):
         return _text_encoder(checkpoint, max_length)
     if not checkpoint.family.causal:
         raise PruneKitError(

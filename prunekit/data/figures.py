@@ -1,5 +1,6 @@
 """Figures of rows: of each row its part, of all rows or some their means, of two models how sure a difference is."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,11 @@ Figures = dict[str, tuple[np.ndarray, np.ndarray]]  # by metric: what each row a
 
 RESAMPLES, LEVEL = 10_000, 0.95
 BLOCK = 2_000_000  # counts of rows drawn at once: 16 MB
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token."""
+    return math.exp(min(loss, 700))  # more overflows
 
 
 def ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:

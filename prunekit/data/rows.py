@@ -148,6 +148,21 @@ def check_messages(where: str, row: Any, columns: Iterable[str] = (), images: bo
             raise PruneKitError(f"{where} {problem}")
 
 
+def is_text(row: Any) -> bool:
+    """Whether a row is plain text, {"text": ...}, and no chat: other columns but messages don't matter."""
+    return isinstance(row, dict) and "text" in row and "messages" not in row
+
+
+def check_row(where: str, row: Any, texts: bool, columns: Iterable[str] = (), images: bool = True) -> None:
+    """PruneKitError for a row that isn't what the first one of its data set is: a text, or as `check_messages` says."""
+    if isinstance(row, dict) and is_text(row) != texts:
+        raise PruneKitError(f'{where}: rows must all be {{"text": ...}}, or all have "messages"')
+    if not texts:
+        check_messages(where, row, columns, images)
+    elif not (isinstance(row, dict) and isinstance(row["text"], str) and row["text"].strip()):
+        raise PruneKitError(f"{where} has no text")
+
+
 def check_answered(where: str, row: dict[str, Any]) -> None:
     """PruneKitError for messages that aren't a question, at the least, and an assistant's text."""
     if row["messages"][-1]["role"] != "assistant" or not isinstance(row["messages"][-1]["content"], str):
@@ -156,23 +171,26 @@ def check_answered(where: str, row: dict[str, Any]) -> None:
         raise PruneKitError(f"{where} has no question before its answer")
 
 
-def read_answered(dataset: str | Path, limit: int | None = None) -> Rows:
-    """The first rows of messages whose last one is the assistant's; PruneKitError names a row that isn't so."""
+def read_judged(dataset: str | Path, limit: int | None = None) -> Rows:
+    """The first rows: all texts, or messages whose last one is the assistant's. PruneKitError names one that isn't."""
+    rows = Rows(dataset)
 
     def check(where: str, row: Any) -> None:
-        check_messages(where, row)
-        check_answered(where, row)
+        texts = is_text((rows or [row])[0])
+        check_row(where, row, texts)
+        if not texts:
+            check_answered(where, row)
 
-    return Rows(dataset).read(check, limit)
+    return rows.read(check, limit)
 
 
 def read_datasets(names: Sequence[str], limit: int | None) -> dict[str, Rows]:
-    """Answered rows by what results call their data set: the file's stem, or all that was named if stems are alike."""
+    """Rows of `read_judged` by what results call their data set: the file's stem, or its name if stems are alike."""
     stems = [locate(name)[0].stem for name in names]
     keys = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names)]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise PruneKitError(f"--dataset {twice[0]}: is named twice")
-    return {key: read_answered(name, limit) for key, name in zip(keys, names)}
+    return {key: read_judged(name, limit) for key, name in zip(keys, names)}
 
 
 def question_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

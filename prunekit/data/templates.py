@@ -28,10 +28,13 @@ def _trained_with(folder: Path) -> str | None:
     return found.get("template") if isinstance(found, dict) else None
 
 
-def find_template(checkpoint: Checkpoint, model_type: str | None = None, adapter: Path | None = None) -> str | None:
+def find_template(
+    checkpoint: Checkpoint, model_type: str | None = None, adapter: Path | None = None, chat: bool = True
+) -> str | None:
     """ms-swift's name of a checkpoint's chat template; None where ms-swift finds it by itself.
 
-    Raises PruneKitError if it can't be told: the checkpoint has no chat template and its architecture several.
+    Raises PruneKitError if it can't be told: the checkpoint has no chat template and its architecture several. With
+    `chat` False, where texts are trained on and nothing of a chat is written, any will do then.
     """
     model_type = model_type or checkpoint.config["model_type"]
     if model_type in FAMILIES and FAMILIES[model_type].one_template:
@@ -54,6 +57,8 @@ def find_template(checkpoint: Checkpoint, model_type: str | None = None, adapter
     processor = load_processor(checkpoint, model_type)
     tokenizer = getattr(processor, "tokenizer", processor)
     if not (processor.chat_template or tokenizer.chat_template):
+        if not chat:
+            return "default"
         raise PruneKitError(f"{checkpoint.path}: has no chat template, and ms-swift several for {model_type}: {choose}")
     # One turn of training, and one to be answered: templates may differ in either (<think>).
     turns = [(CHAT, "train"), (CHAT[:1], "transformers")]

@@ -63,6 +63,17 @@ def score_batch(model, batch: dict[str, Any]):
     return right, losses, rows
 
 
+def backward_loss(model, batch: dict[str, Any]) -> None:
+    """Gradients of the sum of a batch's next-token losses, in nats; the output head is run in parts, forth and back."""
+    import torch
+
+    states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
+    leaf = states.detach().requires_grad_()
+    for part, logits in logits_in_parts(model, leaf):
+        torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum").backward()
+    states.backward(leaf.grad)
+
+
 def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """token_acc and mean loss (nats per token) over all labels but -100, in batches of a causal model's inputs."""
     right = total = 0

@@ -31,6 +31,7 @@ def draw_curves(folder: Path, path: Path) -> None:
     log = read_log(folder)
     panels = [
         ("loss", [("loss", "training"), ("eval_loss", "validation")]),
+        ("perplexity", [("eval_perplexity", "validation")]),
         ("token_acc", [("token_acc", "training"), ("eval_token_acc", "validation")]),
         ("reward", [("reward", "training"), ("eval_reward", "validation")]),
         ("F1", [("eval_f1", "validation")]),

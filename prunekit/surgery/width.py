@@ -63,6 +63,7 @@ class WidthPlan:
     heads_masked: bool  # zeroed where they are read, not removed
     neurons_masked: bool
     notes: list[str]  # what the user should know, one line each
+    across: bool = False  # the numbers are means of all layers, each keeps as many as its scores say
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class WidthCut:
         removed |= {key: widths[key] - number for key, number in plan.neurons.items()}
         masked = ["heads"] * bool(plan.heads and plan.heads_masked)
         masked += ["neurons"] * bool(plan.neurons and plan.neurons_masked)
-        settings = {"score": self.score, "masked": masked} | self.settings
+        settings = {"score": self.score, "masked": masked} | ({"across_layers": True} if plan.across else {})
+        settings |= self.settings
         return Account("width_cut", removed, self.metrics or None, settings, more)
 
 
@@ -171,13 +173,16 @@ def plan_width(
     neuron_share: float | None = None,
     kv_groups: int | None = None,
     mask: bool = False,
+    across: bool = False,
 ) -> WidthPlan:
     """Plan to keep so many attention heads and MLP neurons of each text layer, the same number in all of them.
 
     Shares are those that stay. `kv_groups` keeps so many KV heads, each with its query heads. Every KV head keeps the
     same number of query heads. With `mask`, and for heads of families whose head size is hidden / heads, what goes is
-    zeroed where it is read (o_proj, down_proj) and shapes stay. Raises PruneKitError for numbers that can't be. Reads
-    no weights and writes no file; which heads and neurons stay, `choose` decides.
+    zeroed where it is read (o_proj, down_proj) and shapes stay. With `across` these numbers are means, and layers keep
+    more or fewer by importance: only where all that goes is zeroed, since configs have one number for all. Raises
+    PruneKitError for numbers that can't be. Reads no weights and writes no file; which heads and neurons stay, `choose`
+    decides.
     """
     family, row = checkpoint.family, checkpoint.family.text
     cut_heads = any(value is not None for value in (heads_kept, head_share, kv_groups))
@@ -194,6 +199,10 @@ def plan_width(
             why = "" if mask else f" ({family.model_type}: the size of a head is {family.hidden} / {family.heads})"
             notes.append(f"heads are zeroed, not removed{why}: the model gets neither smaller nor faster by it")
     kept = _plan_neurons(mlp_widths(checkpoint, parts), neurons, neuron_share) if cut_neurons else {}
+    if across and ((heads_of and not heads_masked) or (kept and not mask)):
+        raise PruneKitError("--across-layers: configs have one number for all layers: zero what goes, with --mask")
+    if across and kv_groups is not None:
+        raise PruneKitError("--across-layers: chooses single heads; give --heads or --head-share, not --kv-groups")
     if kept and mask:
         notes.append("neurons are zeroed, not removed: the model gets neither smaller nor faster by it")
 
@@ -204,7 +213,7 @@ def plan_width(
             part |= {key: number for key, number in numbers if key}
         if not mask:
             part |= kept
-    plan = WidthPlan(checkpoint, checkpoint, heads_of, kept, heads_masked, mask, notes)
+    plan = WidthPlan(checkpoint, checkpoint, heads_of, kept, heads_masked, mask, notes, across)
     for name, where in parts.items():
         if (number := _kept_number(plan, where)) and not _masks(plan, where):
             shape = list(shapes[name].shape)
@@ -306,6 +315,37 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
     return scores
 
 
+def best_across(rows: Sequence[Any], number: int) -> list[list[int]]:
+    """What each of these rows of scores keeps if they keep `number` on average: the highest of all, each row its best.
+
+    Scores must be comparable between rows. Exactly number * rows are kept.
+    """
+    import numpy as np
+
+    first = [int(np.argmax(row)) for row in rows]
+    left = [(-float(s), place, i) for place, row in enumerate(rows) for i, s in enumerate(row) if i != first[place]]
+    kept = [[i] for i in first]
+    for _, place, i in sorted(left)[: (number - 1) * len(rows)]:
+        kept[place].append(i)
+    return [sorted(each) for each in kept]
+
+
+def keep_all(plan: WidthPlan, scores: dict[int, Scores]) -> dict[int, Kept]:
+    """What layers with these scores keep."""
+    if not plan.across:
+        return {layer: keep(plan, each) for layer, each in scores.items()}
+    kept = {layer: Kept() for layer in scores}
+    if plan.heads:
+        found = best_across([each.heads for each in scores.values()], plan.heads.query)
+        kept = {layer: replace(kept[layer], heads=each) for layer, each in zip(scores, found)}
+    for key, number in plan.neurons.items():
+        many = key == plan.source.family.text.experts
+        layers = [layer for layer, each in scores.items() if (len(each.neurons) > 1) == many]
+        found = iter(best_across([row for layer in layers for row in scores[layer].neurons], number))
+        kept |= {layer: replace(kept[layer], neurons=[next(found) for _ in scores[layer].neurons]) for layer in layers}
+    return kept
+
+
 Change = Callable[[str, Any], Any]  # (name, array) -> array: a refit of a tensor, before it is cut
 
 
@@ -313,7 +353,7 @@ def choose(
     plan: WidthPlan, score: str, scores: dict[int, Scores], changes: dict[str, list[Change]] | None = None
 ) -> WidthCut:
     """The cut in which each layer keeps what scores highest. `changes`: refits, by tensor, in their order."""
-    kept = {layer: keep(plan, each) for layer, each in scores.items()}
+    kept = keep_all(plan, scores)
     parts, changes = find_parts(plan.source), changes or {}
     tensors = {name: tensor for name, tensor in plan.source.tensors.items() if name in plan.outline.tensors}
     for name in {**parts, **changes}:

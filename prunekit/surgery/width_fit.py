@@ -26,11 +26,11 @@ from prunekit.errors import PruneKitError
 from prunekit.families import Stack
 from prunekit.model.parts import Experts, LayerParts, Linear
 from prunekit.model.replay import find_stack, record_calls
-from prunekit.model.scores import counted_states, final_states, logits_in_parts, score_batches
+from prunekit.model.scores import backward_loss, score_batches
 
 from .cut import calibrated_on
 from .sides import MADE_UP_WIDTH, Fit, Sides, states_between
-from .width import Change, Scores, WidthCut, WidthPlan, choose, keep_heads, keep_neurons, magnitudes
+from .width import Change, Scores, WidthCut, WidthPlan, choose, keep_all, keep_heads, keep_neurons, magnitudes
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
@@ -153,11 +153,7 @@ def taylor(
                 else:
                     undo.enter_context(part.module.register_forward_pre_hook(partial(enter, (number, what))))
         for batch in tqdm(batches, desc="gradients", leave=False, disable=quiet):
-            states, labels, _ = counted_states(final_states(model, batch), batch["labels"])
-            leaf = states.detach().requires_grad_()
-            for part, logits in logits_in_parts(model, leaf):
-                nn.functional.cross_entropy(logits, labels[part], reduction="sum").backward()
-            states.backward(leaf.grad)
+            backward_loss(model, batch)
             for number, layer in enumerate(layers):
                 if layer.attends:
                     x = entered[number, "heads"]
@@ -261,6 +257,8 @@ def fit_once(
     """
     family, row = plan.source.family, plan.source.family.text
     of_text = heads(plan.source)
+    if plan.across and score != "taylor":
+        raise PruneKitError("--across-layers: only scores of --score taylor can be compared between layers")
     if score == "taylor" and not family.causal:
         raise PruneKitError(f"--score taylor: needs labels, {family.model_type} has none here; choose another")
     if score in ("entropy", "variance"):
@@ -277,6 +275,7 @@ def fit_once(
         known = magnitudes(plan.source, quiet)
     elif score == "taylor":
         known = taylor(model, row, layers, data.fit, quiet)
+    chosen = keep_all(plan, known) if plan.across else {}
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches))
     student = Student(sides, batches)
     refitted = refits(plan)
@@ -302,14 +301,16 @@ def fit_once(
                 if each.heads is None:
                     each = replace(each, heads=head_scores(layer, student, number, score))
                 _check_finite(plan, number, each.heads)
-                gates.enter_context(gate_heads(layer, keep_heads(each.heads, of_text.kv, plan.heads)[0]))
+                kept = chosen[number].heads if chosen else keep_heads(each.heads, of_text.kv, plan.heads)[0]
+                gates.enter_context(gate_heads(layer, kept or []))
                 if refitted:
                     refit(number, layer.o.name, _reachable(between, *entered, made_up), behind_attention=True)
             if plan.neurons:
                 if each.neurons is None:
                     each = replace(each, neurons=neuron_scores(layer, student, number))
                 _check_finite(plan, number, each.neurons)
-                if hook := gate_neurons(layer, keep_neurons(each.neurons, plan)):
+                stay = chosen[number].neurons if chosen else keep_neurons(each.neurons, plan)
+                if hook := gate_neurons(layer, stay or []):
                     gates.enter_context(hook)
             scores[number] = each
             if refitted:

@@ -20,10 +20,12 @@ from prunekit.errors import PruneKitError
 from prunekit.families import NAME_PREFIX, spot_of
 from prunekit.model.parts import Experts, place, text_tokens
 from prunekit.model.replay import find_stack
-from prunekit.model.scores import counted_states, final_states, logits_in_parts, model_inputs
+from prunekit.model.scores import backward_loss, counted_states, final_states, logits_in_parts, model_inputs
 
 from .zeros import Scores
 from .zeros_weights import Weight
+
+Layer = tuple[str, int]  # stack, number
 
 
 def plain_name(name: str) -> str:
@@ -125,6 +127,14 @@ def wanda(checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: 
     return score
 
 
+def _check_causal(checkpoint: Checkpoint) -> None:
+    if not checkpoint.family.causal:
+        raise PruneKitError(
+            f"gradients are those of a causal language model's loss, which {checkpoint.family.model_type} has not; "
+            "take another score"
+        )
+
+
 def gradient_norms(
     checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
 ) -> dict[str, torch.Tensor]:
@@ -132,11 +142,7 @@ def gradient_norms(
 
     The loss is that of next tokens. Raises PruneKitError for encoders. Memory: the gradients and their squares.
     """
-    if not checkpoint.family.causal:
-        raise PruneKitError(
-            f"gradients are those of a causal language model's loss, which {checkpoint.family.model_type} has not; "
-            "take another score"
-        )
+    _check_causal(checkpoint)
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     places = {name: found for name in weights if (found := place(parameters, plain_name(name)))}
     if lost := [name for name in weights if name not in places]:
@@ -178,10 +184,10 @@ def gradient(checkpoint: Checkpoint, model: nn.Module, data: Calibration, weight
 
 def gradient_importance(
     checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
-) -> dict[tuple[str, int], float]:
+) -> dict[Layer, float]:
     """Importance of each layer: the mean of its weights' gradient scores."""
     scores = gradient(checkpoint, model, data, weights)
-    sums: dict[tuple[str, int], list[float]] = {}
+    sums: dict[Layer, list[float]] = {}
     for name, weight in weights.items():
         if weight.stack is not None and weight.layer is not None:
             found = scores(name, checkpoint.read(name))
@@ -191,32 +197,113 @@ def gradient_importance(
     return {layer: total / count for layer, (total, count) in sums.items()}
 
 
-def activation_importance(
-    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
-) -> dict[tuple[str, int], float]:
-    """Importance of each layer: 1 - cosine of what enters and leaves it, mean over tokens (ShortGPT, 2403.03853)."""
-    totals: dict[tuple[str, int], list[float]] = {}
-    mask = torch.empty(0)
+class Tally:
+    """A mean over tokens for each layer."""
 
-    def watch(layer: tuple[str, int], module: nn.Module, inputs: tuple, kwargs: dict, output: Any) -> None:
+    def __init__(self) -> None:
+        self.totals: dict[Layer, list[float]] = {}
+
+    def add(self, layer: Layer, values: torch.Tensor) -> None:
+        """values: (tokens,)."""
+        total = self.totals.setdefault(layer, [0.0, 0])
+        total[0] += float(values.sum())
+        total[1] += len(values)
+
+    def means(self) -> dict[Layer, float]:
+        return {layer: max(0.0, total / count) for layer, (total, count) in self.totals.items()}
+
+
+def _watch_layers(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    weights: dict[str, Weight],
+    seen: Callable[[Layer, torch.Tensor, torch.Tensor], None],
+) -> contextlib.ExitStack:
+    """While it is open, `seen` gets each layer and what enters and leaves it, (batch, length, hidden)."""
+
+    def watch(layer: Layer, module: nn.Module, inputs: tuple, kwargs: dict, output: Any) -> None:
         before = inputs[0] if inputs else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        distance = 1 - nn.functional.cosine_similarity(_tokens(before, mask), _tokens(after, mask), dim=-1)
-        total = totals.setdefault(layer, [0.0, 0])
-        total[0] += float(distance.sum())
-        total[1] += len(distance)
+        seen(layer, before, output[0] if isinstance(output, tuple) else output)
 
-    with contextlib.ExitStack() as hooks, torch.inference_mode():
-        for stack in {weight.stack for weight in weights.values() if weight.stack}:
-            owner, attribute = find_stack(model, checkpoint.family.stacks[stack])
-            for number, layer in enumerate(getattr(owner, attribute)):
-                hook = layer.register_forward_hook(partial(watch, (stack, number)), with_kwargs=True)
-                hooks.callback(hook.remove)
+    hooks = contextlib.ExitStack()
+    for stack in {weight.stack for weight in weights.values() if weight.stack}:
+        owner, attribute = find_stack(model, checkpoint.family.stacks[stack])
+        for number, layer in enumerate(getattr(owner, attribute)):
+            hook = layer.register_forward_hook(partial(watch, (stack, number)), with_kwargs=True)
+            hooks.callback(hook.remove)
+    return hooks
+
+
+def _of_activations(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    data: Calibration,
+    weights: dict[str, Weight],
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> dict[Layer, float]:
+    """Mean over tokens of what `measure` makes of what enters and leaves each layer, both (tokens, hidden)."""
+    tally, mask = Tally(), torch.empty(0)
+
+    def seen(layer: Layer, before: torch.Tensor, after: torch.Tensor) -> None:
+        tally.add(layer, measure(_tokens(before, mask), _tokens(after, mask)))
+
+    with _watch_layers(checkpoint, model, weights, seen), torch.inference_mode():
         for batch in _batches(data, "activations"):
             mask = batch["attention_mask"]
             _run(checkpoint, model, batch)
-    return {layer: max(0.0, total / count) for layer, (total, count) in totals.items()}
+    return tally.means()
 
 
-IMPORTANCE = {"gradient": gradient_importance, "activation": activation_importance}
+def activation_importance(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[Layer, float]:
+    """Importance of each layer: 1 - cosine of what enters and leaves it, mean over tokens (ShortGPT, 2403.03853)."""
+    cosine = partial(nn.functional.cosine_similarity, dim=-1)
+    return _of_activations(checkpoint, model, data, weights, lambda before, after: 1 - cosine(before, after))
+
+
+def magnitude_importance(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[Layer, float]:
+    """Importance of each layer: the mean absolute activation of what leaves it."""
+    return _of_activations(checkpoint, model, data, weights, lambda _, after: after.abs().mean(-1))
+
+
+def output_gradient_importance(
+    checkpoint: Checkpoint, model: nn.Module, data: Calibration, weights: dict[str, Weight]
+) -> dict[Layer, float]:
+    """Importance of each layer: the mean absolute gradient of the loss with respect to what leaves it.
+
+    The loss is the sum over next tokens, so that how rows are batched doesn't matter. Raises PruneKitError for
+    encoders. Memory: what a backward pass keeps of a batch.
+    """
+    _check_causal(checkpoint)
+    tally, mask = Tally(), torch.empty(0)
+
+    def seen(layer: Layer, _, after: torch.Tensor) -> None:
+        if after.requires_grad:
+            rows = mask  # of this batch: the gradient comes later
+            after.register_hook(lambda grad: tally.add(layer, _tokens(grad, rows).abs().mean(-1)))
+
+    model.requires_grad_(False)
+    roots = []  # a graph has to begin somewhere: at the smallest weight of each first layer
+    for stack in {weight.stack for weight in weights.values() if weight.stack}:
+        owner, attribute = find_stack(model, checkpoint.family.stacks[stack])
+        roots.append(min(getattr(owner, attribute)[0].parameters(), key=torch.numel).requires_grad_(True))
+    with _watch_layers(checkpoint, model, weights, seen), torch.enable_grad():
+        for batch in _batches(data, "gradients"):
+            mask = batch["attention_mask"]
+            backward_loss(model, batch)
+    for root in roots:
+        root.grad = None
+    model.requires_grad_(False)
+    return tally.means()
+
+
+IMPORTANCE = {
+    "gradient": gradient_importance,
+    "output-gradient": output_gradient_importance,
+    "activation": activation_importance,
+    "magnitude": magnitude_importance,
+}
 SCORES_OF = {"wanda": wanda, "gradient": gradient}

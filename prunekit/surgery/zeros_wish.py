@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prunekit.errors import PruneKitError
 
 SCORES = ("magnitude", "wanda", "gradient")
+IMPORTANCES = ("gradient", "output-gradient", "activation", "magnitude", "knockout")  # of layers
 SCOPES = ("global", "layer", "row")
 
 
@@ -67,9 +68,7 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
         raise PruneKitError("--scope says how a --sparsity is shared out; leave it out")
     if (arguments.layer_importance == "knockout") != bool(arguments.ranking):
         raise PruneKitError("--layer-importance knockout and --ranking need each other")
-    needed = (
-        arguments.refit or arguments.score != "magnitude" or arguments.layer_importance in ("gradient", "activation")
-    )
+    needed = arguments.refit or arguments.score != "magnitude" or arguments.layer_importance not in (None, "knockout")
     if needed != bool(arguments.calib):
         raise PruneKitError(
             "this score, importance or refit needs data: --calib data/train.jsonl"

@@ -3,13 +3,18 @@
 import os
 
 from swift.optimizers import OptimizerCallback
+from swift.utils import is_master
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 
 from .head_rates import HeadRates, Rates, freeze_others, known_scores
 
-PRESETS = {"head_rates": {}, "active_heads": {"others": 0.0, "weak_share": 0.0}}
+PRESETS = {
+    "head_rates": {},
+    "active_heads": {"others": 0.0, "weak_share": 0.0},
+    "important_heads": {"others": 0.0, "weak": 0.0, "weak_share": 0.5},
+}
 
 
 class HeadRatesOptimizer(OptimizerCallback):
@@ -24,9 +29,13 @@ class HeadRatesOptimizer(OptimizerCallback):
             raise PruneKitError(f"--optimizer {name}: works with --tuner_type full only")
         module = trainer.model if model is None else model
         checkpoint = open_checkpoint(trainer.model_info.model_dir)
-        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint))
+        rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint), self.say)
         if not settings.others:
             freeze_others(module, rates)
         optimizer = super().create_optimizer(model)
         rates.attach(optimizer)
         return optimizer
+
+    def say(self, said: str) -> None:
+        if is_master():
+            print(f"--optimizer {self.args.optimizer}: {said}")

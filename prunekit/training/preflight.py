@@ -13,6 +13,7 @@ Prints one line that names the mistake and the mend, and exits 2; or answers, an
                                   empty
     MAX_LENGTH=, COMPLETION_LENGTH=   what --max_length and --max_completion_length must be; empty: as they are
     ENGINE_LENGTH=                vLLM's max_model_len; empty without vLLM
+    TEXTS=                        1 if the data are plain texts; empty: messages
     FREE_PORTS=                   as many as --free-ports asks for: 41001,41002
 
 Libraries may print lines of their own in between.
@@ -43,14 +44,14 @@ from prunekit.checkpoint import (
 )
 from prunekit.checkpoint.provenance import check_base
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.rows import ROWS_CHECKED, check_messages, iterate, locate
+from prunekit.data.rows import ROWS_CHECKED, check_row, is_text, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.errors import PruneKitError, run_script
-from prunekit.families import NAME_PREFIX
+from prunekit.families import NAME_PREFIX, positions
 from prunekit.msswift.line import check_line, parse
 from prunekit.msswift.names import check_names, check_rewards
 
-from .lengths import Lengths, check_engine, choose_lengths
+from .lengths import PROMPT, Lengths, check_engine, choose_lengths
 
 DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"}
 ENVIRONMENT = (  # what ms-swift reads as whole numbers
@@ -60,23 +61,46 @@ ENVIRONMENT = (  # what ms-swift reads as whole numbers
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
-def check_dataset(name: str, columns: Iterable[str] = ()) -> None:
-    """Check that a data set holds ms-swift messages rows and that their images can be read (its first 10,000 rows).
+def check_dataset(name: str, columns: Iterable[str] = ()) -> bool | None:
+    """Check that a data set's rows are ms-swift's messages, whose images can be read, or all texts (the first 10,000).
 
-    What looks like a hub's `org/name` and is no file or folder here is left to ms-swift, as are tables and texts.
-    Raises PruneKitError naming the line, and for files that ms-swift can't read.
+    Says whether they are texts, {"text": ...}. None of what looks like a hub's `org/name` and is no file or folder
+    here, and of tables and text files: these are left to ms-swift. Raises PruneKitError naming the line, and for files
+    that ms-swift can't read.
     """
     path = Path(re.sub(r"#\d+$", "", name))
     local = is_file(name) or is_file(path)
     if not local and HUB_DATASET.fullmatch(str(path)) and path.suffix not in DATA_FILES and not path.parent.exists():
-        return
+        return None
     file, _ = locate(name)
     if file.suffix not in DATA_FILES:
         raise PruneKitError(f"dataset {file}: ms-swift reads {', '.join(sorted(DATA_FILES))}; convert it, or rename it")
     if file.suffix not in (".jsonl", ".json"):
-        return
+        return None
+    texts: bool | None = None
     for where, row in islice(iterate(name), ROWS_CHECKED):
-        check_messages(where, row, columns)
+        texts = is_text(row) if texts is None else texts
+        check_row(where, row, texts, columns)
+    return texts
+
+
+def check_datasets(names: Iterable[str], columns: Iterable[str] = (), answers: bool = False) -> bool:
+    """Whether data sets of a training are texts. PruneKitError as `check_dataset`, and if some are, others not.
+
+    With `answers`, for a training that begins at questions, none may be.
+    """
+    kinds = {name: check_dataset(name, columns) for name in names}
+    texts = [name for name, kind in kinds.items() if kind]
+    if texts and answers:
+        raise PruneKitError(
+            f'dataset {texts[0]}: rows {{"text": ...}} ask nothing; full_run.sh, progressive_run.sh, sparse_run.sh and '
+            "lora.sh train on them"
+        )
+    if texts and (others := [name for name, kind in kinds.items() if kind is False]):
+        raise PruneKitError(
+            f'dataset {texts[0]} has rows {{"text": ...}}, {others[0]} has messages: train and evaluate on one kind'
+        )
+    return bool(texts)
 
 
 def check_environment() -> int:
@@ -263,12 +287,18 @@ def check_disk(out: Path, size: int, factor: float = 1) -> None:
         )
 
 
-def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint, gpu: int = 0) -> Lengths:
+def decide_lengths(swift: argparse.Namespace, checkpoint: Checkpoint, gpu: int = 0, texts: bool = False) -> Lengths:
     """The lengths for a merged line of ms-swift's (see lengths.py); says what it takes back, and checks the engine.
 
-    gpu: bytes of memory; 0 if they aren't known.
+    gpu: bytes of memory; 0 if they aren't known. Blocks of `texts` are all as long as they may be: within positions.
     """
     get = vars(swift).get
+    if texts:
+        wanted = swift.max_length or PROMPT
+        length = min(wanted, positions(checkpoint.config, wanted))
+        if length < wanted:
+            print(f"--max_length {length}: the model has no more positions", file=sys.stderr)
+        return Lengths(max_length=length if length != swift.max_length else None)
     generates = get("rlhf_type") == "grpo" or (get("rlhf_type") == "gkd" and swift.lmbda > 0)
     completion = get("response_length") or get("max_new_tokens") or get("max_completion_length")
     vllm = bool(generates and swift.use_vllm)
@@ -341,13 +371,13 @@ def main() -> None:
             targets = checkpoint.family.lora_targets
     if args.adapter:
         check_adapter(args.adapter, checkpoint)
+    texts = False
     if not swift.columns:  # ms-swift renames columns: rows are left to it
-        for dataset in [*swift.dataset, *swift.val_dataset]:
-            check_dataset(dataset, args.needed_columns)
+        texts = check_datasets([*swift.dataset, *swift.val_dataset], args.needed_columns, args.swift == "rlhf")
         for dataset in get("chord_sft_dataset") or ():
             check_dataset(dataset)
     check_rewards(get("reward_funcs") or (), plugins)
-    if get("optimizer") in ("head_rates", "active_heads"):
+    if get("optimizer") in ("head_rates", "active_heads", "important_heads"):
         from .head_rates import Rates  # torch: seconds
 
         settings = Rates.parse(os.environ.get("HEAD_RATES", ""))
@@ -358,11 +388,13 @@ def main() -> None:
     if not args.reuse_out:
         check_out(args.out, *filter(None, [args.model, args.teacher, args.adapter]), overwrite=args.overwrite)
     check_disk(args.out, checkpoint.nbytes, args.disk_factor)
-    lengths = decide_lengths(swift, checkpoint, args.gpu_memory * 2**20) if args.swift != "export" else Lengths()
+    lengths = Lengths()
+    if args.swift != "export":
+        lengths = decide_lengths(swift, checkpoint, args.gpu_memory * 2**20, texts)
     if args.adapter:
         check_base(checkpoint, args.adapter)  # last: it may warn, and a refusal is one line
     with contextlib.redirect_stdout(sys.stderr):
-        template = template or find_template(checkpoint, model_type, args.adapter)
+        template = template or find_template(checkpoint, model_type, args.adapter, chat=not texts)
     answers = {
         "MODEL_TYPE": model_type or checkpoint.config["model_type"],
         "TEACHER_TYPE": teacher.config["model_type"],
@@ -371,6 +403,7 @@ def main() -> None:
         "MAX_LENGTH": lengths.max_length,
         "COMPLETION_LENGTH": lengths.completion,
         "ENGINE_LENGTH": lengths.engine,
+        "TEXTS": int(texts) or None,
         "FREE_PORTS": ",".join(map(str, free_ports(args.free_ports))),
     }
     for name, value in answers.items():

@@ -33,7 +33,8 @@ BAD_SETTINGS = [
     *(({"GPUS": gpus}, "full_run.sh") for gpus in ("abc", "99", "0,0", "-1", "0,", "0 1")),
     ({"NNODES": "2"}, "full_run.sh"),
     *(({name: value}, "progressive_run.sh") for name, value in {
-        "STEPS1": "0", "STEPS2": "-1", "STEPS3": "a b", "ACCUMULATE": "a[$(touch pwned)]",
+        "STEPS1": "0", "STEPS2": "-1", "STEPS3": "a b", "ACCUMULATE": "a[$(touch pwned)]", "TRAIN1": "all",
+        "HEADS1": "0",
     }.items()),
     *(({name: value}, "knockout_check.sh") for name, value in {
         "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2",

@@ -66,6 +66,19 @@ def test_in_phase_1_ms_swift_trains_nothing_but_what_was_cut(narrow):
     assert trained == trained_by(narrow.env["MODEL"])
 
 
+def test_phase_1_can_train_the_most_important_heads_of_any_model_and_the_others_what_they_are_told(lab, parsers):
+    result = lab.run("progressive_run.sh", GPUS="", TRAIN1="heads", HEADS1="0.25", HEAD_RATES="weak=0.2")
+    assert result.returncode == 0, result.stderr
+    first, *others = lab.calls()
+    assert values(first["argv"], "--optimizer") == ["important_heads"]
+    assert "--trainable_parameters_regex" not in first["argv"]
+    assert not any("--optimizer" in call["argv"] for call in others)
+    assert [call["env"]["HEAD_RATES"] for call in (first, *others)] == ["weak_share=0.75", "weak=0.2", "weak=0.2"]
+    check_flags(parsers["sft"], first["argv"][1:])
+    commands = [(lab.out.with_name(name) / "command.sh").read_text() for name in ("out-phase1", "out")]
+    assert [command.splitlines()[-1].split()[0] for command in commands] == ["HEAD_RATES=weak_share=0.75", "swift"]
+
+
 def test_the_last_phase_has_four_times_the_rows_a_step(narrow):
     narrow.run("progressive_run.sh", GPUS="", GLOBAL_BATCH=6)
     batches = [

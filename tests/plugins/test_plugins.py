@@ -94,9 +94,10 @@ def test_weak_heads_are_those_of_the_cuts_scores(optimizer_of, monkeypatch, tmp_
     assert len(weak[0]) == len(weak[1]) == 1 and weak[0] != weak[1]
 
 
-def test_active_heads_alone_are_trained_at_the_full_rate(optimizer_of):
-    of_heads, other = moved(*optimizer_of("active_heads"))
-    assert sorted(of_heads) == pytest.approx([0, 0, 0.1, 0.1], abs=1e-6) and other == 0
+@pytest.mark.parametrize(("name", "ways"), [("active_heads", [0, 0, 0.1, 0.1]), ("important_heads", [0, 0, 0, 0.1])])
+def test_active_or_important_heads_alone_are_trained_at_the_full_rate(name, ways, optimizer_of):
+    of_heads, other = moved(*optimizer_of(name))
+    assert sorted(of_heads) == pytest.approx(ways, abs=1e-6) and other == 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from prunekit.model.parts import LayerParts, Linear
 from prunekit.model.replay import find_stack
 from prunekit.model.scores import score_batches
 from prunekit.surgery.cut import write_cut
-from prunekit.surgery.width import SCORES, choose, keep_heads, magnitudes, plan_width
+from prunekit.surgery.width import SCORES, best_across, choose, keep_heads, magnitudes, plan_width
 from prunekit.surgery.width_fit import fit_once, focus, taylor
 
 REMOVABLE = [family for family in FAMILIES if ROWS[family].removable_heads != "none"]
@@ -347,3 +347,48 @@ def test_a_config_that_contradicts_the_weights_is_refused(own):
         PruneKitError, match=r"by config.json \(num_key_value_heads, head_dim\) it would be \[32, 32\]; mend"
     ):
         plan_width(open_checkpoint(path.parent), heads_kept=4)
+
+
+# --- layers that keep different numbers --------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=6), st.integers(1, 4))
+def test_across_layers_the_highest_scores_stay_exactly_as_many_as_asked_and_one_in_each(rows, number):
+    kept = best_across([np.array(row) for row in rows], number)
+    assert sum(map(len, kept)) == number * len(rows) and all(each == sorted(set(each)) and each for each in kept)
+    for row, each in zip(rows, kept):
+        lowest = min(row[i] for i in each)
+        assert max(row[i] for i in each) == max(row)
+        for other, theirs in zip(
+            rows, kept
+        ):  # nothing that went scores higher than what stayed, but as a row's only one
+            gone = [other[i] for i in range(4) if i not in theirs]
+            assert len(each) == 1 or not gone or lowest >= max(gone)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_important_layers_keep_more_heads_and_neurons_and_all_others_are_zero(family, tiny, tmp_path):
+    checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
+    plan = plan_width(checkpoint, head_share=0.5, neuron_share=0.5, mask=True, across=True)
+    cut = fit_once(plan, model, data(), "taylor", quiet=True)
+    write_cut(cut, tmp_path / "out")
+    per_layer = [len(kept.heads) for kept in cut.kept.values()]
+    assert sum(per_layer) == plan.heads.query * 5 and len(set(per_layer)) > 1
+    neurons = [len(each) for kept in cut.kept.values() for each in kept.neurons]
+    assert len(set(neurons)) > 1
+    loaded, row, of_text = load(tmp_path / "out"), checkpoint.family.text, heads(checkpoint)
+    owner, attribute = find_stack(loaded, row)
+    for number, module in enumerate(getattr(owner, attribute)):
+        layer = LayerParts(module, row, of_text)
+        columns = layer.o.matrix.detach().unflatten(1, (of_text.query, of_text.dim))
+        assert columns.abs().sum((0, 2)).nonzero()[:, 0].tolist() == cut.kept[number].heads
+    before, after = (score_batches(each, data().held_out)["loss"] for each in (load(tiny(family)), loaded))
+    assert cut.metrics == pytest.approx({"held_out_loss_uncut": before, "held_out_loss": after}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"head_share": 0.5}, {"head_share": 0.5, "neurons": 8}, {"kv_groups": 1, "mask": True}]
+)
+def test_what_configs_cant_say_of_layers_is_refused(wanted, tiny):
+    with pytest.raises(PruneKitError, match="--across-layers: "):
+        plan_width(open_checkpoint(tiny("llama")), **wanted, across=True)

@@ -201,7 +201,7 @@ def test_bf16_shards_are_read_and_written_tensor_by_tensor(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["layer", "row"])
-@pytest.mark.parametrize("kind", ["activation", "gradient"])
+@pytest.mark.parametrize("kind", sorted(weight_scores.IMPORTANCE))
 def test_budgets_by_importance_meet_the_sparsity_exactly(kind, scope, tiny, tmp_path):
     checkpoint, model = open_checkpoint(tiny("llama")), load(tiny("llama"))
     importance = weight_scores.IMPORTANCE[kind](checkpoint, model, PADDED, choose_weights(checkpoint))

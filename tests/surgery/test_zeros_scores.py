@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.calibration import PADDED, padded_batch
+from helpers.calibration import PADDED, padded_batch, picture_batches
 from helpers.tiny_models import load
 
 from prunekit.checkpoint import open_checkpoint
@@ -75,3 +75,33 @@ def test_gradients_of_an_encoder_are_refused(tiny):
     checkpoint = open_checkpoint(tiny("bert"))
     with pytest.raises(PruneKitError, match="causal language model's loss, which bert has not"):
         weight_scores.gradient(checkpoint, None, PADDED, choose_weights(checkpoint))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+def test_output_gradients_and_magnitudes_are_those_of_the_layers_outputs(family, tiny):
+    """Against hidden_states of transformers itself, on two rows, of which one is padded."""
+    checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
+    batch = padded_batch()
+    data, weights = Calibration([batch], [], 24), choose_weights(checkpoint)
+    found = {kind: weight_scores.IMPORTANCE[kind](checkpoint, model, data, weights)
+             for kind in ("output-gradient", "magnitude")}  # fmt: skip
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    model.requires_grad_(True)
+    output = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}, output_hidden_states=True)
+    for states in output.hidden_states:
+        states.retain_grad()
+    counted = int((batch["labels"][:, 1:] != -100).sum())
+    (output.loss * counted).backward()
+    mask = batch["attention_mask"].bool()
+    for layer, states in enumerate(output.hidden_states[1:-1]):  # the last is normed
+        assert found["magnitude"]["text", layer] == pytest.approx(float(states[mask].abs().mean()), rel=1e-4)
+        wanted = float(states.grad[mask].abs().mean())
+        assert found["output-gradient"]["text", layer] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_output_gradients_reach_the_vision_tower_where_images_are_among_the_rows(tiny):
+    checkpoint, model = open_checkpoint(tiny("qwen3_vl")), load(tiny("qwen3_vl"))
+    data, weights = Calibration(picture_batches(1, 0), [], 44), choose_weights(checkpoint)
+    found = weight_scores.output_gradient_importance(checkpoint, model, data, weights)
+    assert set(found) == {(stack, n) for stack, count in (("text", 5), ("vision", 6)) for n in range(count)}
+    assert min(found.values()) > 0

@@ -209,9 +209,10 @@ def test_a_refresh_finds_the_heads_whose_gradients_matter_least(tiny):
     assert [row.tolist() for row in rates.rates(optimizer)] == [[1, 1, 1, 0.5]] * 5
 
 
-def test_a_resumed_optimizer_goes_on_as_if_nothing_had_happened(tiny, tmp_path):
-    settings = Rates(weak=0.3, refresh=3)
-    whole, rates, optimizer = rated(tiny("llama"), settings)
+@pytest.mark.parametrize("settings", [Rates(weak=0.3, refresh=3), Rates(weak=0.3, adaptive=3)], ids=str)
+def test_a_resumed_optimizer_goes_on_as_if_nothing_had_happened(settings, tiny, tmp_path):
+    cut_width(tiny("llama"), tmp_path / "masked", head_share=0.5, mask=True)
+    whole, rates, optimizer = rated(tmp_path / "masked", settings)
     seeds = iter(range(100))
 
     def steps(model, optimizer, count):
@@ -224,7 +225,7 @@ def test_a_resumed_optimizer_goes_on_as_if_nothing_had_happened(tiny, tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     weights = {name: value.clone() for name, value in whole.state_dict().items()}
     steps(whole, optimizer, 4)
-    resumed, again, other = rated(tiny("llama"), settings)
+    resumed, again, other = rated(tmp_path / "masked", settings)
     resumed.load_state_dict(weights)
     other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     seeds = iter(range(4, 100))
@@ -263,9 +264,66 @@ def test_scores_from_before_other_surgery_are_not_trusted(tiny, tmp_path):
     assert known_scores(open_checkpoint(tiny("llama"))) is None
 
 
+def test_heads_below_a_share_of_their_layers_best_are_weak_whatever_pruned_ones_score():
+    scores, pruned = torch.tensor([9.0, 1.0, 0.39, 2.0, 0.41]), torch.tensor([True, False, False, False, False])
+    settings = Rates.parse("weak=0.3 weak_below=0.2")
+    assert settings.weak_share == 0, "it takes the place of the lowest share"
+    assert rate_heads(scores, pruned, settings).tolist() == pytest.approx([0, 1, 0.3, 1, 1])
+    both = Rates.parse("weak=0.3 weak_below=0.2 weak_share=0.5")
+    assert rate_heads(scores, pruned, both).tolist() == pytest.approx([0, 1, 0.3, 1, 0.3])
+
+
+def pruned_by_layer(rates):
+    return [rates._pruned(layer).tolist() for layer in rates.layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_masked_head_that_would_matter_comes_back_for_the_weakest_of_its_group(family, tiny, tmp_path):
+    """llama: 4 heads in 2 KV groups, one of each masked; gpt2: 2 of 4, each with its own KV head."""
+    plan = cut_width(tiny(family), tmp_path / "masked", head_share=0.5, mask=True)
+    said = []
+    model = load(tmp_path / "masked")
+    settings = Rates(weak_share=0, adaptive=2)
+    rates = HeadRates(model, open_checkpoint(tmp_path / "masked"), settings, say=said.append)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rates.attach(optimizer)
+    before, layer = pruned_by_layer(rates), rates.layers[2]
+    kept = plan.kept[2].heads
+    gone = [head for head in range(4) if head not in kept]
+    new, old = gone[0], kept[0]  # of one group, of two heads
+    size = layer.o.length // 4
+    for step in range(3):
+        optimizer.zero_grad()
+        linear_loss(model, step).backward()
+        for number, each in enumerate(rates.layers):  # elsewhere masked heads have no gradient to speak of
+            gradient = each.o.of(each.o.parameter.grad).movedim(each.o.axis, 0).unflatten(0, (4, size))
+            for head in (h for h in range(4) if before[number][h]):
+                gradient[head] *= 10 if (number, head) == (2, new) and step < 2 else 1e-6
+            if number == 2 and step < 2:
+                gradient[old] *= 1e-3
+        optimizer.step()
+        after = pruned_by_layer(rates)
+        if step == 0:
+            assert after == before and not said
+    assert after[:2] + after[3:] == before[:2] + before[3:]
+    assert after[2] == [(h in gone and h != new) or h == old for h in range(4)]
+    assert said == [f"step 2, layer 2: head {new} comes back, {old} is masked"]
+    row = rates.rates(optimizer)[2]
+    assert (row[new], row[old]) == (1, 0)
+
+
+def test_masks_that_may_move_need_one(tiny):
+    with pytest.raises(PruneKitError, match="adaptive: no head is masked that could come back"):
+        HeadRates(load(tiny("llama")), open_checkpoint(tiny("llama")), Rates(adaptive=5))
+
+
 @pytest.mark.parametrize(
-    "text", ["weak=2", "weak", "speed=1", "weak=-1", "refresh=1.5", "others=0.5", "weak_share=x", "weak=nan"]
-)
+    "text",
+    [
+        "weak=2", "weak", "speed=1", "weak=-1", "refresh=1.5", "others=0.5", "weak_share=x", "weak=nan", "weak_below=2",
+        "adaptive=0.5",
+    ],
+)  # fmt: skip
 def test_bad_settings_are_named(text):
     with pytest.raises(PruneKitError, match="HEAD_RATES: "):
         Rates.parse(text)
