@@ -151,8 +151,13 @@ class Judged:
         return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers)
 
     def scores(self, by: str | None = None) -> dict[str, Any]:
-        """Means over all rows. With `by`, a column: its `groups` have the same of their rows, and their `samples`."""
+        """Means over all rows, and the answers' `tokens`.
+
+        With `by`, a column: its `groups` have the same means of their rows, and their `samples`.
+        """
         scores: dict[str, Any] = means(self.figures)
+        if "loss" in self.figures:
+            scores["tokens"] = int(self.figures["loss"][1].sum())
         if self.answers:
             scores |= {"n_cut": self.cut, "cut_share": self.cut / len(self.rows)}
         if by:

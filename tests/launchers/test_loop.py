@@ -22,6 +22,7 @@ def loop(lab):
         "TARGET_PARAMS": "0.75",
         "CUTS": "layers neurons",
         "DISTIL_STEPS": "0",
+        "CARD": "",
         "WANDB_MODE": "disabled",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
