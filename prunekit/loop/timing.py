@@ -76,7 +76,12 @@ def _seconds(row: dict[str, Any], of: str) -> float:
 
 def read_share(file: Path, of: str) -> float:
     """What the second model of a measurement took of the first one's seconds."""
-    base, model = _read(file)[:2]
+    measured = _read(file)
+    if len(measured) < 2:
+        raise PruneKitError(
+            f"{file}: is of one model: measure it beside the base (python -m prunekit.speed BASE MODEL)"
+        )
+    base, model = measured[:2]
     return _seconds(model, of) / _seconds(base, of)
 
 
