@@ -40,7 +40,7 @@ RECOVER_ARGS=${RECOVER_ARGS:-}      # flags for full_run.sh alone, and for disti
 DISTIL_ARGS=${DISTIL_ARGS:-}
 EVALUATE_ARGS=${EVALUATE_ARGS:-}    # --max-new-tokens 24, --rewards ocr_cer --plugins plugins/ocr_rewards.py
 CALIB_TOKENS=${CALIB_TOKENS:-16384} # of DATASET, to heal and refit on
-HEAL=${HEAL:-1}                     # empty: seams of removed layers aren't healed, nor judged healed
+HEAL=${HEAL-1}                      # empty: seams of removed layers aren't healed, nor judged healed
 ON_NODES=${ON_NODES:-}              # words before each training's `bash full_run.sh ...`, which run it on all nodes:
                                     # 'srun bash examples/slurm/node.sh' (docs/training.md)
 
@@ -52,7 +52,7 @@ LORA_DATASET=${LORA_DATASET:-}      # lora: rows of the skill to repair, with so
 LORA_ARGS=${LORA_ARGS:-}            # flags for lora.sh
 RL_DATASET=${RL_DATASET:-}          # rl: rows with the truth in a column, as rl_run.sh takes them
 RL_ARGS=${RL_ARGS:-}                # flags for rl_run.sh; its settings (ALGORITHM, ...) are taken from outside
-CARD=${CARD:-1}                     # empty: no report card at the end
+CARD=${CARD-1}                      # empty: no report card at the end
 CARD_ARGS=${CARD_ARGS:---limit 200} # flags for it: --by skill, --check-serving
 DRY_RUN=${DRY_RUN:-}                # 1 (or the flag --dry-run): print the lines, run none
 

@@ -166,6 +166,8 @@ def end(args: argparse.Namespace) -> None:
 
 
 def judge_end(args: argparse.Namespace) -> None:
+    from prunekit.report import draw_loop
+
     loop = Loop(args.into)
     found = loop.judge_stage(args.stage, args.result)
     metric, last = loop.settings["metric"], found["tries"][-1]
@@ -173,6 +175,8 @@ def judge_end(args: argparse.Namespace) -> None:
         f"end, {args.stage}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
         f"{loop.base['scores'][metric]:.4f}; KEEP={loop.settings['keep']:g}"
     )
+    if "good" in found:
+        draw_loop(loop.content, loop.folder / PICTURE)
     verdict = "longer" if "good" not in found else "good" if found["good"] else "back"
     if verdict == "back":
         print(f"{args.stage} is left out: what comes next begins with {found['from']}")
@@ -225,9 +229,15 @@ def log_to_wandb(loop: Loop, this: dict[str, Any]) -> None:
             config=loop.settings,
             settings=wandb.Settings(console="off", silent=True),
         ) as run:
-            columns: list[Any] = ["kind", "name", "cost", "parameters", "kv_bytes_per_token", "chosen"]
+            columns: list[Any] = ["kind", "name", "cost", "parameters", "kv_bytes_per_token", "speed", "chosen"]
             rows = [
-                [each["kind"], each["name"], each["cost"], each["saved"]["params"], each["saved"]["kv"], each["chosen"]]
+                [
+                    each["kind"],
+                    each["name"],
+                    each["cost"],
+                    *map(each["saved"].get, ("params", "kv", "speed")),
+                    each["chosen"],
+                ]
                 for each in this.get("candidates", [])
             ]
             log: dict[str, Any] = {"way": wandb.Image(str(loop.folder / PICTURE)), "kept": this["kept"]}

@@ -79,15 +79,13 @@ def _tokens(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]
     """Numbers of tokens whose rows of embedding and head have half of `most` parameters, and all of it."""
     rows = statistics(checkpoint)["vocab_size"] or 0
     try:
-        half = plan_vocabulary(checkpoint, share=0.5).outline
-    except PruneKitError:  # no tokenizer, or too few tokens could go
+        one_less = plan_vocabulary(checkpoint, rows - 1, multiple=1)
+    except PruneKitError:  # no tokenizer, or none that could do without a token
         return
-    a_row = _saved(checkpoint, half)["params"] / (rows - (statistics(half)["vocab_size"] or 0))
+    a_row, least = _saved(checkpoint, one_less.outline)["params"], max(round(LEAST_TOKENS * rows), len(one_less.stays))
     for part in (0.5, 1.0):
-        with contextlib.suppress(PruneKitError):  # fewer than must stay, or the smallest step
-            outline = plan_vocabulary(
-                checkpoint, max(round(LEAST_TOKENS * rows), round(rows - part * most / a_row))
-            ).outline
+        with contextlib.suppress(PruneKitError):  # less than the smallest step
+            outline = plan_vocabulary(checkpoint, max(least, round(rows - part * most / a_row))).outline
             yield str(statistics(outline)["vocab_size"]), outline
 
 
@@ -168,7 +166,8 @@ def _most_saved(checkpoint: Checkpoint, kind: str, timing: Timing | None) -> dic
         elif kind == "neurons":
             found = [("", plan_width(checkpoint, neuron_share=0.01).outline)]
         elif kind == "vocabulary":
-            found = [("", plan_vocabulary(checkpoint, share=LEAST_TOKENS).outline)]
+            one_less = plan_vocabulary(checkpoint, (statistics(checkpoint)["vocab_size"] or 0) - 1, multiple=1)
+            found = [("", plan_vocabulary(checkpoint, len(one_less.stays), multiple=1).outline)]
         else:
             found = [("", plan_kv(checkpoint, 1, "calibrated").outline)]
     return _saved(checkpoint, found[-1][1] if found else checkpoint, timing)

@@ -106,17 +106,20 @@ def test_a_trial_that_is_no_cut_of_this_model_or_of_several_kinds_is_refused(mod
 def test_of_a_vocabulary_trials_are_made_that_take_half_of_what_is_of_use_and_all_of_it(tmp_path):
     model = open_checkpoint(save_speaking("llama", tmp_path / "speaking"))
     now, rows = sizes(model), statistics(model)["vocab_size"]
-    most = (now["params"] - sizes(plan_vocabulary(model, share=0.5).outline)["params"]) * 0.9
+    most = now["params"] - sizes(plan_vocabulary(model, 352).outline)["params"]
     trials = list_trials(model, ("vocabulary",), {"params": most}, most)
     assert trials and all(script == "vocab_cut.py" and flags[0] == "--size" for _, script, flags in trials)
     kept = [int(flags[1]) for _, _, flags in trials]
-    assert kept == sorted(kept, reverse=True) and rows > kept[0] and kept[-1] >= 0.5 * rows
+    assert kept == sorted(kept, reverse=True) and rows > kept[0] and kept[-1] == 352
     assert list_trials(model, ("vocabulary",), {"kv": 1}, most) == [], "it saves no cache"
+    with pytest.raises(PruneKitError, match="TARGET_PARAMS: is"):
+        check_reachable(model, ("vocabulary",), {"params": 0.1 * now["params"]})
+    check_reachable(model, ("vocabulary",), {"params": now["params"] - most})
 
 
 def test_a_cut_of_the_vocabulary_costs_what_it_adds_to_the_loss_of_the_same_text(tmp_path):
     model = open_checkpoint(save_speaking("llama", tmp_path / "speaking"))
-    write_cut(cut_vocabulary(plan_vocabulary(model, share=0.5), {}), tmp_path / "cut")
+    write_cut(cut_vocabulary(plan_vocabulary(model, 352), {}), tmp_path / "cut")
     file = tmp_path / "trials.json"
     scores = {model.path: {"loss": 0.5, "tokens": 100}, tmp_path / "cut": {"loss": 0.4, "tokens": 150}}
     file.write_text(json.dumps([{"model": str(name), "datasets": {"val": each}} for name, each in scores.items()]))
