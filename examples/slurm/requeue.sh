@@ -3,7 +3,6 @@
 set -euo pipefail
 PRUNEKIT=${PRUNEKIT:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -f "$PRUNEKIT/lib/common.sh" ] || { echo "error: $PRUNEKIT is not Prune-Kit: call sbatch there, or set PRUNEKIT" >&2; exit 2; }
-[ ! -f "$PRUNEKIT/.venv/bin/activate" ] || . "$PRUNEKIT/.venv/bin/activate"
 
 # until_done COMMAND...: run it, unless an earlier turn of this job has finished OUTPUT. Slurm sends USR1 before the time is
 # up (--signal): then it is ended, and the job put into the queue again, where the same command goes on.
