@@ -1,6 +1,7 @@
 """loop.sh: rounds until the targets are reached, gates that fail, kills, folders put in place by hand, bad settings."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -8,8 +9,10 @@ import pytest
 from helpers.cuts import cut_width
 from helpers.lab import executable, values, wait_for
 from helpers.paths import ROOT
+from helpers.tiny_words import save_speaking
 
-from prunekit.checkpoint import history, statistics
+from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.surgery.vocabulary import plan_vocabulary
 
 
 @pytest.fixture
@@ -118,6 +121,20 @@ def test_a_speed_is_estimated_for_the_choice_and_measured_after_the_round(loop):
     [chosen] = [each for each in this["candidates"] if each["chosen"]]
     assert chosen["saved"]["speed"] == pytest.approx(0.4), "by the estimate"
     assert this["sizes"]["speed"] == pytest.approx(0.6) and "1.67 times as fast" in result.stdout, "by the clock"
+
+
+@pytest.mark.slow
+def test_where_tokens_go_the_teacher_loses_the_same(loop):
+    model = save_speaking("qwen3_vl", loop.folder / "speaking")
+    before, left = statistics(model)["parameters"], statistics(plan_vocabulary(open_checkpoint(model), 384).outline)
+    settings = {"MODEL": "speaking", "CUTS": "vocabulary", "METRIC": "loss", "KEEP": "0.1", "DISTIL_STEPS": 9}
+    result = loop.run("loop.sh", **settings, TARGET_PARAMS=f"{math.ceil(left['parameters'] / before * 1e6) / 1e6}")
+    assert result.returncode == 0, result.stderr
+    [call] = loop.calls("rlhf")
+    [teacher] = values(call["argv"], "--teacher_model")
+    assert teacher.endswith("out.loop/1/teacher") and statistics(loop.folder / teacher)["vocab_size"] == 384
+    assert (loop.folder / teacher / "tokenizer.json").read_bytes() == (loop.out / "tokenizer.json").read_bytes()
+    assert [entry["stage"] for entry in history(loop.out)] == ["vocab_cut", "full_run", "distil", "loop"]
 
 
 @pytest.mark.slow
