@@ -11,6 +11,6 @@ PATH=$PWD/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 mypy
-shellcheck -x ./*.sh lib/*.sh .ci/run
+shellcheck -x ./*.sh lib/*.sh examples/slurm/* .ci/run
 export WANDB_MODE=offline
 pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

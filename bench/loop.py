@@ -2,6 +2,15 @@
 
     python examples/tiny_vl/tiny_vl.py data --out runs/tiny_vl --share 0.2
     python bench/loop.py --data runs/tiny_vl --out runs/loop --json docs/measured/loop.json
+    python bench/loop.py --data runs/tiny_vl --out runs/far --target-params 0.3                # how far does it get?
+    python bench/loop.py --data runs/tiny_vl --out runs/depth --arm depth --target-params 0.3  # with layers alone
+    python bench/loop.py --data runs/tiny_vl --out runs/once --arm oneshot --target-params 0.676 --rounds 2
+    python bench/loop.py --data runs/tiny_vl --out runs/choice --choice --json docs/measured/loop_choice.json
+
+Arms: `loop` with all kinds of cuts; `depth` with layers alone; `width` with heads and neurons; `oneshot`: a single cut
+to the target, with as many steps behind it as --rounds rounds have, whatever it keeps. --choice trains nothing: the
+cheapest set across kinds against the cheapest of each kind alone, at 80% and 65% of the parameters, by loss and
+token_acc.
 
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
 With --log FILE it says this of a loop that has ended, whose last line there was "SECONDS s".
@@ -15,26 +24,46 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from prunekit.checkpoint import read_json, write_json
+from prunekit.checkpoint import open_checkpoint, read_json, write_json
+from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
+from prunekit.loop.choice import KINDS, choose, total
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {
-    "MODEL": "examples/tiny_vl/model", "TARGET_PARAMS": "0.7", "KEEP": "0.97", "CALIB_TOKENS": "2000",
-    "RECOVER_STEPS": "40", "DISTIL_STEPS": "10", "LONGER_STEPS": "80", "EVALUATE_ARGS": "--batch-size 96",
-    "RECOVER_ARGS": "--eval_steps 40 --save_steps 40",
-    "DISTIL_ARGS": "--eval_steps 10 --save_steps 10 --max_completion_length 16",
-}  # fmt: skip
+MODEL = "examples/tiny_vl/model"
+STEPS = {"RECOVER_STEPS": 40, "DISTIL_STEPS": 10, "LONGER_STEPS": 80}
+SETTINGS = {"MODEL": MODEL, "CALIB_TOKENS": "2000", "EVALUATE_ARGS": "--batch-size 96", "CARD": ""}
 FLAGS = (
     "--per_device_train_batch_size 32 --per_device_eval_batch_size 96 --gradient_accumulation_steps 1 "
     "--learning_rate 1e-4 --logging_steps 5"
 )
+ARMS: dict[str, dict[str, str]] = {
+    "loop": {},
+    "depth": {"CUTS": "layers"},
+    "width": {"CUTS": "heads neurons"},
+    "oneshot": {"MAX_ROUNDS": "1", "ROUND_SHARE": "0.99", "KEEP": "0.01"},
+}
+TARGETS = (0.8, 0.65)
+TRIALS = (  # of each kind from little to much
+    *(("width_cut.py", "--neuron-share", share) for share in ("0.75", "0.5", "0.25", "0.125")),
+    ("width_cut.py", "--heads", "4"),
+    ("kv_cut.py", "--kv-heads", "2"),
+    ("kv_cut.py", "--kv-heads", "1"),
+)
 
 
-def run(data: Path, out: Path) -> float:
+def run(args: argparse.Namespace) -> float:
     """Seconds of a loop on the embedded model; exit code 3 is an end, too."""
-    env = os.environ | SETTINGS | {"GPUS": "", "OMP_NUM_THREADS": "1", "OUTPUT": str(out / "small")}
-    env |= {"DATASET": str(data / "train.jsonl"), "VAL_DATASET": str(data / "val.jsonl")}
+    times = args.rounds if args.arm == "oneshot" else 1
+    steps = {name: str(times * number) for name, number in STEPS.items()}
+    saved = {
+        "RECOVER_ARGS": "--eval_steps {0} --save_steps {0}".format(steps["RECOVER_STEPS"]),
+        "DISTIL_ARGS": "--eval_steps {0} --save_steps {0} --max_completion_length 16".format(steps["DISTIL_STEPS"]),
+    }
+    env = os.environ | SETTINGS | steps | saved | {"TARGET_PARAMS": str(args.target_params), "KEEP": str(args.keep)}
+    env |= ARMS[args.arm] | {"GPUS": "", "OMP_NUM_THREADS": "1", "OUTPUT": str(args.out.resolve() / "small")}
+    env |= {"DATASET": str(args.data / "train.jsonl"), "VAL_DATASET": str(args.data / "val.jsonl")}
     begun = time.monotonic()
     code = subprocess.run(["bash", "loop.sh", *FLAGS.split()], cwd=ROOT, env=env, stdout=sys.stderr).returncode
     if code not in (0, 3):
@@ -42,7 +71,7 @@ def run(data: Path, out: Path) -> float:
     return time.monotonic() - begun
 
 
-def summary(folder: Path, seconds: float) -> dict:
+def summary(folder: Path, seconds: float) -> dict[str, Any]:
     """What a loop's folder tells: its rounds, and the seconds of its stages beside those of all."""
     loop = read_json(folder / "loop.json")
     base, kept = loop["base"], ("round", "from", "share", "good", "kept", "sizes", "tries", "candidates")
@@ -52,23 +81,83 @@ def summary(folder: Path, seconds: float) -> dict:
     return {
         "settings": loop["settings"], "base": base, "rounds": rounds,
         "seconds": seconds, "seconds_of_stages": stages, "own_share": (seconds - stages) / seconds,
-        "stages": [{"round": int(line[0]), "seconds": int(line[1]), "what": re.sub(r"\S*/", "", line[2])}
-                   for line in lines],
+        "stages": [{"round": line[0], "seconds": int(line[1]), "what": what_of(line[2])} for line in lines],
     }  # fmt: skip
+
+
+def what_of(line: str) -> str:
+    """Of a line that ran its first words, without folders and settings."""
+    words = [word for word in line.split() if not re.match(r"[A-Z_]+=", word)]
+    return " ".join(re.sub(r"\S*/", "", word) for word in words[:3])
+
+
+def choice(data: Path, out: Path) -> dict[str, Any]:
+    """Untrained: what the cheapest set across kinds and that of each kind cost, at each of TARGETS."""
+    out.mkdir(parents=True, exist_ok=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    fit = ["--calib", str(data / "train.jsonl"), "--calib-tokens", SETTINGS["CALIB_TOKENS"]]
+    val = ["--dataset", str(data / "val.jsonl")]
+
+    def do(*words: object, result: Path) -> Path:
+        if not result.exists():
+            subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, stdout=sys.stderr, check=True)
+        return result
+
+    def cut(model: object, line: list[str], name: str) -> Path:
+        heal = ["--heal"] if line[0] == "manual_select.py" else []
+        return do(line[0], "--model", model, "--out", out / name, *line[1:], *heal, *fit, result=out / name)
+
+    def judge(name: str, *models: object) -> Path:
+        file = out / name
+        return do("-m", "prunekit.evaluate", "--model", *models, *val, "--no-generate", "--batch-size", 96,
+                  "--json", file, result=file)  # fmt: skip
+
+    scan = do("-m", "prunekit.scan", "--model", MODEL, *val, "--out", out / "scan", "--tokens", 0, "--heal", *fit,
+              "--target-params", min(TARGETS), result=out / "scan/scan.json")  # fmt: skip
+    folders = [cut(MODEL, [*words], f"trial{words[1]}-{words[2]}") for words in TRIALS]
+    trials = judge("trials.json", MODEL, *folders)
+    model = open_checkpoint(MODEL)
+    now, candidates = sizes(model), [*from_path(model, scan), *from_trials(model, trials)]
+    found: dict[str, Any] = {"base": read_json(trials)[0]["datasets"], "targets": {}}
+    for target in TARGETS:
+        wanted = (1 - target) * now["params"]
+        arms = found["targets"][str(target)] = {}
+        for arm in ("all", *KINDS):
+            mine = [each for each in candidates if arm in ("all", each.kind)]
+            # What goes a little beyond the target is allowed: trials are few
+            chosen = choose(mine, {"params": wanted}, 1.2 * wanted)
+            reached = total(chosen)["params"] / now["params"]
+            arms[arm] = {"chosen": [each.name for each in chosen], "expected": sum(each.cost for each in chosen),
+                         "parameters_left": 1 - reached}  # fmt: skip
+            if reached < 0.95 * (1 - target):
+                arms[arm]["short"] = True
+                continue
+            made: object = MODEL
+            for number, line in enumerate(cut_lines(chosen)):
+                made = cut(made, line, f"{arm}-{target}-{number}")
+            scores = next(iter(read_json(judge(f"{arm}-{target}.json", made))[0]["datasets"].values()))
+            arms[arm] |= {"scores": scores, "parameters_left": sizes(str(made))["params"] / now["params"]}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("runs/tiny_vl"), help="what tiny_vl.py data wrote")
     parser.add_argument("--out", type=Path, default=Path("runs/loop"), help="folder of the loop")
+    parser.add_argument("--arm", choices=tuple(ARMS), default="loop")
+    parser.add_argument("--target-params", type=float, default=0.7)
+    parser.add_argument("--keep", type=float, default=0.97, help="(default: 0.97; oneshot is judged by nothing)")
+    parser.add_argument("--rounds", type=int, default=1, help="whose steps a single cut gets")
+    parser.add_argument("--choice", action="store_true", help="across kinds against each kind alone, untrained")
     parser.add_argument("--log", type=Path, help="of a loop that has ended there")
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
-    if args.log:
-        seconds = float(re.findall(r"(\d+) s\s*$", args.log.read_text())[-1])
+    args.data = args.data.resolve()
+    if args.choice:
+        result = choice(args.data, args.out.resolve())
     else:
-        seconds = run(args.data.resolve(), args.out.resolve())
-    result = summary(args.out / "small.loop", seconds)
+        seconds = float(re.findall(r"(\d+) s\s*$", args.log.read_text())[-1]) if args.log else run(args)
+        result = {"arm": args.arm} | summary(args.out / "small.loop", seconds)
     print(json.dumps(result, indent=2))
     if args.json:
         write_json(args.json, result)

@@ -51,6 +51,7 @@ PLAIN=${PLAIN:-}                    # 1: nothing of what makes training on GPUs 
 OVERWRITE=${OVERWRITE:-}            # 1 (or the flag --overwrite): replace a finished OUTPUT
 RESTART=${RESTART:-}                # 1: forget an interrupted run instead of resuming it
 CHECKPOINT=${CHECKPOINT:-last}      # which one to publish: last, or best (by ms-swift's --metric_for_best_model)
+CHECK=${CHECK:-}                    # 1: refuse what can be refused, and run nothing
 MEMORY=${MEMORY-1}                  # 0: don't count before a training on GPUs how much of their memory it will take
 REUSE=${REUSE:-}                    # 1: an OUTPUT that this same command has made is no mistake but all there is to do
 KEEP_RUN=${KEEP_RUN:-}              # 1: keep ms-swift's own checkpoints and optimizer states
@@ -100,7 +101,7 @@ need_gpus() {
 need_number CPU_PROCESSES 1 1024
 need DTYPE '|bfloat16|float16|float32' "choose bfloat16, float16 or float32"
 need CHECKPOINT 'last|best' "choose last or best"
-need_switch PLAIN OVERWRITE RESTART KEEP_RUN MEMORY
+need_switch PLAIN OVERWRITE RESTART KEEP_RUN MEMORY CHECK
 [ -z "$GLOBAL_BATCH" ] || need_number GLOBAL_BATCH 1
 [[ $DEEPSPEED =~ ^(|auto|zero[0-3]|zero[23]_offload)$ ]] || [ -f "$DEEPSPEED" ] ||
   die "DEEPSPEED=$(printf %q "$DEEPSPEED"): choose zero1, zero2, zero3, zero2_offload or zero3_offload, a file, or empty"
@@ -389,6 +390,7 @@ preflight() {
     LINE+=(--vllm_max_model_len "$ENGINE_LENGTH")
   fi
   [ "$kind" = export ] || tell_memory
+  [ -z "$CHECK" ] || exit 0
 }
 
 # tell_memory: say how much of each GPU's memory a training by LINE will take (see prunekit/memory.py). It stops nothing.

@@ -15,21 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from prunekit import errors
-from prunekit.arguments import Parser, natural, positive_int
-from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint, statistics, write_json
+from prunekit.arguments import Parser, natural
+from prunekit.checkpoint import Checkpoint, check_out, fingerprint, new_folder, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.card import measured_said, removed_said
 from prunekit.checkpoint.lineage import Lineage, folders_of, lineage
 from prunekit.checkpoint.records import COMMAND
 from prunekit.data.answers import Judged
 from prunekit.data.rows import Rows
-from prunekit.errors import run_script
+from prunekit.errors import PruneKitError, run_script
 from prunekit.evaluate import add_arguments, judge_model, prepare
 from prunekit.families import positions
+from prunekit.loop.state import SECONDS, Loop
 from prunekit.report.quality import PICTURES, quality_of
 from prunekit.rules import REAL
 from prunekit.serving.lines import serving_lines
 from prunekit.serving.memory import BATCH_CONTEXT, USABLE, fits
-from prunekit.serving.speed import Pace, choose_pace, measure_speed
+from prunekit.serving.speed import measure_speed
+from prunekit.speed import add_speed_arguments, pace_of
 
 FILES = {"report.html", "report.md", "report.json"}
 BARS = {"heads": "num_attention_heads", "KV heads": "num_key_value_heads", "neurons": "neurons"}
@@ -81,9 +83,11 @@ def cut_of(name: str, way: Lineage, base: dict[str, Any], model: dict[str, Any],
         return f"{model[key]:,}{change}"
 
     widths = {what: (base[key], model[key]) for what, key in BARS.items()}
-    bars = {"text": [(what, *pair) for what, pair in widths.items()], "vision": [("blocks", 1, 1)]}
+    bars = {"text": [(what, *widths[what]) for what in BARS], "vision": [("blocks", 1, 1)]}
+    if base["vocab_size"] and model["vocab_size"]:
+        widths["tokens"] = (base["vocab_size"], model["vocab_size"])
     title = f"{name}: {said('parameters')} parameters, {said('kv_bytes_per_token')} bytes of KV cache a token"
-    draw_anatomy(Anatomy(title, way.stacks, bars, way.taps, notes_of(way)), path)
+    draw_anatomy(Anatomy(title, way.stacks, bars, way.taps, notes_of(way), widths.get("tokens")), path)
     return {
         "stacks": {stack: asdict(each) for stack, each in way.stacks.items()},
         "taps": way.taps,
@@ -147,6 +151,18 @@ def draw_way_of(report: dict[str, Any], path: Path) -> str | None:
     return f"{PICTURES}/{path.name}"
 
 
+def loop_of(folder: Path, base: Checkpoint) -> dict[str, Any]:
+    """Rounds and end of a loop, and every line that it ran, with its seconds. PruneKitError for one of another base."""
+    loop = Loop(folder)
+    if loop.settings.get("fingerprint") != fingerprint(base):
+        raise PruneKitError(f"--loop {folder}: began with another base than {base.path}; name what it began with")
+    file, lines = folder / SECONDS, []
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        where, seconds, command = [*line.split(" ", 2), "", ""][:3]
+        lines.append({"where": where, "seconds": int(seconds) if seconds.isdecimal() else None, "command": command})
+    return {"settings": loop.settings, "base": loop.base, "rounds": loop.rounds, "end": loop.ended, "lines": lines}
+
+
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +184,11 @@ def write_report(
     judged: dict[str, list[Judged]],
     speed: dict[str, Any] | None,
     serving: list[list[dict[str, Any]]],
+    loop: dict[str, Any] | None,
     args: argparse.Namespace,
 ) -> None:
     """All files of a report. The first checkpoint is the base."""
+    from prunekit.report.loop import draw_loop
     from prunekit.report.page import write_pages
     from prunekit.report.sections import sections_of
 
@@ -193,9 +211,13 @@ def write_report(
         "metric": "token_acc" if args.no_generate else "exact_match",
         "quality": {name: quality_of(each, args.by, args.examples, pictures) for name, each in judged.items()},
         "way": [way_of(way, checkpoint.path) for way, checkpoint in zip(ways, checkpoints[1:])],
+        "loop": loop,
         "serving": serving,
     }
     report["way_picture"] = draw_way_of(report, pictures / "way.png")
+    if loop:
+        draw_loop(loop, pictures / "loop.png")
+        loop["picture"] = f"{PICTURES}/loop.png"
     write_json(folder / "report.json", report)
     title = f"{', '.join(names[1:])} beside {names[0]}"
     write_pages(folder, title, f"Made by Prune-Kit, {report['made']}", sections_of(report))
@@ -206,16 +228,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="folders that stages wrote")
     parser.add_argument("--base", required=True, type=Path, help="the model that they were made from")
     parser.add_argument("--out", type=Path, help="folder to write (default: report, beside the last MODEL)")
+    parser.add_argument("--loop", type=Path, help="folder of the loop that led there (OUTPUT.loop): its rounds, too")
     parser.add_argument("--overwrite", action="store_true", help="replace a report at OUT")
     parser.add_argument("--dataset", nargs="+", default=[], help="messages: JSONL, or FILE#20 for 20 rows")
     parser.add_argument("--examples", type=natural, default=12, help="lost rows to show of each model (default: 12)")
     add_arguments(parser.add_argument_group("quality"))
     speed = parser.add_argument_group("speed")
     speed.add_argument("--no-speed", action="store_true", help="don't measure it")
-    speed.add_argument("--prompt-tokens", type=positive_int, help="to read (default: 256, or what the models take)")
-    speed.add_argument("--decode-tokens", type=positive_int, help="to decode behind them (default: 32, as above)")
-    speed.add_argument("--batches", nargs="+", type=positive_int, default=[1, 32], help="rows at once (default: 1 32)")
-    speed.add_argument("--rounds", type=positive_int, default=2, help="turns of each model (default: 2)")
+    add_speed_arguments(speed)
     parser.add_argument("--check-serving", action="store_true", help="run vLLM and llama.cpp, where they are installed")
     args = parser.parse_args()
     args.out = args.out or args.models[-1].absolute().parent / "report"
@@ -229,12 +249,10 @@ def main() -> None:
     paths = [args.base, *args.models]
     checkpoints = [open_checkpoint(path) for path in paths]
     check_out(args.out, *(checkpoint.path for checkpoint in checkpoints), overwrite=args.overwrite, **REPLACED)
+    loop = loop_of(args.loop, checkpoints[0]) if args.loop else None
     ways = [lineage(checkpoints[0], checkpoint) for checkpoint in checkpoints[1:]]
     datasets, templates = prepare(checkpoints, args)
-    pace: Pace | None = None
-    if not args.no_speed:
-        how = {"sizes": tuple(args.batches), "rounds": args.rounds, "device": args.device, "dtype": args.dtype}
-        pace = choose_pace(checkpoints, args.prompt_tokens, args.decode_tokens, **how)
+    pace = None if args.no_speed else pace_of(checkpoints, args)
 
     speed = None
     if pace:  # before this process takes anything of the GPU
@@ -242,7 +260,7 @@ def main() -> None:
     judged = judge_all(paths, templates, datasets, args) if datasets else {}
     serving = [serving_lines(checkpoint, args.check_serving) for checkpoint in checkpoints[1:]]
     with new_folder(args.out, args.overwrite, **REPLACED) as folder:
-        write_report(folder, checkpoints, ways, judged, speed, serving, args)
+        write_report(folder, checkpoints, ways, judged, speed, serving, loop, args)
     print(f"wrote {args.out / 'report.html'}, report.md and report.json")
 
 

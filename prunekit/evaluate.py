@@ -74,7 +74,7 @@ def measure_model(
 
 
 def _said(scores: dict[str, Any]) -> str:
-    shown = {key: value for key, value in scores.items() if key not in ("groups", "samples")}
+    shown = {key: value for key, value in scores.items() if key not in ("groups", "samples", "tokens")}
     return "  ".join(f"{key} {value:{'d' if isinstance(value, int) else '.4f'}}" for key, value in shown.items())
 
 

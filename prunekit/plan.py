@@ -5,10 +5,15 @@
         --no-generate --json runs/trials.json
     python -m prunekit.plan --model checkpoints/base --target-params 0.8 --target-kv 0.5 \\
         --ranking runs/sets/ranking.json --trials runs/trials.json
+    python -m prunekit.speed checkpoints/base --parts --batches 1 --json runs/speed.json
+    python -m prunekit.plan --model checkpoints/base --target-speed 1.5 --speed runs/speed.json \\
+        --trials runs/trials.json
 
 Layers come from a greedy path (knockout_check.sh with GREEDY=8 HEAL=1, or a scan.json), all else from an evaluation of
-MODEL and of folders that width_cut.py and kv_cut.py made from it: both on the same rows. What a cut costs is what it
-adds to the loss there. Prints what there is to choose from, what is cheapest for the target, and the lines that cut it.
+MODEL and of folders that width_cut.py, kv_cut.py and vocab_cut.py made from it: both on the same rows. What a cut costs
+is what it adds to the loss there. A speed is estimated from where the base's seconds go; with --base, measure it beside
+MODEL (prunekit.speed BASE MODEL --parts). Prints what there is to choose from, what is cheapest for the target, and the
+lines that cut it.
 """
 
 from pathlib import Path
@@ -17,7 +22,8 @@ from prunekit.arguments import Parser, positive_float, share
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.errors import PruneKitError, quoted, run_script
 from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
-from prunekit.loop.choice import SIZES, absolute_targets, choose, missing, table, total
+from prunekit.loop.choice import absolute_targets, amount, choose, missing, table, total
+from prunekit.loop.timing import KEYS, Timing, part_sizes, read_parts, read_share
 
 
 def main() -> None:
@@ -27,19 +33,29 @@ def main() -> None:
     parser.add_argument("--target-params", type=share, metavar="SHARE", help="of the base's parameters, to be left")
     parser.add_argument("--target-bytes", type=positive_float, metavar="N", help="of weights")
     parser.add_argument("--target-kv", type=share, metavar="SHARE", help="of its KV cache's bytes a token")
+    parser.add_argument("--target-speed", type=positive_float, metavar="N", help="times as fast as the base")
+    parser.add_argument("--speed", type=Path, metavar="JSON", help="of prunekit.speed --parts")
+    parser.add_argument("--speed-of", choices=tuple(KEYS), default="decoding", help="(default: decoding)")
     parser.add_argument("--most", type=share, default=0.25, help="of MODEL's parameters that may go (default: 0.25)")
     parser.add_argument("--ranking", nargs="*", default=[], type=Path, metavar="JSON", help="with a greedy path")
     parser.add_argument("--trials", nargs="*", default=[], type=Path, metavar="JSON", help="of prunekit.evaluate")
     parser.add_argument("--json", type=Path, help="also write the choice here")
     args = parser.parse_args()
+    if (args.target_speed is None) != (args.speed is None):
+        parser.error("--target-speed and --speed need each other")
     checkpoint = open_checkpoint(args.model)
-    now = sizes(checkpoint)
-    base = sizes(args.base) if args.base else now
-    wanted = missing(absolute_targets(base, args.target_params, args.target_bytes, args.target_kv), now)
+    first = open_checkpoint(args.base) if args.base else checkpoint
+    timing = None
+    if args.speed:
+        share_now = read_share(args.speed, args.speed_of) if args.base else 1.0
+        timing = Timing(read_parts(args.speed, args.speed_of), part_sizes(first)).measured(checkpoint, share_now)
+    now, base = sizes(checkpoint, timing), sizes(first)
+    targets = absolute_targets(base, args.target_params, args.target_bytes, args.target_kv, args.target_speed)
+    wanted = missing(targets, now)
     if not wanted:
         raise PruneKitError(f"{args.model}: is as small as that already")
-    candidates = [each for file in args.ranking for each in from_path(checkpoint, file)]
-    candidates += [each for file in args.trials for each in from_trials(checkpoint, file)]
+    candidates = [each for file in args.ranking for each in from_path(checkpoint, file, timing)]
+    candidates += [each for file in args.trials for each in from_trials(checkpoint, file, timing)]
     if not candidates:
         raise PruneKitError("nothing to choose from: give --ranking or --trials")
     chosen = choose(candidates, wanted, args.most * now["params"])
@@ -56,7 +72,9 @@ def main() -> None:
         print(quoted([str(word) for word in words]))
     for unit, wish in wanted.items():
         if saved[unit] < wish:
-            print(f"of the target's {wish:,.0f} {SIZES[unit]} that saves {saved[unit]:,.0f}: recover, and look again")
+            print(
+                f"of the target's {amount(unit, wish)} that saves {amount(unit, saved[unit])}: recover, and look again"
+            )
     if args.json:
         write_json(args.json, {"cost": cost, "saved": saved, "lines": lines, "chosen": [each.name for each in chosen]})
 

@@ -580,8 +580,19 @@ CHOICE = [
     Mutant('(1 - base, 1 - now) if metric == "cer"', '(base, now) if metric == "cer"'),
     Mutant("math.exp(min(base - now", "math.exp(min(now - base"),
     Mutant("if before <= 0:", "if before < 0:"),
-    Mutant('share if "kv" in wanted else', "share if False else"),
+    Mutant('if not wanted.keys().isdisjoint(("kv", "speed")):', "if False:"),
+    Mutant('{"speed": 1 / speed}', '{"speed": speed}'),
     Mutant("if numbers[unit] > target", "if numbers[unit] >= target"),
+]
+
+TIMING = [
+    Mutant("self.scale * share / self.of(model)", "share / self.of(model)"),
+    Mutant("return self.scale * sum(", "return sum("),
+    Mutant("/ max(self.base[part], 1)", ""),
+    Mutant("_seconds(model, of) / _seconds(base, of)", "_seconds(base, of) / _seconds(model, of)"),
+    Mutant('LAYERS = ("attention", "mlp", "layers")', 'LAYERS = ("attention", "mlp")'),
+    Mutant('if "error" in row or', "if"),
+    Mutant("if not parts:", "if False:"),
 ]
 
 FILES: dict[str, tuple[str, list[Mutant]]] = {
@@ -639,6 +650,7 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/knockout/callback.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
     "plugins/sparsity.py": ("tests/plugins/test_plugins.py", SPARSITY_PLUGIN),
     "prunekit/loop/choice.py": ("tests/loop/test_choice.py", CHOICE),
+    "prunekit/loop/timing.py": ("tests/loop/test_timing.py", TIMING),
     "prunekit/msswift/extend.py": (
         "tests/plugins/test_plugins.py tests/test_evaluate.py -k ids_of or known or exact",
         EXTEND,

@@ -12,8 +12,10 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from prunekit import card
-from prunekit.checkpoint import HISTORY, open_checkpoint
+from prunekit.checkpoint import HISTORY, fingerprint, open_checkpoint
 from prunekit.errors import PruneKitError
+from prunekit.loop.candidates import sizes
+from prunekit.loop.state import Loop
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.surgery.width import cut_width, plan_width
@@ -101,6 +103,58 @@ def test_the_way_has_every_stage_with_its_time_and_its_command(made):
 def test_what_is_left_is_told_in_the_bases_numbers(made):
     one, two = (each["stacks"]["text"] for each in made[1]["anatomy"])
     assert (one["kept"], two["kept"], two["gone"]) == ([0, 2], [2], {"1": 1, "0": 2})
+
+
+def test_a_loops_rounds_and_the_lines_that_ran_are_on_the_page(models, tmp_path):
+    base, settings = (
+        sizes(models / "base"),
+        {"model": "base", "targets": {"params": 1.0}, "keep": 0.9, "metric": "loss"},
+    )
+    loop = Loop.begin(tmp_path / "a.loop", settings | {"fingerprint": "of another", "share": 0.2, "cuts": []}, base)
+    loop.next_round()
+    tries = [{"folder": "recovered", "scores": {"loss": 0.25}, "kept": 0.95}]
+    loop.rounds[0] |= {
+        "good": True,
+        "folder": "recovered",
+        "kept": 0.95,
+        "tries": tries,
+        "sizes": sizes(models / "first"),
+    }
+    loop.rounds[0]["candidates"] = [{"name": "text-01", "chosen": True}, {"name": "neurons 0.5", "chosen": False}]
+    loop.ended.append({"stage": "rl", "good": False, "from": "x", "nothing": "skipped"})
+    loop.save()
+    (loop.folder / "seconds").write_text(
+        f"0 3 python -m prunekit.evaluate {SCRIPT}\n1 40 python manual_select.py --text 1\n"
+    )
+    line = [
+        models / "first",
+        "--base",
+        models / "base",
+        "--no-speed",
+        "--loop",
+        loop.folder,
+        "--out",
+        tmp_path / "card",
+    ]
+    with pytest.raises(PruneKitError, match="began with another base"):
+        run(*line)
+    loop.settings["fingerprint"] = fingerprint(open_checkpoint(models / "base"))
+    loop.save()
+    run(*line)
+    page = (tmp_path / "card/report.html").read_text()
+    found = json.loads((tmp_path / "card/report.json").read_text())["loop"]
+    assert [each["seconds"] for each in found["lines"]] == [3, 40]
+    for text in (
+        "Rounds",
+        "text-01",
+        "Together 43 s",
+        "manual_select.py --text 1",
+        "95.0%",
+        "tokens of the vocabulary",
+    ):
+        assert text in page
+    assert "neurons 0.5" not in page and "<script" not in page, "what was chosen, as text"
+    assert (tmp_path / "card/pictures/loop.png").exists()
 
 
 @pytest.mark.parametrize("end", ["html", "md"])

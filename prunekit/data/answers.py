@@ -189,9 +189,9 @@ class Judged:
         return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers)
 
     def scores(self, by: str | None = None) -> dict[str, Any]:
-        """Means over all rows. With `by`, a column: its `groups` have the same of their rows, and their `samples`.
+        """Means over all rows, and the answers' `tokens`. Of texts the loss is said as perplexity, too.
 
-        Of texts the loss is said as perplexity, too.
+        With `by`, a column: its `groups` have the same means of their rows, and their `samples`.
         """
 
         def of(figures: Figures) -> dict[str, Any]:
@@ -199,6 +199,8 @@ class Judged:
             return found | ({"perplexity": perplexity(found["loss"])} if is_text(self.rows[0]) else {})
 
         scores = of(self.figures)
+        if "loss" in self.figures:
+            scores["tokens"] = int(self.figures["loss"][1].sum())
         if self.answers:
             scores |= {"n_cut": self.cut, "cut_share": self.cut / len(self.rows)}
         if by:

@@ -7,10 +7,11 @@
     python -m prunekit.loop judge --into runs/small.loop
     python -m prunekit.loop publish --into runs/small.loop --out checkpoints/small
 
-next answers ROUND=, FROM= (a folder within INTO; empty: the base), MOST= (the parameters that may go), LEAVES= (the
-share of them down to which layers are worth a scan), WANTS= (the targets that are not reached) and KEPT=; or END=, why
-there is no other round. judge answers VERDICT=good, longer (to be recovered for longer) or back. trials and choose
-answer command lines.
+next answers ROUND=, FROM= (a folder within INTO; empty: the base), TEACHER= (so, too), MOST= (the parameters that may
+go), LEAVES= (the share of them down to which layers are worth a scan), WANTS= (the targets that are not reached) and
+KEPT=; or END=, why there is no other round. judge answers VERDICT=good, longer (to be recovered for longer) or back.
+trials and choose answer command lines. end answers STAGE=, the next of the stages behind the last round, and FROM=, the
+folder that it begins with; judge-end is judge for that.
 """
 
 import argparse
@@ -19,15 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import Parser, positive_float, positive_int, share
-from prunekit.checkpoint import fingerprint, history_entry, open_checkpoint, statistics, write_checkpoint
+from prunekit.checkpoint import (
+    Checkpoint,
+    fingerprint,
+    heads,
+    history_entry,
+    open_checkpoint,
+    statistics,
+    write_checkpoint,
+)
 from prunekit.checkpoint.provenance import contents, data_record
 from prunekit.checkpoint.records import COMMAND
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
+from prunekit.surgery.vocabulary_files import read_tokenizer
 
 from .candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, sizes
 from .choice import KINDS, METRICS, absolute_targets, choose, missing, table, useful_share
-from .state import PICTURE, Loop
+from .state import END_STAGES, PICTURE, Loop
+from .timing import KEYS, Timing
 
 
 def begin(args: argparse.Namespace) -> None:
@@ -37,11 +48,22 @@ def begin(args: argparse.Namespace) -> None:
     if not kinds or not set(kinds) <= set(KINDS) or len(kinds) != len(set(kinds)):
         raise PruneKitError(f"CUTS={args.cuts}: choose from {' '.join(KINDS)}, each once")
     base = sizes(checkpoint)
-    targets = absolute_targets(base, args.target_params, args.target_bytes, args.target_kv)
+    if "vocabulary" in kinds:
+        read_tokenizer(checkpoint)
+        if args.metric == "token_acc":
+            raise PruneKitError(
+                "METRIC=token_acc: CUTS has vocabulary, whose cuts write a text in other tokens; judge by exact_match, "
+                "cer, reward or loss"
+            )
+    if args.target_speed is not None and args.target_speed <= 1:
+        raise PruneKitError(f"TARGET_SPEED={args.target_speed:g}: give how many times as fast, above 1")
+    targets = absolute_targets(base, args.target_params, args.target_bytes, args.target_kv, args.target_speed)
+    if args.target_speed:
+        base["speed"] = 1.0
     reached = sorted(targets.keys() - missing(targets, base).keys())
     if reached:
         raise PruneKitError(f"TARGET_{reached[0].upper()}: {args.model} is as small as that already; leave it out")
-    check_reachable(checkpoint, kinds, targets)
+    check_reachable(checkpoint, kinds, {unit: target for unit, target in targets.items() if unit != "speed"})
     settings = {
         "model": args.model,
         "fingerprint": fingerprint(checkpoint),
@@ -52,10 +74,15 @@ def begin(args: argparse.Namespace) -> None:
         "cuts": kinds,
         "share": args.share,
     }
+    if args.target_speed:
+        settings["speed_of"] = args.speed_of
     if args.into:
         loop = Loop.begin(args.into, settings, base)
         if args.base_scores:
             loop.note_base(args.base_scores)
+        if args.base_speed:
+            loop.note_speed(args.base_speed)
+            check_reachable(checkpoint, kinds, {"speed": targets["speed"]}, loop.timing(checkpoint))
 
 
 def next_round(args: argparse.Namespace) -> None:
@@ -69,6 +96,8 @@ def next_round(args: argparse.Namespace) -> None:
     start = loop.last_good
     print(f"ROUND={this['round']}")
     print(f"FROM={'' if this['from'] == 0 else loop.model(this['from']).relative_to(loop.folder)}")
+    teacher = loop.teacher(this["from"])
+    print(f"TEACHER={teacher.relative_to(loop.folder) if teacher else ''}")
     print(f"MOST={this['most']:.0f}")
     print(f"LEAVES={1 - useful_share(this['most'], this['wanted'], start['sizes']):.4f}")
     print(f"WANTS={' '.join(this['wanted'])}")
@@ -79,16 +108,23 @@ def trials(args: argparse.Namespace) -> None:
     loop = Loop(args.into)
     this = loop.rounds[-1]
     checkpoint = open_checkpoint(args.model)
-    for name, script, flags in list_trials(checkpoint, loop.settings["cuts"], this["wanted"], this["most"]):
+    timing = _timing(loop, checkpoint)
+    for name, script, flags in list_trials(checkpoint, loop.settings["cuts"], this["wanted"], this["most"], timing):
         print(name, script, *flags)
+
+
+def _timing(loop: Loop, checkpoint: Checkpoint) -> Timing | None:
+    """Of the round's first model, which took what was measured of it."""
+    return loop.timing(checkpoint, loop.last_good["sizes"].get("speed", 1.0))
 
 
 def choose_cuts(args: argparse.Namespace) -> int:
     loop = Loop(args.into)
     this = loop.rounds[-1]
     checkpoint = open_checkpoint(args.model)
-    candidates = from_path(checkpoint, args.scan) if args.scan else []
-    candidates += from_trials(checkpoint, args.trials) if args.trials else []
+    timing = _timing(loop, checkpoint)
+    candidates = from_path(checkpoint, args.scan, timing) if args.scan else []
+    candidates += from_trials(checkpoint, args.trials, timing) if args.trials else []
     chosen = choose(candidates, this["wanted"], this["most"])
     loop.note_choice(candidates, chosen)
     print(table(candidates, chosen, this["wanted"]), file=sys.stderr)
@@ -113,28 +149,70 @@ def judge(args: argparse.Namespace) -> None:
     print(f"VERDICT={'longer' if 'good' not in this else 'good' if this['good'] else 'back'}")
 
 
+def end(args: argparse.Namespace) -> None:
+    loop = Loop(args.into)
+    if not args.dry_run:
+        loop.tidy(args.keep_rounds)
+    wanted = args.stages.split()
+    while stage := loop.next_stage(wanted):
+        model = loop.best()[0]
+        has = heads(open_checkpoint(model)).kv
+        if stage != "kv" or args.dry_run or has > args.kv_heads:
+            break
+        loop.skip_stage(stage, f"has {has} KV heads already")
+    if stage and (loop.good or args.dry_run):
+        print(f"STAGE={stage}")
+        print(f"FROM={model}")
+
+
+def judge_end(args: argparse.Namespace) -> None:
+    from prunekit.report import draw_loop
+
+    loop = Loop(args.into)
+    found = loop.judge_stage(args.stage, args.result)
+    metric, last = loop.settings["metric"], found["tries"][-1]
+    print(
+        f"end, {args.stage}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
+        f"{loop.base['scores'][metric]:.4f}; KEEP={loop.settings['keep']:g}"
+    )
+    if "good" in found:
+        draw_loop(loop.content, loop.folder / PICTURE)
+    verdict = "longer" if "good" not in found else "good" if found["good"] else "back"
+    if verdict == "back":
+        print(f"{args.stage} is left out: what comes next begins with {found['from']}")
+    print(f"VERDICT={verdict}")
+
+
 def publish(args: argparse.Namespace) -> int:
     loop = Loop(args.into)
-    best = loop.last_good
-    if not best["round"]:
+    if not loop.good:
         raise PruneKitError(
             f"no round kept {loop.settings['keep']:g} of the base's {loop.settings['metric']}: the base is the last "
             f"good model, and {args.out} isn't written; recover for longer, allow less a round, or keep less"
         )
-    checkpoint = open_checkpoint(loop.model(best["round"]))
+    folder, best = loop.best()
+    checkpoint = open_checkpoint(folder)
     numbers = statistics(checkpoint)
     metrics = next(each["scores"] for each in best["tries"] if each["folder"] == best["folder"])
     settings = {key: loop.settings[key] for key in ("targets", "keep", "metric", "cuts", "share")}
-    settings |= {"rounds": len(loop.rounds), "round": best["round"], "kept": best["kept"]}
+    settings |= {"rounds": len(loop.rounds), "round": loop.last_good["round"], "kept": best["kept"]}
+    if loop.ended:
+        settings["end"] = {each["stage"]: each["good"] for each in loop.ended}
     entry = history_entry("loop", loop.settings["model"], numbers, numbers, None, metrics, settings)
     extra = [file for file in (loop.folder / COMMAND, loop.folder / PICTURE) if file.exists()]
     write_checkpoint(checkpoint, args.out, entry, args.overwrite, extra_files=extra)
     base = loop.base["sizes"]
+    stages = "".join(f", then {each['stage']}" for each in loop.ended if each["good"])
+    faster = f", {1 / best['sizes']['speed']:.2f} times as fast" if "speed" in best["sizes"] else ""
     print(
-        f"round {best['round']} is the last good one: {best['sizes']['params'] / base['params']:.1%} of the "
-        f"parameters, {best['kept']:.1%} of the base's {loop.settings['metric']}; published as {args.out}"
+        f"round {loop.last_good['round']} is the last good one{stages}: {best['sizes']['params'] / base['params']:.1%} "
+        f"of the parameters{faster}, {best['kept']:.1%} of the base's {loop.settings['metric']}; "
+        f"published as {args.out}"
     )
-    if wanted := loop.wanted():
+    for each in loop.ended:
+        if not each["good"]:
+            print(f"{each['stage']}: left out: {each.get('nothing') or 'it would keep ' + format(each['kept'], '.1%')}")
+    if wanted := missing(loop.settings["targets"], best["sizes"]):
         print(f"not reached: {', '.join(f'TARGET_{unit.upper()}' for unit in wanted)}: {loop.end(args.max_rounds)}")
         return 3
     return 0
@@ -151,9 +229,15 @@ def log_to_wandb(loop: Loop, this: dict[str, Any]) -> None:
             config=loop.settings,
             settings=wandb.Settings(console="off", silent=True),
         ) as run:
-            columns: list[Any] = ["kind", "name", "cost", "parameters", "kv_bytes_per_token", "chosen"]
+            columns: list[Any] = ["kind", "name", "cost", "parameters", "kv_bytes_per_token", "speed", "chosen"]
             rows = [
-                [each["kind"], each["name"], each["cost"], each["saved"]["params"], each["saved"]["kv"], each["chosen"]]
+                [
+                    each["kind"],
+                    each["name"],
+                    each["cost"],
+                    *map(each["saved"].get, ("params", "kv", "speed")),
+                    each["chosen"],
+                ]
                 for each in this.get("candidates", [])
             ]
             log: dict[str, Any] = {"way": wandb.Image(str(loop.folder / PICTURE)), "kept": this["kept"]}
@@ -169,7 +253,7 @@ def main() -> int | None:
     parser = Parser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     doing = {"begin": begin, "next": next_round, "trials": trials, "choose": choose_cuts, "judge": judge,
-             "publish": publish}  # fmt: skip
+             "end": end, "judge-end": judge_end, "publish": publish}  # fmt: skip
     for name in doing:
         step = steps.add_parser(name)
         step.add_argument("--into", type=Path, required=name != "begin", help="folder of the loop")
@@ -183,12 +267,20 @@ def main() -> int | None:
     parts["begin"].add_argument("--target-params", type=share)
     parts["begin"].add_argument("--target-bytes", type=positive_float)
     parts["begin"].add_argument("--target-kv", type=share)
+    parts["begin"].add_argument("--target-speed", type=positive_float)
+    parts["begin"].add_argument("--speed-of", choices=tuple(KEYS), default="decoding")
+    parts["begin"].add_argument("--base-speed", type=Path, help="measurement of the base, with its parts")
     parts["begin"].add_argument("--keep", type=share, required=True)
     parts["begin"].add_argument("--metric", choices=METRICS, required=True)
     parts["begin"].add_argument("--cuts", required=True, help="kinds, with spaces between")
     parts["begin"].add_argument("--share", type=share, required=True, help="of the weights, at most, in a round")
-    parts["next"].add_argument("--keep-rounds", choices=("good", "last", "all"), default="good")
-    parts["next"].add_argument("--dry-run", action="store_true", help="remove nothing")
+    for name in ("next", "end"):
+        parts[name].add_argument("--keep-rounds", choices=("good", "last", "all"), default="good")
+        parts[name].add_argument("--dry-run", action="store_true", help="remove nothing")
+    parts["end"].add_argument("--stages", required=True, help=f"of {' '.join(END_STAGES)}, with spaces between")
+    parts["end"].add_argument("--kv-heads", type=positive_int, default=1)
+    parts["judge-end"].add_argument("--stage", choices=END_STAGES, required=True)
+    parts["judge-end"].add_argument("--result", required=True, help="what of it is measured first")
     parts["choose"].add_argument("--scan", type=Path)
     parts["choose"].add_argument("--trials", type=Path)
     parts["judge"].add_argument("--result", default="distilled", help="what of a round is measured first")

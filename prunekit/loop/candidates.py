@@ -6,33 +6,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint, Outline, fingerprint, heads, history, read_json, statistics
+from prunekit.checkpoint import Checkpoint, Outline, fingerprint, heads, history, open_checkpoint, read_json, statistics
 from prunekit.checkpoint.provenance import check_ranking
 from prunekit.errors import PruneKitError
 from prunekit.knockout.removal import STACKS, Removal, plan_without
 from prunekit.report.results import read_results
 from prunekit.rules import NAMES, OBJECT, REAL, Items, Keys, check
 from prunekit.surgery.kv import plan_kv
+from prunekit.surgery.vocabulary import plan_vocabulary
 from prunekit.surgery.width import plan_width
 
-from .choice import SIZES, Candidate, gain, useful_share
+from .choice import SIZES, Candidate, amount, gain, useful_share
+from .timing import Timing
 
-LEAST_NEURONS = 0.5  # of them stay in one round
+LEAST_NEURONS, LEAST_TOKENS = 0.5, 0.25  # of them stay in one round
 MOST_TRIALS = 2  # of a kind in one round
-SCRIPTS = {"layers": "manual_select.py", "heads": "width_cut.py", "neurons": "width_cut.py", "kv": "kv_cut.py"}
+SCRIPTS = {
+    "layers": "manual_select.py", "heads": "width_cut.py", "neurons": "width_cut.py", "kv": "kv_cut.py",
+    "vocabulary": "vocab_cut.py",
+}  # fmt: skip
+CUTTERS = ("width_cut", "kv_cut", "vocab_cut")  # whose folders are trials
 _POINT = Keys({"removed": NAMES, "loss": REAL}, ("removed",))
 _PATH = Keys({"greedy": Keys({"path": Items(_POINT)}, ("path",)), "settings": OBJECT})
 
 
-def sizes(model: Outline | str | Path) -> dict[str, float]:
-    """A model's sizes by SIZES' keys."""
-    numbers = statistics(model)
-    return {unit: numbers[key] for unit, key in SIZES.items()}
+def sizes(model: Outline | str | Path, timing: Timing | None = None) -> dict[str, float]:
+    """A model's sizes by SIZES' keys; with `timing` also the `speed` that it estimates."""
+    outline = model if isinstance(model, Outline) else open_checkpoint(model)
+    numbers = statistics(outline)
+    found = {unit: numbers[key] for unit, key in SIZES.items()}
+    return found if timing is None else found | {"speed": timing.of(outline)}
 
 
-def _saved(checkpoint: Checkpoint, after: Outline | str | Path) -> dict[str, float]:
-    left = sizes(after)
-    return {unit: before - left[unit] for unit, before in sizes(checkpoint).items()}
+def _saved(checkpoint: Checkpoint, after: Outline | str | Path, timing: Timing | None = None) -> dict[str, float]:
+    left = sizes(after, timing)
+    return {unit: before - left[unit] for unit, before in sizes(checkpoint, timing).items()}
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -67,6 +75,20 @@ def _share_of_neurons(after: int, before: int) -> str:
     return f"{after / before:.4g}"
 
 
+def _tokens(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
+    """Numbers of tokens whose rows of embedding and head have half of `most` parameters, and all of it."""
+    rows = statistics(checkpoint)["vocab_size"] or 0
+    try:
+        one_less = plan_vocabulary(checkpoint, rows - 1, multiple=1)
+    except PruneKitError:  # no tokenizer, or none that could do without a token
+        return
+    a_row, least = _saved(checkpoint, one_less.outline)["params"], max(round(LEAST_TOKENS * rows), len(one_less.stays))
+    for part in (0.5, 1.0):
+        with contextlib.suppress(PruneKitError):  # less than the smallest step
+            outline = plan_vocabulary(checkpoint, max(least, round(rows - part * most / a_row))).outline
+            yield str(statistics(outline)["vocab_size"]), outline
+
+
 def _kv(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
     """The next number of KV heads."""
     for number in range(heads(checkpoint).kv - 1, 0, -1):
@@ -78,25 +100,30 @@ def _kv(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
 
 
 def list_trials(
-    checkpoint: Checkpoint, kinds: Sequence[str], wanted: Mapping[str, float], most: float
+    checkpoint: Checkpoint,
+    kinds: Sequence[str],
+    wanted: Mapping[str, float],
+    most: float,
+    timing: Timing | None = None,
 ) -> list[tuple[str, str, list[str]]]:
     """(name, script, flags) of the cuts that are worth a trial in a round which may take `most` parameters.
 
-    Of heads, neurons and KV heads: what saves something that is wanted and takes no more than that. Layers need no
-    trial: a scan scores them in memory.
+    Of heads, neurons, KV heads and tokens: what saves something that is wanted and takes no more than that. Layers
+    need no trial: a scan scores them in memory.
     """
-    now = sizes(checkpoint)
+    now = sizes(checkpoint, timing)
     useful = useful_share(most, wanted, now) * now["params"]
     options = {
         "heads": ("--heads", _heads(checkpoint) if "heads" in kinds else ()),
         "neurons": ("--neuron-share", _neurons(checkpoint, useful) if "neurons" in kinds else ()),
         "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds else ()),
+        "vocabulary": ("--size", _tokens(checkpoint, useful) if "vocabulary" in kinds else ()),
     }
     trials: list[tuple[str, str, list[str]]] = []
     for kind, (flag, found) in options.items():
         fitting = 0
         for value, outline in found:
-            saved = _saved(checkpoint, outline)
+            saved = _saved(checkpoint, outline, timing)
             if saved["params"] > most or fitting == MOST_TRIALS:
                 break
             trial = (f"{flag[2:]}-{value}", SCRIPTS[kind], [flag, value])
@@ -106,43 +133,50 @@ def list_trials(
     return trials
 
 
-def check_reachable(checkpoint: Checkpoint, kinds: Sequence[str], targets: Mapping[str, float]) -> None:
-    """PruneKitError for a target (by SIZES' keys) that these kinds can't reach, were all gone of them that can go."""
-    before = sizes(checkpoint)
+def check_reachable(
+    checkpoint: Checkpoint, kinds: Sequence[str], targets: Mapping[str, float], timing: Timing | None = None
+) -> None:
+    """PruneKitError for a target (by UNITS' keys) that these kinds can't reach, were all gone of them that can go."""
+    before = sizes(checkpoint, timing)
     left = dict(before)
     for kind in kinds:
-        saved = _most_saved(checkpoint, kind)
+        saved = _most_saved(checkpoint, kind, timing)
         left = {unit: max(0.0, left[unit] - saved[unit]) for unit in left}
     for unit, target in targets.items():
         if target < left[unit]:
             raise PruneKitError(
-                f"TARGET_{unit.upper()}: is {target:,.0f} {SIZES[unit]} of {before[unit]:,.0f}, and cuts of "
-                f"{', '.join(kinds)} leave {left[unit]:,.0f} at the least: allow more kinds (CUTS), or ask for less"
+                f"TARGET_{unit.upper()}: is {amount(unit, target)} of {amount(unit, before[unit]).split()[0]}, and "
+                f"cuts of {', '.join(kinds)} leave {amount(unit, left[unit]).split()[0]} at the least"
+                f"{' by the estimate' * (unit == 'speed')}: allow more kinds (CUTS), or ask for less"
             )
 
 
-def _most_saved(checkpoint: Checkpoint, kind: str) -> dict[str, float]:
+def _most_saved(checkpoint: Checkpoint, kind: str, timing: Timing | None) -> dict[str, float]:
     """All that a kind can save, or more: one text layer left and no vision block, one head for each KV head, ..."""
     if kind == "layers":
         numbers, before = statistics(checkpoint), sizes(checkpoint)
         parts, text = numbers["parameters_by_component"], 1 - 1 / numbers["num_hidden_layers"]
         gone = text * parts["text"] + parts["vision"]
-        return {"params": gone, "bytes": before["bytes"] * gone / before["params"], "kv": text * before["kv"]}
+        saved = {"params": gone, "bytes": before["bytes"] * gone / before["params"], "kv": text * before["kv"]}
+        return saved if timing is None else saved | {"speed": text * timing.of_layers}
     found: list[tuple[str, Outline]] = []
     with contextlib.suppress(PruneKitError):  # none of this kind can go
         if kind == "heads":
             found = list(_heads(checkpoint))
         elif kind == "neurons":
             found = [("", plan_width(checkpoint, neuron_share=0.01).outline)]
+        elif kind == "vocabulary":
+            one_less = plan_vocabulary(checkpoint, (statistics(checkpoint)["vocab_size"] or 0) - 1, multiple=1)
+            found = [("", plan_vocabulary(checkpoint, len(one_less.stays), multiple=1).outline)]
         else:
             found = [("", plan_kv(checkpoint, 1, "calibrated").outline)]
-    return _saved(checkpoint, found[-1][1] if found else checkpoint)
+    return _saved(checkpoint, found[-1][1] if found else checkpoint, timing)
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 
-def from_path(checkpoint: Checkpoint, file: Path) -> list[Candidate]:
+def from_path(checkpoint: Checkpoint, file: Path, timing: Timing | None = None) -> list[Candidate]:
     """A candidate for every set of a greedy path, from a scan.json or a ranking.json of this model."""
     found = read_json(file)
     check(found, _PATH, file)
@@ -163,7 +197,7 @@ def from_path(checkpoint: Checkpoint, file: Path) -> list[Candidate]:
         for stack in STACKS:
             if numbers := [str(removal.layer) for removal in gone if removal.stack == stack]:
                 flags += [f"--{stack}", *numbers]
-        saved = _saved(checkpoint, plan_without(checkpoint, gone).result)
+        saved = _saved(checkpoint, plan_without(checkpoint, gone).result, timing)
         candidates.append(Candidate("layers", " ".join(map(str, gone)), cost, saved, tuple(flags)))
     return candidates
 
@@ -172,36 +206,43 @@ def _difference(now: float | None, base: float | None) -> float | None:
     return now - base if now is not None and base is not None and math.isfinite(now - base) else None
 
 
-def from_trials(checkpoint: Checkpoint, file: Path) -> list[Candidate]:
+def from_trials(checkpoint: Checkpoint, file: Path, timing: Timing | None = None) -> list[Candidate]:
     """A candidate for every model but the first of an evaluation, which is of `checkpoint` and of cuts made from it.
 
     What was cut says each folder's history. PruneKitError for a folder that was made by something else.
     """
     base, *others = read_results(file)
     own = fingerprint(checkpoint)
-    before = _loss(base)
+    before, tokens = _scores(base).get("loss"), _scores(base).get("tokens")
     candidates = []
     for result in others:
         folder = Path(result["model"])
         entry: dict[str, Any] = (history(folder) or [{}])[-1]
-        if entry.get("input_fingerprint") != own or entry.get("stage") not in ("width_cut", "kv_cut"):
-            raise PruneKitError(f"{file}: {folder} is no cut of {checkpoint.path} by width_cut.py or kv_cut.py")
-        if (cost := _difference(_loss(result), before)) is None:
+        if entry.get("input_fingerprint") != own or entry.get("stage") not in CUTTERS:
+            raise PruneKitError(f"{file}: {folder} is no cut of {checkpoint.path} by {', '.join(CUTTERS)}")
+        if (cost := _difference(loss_by(_scores(result), tokens), before)) is None:
             continue
         kind, flags = _cut(entry)
-        candidates.append(Candidate(kind, f"{kind} {flags[-1]}", cost, _saved(checkpoint, folder), flags))
+        candidates.append(Candidate(kind, f"{kind} {flags[-1]}", cost, _saved(checkpoint, folder, timing), flags))
     return candidates
 
 
-def _loss(result: dict[str, Any]) -> float | None:
-    scores: dict[str, Any] = next(iter(result["datasets"].values()), {})
-    return scores.get("loss")
+def _scores(result: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(result["datasets"].values()), {})
+
+
+def loss_by(scores: Mapping[str, float], tokens: float | None) -> float | None:
+    """A loss in nats a token, of so many tokens: a model that cuts the same text into more has less on each."""
+    loss, own = scores.get("loss"), scores.get("tokens")
+    return loss * own / tokens if loss is not None and own and tokens else loss
 
 
 def _cut(entry: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """(kind, flags that make it again) of a history's entry."""
     if entry["stage"] == "kv_cut":
         return "kv", ("--kv-heads", str(entry["num_key_value_heads"]))
+    if entry["stage"] == "vocab_cut":
+        return "vocabulary", ("--size", str(entry["vocab_size"]))
     removed = entry.get("removed") or {}
     if "heads" in removed:
         if len(removed) > 1:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from prunekit.errors import PruneKitError
 
-KINDS = ("layers", "heads", "neurons", "kv")  # what may be cut, in the order in which it is
+KINDS = ("layers", "heads", "neurons", "kv", "vocabulary")  # what may be cut, in the order in which it is
 SIZES = {"params": "parameters", "bytes": "bytes", "kv": "kv_bytes_per_token"}  # what targets are of, in `statistics`
+UNITS = SIZES | {"speed": "of the base's seconds"}  # and what is measured by a clock (timing.py)
 METRICS = ("token_acc", "exact_match", "cer", "reward", "loss")
 DEAR, LITTLE = 10.0, 0.01  # a step so many times as dear as the set so far, or as so much loss, waits for another round
 NEAR = 0.4  # of a round's share is spent where nothing is left between the model and its gate: 10% of 25%
@@ -23,7 +24,7 @@ class Candidate:
     kind: str
     name: str
     cost: float  # what it adds to the loss, healed or refitted, in nats a token
-    saved: Mapping[str, float]  # by SIZES' keys: parameters, bytes of weights, bytes of KV cache a token
+    saved: Mapping[str, float]  # by UNITS' keys: parameters, bytes of weights, of KV cache a token, share of seconds
     flags: tuple[str, ...]  # of the script that makes this cut
 
 
@@ -36,7 +37,7 @@ def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: f
     """The set that costs least for what it saves of `wanted`, with at most `most` parameters gone.
 
     From nothing, step by step: of all candidates that could be added, or stand in for the one of their kind, that with
-    the least loss per unit of the target gained; until all that is `wanted` (by SIZES' keys, above 0) is saved, nothing
+    the least loss per unit of the target gained; until all that is `wanted` (by UNITS' keys, above 0) is saved, nothing
     that gains fits, or what does is DEAR against the set so far: a budget needn't be spent, the next round looks again.
     What goes beyond the target is no gain. Costs of different kinds are added up. In KINDS' order; empty where nothing
     fits.
@@ -63,12 +64,14 @@ def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: f
 def useful_share(most: float, wanted: Mapping[str, float], now: Mapping[str, float]) -> float:
     """The share of its parameters that it is of use to take from a model of size `now`, of which `most` may go."""
     share = most / now["params"]
-    return share if "kv" in wanted else min(share, max(wish / now[unit] for unit, wish in wanted.items()))
+    if not wanted.keys().isdisjoint(("kv", "speed")):  # of which a parameter may save much or nothing
+        return share
+    return min(share, max(wish / now[unit] for unit, wish in wanted.items()))
 
 
 def total(chosen: Sequence[Candidate]) -> dict[str, float]:
     """What all of them save together, taken as independent of each other."""
-    return {unit: sum(each.saved[unit] for each in chosen) for unit in SIZES}
+    return {unit: sum(each.saved.get(unit, 0.0) for each in chosen) for unit in UNITS}
 
 
 def round_share(most: float, kept: float, keep: float, failed: int) -> float:
@@ -96,20 +99,32 @@ def kept_share(metric: str, base: float, now: float) -> float:
 
 
 def absolute_targets(
-    base: Mapping[str, float], params: float | None, size: float | None, kv: float | None
+    base: Mapping[str, float],
+    params: float | None,
+    size: float | None,
+    kv: float | None,
+    speed: float | None = None,
 ) -> dict[str, float]:
-    """Targets by SIZES' keys in parameters and bytes, from shares of the base's and bytes. PruneKitError for none."""
+    """Targets by UNITS' keys, from shares of the base's, bytes, and how many times as fast. PruneKitError for none."""
     shares = {"params": params, "kv": kv}
     targets = {unit: share * base[unit] for unit, share in shares.items() if share is not None}
     targets |= {} if size is None else {"bytes": size}
+    targets |= {} if speed is None else {"speed": 1 / speed}
     if not targets:
-        raise PruneKitError("no target: name a share of the parameters or of the KV cache, or bytes of weights")
+        raise PruneKitError(
+            "no target: name a share of the parameters or of the KV cache, bytes of weights, or a speed"
+        )
     return targets
 
 
 def missing(targets: Mapping[str, float], numbers: Mapping[str, float]) -> dict[str, float]:
-    """How far sizes (by SIZES' keys) are above targets of the same; what is reached is left out."""
+    """How far sizes (by UNITS' keys) are above targets of the same; what is reached is left out."""
     return {unit: numbers[unit] - target for unit, target in targets.items() if numbers[unit] > target}
+
+
+def amount(unit: str, value: float) -> str:
+    """So much of a unit, in words."""
+    return f"{value:.1%} {UNITS[unit]}" if unit == "speed" else f"{value:,.0f} {UNITS[unit]}"
 
 
 def table(candidates: Sequence[Candidate], chosen: Sequence[Candidate], wanted: Mapping[str, float]) -> str:

@@ -1,34 +1,45 @@
 """loop.json: what a loop is for, and what came of each of its rounds. Whole or as before, whatever happens."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import read_json, write_json
+from prunekit.checkpoint import Outline, open_checkpoint, read_json, write_json
 from prunekit.errors import PruneKitError
 from prunekit.report.results import read_results
 from prunekit.rules import COUNT, FLAG, NUMBER, OBJECT, REAL, TEXT, Items, Keys, Values, check
 
-from .candidates import sizes
+from .candidates import loss_by, sizes
 from .choice import Candidate, kept_share, missing, round_share
+from .timing import Timing, part_sizes, read_parts, read_share
 
-LOOP, PICTURE = "loop.json", "loop.png"
+LOOP, PICTURE, SECONDS = "loop.json", "loop.png", "seconds"
 EVALUATION, LONGER = "evaluation.json", "longer.json"  # of a round's result, and of what was recovered for longer
+SPEED = "speed.json"  # of a result beside the base, by turns
+TEACHER = "teacher"  # in a round that cut the vocabulary
+END = "end"  # the folder of stages behind the last round
+END_STAGES = ("kv", "lora", "rl")
 _ROUND = Keys(
     {"round": COUNT, "good": FLAG, "from": NUMBER, "folder": TEXT, "kept": REAL, "sizes": Values(REAL), "most": REAL,
      "wanted": Values(REAL)},
     ("round", "from", "most", "wanted"),
 )  # fmt: skip
+_ENDED = Keys(
+    {"stage": TEXT, "good": FLAG, "from": TEXT, "folder": TEXT, "kept": REAL, "sizes": Values(REAL)},
+    ("stage", "good", "from"),
+)
 _LOOP = Keys(
     {
-        "settings": Keys({"targets": Values(REAL), "keep": REAL, "metric": TEXT, "share": REAL, "model": TEXT}),
-        "base": Keys({"sizes": Values(REAL), "scores": OBJECT}),
+        "settings": Keys({"targets": Values(REAL), "keep": REAL, "metric": TEXT, "share": REAL, "model": TEXT,
+                          "speed_of": TEXT}),
+        "base": Keys({"sizes": Values(REAL), "scores": OBJECT, "parts": Values(REAL)}),
         "rounds": Items(_ROUND),
+        "end": Items(_ENDED),
     },
     ("settings", "base", "rounds"),
-)
+)  # fmt: skip
 
 
 class Loop:
@@ -40,9 +51,10 @@ class Loop:
         check(content, _LOOP, self.file)
         self.content: dict[str, Any] = content
         self.settings, self.base, self.rounds = content["settings"], content["base"], content["rounds"]
+        self.ended: list[dict[str, Any]] = content.setdefault("end", [])
 
     @classmethod
-    def begin(cls, folder: Path, settings: dict[str, Any], base: dict[str, float]) -> "Loop":
+    def begin(cls, folder: Path, settings: dict[str, Any], base: Mapping[str, float]) -> "Loop":
         """A new loop, or the one that is there if it has the same settings; PruneKitError for one with others.
 
         What only says where things lie is left out of account (`model`), and how they are trained isn't in them: a
@@ -146,9 +158,37 @@ class Loop:
         self.kept(self.base["scores"])
         self.save()
 
+    def note_speed(self, file: Path) -> None:
+        """Write down where the base's seconds go: of it what cuts are estimated to save."""
+        self.base["parts"] = read_parts(file, self.settings["speed_of"])
+        self.save()
+
+    def timing(self, model: Outline, share: float = 1.0) -> Timing | None:
+        """What estimates seconds, from a model on that took this share of the base's; None where no speed is wanted.
+
+        Where the base's parts weren't measured (a dry run), they take as long as they have parameters.
+        """
+        if "speed" not in self.settings["targets"]:
+            return None
+        base = part_sizes(open_checkpoint(self.settings["model"]))
+        parts = self.base.get("parts") or {
+            part: base[part] / (base["attention"] + base["mlp"]) for part in ("attention", "mlp")
+        }
+        return Timing(parts, base).measured(model, share)
+
+    def measured_sizes(self, folder: Path, speed: Path) -> dict[str, float]:
+        """A result's sizes, its speed as it was measured beside the base; or that of what it was trained from."""
+        found = sizes(folder)
+        if "speed" not in self.settings["targets"]:
+            return found
+        trained = speed.parent.parent.name == END and not speed.exists()
+        share = self.best()[1]["sizes"]["speed"] if trained else read_share(speed, self.settings["speed_of"])
+        return found | {"speed": share}
+
     def kept(self, scores: dict[str, float]) -> float:
-        metric = self.settings["metric"]
-        return kept_share(metric, self.base["scores"][metric], scores[metric])
+        metric, base = self.settings["metric"], self.base["scores"]
+        now = loss_by(scores, base.get("tokens")) if metric == "loss" else scores[metric]
+        return kept_share(metric, base[metric], scores[metric] if now is None else now)
 
     def judge(self, result: str) -> dict[str, Any]:
         """The round as its evaluations say: `good`, and `tries`; it stays open while it may be recovered for longer.
@@ -156,37 +196,83 @@ class Loop:
         `result`: the folder that EVALUATION is of.
         """
         this = self.next_round()
-        here = self.folder / str(this["round"])
+        this |= self._judged(self.folder / str(this["round"]), result)
+        self.save()
+        return this
+
+    def _judged(self, here: Path, result: str, again: bool = True) -> dict[str, Any]:
+        """What the evaluations in a folder say of its result; `good` is missing where it may be tried `again`."""
         tries: list[dict[str, Any]] = []
         for file, name in ((EVALUATION, result), (LONGER, "longer")):
             if (here / file).exists():
                 scores = self.scores(here / file)
                 tries.append({"folder": name, "scores": scores, "kept": self.kept(scores)})
         if not tries:
-            raise PruneKitError(f"{here / EVALUATION}: isn't there: nothing of round {this['round']} is measured")
+            raise PruneKitError(f"{here / EVALUATION}: isn't there: nothing of {here.name} is measured")
         best = max(tries, key=lambda each: each["kept"])
         good = best["kept"] >= self.settings["keep"]
         found: dict[str, Any] = {"tries": tries, "kept": best["kept"], "folder": best["folder"]}
-        if good or (here / LONGER).exists():
-            found |= {"good": good, "sizes": sizes(here / best["folder"])}
-        this |= found
+        if good or not again or (here / LONGER).exists():
+            found |= {"good": good, "sizes": self.measured_sizes(here / best["folder"], here / SPEED)}
+        return found
+
+    # --- behind the last round
+
+    def best(self) -> tuple[Path, dict[str, Any]]:
+        """(checkpoint, what is known of it) that is the loop's result: of the last stage or round that kept enough."""
+        if kept := [each for each in self.ended if each["good"]]:
+            return self.folder / END / kept[-1]["stage"] / kept[-1]["folder"], kept[-1]
+        return self.model(self.last_good["round"]), self.last_good
+
+    def next_stage(self, wanted: Sequence[str]) -> str | None:
+        """The first of the stages wanted behind the last round that isn't judged yet."""
+        done = {each["stage"] for each in self.ended}
+        return next((stage for stage in wanted if stage not in done), None)
+
+    def skip_stage(self, stage: str, why: str) -> None:
+        self.ended.append({"stage": stage, "good": False, "from": str(self.best()[0]), "nothing": why})
         self.save()
-        return this
+
+    def judge_stage(self, stage: str, result: str) -> dict[str, Any]:
+        """What its evaluations say of it; `good` is missing, and nothing written down, where it may be tried again."""
+        found = {"stage": stage, "from": str(self.best()[0])}
+        found |= self._judged(self.folder / END / stage, result, again=stage == "kv")
+        if "good" in found:
+            self.ended.append(found)
+            self.save()
+        return found
 
     def tidy(self, keep: str) -> None:
         """Remove checkpoints of judged rounds, but for the results of all `good` ones, of the `last` of these, or all.
 
         What a round has measured stays.
         """
+        if keep == "all":
+            return
         last = self.last_good["round"]
-        for each in self.rounds if keep != "all" else ():
-            if "good" not in each:
-                continue
-            stays = each["good"] and (keep == "good" or each["round"] == last)
-            for folder in (self.folder / str(each["round"])).iterdir():
-                if folder.name == "scan" or not folder.is_dir() or (stays and folder.name == each["folder"]):
-                    continue
-                if folder.is_symlink():
-                    folder.unlink()
-                else:
-                    shutil.rmtree(folder)
+        for each in self.rounds:
+            if "good" in each:
+                stays = each["good"] and (keep == "good" or each["round"] == last)
+                # A teacher with fewer tokens teaches the rounds behind it, too
+                _clear(self.folder / str(each["round"]), {"scan", each["folder"] * stays, TEACHER * each["good"]})
+        for each in self.ended:
+            _clear(self.folder / END / each["stage"], {each.get("folder", "") * each["good"]})
+
+    def teacher(self, number: int) -> Path | None:
+        """The teacher of what was cut from this round: the base with as few tokens; None: the base itself."""
+        while number:
+            if (found := self.folder / str(number) / TEACHER).exists():
+                return found
+            number = self.rounds[number - 1]["from"]
+        return None
+
+
+def _clear(folder: Path, stays: set[str]) -> None:
+    """Remove a folder's folders but for those of these names."""
+    for each in folder.iterdir() if folder.is_dir() else ():
+        if each.name in stays or not each.is_dir():
+            continue
+        if each.is_symlink():
+            each.unlink()
+        else:
+            shutil.rmtree(each)

@@ -9,7 +9,7 @@ from prunekit.checkpoint.lineage import StackWay
 from .style import COOL, FREE, INK, LINES, MUTED, PALE, new_figure, save_figure
 
 WIDTH, HEIGHT, GAP = 0.84, 1.0, 0.75  # of a layer, where its neighbour begins 1 further on; between the stacks
-COLOURS = {"heads": LINES[0], "KV heads": LINES[1], "neurons": "#e9a23b", "blocks": COOL[7]}
+COLOURS = {"heads": LINES[0], "KV heads": LINES[1], "neurons": "#e9a23b", "blocks": COOL[7], "tokens": COOL[4]}
 TAP = LINES[3]
 
 
@@ -20,6 +20,7 @@ class Anatomy:
     bars: dict[str, list[tuple[str, int, int]]]  # by stack: (what, in the base, in the model), of every layer alike
     taps: list[tuple[int, int | None]] = field(default_factory=list)  # as in a Lineage
     notes: list[str] = field(default_factory=list)  # what a picture of shapes can't show
+    tokens: tuple[int, int] | None = None  # of the vocabulary, in the base and in the model: shown where they differ
 
 
 def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
@@ -36,7 +37,10 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
         _name_stack(axis, stack, anatomy.stacks[stack], bottoms[stack])
     if anatomy.taps:
         _draw_taps(axis, anatomy, bottoms)
-    axis.set_xlim(-2.2 - 0.01 * widest, widest + 0.1)
+    cut_tokens = anatomy.tokens is not None and anatomy.tokens[0] != anatomy.tokens[1]
+    if cut_tokens:
+        _draw_tokens(axis, anatomy, bottoms["text"])
+    axis.set_xlim(-2.2 - 0.01 * widest, widest + 0.1 + 1.6 * cut_tokens)
     notes = "; ".join(anatomy.notes).replace("$", r"\$")
     axis.set_ylim(-0.55 if notes else -0.3, height - GAP + 0.15)
     axis.text(0, -0.42, notes, va="center", fontsize=8, color=MUTED)
@@ -92,6 +96,19 @@ def _gaps(way: StackWay) -> list[tuple[int, int]]:
     return [(a, b) for a, b in zip(edges, edges[1:]) if b - a > 1]
 
 
+def _draw_tokens(axis, anatomy: Anatomy, bottom: float) -> None:
+    """The vocabulary behind the text layers, as far filled as tokens are left."""
+    from matplotlib.patches import Rectangle
+
+    before, after = anatomy.tokens or (1, 1)
+    left = anatomy.stacks["text"].count + 0.35
+    for share, alpha in ((1.0, 0.15), (after / before, 1.0)):
+        axis.add_patch(
+            Rectangle((left, bottom), 0.5, HEIGHT * share, color=COLOURS["tokens"], alpha=alpha, linewidth=0)
+        )
+    axis.text(left + 0.25, bottom - 0.13, "tokens", ha="center", va="center", fontsize=8, color=INK)
+
+
 def _draw_taps(axis, anatomy: Anatomy, bottoms: dict[str, float]) -> None:
     """An arrow from each tapped block to the text layer that its features enter: the n-th that is left."""
     text, top, start = anatomy.stacks["text"].kept, bottoms["text"] + HEIGHT, bottoms["vision"]
@@ -119,6 +136,9 @@ def _explain(figure, anatomy: Anatomy) -> None:
         for what, before, after in anatomy.bars[stack] if stack == "text" else ():
             label = f"{what}: {before:,}" + (f" to {after:,}" if after != before else "")
             handles.append(Patch(color=COLOURS[what], label=label))
+    if anatomy.tokens and anatomy.tokens[0] != anatomy.tokens[1]:
+        label = "tokens of the vocabulary: {:,} to {:,}".format(*anatomy.tokens)
+        handles.append(Patch(color=COLOURS["tokens"], label=label))
     ways = anatomy.stacks.values()
     if any(way.gone for way in ways):
         handles.append(Patch(fill=False, edgecolor=MUTED, linestyle=(0, (3, 2)), label="gone"))

@@ -5,13 +5,14 @@ from typing import Any
 
 from .style import FREE, INK, KEY, MUTED, PALE, new_figure, save_figure
 
-LABELS = {"params": "parameters", "bytes": "bytes of weights", "kv": "KV bytes a token"}
+LABELS = {"params": "parameters", "bytes": "bytes of weights", "kv": "KV bytes a token", "speed": "seconds"}
 
 
 def draw_loop(loop: dict[str, Any], path: Path) -> None:
     """Kept quality against size, a panel for each target, from loop.json's content: rounds by their numbers.
 
-    The gate and the target are dashed; what failed is red, and hangs on the round that it was cut from.
+    The gate and the target are dashed; what failed is red, and hangs on the round that it was cut from. Stages behind
+    the last round have their names.
     """
     settings, base = loop["settings"], loop["base"]["sizes"]
     judged = [each for each in loop["rounds"] if each.get("sizes")]
@@ -26,6 +27,15 @@ def draw_loop(loop: dict[str, Any], path: Path) -> None:
             axis.plot(size, kept, marker="o", markersize=5, color=FREE if good else KEY)
             name = str(number) if number else "base"
             axis.annotate(name, (size, kept), xytext=(4, 5), textcoords="offset points", fontsize=8)
+        start = next((places[each["round"]] for each in reversed(judged) if each["good"]), places[0])
+        for each in loop.get("end", ()):
+            if not each.get("sizes"):
+                continue
+            point = (each["sizes"][unit] / base[unit], each["kept"])
+            axis.plot(*zip(start, point), color=INK if each["good"] else PALE, linewidth=1.3, zorder=1)
+            axis.plot(*point, marker="D", markersize=5, color=FREE if each["good"] else KEY)
+            axis.annotate(each["stage"], point, xytext=(5, -10), textcoords="offset points", fontsize=8)
+            start = point if each["good"] else start
         axis.axhline(settings["keep"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.axvline(target / base[unit], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.set_xlabel(f"{LABELS[unit]}, share of the base's")

@@ -96,6 +96,8 @@ def _sizes(report: dict[str, Any], names: list[str]) -> list[Part]:
         counts = [size["parameters_by_component"].get(part, 0) for size in sizes]
         if any(counts):
             rows.append([f"parameters: {part}", *_beside(counts)])
+    if all(size.get("vocab_size") for size in sizes):
+        rows.append(["tokens of the vocabulary", *_beside([size["vocab_size"] for size in sizes])])
     rows.append(["bytes on disk", *_beside([size["bytes"] for size in sizes])])
     rows.append(["KV bytes per token", *_beside([size["kv_bytes_per_token"] for size in sizes])])
     fitting = []
@@ -189,6 +191,7 @@ def _worst(name: str, base: str, counts: list[int], worst: list[dict[str, Any]])
 
 def _way(report: dict[str, Any], names: list[str]) -> list[Part]:
     parts: list[Part] = [picture(report["way_picture"], "quality against size")] if report["way_picture"] else []
+    parts += _loop(report["loop"]) if report.get("loop") else []
     shown: set[str] = set()
     for name, stages in zip(names, report["way"]):
         if not stages:
@@ -213,6 +216,32 @@ def _way(report: dict[str, Any], names: list[str]) -> list[Part]:
         "stage has kept them; commands those of stages whose folders are still there."
     )
     return [*parts, paragraph(note)]
+
+
+def _loop(loop: dict[str, Any]) -> list[Part]:
+    """The rounds that led there, what was measured of each, and every line that ran."""
+    base, metric, keep = loop["base"], loop["settings"]["metric"], loop["settings"]["keep"]
+    units = [unit for unit in ("params", "kv", "speed") if unit in base["sizes"]]
+    rows = []
+    steps = [(f"round {each['round']}", each) for each in loop["rounds"]]
+    for name, each in [*steps, *((f"then {each['stage']}", each) for each in loop["end"])]:
+        if not (sizes := each.get("sizes")):
+            continue
+        cut = "; ".join(found["name"] for found in each.get("candidates", ()) if found["chosen"])
+        start = "the base" if each["from"] == 0 else f"round {each['from']}" if name.startswith("round") else ""
+        score = next(tried["scores"][metric] for tried in each["tries"] if tried["folder"] == each["folder"])
+        shares = [f"{sizes[unit] / base['sizes'][unit]:.1%}" for unit in units]
+        verdict = ("kept", "better") if each["good"] else ("left out", "worse")
+        rows.append([name, start, cut, *shares, f"{score:.4f}", f"{each['kept']:.1%}", verdict])
+    labels = {"params": "parameters", "kv": "KV cache", "speed": "seconds"}
+    head = ["", "from", "cut", *(labels[unit] for unit in units), metric, "of the base's", f"gate {keep:.0%}"]
+    found = [heading("Rounds"), picture(loop["picture"], "quality against size, round by round"), table(head, rows)]
+    if lines := loop["lines"]:
+        took = sum(line["seconds"] or 0 for line in lines)
+        seconds = [[line["where"], line["command"].split(" --")[0], line["seconds"]] for line in lines]
+        found.append(table(["where", "line", "seconds"], seconds, f"Together {took:,} s."))
+        found.append(code("\n".join(line["command"] for line in lines)))
+    return found
 
 
 def _count(value: int | None) -> str:

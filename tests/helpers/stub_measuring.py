@@ -10,13 +10,15 @@ import os
 import sys
 from pathlib import Path
 
-CUTS = ("manual_select.py", "width_cut.py", "kv_cut.py")
+CUTS = ("manual_select.py", "width_cut.py", "kv_cut.py", "vocab_cut.py")
 
 
 def main() -> None:
     argv = sys.orig_argv[1:]
     name = argv[1] if argv[:1] == ["-m"] else Path(argv[0]).name if argv else ""
-    if name not in (*CUTS, "prunekit.scan", "prunekit.evaluate"):
+    if name not in (*CUTS, "prunekit.scan", "prunekit.evaluate", "prunekit.speed", "prunekit.card"):
+        return
+    if "--dry-run" in argv:
         return
     with Path(os.environ["STUB_CALLS"]).open("a") as calls:
         calls.write(json.dumps({"event": "python", "argv": argv}) + "\n")
@@ -27,6 +29,10 @@ def main() -> None:
     values = {flag: given(argv, flag) for flag in ("--model", "--out", "--json", "--text", "--vision")}
     if name == "prunekit.scan":
         scan(values["--model"][0], Path(values["--out"][0]))
+    elif name == "prunekit.speed":
+        speed(argv[2 : argv.index("--batches")], Path(given(argv, "--json")[0]))
+    elif name == "prunekit.card":
+        Path(given(argv, "--out")[0]).mkdir()
     elif name == "prunekit.evaluate":
         evaluate(values["--model"], Path(values["--json"][0]))
     else:
@@ -55,6 +61,18 @@ def evaluate(models: list[str], file: Path) -> None:
     file.write_text(json.dumps(results))
 
 
+def speed(models: list[str], file: Path) -> None:
+    """Seconds as many as text layers: attention and MLP take half of a layer's each."""
+    from prunekit.checkpoint import statistics
+
+    found = []
+    for model in (model for model in models if not model.startswith("--")):
+        times = dict.fromkeys(("prefill", "decode"), statistics(model)["num_hidden_layers"])
+        parts = dict.fromkeys(times, {"attention": 0.5, "mlp": 0.5})
+        found.append({"model": model, "batches": {"1": times}, "parts": parts})
+    file.write_text(json.dumps({"models": found}))
+
+
 def scan(model: str, out: Path) -> None:
     """A path that takes text layers from the fourth on (DeepStack feeds three), each for 0.01 of loss."""
     from prunekit.checkpoint import fingerprint, layer_numbers, open_checkpoint
@@ -69,12 +87,14 @@ def scan(model: str, out: Path) -> None:
 
 def cut(name: str, argv: list[str], values: dict[str, list[str]]) -> None:
     from prunekit.checkpoint import open_checkpoint
-    from prunekit.surgery import kv, layers, width
+    from prunekit.surgery import kv, layers, vocabulary, width
     from prunekit.surgery.cut import write_cut
 
     source = open_checkpoint(values["--model"][0])
     if name == "manual_select.py":
         made = layers.cut_layers(layers.plan_layers(source, *(map(int, values[f"--{s}"]) for s in ("text", "vision"))))
+    elif name == "vocab_cut.py":
+        made = vocabulary.cut_vocabulary(vocabulary.plan_vocabulary(source, int(given(argv, "--size")[0])), {})
     elif name == "kv_cut.py":
         made = kv.cut_kv(kv.plan_kv(source, int(given(argv, "--kv-heads")[0])))
     else:

@@ -56,6 +56,8 @@ def train():
     run, steps = Path(flag("--output_dir")), int(os.environ.get("STUB_STEPS", 4))
     begin = int(flag("--resume_from_checkpoint", "checkpoint-0").rpartition("-")[2])
     run.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("NODE_RANK", "0") != "0":  # which takes part, and writes nothing
+        return
     for step in range(begin + 1, steps + 1):
         with (run / "logging.jsonl").open("a") as log:
             line = {

@@ -1,6 +1,7 @@
 """loop.sh: rounds until the targets are reached, gates that fail, kills, folders put in place by hand, bad settings."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -8,8 +9,10 @@ import pytest
 from helpers.cuts import cut_width
 from helpers.lab import executable, values, wait_for
 from helpers.paths import ROOT
+from helpers.tiny_words import save_speaking
 
-from prunekit.checkpoint import history, statistics
+from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.surgery.vocabulary import plan_vocabulary
 
 
 @pytest.fixture
@@ -22,6 +25,7 @@ def loop(lab):
         "TARGET_PARAMS": "0.75",
         "CUTS": "layers neurons",
         "DISTIL_STEPS": "0",
+        "CARD": "",
         "WANDB_MODE": "disabled",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
@@ -102,6 +106,60 @@ def test_after_two_failed_rounds_the_last_good_model_is_published_if_there_is_on
 
 
 @pytest.mark.slow
+def test_a_speed_is_estimated_for_the_choice_and_measured_after_the_round(loop):
+    """The stub takes a second a text layer, of which there are five."""
+    result = loop.run("loop.sh", TARGET_PARAMS="", TARGET_SPEED="1.5", ROUND_SHARE="0.9", CUTS="layers")
+    assert result.returncode == 0, result.stderr
+    assert scripts(loop) == [
+        "prunekit.evaluate", "prunekit.speed", "prunekit.scan", "manual_select.py", "sft", "prunekit.evaluate",
+        "prunekit.speed",
+    ]  # fmt: skip
+    found = state(loop)
+    [this] = found["rounds"]
+    assert found["settings"]["targets"] == {"speed": pytest.approx(1 / 1.5)}
+    assert found["base"]["parts"] == {"attention": 0.5, "mlp": 0.5}
+    [chosen] = [each for each in this["candidates"] if each["chosen"]]
+    assert chosen["saved"]["speed"] == pytest.approx(0.4), "by the estimate"
+    assert this["sizes"]["speed"] == pytest.approx(0.6) and "1.67 times as fast" in result.stdout, "by the clock"
+
+
+@pytest.mark.slow
+def test_where_tokens_go_the_teacher_loses_the_same(loop):
+    model = save_speaking("qwen3_vl", loop.folder / "speaking")
+    before, left = statistics(model)["parameters"], statistics(plan_vocabulary(open_checkpoint(model), 384).outline)
+    settings = {"MODEL": "speaking", "CUTS": "vocabulary", "METRIC": "loss", "KEEP": "0.1", "DISTIL_STEPS": 9}
+    result = loop.run("loop.sh", **settings, TARGET_PARAMS=f"{math.ceil(left['parameters'] / before * 1e6) / 1e6}")
+    assert result.returncode == 0, result.stderr
+    [call] = loop.calls("rlhf")
+    [teacher] = values(call["argv"], "--teacher_model")
+    assert teacher.endswith("out.loop/1/teacher") and statistics(loop.folder / teacher)["vocab_size"] == 384
+    assert (loop.folder / teacher / "tokenizer.json").read_bytes() == (loop.out / "tokenizer.json").read_bytes()
+    assert [entry["stage"] for entry in history(loop.out)] == ["vocab_cut", "full_run", "distil", "loop"]
+
+
+@pytest.mark.slow
+def test_stages_behind_the_last_round_follow_each_other_and_one_below_the_gate_is_left_out(loop):
+    settings = {"END": "kv lora rl", "LORA_DATASET": "train.jsonl", "RL_DATASET": "train.jsonl", "MAX_ROUNDS": 1}
+    failing = scores(end_lora_merged=0.5)
+    result = loop.run("loop.sh", **settings, END_STEPS=5, LORA_ARGS="--max_steps 6", STUB_BREAK="kv_cut.py")
+    assert result.returncode == 1 and "round end/kv stopped: kv_cut.py's messages" in result.stderr
+    before = scripts(loop)
+    result = loop.run("loop.sh", **settings, END_STEPS=5, LORA_ARGS="--max_steps 6", STUB_SCORES=failing)
+    assert result.returncode in (0, 3), result.stderr
+    assert scripts(loop)[len(before) :] == [
+        "kv_cut.py", "sft", "prunekit.evaluate", "sft", "export", "prunekit.evaluate", "rlhf", "prunekit.evaluate",
+    ]  # fmt: skip
+    found = {each["stage"]: each for each in state(loop)["end"]}
+    assert [each["good"] for each in found.values()] == [True, False, True]
+    kv = str(loop.folder / "ckpt/out.loop/end/kv/recovered").removeprefix(f"{loop.folder}/")
+    assert found["lora"]["from"] == found["rl"]["from"] == kv
+    assert "lora: left out: it would keep 55.6%" in result.stdout
+    assert statistics(loop.out)["num_key_value_heads"] == 1
+    assert [entry["stage"] for entry in history(loop.out)][-2:] == ["rl_run", "loop"]
+    assert not (loop.folder / "ckpt/out.loop/end/lora/merged").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_loop_leaves_no_process_and_repeats_nothing_that_is_done(loop):
     process = loop.until_hanging("loop.sh", MAX_ROUNDS=1, STUB_HANG_AT=3)
     process.send_signal(signal.SIGKILL)
@@ -146,9 +204,12 @@ def test_a_loop_of_another_base_or_for_other_targets_is_refused_in_one_line(loop
 
 def test_a_dry_run_prints_the_lines_and_writes_nothing(loop):
     before = sorted(loop.folder.rglob("*"))
-    result = loop.run("loop.sh", "--dry-run", "--learning_rate", "3e-5")
+    result = loop.run("loop.sh", "--dry-run", "--learning_rate", "3e-5", TARGET_SPEED="1.5", END="kv", CARD=1)
     assert result.returncode == 0, result.stderr
     lines = [line[2:] for line in result.stdout.splitlines() if line.startswith("+ ")]
+    ends = [line for line in lines if "out.loop/end/" in line]
+    assert ["kv_cut.py" in ends[0], "full_run.sh" in ends[1]] == [True, True] and "prunekit.card" in lines[-1]
+    assert any(line.startswith("python -m prunekit.speed") and "--parts" in line for line in lines)
     for start in ("python -m prunekit.evaluate", "python -m prunekit.scan", f"python {ROOT}/width_cut.py", "MODEL="):
         assert any(line.startswith(start) for line in lines), lines
     assert any("full_run.sh" in line and "--learning_rate 3e-5" in line for line in lines)
@@ -173,6 +234,12 @@ def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
         ({"STUB_SCORES": '{"qwen3_vl": 0}'}, "of that no share can be kept"),
         ({"MODEL": "absent"}, "absent: no such folder"),
         ({"CUTS": "kv kv"}, "each once"),
+        ({"TARGET_SPEED": "0.5"}, "TARGET_SPEED=0.5: give how many times as fast"),
+        ({"CUTS": "layers vocabulary"}, "tokenizer.json"),
+        ({"MAX_ROUNDS": "99999999"}, "GB free, out may need"),
+        pytest.param({"END": "kv", "END_KV": "3"}, "kv-heads 3", marks=pytest.mark.slow),
+        pytest.param({"END": "lora", "LORA_DATASET": "absent.jsonl"}, "absent.jsonl is not", marks=pytest.mark.slow),
+        ({"END": "rl", "RL_DATASET": "train.jsonl", "RL_ARGS": "--reward_funcs ocr_cer"}, "--reward_weights gives 4"),
     ],
     ids=str,
 )

@@ -126,6 +126,7 @@ def test_a_loop_ends_at_its_target_and_within_its_gate(run, measured, tmp_path):
         "bash", "loop.sh", *BATCH, "--gradient_accumulation_steps", 1, "--learning_rate", "2e-4",
         MODEL=EMBEDDED, OUTPUT=out, TARGET_PARAMS=0.9, KEEP=0.9, CUTS="layers neurons", CALIB_TOKENS=1500,
         RECOVER_STEPS=8, DISTIL_STEPS=0, KEEP_ROUNDS="all",  # distillation is the pipeline's to test
+        CARD_ARGS="--no-speed --limit 8",
     )  # fmt: skip
     assert "all targets are reached" in printed
     base, small = measured("val", EMBEDDED, out, arguments=["--no-generate"])
@@ -138,6 +139,9 @@ def test_a_loop_ends_at_its_target_and_within_its_gate(run, measured, tmp_path):
     scan = json.loads((tmp_path / "out.loop/1/scan/scan.json").read_text())
     assert scan["baseline"]["loss"] == pytest.approx(base["loss"], rel=1e-3), "both judge on the same rows"
     assert (out / "loop.png").exists()
+    card = json.loads((tmp_path / "out.loop/report/report.json").read_text())
+    assert card["loop"]["rounds"][-1]["sizes"]["params"] == card["sizes"][1]["parameters"]
+    assert any("full_run.sh" in line["command"] and line["seconds"] for line in card["loop"]["lines"])
 
 
 @pytest.mark.ci

@@ -4,12 +4,15 @@ import json
 
 import pytest
 from helpers.cuts import cut_width
+from helpers.tiny_words import save_speaking
 
 from prunekit.checkpoint import fingerprint, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
-from prunekit.loop.candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, sizes
+from prunekit.loop.candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, loss_by, sizes
+from prunekit.loop.timing import Timing, part_sizes
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.kv import cut_kv, plan_kv
+from prunekit.surgery.vocabulary import cut_vocabulary, plan_vocabulary
 
 ALL = ("layers", "heads", "neurons", "kv")
 
@@ -98,6 +101,44 @@ def test_a_trial_that_is_no_cut_of_this_model_or_of_several_kinds_is_refused(mod
     cut_width(model.path, tmp_path / "both", heads_kept=4, neuron_share=0.5)
     with pytest.raises(PruneKitError, match="cut one kind a trial"):
         from_trials(model, evaluation(file, {model.path: 0.5, tmp_path / "both": 0.6}))
+
+
+def test_of_a_vocabulary_trials_are_made_that_take_what_is_of_use(tmp_path):
+    model = open_checkpoint(save_speaking("llama", tmp_path / "speaking"))
+    now, rows = sizes(model), statistics(model)["vocab_size"]
+    most = now["params"] - sizes(plan_vocabulary(model, 352).outline)["params"]
+    trials = list_trials(model, ("vocabulary",), {"params": most}, most)
+    assert trials and all(script == "vocab_cut.py" and flags[0] == "--size" for _, script, flags in trials)
+    kept = [int(flags[1]) for _, _, flags in trials]
+    assert kept == [384] and rows == 433, "half of it would be less than a step of 64"
+    assert list_trials(model, ("vocabulary",), {"kv": 1}, most) == [], "it saves no cache"
+    with pytest.raises(PruneKitError, match="TARGET_PARAMS: is"):
+        check_reachable(model, ("vocabulary",), {"params": 0.1 * now["params"]})
+    check_reachable(model, ("vocabulary",), {"params": now["params"] - most})
+
+
+def test_a_cut_of_the_vocabulary_costs_what_it_adds_to_the_loss_of_the_same_text(tmp_path):
+    model = open_checkpoint(save_speaking("llama", tmp_path / "speaking"))
+    write_cut(cut_vocabulary(plan_vocabulary(model, 352), {}), tmp_path / "cut")
+    file = tmp_path / "trials.json"
+    scores = {model.path: {"loss": 0.5, "tokens": 100}, tmp_path / "cut": {"loss": 0.4, "tokens": 150}}
+    file.write_text(json.dumps([{"model": str(name), "datasets": {"val": each}} for name, each in scores.items()]))
+    [found] = from_trials(model, file)
+    assert found.kind == "vocabulary" and found.cost == pytest.approx(0.4 * 1.5 - 0.5)
+    assert found.flags == ("--size", str(statistics(tmp_path / "cut")["vocab_size"]))
+    assert loss_by({"loss": 0.4}, 100) == 0.4, "an evaluation that doesn't count tokens"
+
+
+def test_with_a_timing_candidates_save_seconds_and_a_speed_can_be_out_of_reach(model, tmp_path):
+    timing = Timing({"attention": 0.4, "mlp": 0.4, "rest": 0.2}, part_sizes(model))
+    one, two = from_path(model, scan(tmp_path / "scan.json", model, 0.2, 0.25, 0.4), timing)
+    assert two.saved["speed"] == pytest.approx(2 * one.saved["speed"]) and one.saved["speed"] > 0
+    most = sizes(model)["params"]
+    kinds = {name.rpartition("-")[0] for name, *_ in list_trials(model, ALL, {"speed": 0.1}, most, timing)}
+    assert kinds == {"heads", "neuron-share", "kv-heads"}
+    check_reachable(model, ("layers",), {"speed": 0.5}, timing)
+    with pytest.raises(PruneKitError, match="TARGET_SPEED: is 10.0% of the base's seconds of 100.0%.*by the estimate"):
+        check_reachable(model, ("layers",), {"speed": 0.1}, timing)
 
 
 def test_a_target_that_the_kinds_cannot_reach_is_refused(model):

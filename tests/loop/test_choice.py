@@ -98,6 +98,12 @@ def test_a_target_of_the_kv_cache_takes_what_saves_it():
     assert choose([neurons, heads], {"kv": 4, "params": 20}, 25) == [neurons, heads]
 
 
+def test_a_speed_takes_what_saves_seconds():
+    slow = Candidate("layers", "a", 0.02, {"params": 10, "bytes": 20, "kv": 0, "speed": 0.2}, ())
+    large = Candidate("neurons", "b", 0.01, {"params": 20, "bytes": 40, "kv": 0, "speed": 0.01}, ())
+    assert choose([slow, large], {"speed": 0.2}, 25) == [slow]
+
+
 def test_where_nothing_fits_nothing_is_chosen():
     assert choose([candidate("layers", 0.1, 30)], {"params": 10}, 20) == []
     assert choose([], {"params": 10}, 20) == []
@@ -137,6 +143,7 @@ def test_targets_are_shares_of_the_base_or_bytes():
     targets = absolute_targets(base, 0.6, 150.0, 0.5)
     assert targets == {"params": 60.0, "bytes": 150.0, "kv": 4.0}
     assert missing(targets, {"params": 80.0, "bytes": 150.0, "kv": 2.0}) == {"params": 20.0}
+    assert absolute_targets(base, None, None, None, 2.0) == {"speed": 0.5}
     with pytest.raises(PruneKitError, match="no target"):
         absolute_targets(base, None, None, None)
 
@@ -146,6 +153,7 @@ def test_layers_are_scanned_no_farther_than_is_of_use():
     assert useful_share(25, {"params": 10.0}, now) == pytest.approx(0.1)
     assert useful_share(25, {"params": 10.0, "bytes": 60.0}, now) == pytest.approx(0.25)
     assert useful_share(25, {"params": 10.0, "kv": 1.0}, now) == pytest.approx(0.25)
+    assert useful_share(25, {"speed": 0.1}, now) == pytest.approx(0.25)
 
 
 def test_the_table_shows_all_and_marks_what_is_chosen():

@@ -106,6 +106,46 @@ def test_checkpoints_of_rounds_stay_as_the_setting_says_and_measurements_always(
     assert all((loop.folder / str(number) / "evaluation.json").exists() for number in (1, 2, 3))
 
 
+def test_behind_the_last_round_each_stage_begins_with_the_last_one_that_kept_enough(loop):
+    do_round(loop, 0.95)
+    again = Loop(loop.folder)
+    assert again.best()[0] == loop.folder / "1/distilled" and again.next_stage(["kv", "lora", "rl"]) == "kv"
+    for stage, score, longer in (("kv", 0.5, 0.6), ("lora", 0.97, None), ("rl", 0.4, None)):
+        here = again.folder / "end" / stage
+        cut_width(again.model(0), here / "made", neuron_share=0.8)
+        here.mkdir(exist_ok=True)
+        measured(here / "evaluation.json", score)
+        if longer:
+            assert "good" not in again.judge_stage(stage, "made"), "KV heads may be recovered for longer"
+            cut_width(again.model(0), here / "longer", neuron_share=0.8)
+            measured(here / "longer.json", longer)
+        again.judge_stage(stage, "made")
+        again = Loop(loop.folder)
+    assert [(each["stage"], each["good"]) for each in again.ended] == [("kv", False), ("lora", True), ("rl", False)]
+    assert again.best()[0] == loop.folder / "end/lora/made" and again.best()[1]["kept"] == pytest.approx(0.97)
+    assert again.ended[1]["from"] == str(loop.folder / "1/distilled"), "not with what fell below the gate"
+    assert again.next_stage(["kv", "lora", "rl"]) is None
+    again.tidy("good")
+    assert [(again.folder / "end" / stage / "made").exists() for stage in ("kv", "lora", "rl")] == [False, True, False]
+
+
+def test_a_teacher_with_fewer_tokens_teaches_the_rounds_behind_it(loop):
+    do_round(loop, 0.95)
+    again = Loop(loop.folder)
+    assert again.teacher(1) is None
+    (loop.folder / "1/teacher").mkdir()
+    again.next_round()
+    again.tidy("last")
+    assert again.teacher(0) is None and again.teacher(1) == loop.folder / "1/teacher"
+
+
+def test_a_loss_is_held_against_the_bases_by_the_same_text(loop):
+    loop.settings["metric"] = "loss"
+    loop.base["scores"] = {"loss": 0.2, "tokens": 100}
+    assert loop.kept({"loss": 0.1, "tokens": 200}) == pytest.approx(1)
+    assert loop.kept({"loss": 0.2, "tokens": 101}) < 1 == loop.kept({"loss": 0.2, "tokens": 100})
+
+
 def test_a_damaged_file_is_refused_by_its_place(loop):
     (loop.folder / "loop.json").write_text('{"settings": {}, "base": {}, "rounds": [{"round": 1}]}')
     with pytest.raises(PruneKitError, match=r"loop.json: rounds\[0\].from is missing"):

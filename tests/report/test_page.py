@@ -117,6 +117,10 @@ def test_bars_are_as_high_as_what_is_left(drawn):
     axis = drawn(Anatomy("t", {"text": StackWay(1, [0], {}, {})}, BARS))
     heights = [bar.get_height() for bar in axis.patches if isinstance(bar, Rectangle)]
     assert [now / full for full, now in zip(heights[::2], heights[1::2])] == pytest.approx([0.5, 0.25, 0.75])
+    for tokens, more in (((100, 20), [1.0, 0.2]), ((100, 100), [])):  # of a vocabulary that is whole nothing is drawn
+        axis = drawn(Anatomy("t", {"text": StackWay(1, [0], {}, {})}, BARS, tokens=tokens))
+        bars = [bar.get_height() for bar in axis.patches if isinstance(bar, Rectangle)]
+        assert bars[: len(heights)] == heights and bars[len(heights) :] == pytest.approx(more)
 
 
 def test_a_seam_is_healed_only_if_that_was_done_when_it_came_about(drawn):

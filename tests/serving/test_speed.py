@@ -35,6 +35,17 @@ def test_a_model_reads_and_decodes_as_many_tokens_as_asked(family, tiny, monkeyp
     assert all(value > 0 for value in (*found["batches"]["3"].values(), found["peak_memory"], found["load_seconds"]))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_vl", "qwen3_moe"])
+def test_the_time_is_shared_out_among_the_parts(family, tiny):
+    job = {"folder": str(tiny(family)), "device": "cpu", "dtype": None, "prompt": 6, "tokens": 2, "sizes": [3, 1]}
+    found = measure(job | {"parts": True})["parts"]
+    for shares in found.values():
+        assert set(shares) == {"attention", "mlp", "layers", "head", "rest"}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-6) and min(shares.values()) > 0
+        assert shares["attention"] > shares["head"]
+    assert "parts" not in measure(job)
+
+
 def test_random_words_are_none_that_stand_for_an_image(tiny):
     config = open_checkpoint(tiny("qwen3_vl")).config
     words = speed._words(config, 50, 50)

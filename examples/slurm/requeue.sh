@@ -1,0 +1,26 @@
+# shellcheck shell=bash
+# What the jobs here share: sourced by them. PRUNEKIT is this repository, by default where sbatch was called.
+set -euo pipefail
+PRUNEKIT=${PRUNEKIT:-${SLURM_SUBMIT_DIR:-$PWD}}
+[ -f "$PRUNEKIT/lib/common.sh" ] || { echo "error: $PRUNEKIT is not Prune-Kit: call sbatch there, or set PRUNEKIT" >&2; exit 2; }
+
+# until_done COMMAND...: run it, unless an earlier turn of this job has finished OUTPUT. Slurm sends USR1 before the time is
+# up (--signal): then it is ended, and the job put into the queue again, where the same command goes on.
+until_done() {
+  local child code=0
+  if [ -e "${OUTPUT:?set OUTPUT}" ] && [ ! -e "$OUTPUT.run" ]; then
+    echo "$OUTPUT is there already"
+    return
+  fi
+  "$@" &
+  child=$!
+  trap 'end "$child"; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
+  trap 'end "$child"; exit 143' TERM # preempted: Slurm requeues it itself
+  wait "$child" || code=$?
+  return "$code"
+}
+end() {
+  trap '' USR1 TERM
+  kill -TERM "$1" 2>/dev/null || true
+  wait "$1" || true
+}
