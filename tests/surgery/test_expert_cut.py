@@ -61,6 +61,7 @@ def test_a_dense_model_is_refused_before_data_are_read(tiny, tmp_path, script):
     assert done.returncode == 2 and "without a mixture of experts" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_dry_run_chooses_and_writes_nothing(given, tmp_path, script):
     model, file = given
     done = script("expert_cut.py", "--model", model, "--experts", 2, "--calib", file, "--dry-run", "--no-refit")
