@@ -9,7 +9,7 @@ from helpers.cuts import cut_width
 from helpers.lab import check_flags, values, wait_for
 from helpers.tiny_models import FAMILIES, load
 
-from prunekit.checkpoint import history, open_checkpoint
+from prunekit.checkpoint import attending, history, open_checkpoint
 from prunekit.critical import critical_parameters
 from prunekit.errors import PruneKitError
 from prunekit.surgery.cut import write_cut
@@ -139,10 +139,11 @@ def trained_by(folder):
 def test_of_narrow_layers_the_parts_that_were_cut_are_trained(family, tiny, tmp_path):
     cut_width(tiny(family), tmp_path / "heads", head_share=0.5)
     cut_width(tiny(family), tmp_path / "neurons", neuron_share=0.5)
-    row = open_checkpoint(tiny(family)).family.text
+    checkpoint = open_checkpoint(tiny(family))
+    row = checkpoint.family.text
     of_heads, of_neurons = (trained_by(tmp_path / name) for name in ("heads", "neurons"))
     layers = {re.match(rf"{row.prefix}(\d+)", name)[1] for name in of_heads}
-    assert len(layers) == 5 and not of_heads & of_neurons
+    assert layers == {str(number) for number in attending(checkpoint)} and not of_heads & of_neurons
     assert any(name.endswith(f"{row.o}.weight") for name in of_heads)
     assert any(row.mlp[-1] in name for name in of_neurons)
 
