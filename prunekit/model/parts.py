@@ -68,7 +68,6 @@ class Experts:
     name: str  # of the projection that writes, as the row names that of a plain MLP
     block: nn.Module  # the MLP: router and experts; what it writes is linear in all their down_proj
     module: nn.Module
-    shared: nn.Linear | None = None  # what the shared expert writes with, where there is one
 
     def __len__(self) -> int:
         return len(self.module.down_proj)
@@ -138,8 +137,7 @@ def find_part(layer: nn.Module, row: Stack, name: str) -> Linear | Experts:
     parent = layer.get_submodule(block)
     if hasattr(parent, linear):
         return Linear(name, getattr(parent, linear))
-    shared = row.beside_experts(name)
-    return Experts(name, parent, parent.experts, layer.get_submodule(shared) if shared else None)
+    return Experts(name, parent, parent.experts)
 
 
 def find_mixer(layer: nn.Module, row: Stack) -> str:

@@ -338,7 +338,7 @@ def fit_experts(
         for number, layer in enumerate(sides.layers):
             on_disk = bring(layer)
             if number in plan.layers:
-                experts = find_part(layer, row.mlp[-1])
+                experts = find_part(layer, row, row.mlp[-1])
                 assert isinstance(experts, Experts)
                 tokens = tokens_of(sides, number, experts)
                 if not bool(tokens.wanted.isfinite().all()):

@@ -88,7 +88,7 @@ class Projection:
         self.bias = not self.experts and self.module.bias is not None
         self.inputs_first = isinstance(part, Linear) and part.inputs_first
         if isinstance(part, Experts):
-            shared = {} if part.shared is None else {"shared": part.shared.weight}
+            shared = {} if part.shared is None else {"shared": part.shared.mlp.down_proj.weight}
             self.parameters = {"down_proj": part.module.down_proj} | shared
         else:
             self.parameters = dict(part.module.named_parameters())

@@ -128,8 +128,8 @@ class HeadRates:
     ):
         """`scores`: (layers, heads); without them, the norms of what the heads' weights make of their input.
 
-        Layers of linear attention aren't counted: their heads learn as all else does. `say` gets what a look at masks has
-        exchanged. PruneKitError if masks may move and there are none.
+        Layers of linear attention aren't counted: their heads learn as all else does. `say` gets what a look at masks
+        has exchanged. PruneKitError if masks may move and there are none.
         """
         self.settings, self.row = settings, checkpoint.family.text
         self.heads = heads(checkpoint)

@@ -47,7 +47,7 @@ def without(router, gone):
 def mixtures(model, family):
     row = ROWS[family].text
     for number, layer in enumerate(getattr(*find_stack(model, row))):
-        if isinstance(part := find_part(layer, row.mlp[-1]), Experts):
+        if isinstance(part := find_part(layer, row, row.mlp[-1]), Experts):
             yield number, part
 
 
