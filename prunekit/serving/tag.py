@@ -142,10 +142,10 @@ class Tagger:
         labels = [["O"] * len(text.words) for text in texts]
         confidence = [[0.0] * len(text.words) for text in texts]
         logits = word_logits(self.run, features, self.tokenizer.pad_token_id or 0, batch_size)
-        for (number, words), scores in zip(places, logits):
+        for (number, numbers), scores in zip(places, logits):
             best = scores.argmax(-1)
             sure = 1 / np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)
-            for word, label, probability in zip(words, best, sure):
+            for word, label, probability in zip(numbers, best, sure):
                 labels[number][word], confidence[number][word] = self.labels[int(label)], float(probability)
         return [_tagged(*each) for each in zip(texts, labels, confidence)]
 
