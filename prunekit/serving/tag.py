@@ -139,15 +139,15 @@ class Tagger:
                 for ids, firsts in pieces_of(words, self.tokenizer, self.max_length) if words else ():
                     features.append({"input_ids": ids, "labels": [-100 if word is None else 0 for word in firsts]})
                     places.append((number, [word for word in firsts if word is not None]))
-        named = [["O"] * len(text.words) for text in texts]
+        labels = [["O"] * len(text.words) for text in texts]
         confidence = [[0.0] * len(text.words) for text in texts]
         logits = word_logits(self.run, features, self.tokenizer.pad_token_id or 0, batch_size)
-        for (number, words), scores in zip(places, logits):
+        for (number, numbers), scores in zip(places, logits):
             best = scores.argmax(-1)
             sure = 1 / np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)
-            for word, label, probability in zip(words, best, sure):
-                named[number][word], confidence[number][word] = self.labels[int(label)], float(probability)
-        return [_tagged(*each) for each in zip(texts, named, confidence)]
+            for word, label, probability in zip(numbers, best, sure):
+                labels[number][word], confidence[number][word] = self.labels[int(label)], float(probability)
+        return [_tagged(*each) for each in zip(texts, labels, confidence)]
 
 
 def _tagged(text: Text, labels: list[str], confidence: list[float]) -> Tagged:
