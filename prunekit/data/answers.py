@@ -136,10 +136,10 @@ def judge_texts(engine, rows: Rows, batch_size: int = 64, max_length: int = MAX_
         return Judged(taken, {})
     index = np.searchsorted(kept, places)
     engine.template.set_mode("train")
-    found = teacher_forced(engine, windows, batch_size).items()
-    figures = {
-        name: tuple(np.bincount(index, part, len(kept)) for part in parts) for name, parts in found
-    }  # of rows, not of windows
+    figures: Figures = {}
+    for name, parts in teacher_forced(engine, windows, batch_size).items():
+        above, below = (np.bincount(index, part, len(kept)) for part in parts)  # of rows, not of windows
+        figures[name] = above, below
     return Judged(taken, figures)
 
 

@@ -333,8 +333,8 @@ def keep_all(plan: WidthPlan, scores: dict[int, Scores]) -> dict[int, Kept]:
     for key, number in plan.neurons.items():
         many = key == plan.source.family.text.experts
         layers = [layer for layer, each in scores.items() if (len(each.neurons) > 1) == many]
-        found = iter(best_across([row for layer in layers for row in scores[layer].neurons], number))
-        kept |= {layer: replace(kept[layer], neurons=[next(found) for _ in scores[layer].neurons]) for layer in layers}
+        rows = iter(best_across([row for layer in layers for row in scores[layer].neurons], number))
+        kept |= {layer: replace(kept[layer], neurons=[next(rows) for _ in scores[layer].neurons]) for layer in layers}
     return kept
 
 
