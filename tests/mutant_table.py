@@ -516,6 +516,14 @@ WIDTH = [
     Mutant("number * where.unit(heads(checkpoint).dim) * where.halves", "number * where.unit(heads(checkpoint).dim)"),
     Mutant("shape=plan.outline.tensors[name].shape, ", ""),
     Mutant("shapes[name] = replace(shapes[name], shape=tuple(shape))", "pass"),
+    Mutant("[: (number - 1) * len(rows)]", "[: number * len(rows)]"),
+    Mutant("int(np.argmax(row)) for", "0 * len(row) for"),
+]
+
+TEXTS = [
+    Mutant("if len(block) > 1]", "if len(block) > 0]"),
+    Mutant('row["messages"][-1:]', 'row["messages"]'),
+    Mutant("[IGNORED, *block[1:]]", "block"),
 ]
 
 FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
@@ -647,6 +655,7 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/evaluate.py": ("tests/test_evaluate.py -k next_models", EVALUATE),
     "plugins/ocr_rewards.py": ("tests/plugins/test_ocr_rewards.py", OCR),
     "prunekit/training/head_rates_optimizer.py": ("tests/plugins/test_plugins.py", HEAD_RATES),
+    "prunekit/training/texts.py": ("tests/training/test_texts.py", TEXTS),
     "prunekit/knockout/callback.py": ("tests/plugins/test_plugins.py", KNOCKOUT),
     "plugins/sparsity.py": ("tests/plugins/test_plugins.py", SPARSITY_PLUGIN),
     "prunekit/loop/choice.py": ("tests/loop/test_choice.py", CHOICE),

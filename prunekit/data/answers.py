@@ -136,13 +136,11 @@ def judge_texts(engine, rows: Rows, batch_size: int = 64, max_length: int = MAX_
         return Judged(taken, {})
     index = np.searchsorted(kept, places)
     engine.template.set_mode("train")
-
-    def of_rows(part: np.ndarray) -> np.ndarray:
-        """Sums over a row's windows."""
-        return np.bincount(index, part, len(kept))
-
-    found = teacher_forced(engine, windows, batch_size).items()
-    return Judged(taken, {name: (of_rows(above), of_rows(below)) for name, (above, below) in found})
+    figures: Figures = {}
+    for name, parts in teacher_forced(engine, windows, batch_size).items():
+        above, below = (np.bincount(index, part, len(kept)) for part in parts)  # of rows, not of windows
+        figures[name] = above, below
+    return Judged(taken, figures)
 
 
 def figures_of_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> Figures:

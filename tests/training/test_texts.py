@@ -16,7 +16,7 @@ TEXTS = [{"text": f"the {'quick ' * n}fox"} for n in range(12)]
 @given(st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=9), st.integers(1, 12))
 def test_blocks_are_the_texts_one_behind_the_other_and_all_but_the_last_are_full(texts, length):
     blocks, ids = into_blocks(texts, length), [token for text in texts for token in text]
-    assert all(len(block) == length for block in blocks[:-1])
+    assert all(len(block) == length for block in blocks[:-1]) and all(len(block) > 1 for block in blocks)
     if length > 1:
         flat = [token for block in blocks for token in block]
         assert flat == ids[: len(flat)] and len(ids) - len(flat) <= 1
