@@ -16,7 +16,15 @@ from typing import Any
 
 from prunekit import errors
 from prunekit.arguments import Parser, natural, positive_int
-from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint, statistics, write_json
+from prunekit.checkpoint import (
+    Checkpoint,
+    check_out,
+    new_folder,
+    open_checkpoint,
+    quantisation,
+    statistics,
+    write_json,
+)
 from prunekit.checkpoint.card import measured_said, removed_said
 from prunekit.checkpoint.lineage import Lineage, folders_of, lineage
 from prunekit.checkpoint.records import COMMAND
@@ -56,8 +64,10 @@ def names_of(paths: list[Path]) -> list[str]:
 def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """`statistics`, the positions, and what `fits`."""
     numbers, places = statistics(checkpoint), positions(checkpoint.config)
-    fitting = fits(numbers["parameters"], numbers["kv_bytes_per_token"], places)
-    return {**numbers, "positions": places, "fits": fitting}
+    method = (quantisation(checkpoint.config) or {}).get("quant_method")
+    weights = numbers["bytes"] if method else None
+    fitting = fits(numbers["parameters"], numbers["kv_bytes_per_token"], places, weights)
+    return {**numbers, "positions": places, "fits": fitting, "quantised": method}
 
 
 def notes_of(way: Lineage) -> list[str]:
@@ -227,7 +237,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     paths = [args.base, *args.models]
-    checkpoints = [open_checkpoint(path) for path in paths]
+    checkpoints = [open_checkpoint(path, quantised=True) for path in paths]
     check_out(args.out, *(checkpoint.path for checkpoint in checkpoints), overwrite=args.overwrite, **REPLACED)
     ways = [lineage(checkpoints[0], checkpoint) for checkpoint in checkpoints[1:]]
     datasets, templates = prepare(checkpoints, args)
