@@ -619,10 +619,15 @@ export_merged() {
 
 # publish ARGS...: turn what a run wrote into $OUTPUT, whole or not at all, and clean up.
 publish() {
+  publish_with -m prunekit.training.publish --run "$WORK" "$@" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
+    --checkpoint "$CHECKPOINT"
+}
+
+# publish_with ARGS...: the same, by Python with these arguments.
+publish_with() {
   { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
   mv "$WORK/publishing.new" "$WORK/publishing"
-  python -m prunekit.training.publish --run "$WORK" "$@" --base "$MODEL" --out "$OUTPUT" --stage "$STAGE" \
-    --checkpoint "$CHECKPOINT" ${OVERWRITE:+--overwrite}
+  python "$@" ${OVERWRITE:+--overwrite}
   clean_up
 }
 

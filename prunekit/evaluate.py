@@ -2,12 +2,15 @@
 
     python -m prunekit.evaluate --model checkpoints/base checkpoints/recovered --dataset data/test.jsonl
     python -m prunekit.evaluate --model checkpoints/recovered --dataset data/test.jsonl --require 'exact_match>=0.97'
+    python -m prunekit.evaluate --model checkpoints/base checkpoints/recovered --tasks arc_easy hellaswag
+    python -m prunekit.evaluate --model checkpoints/base checkpoints/recovered --benchmarks ocr_bench mmmu --limit 200
 
 token_acc looks good on a model whose generation has collapsed, so both are measured: teacher-forced over every row,
 and greedy generation compared with the answer (exact match, character error rate). `--by skill` says it of each group
 of rows, too: a mean can hide that a cut has killed one of them. Of plain texts, rows {"text": ...}, it says perplexity.
-`--require` is a gate: exit code 3 if the last model falls short on any data set; 'groups.reading.exact_match>=0.9' is
-of a group.
+`--tasks` are lm-eval's, for text, `--benchmarks` EvalScope's, for pictures, too (pip install -e '.[eval]'; most fetch
+their rows): they land in the same table. `--require` is a gate: exit code 3 if the last model falls short on any data
+set; 'groups.reading.exact_match>=0.9' is of a group.
 """
 
 import argparse
@@ -23,10 +26,11 @@ from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.data.answers import MAX_LENGTH, Judged, check_columns, judge, load_engine
 from prunekit.data.groups import groups_of
 from prunekit.data.rows import Rows, is_text, read_datasets
+from prunekit.data.tasks import Tasks, check_tasks, json_object, run_tasks
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError, run_script
 from prunekit.gates import add_gates, check_bounds, gate
-from prunekit.model.load import check_causal
+from prunekit.model.load import check_causal, check_unpackable
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names, check_rewards
 
@@ -41,6 +45,13 @@ def judge_model(
 ) -> dict[str, Judged]:
     """What it makes of each data set. Rows that it can't take leave `datasets`: the next are judged on the same."""
     engine = load_engine(model, args.device, args.dtype, args.model_type, template)
+    return judge_by(engine, model, datasets, rewards, args)
+
+
+def judge_by(
+    engine: Any, model: Path, datasets: dict[str, Rows], rewards: dict[str, float], args: argparse.Namespace
+) -> dict[str, Judged]:
+    """`judge_model`, of one that is loaded."""
     found: dict[str, Judged] = {}
     for name, rows in list(datasets.items()):
         tokens = None if args.no_generate else args.max_new_tokens
@@ -61,15 +72,24 @@ def judge_model(
 
 
 def measure_model(
-    model: Path, template: str | None, datasets: dict[str, Rows], rewards: dict[str, float], args: argparse.Namespace
+    checkpoint: Checkpoint,
+    model: Path,
+    template: str | None,
+    datasets: dict[str, Rows],
+    tasks: Tasks,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Scores by data set, said as they are found. Rows leave `datasets` as in `judge_model`."""
+    """Scores by data set and task, said as they are found. Rows leave `datasets` as in `judge_model`."""
     found = {}
-    for name, judged in judge_model(model, template, datasets, rewards, args).items():
+    engine = load_engine(model, args.device, args.dtype, args.model_type, template)
+    for name, judged in judge_by(engine, model, datasets, dict(args.rewards), args).items():
         found[name] = scores = judged.scores(args.by)
         print(f"{model}  {name} ({len(judged.rows)} rows)  {_said(scores)}", flush=True)
         for group, of_group in scores.get("groups", {}).items():
             print(f"    {group} ({of_group['samples']} rows)  {_said(of_group)}", flush=True)
+    for name, scores in run_tasks(engine, checkpoint.path, checkpoint.config, tasks).items():
+        found[name] = scores
+        print(f"{model}  {name} ({scores.get('samples', '?')} rows)  {_said(scores)}", flush=True)
     return found
 
 
@@ -106,16 +126,19 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[dict[str, Rows], list[str | None]]:
+def prepare(
+    checkpoints: list[Checkpoint], args: argparse.Namespace, tasks: Tasks | None = None
+) -> tuple[dict[str, Rows], list[str | None]]:
     """Data sets by name, and each checkpoint's template; plugins are loaded. PruneKitError for all that can't be."""
     rewards = dict(args.rewards)
     if rewards and args.no_generate:
         raise PruneKitError("--rewards are for what is generated: leave out --no-generate (see --help)")
     for checkpoint in checkpoints:
         check_causal(checkpoint)
+        check_unpackable(checkpoint)
         check_no_remote_code(checkpoint.path)
     datasets = read_datasets(args.dataset, args.limit)
-    if not datasets:
+    if not datasets and not tasks:
         return {}, []
     if len({is_text(rows[0]) for rows in datasets.values()}) > 1:
         raise PruneKitError('--dataset: some have rows {"text": ...}, some messages: evaluate one kind at a time')
@@ -127,7 +150,10 @@ def prepare(checkpoints: list[Checkpoint], args: argparse.Namespace) -> tuple[di
         groups_of(rows, args.by)
     check_rewards(rewards, args.plugins)
     check_names(args.model_type, args.template, args.plugins)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if tasks:
+        check_tasks(tasks)  # they may fetch their rows
+    else:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
     load_plugins(args.plugins)
     for rows in datasets.values() if rewards else ():
@@ -152,19 +178,32 @@ def main() -> int:
     parser.add_argument(
         "--dataset",
         nargs="+",
-        required=True,
+        default=[],
         help='messages or {"text": ...}, one file or more: JSONL, or FILE#20 for 20 rows',
     )
     add_arguments(parser)
     parser.add_argument("--json", type=new_file, help="also write the results here")
     add_gates(parser)
+    field = parser.add_argument_group("tasks of the field")
+    field.add_argument("--tasks", nargs="+", default=[], help="of lm-eval, for text (lm-eval ls tasks)")
+    field.add_argument("--benchmarks", nargs="+", default=[], help="of EvalScope (evalscope benchmarks)")
+    field.add_argument("--apply-chat-template", action="store_true", help="to lm-eval's prompts")
+    field.add_argument("--metadata", type=json_object, default={}, metavar="JSON", help="lm-eval's of this name")
+    field.add_argument("--dataset-args", type=json_object, default={}, metavar="JSON", help="EvalScope's of this name")
     args = parser.parse_args()
-    checkpoints = [open_checkpoint(model) for model in args.model]
-    datasets, templates = prepare(checkpoints, args)
-    check_bounds(args.require, metric_names(args, datasets))
+    tasks = Tasks(
+        tuple(args.tasks), tuple(args.benchmarks), args.limit, args.batch_size, args.max_new_tokens,
+        args.apply_chat_template, args.metadata, args.dataset_args,
+    )  # fmt: skip
+    if not args.dataset and not tasks:
+        parser.error("--dataset, --tasks or --benchmarks: name something to measure on")
+    checkpoints = [open_checkpoint(model, quantised=True) for model in args.model]
+    datasets, templates = prepare(checkpoints, args, tasks)
+    if datasets and not tasks:  # what a task measures is known when it has
+        check_bounds(args.require, metric_names(args, datasets))
     results = []
     for model, checkpoint, template in zip(args.model, checkpoints, templates):
-        found = measure_model(model, template, datasets, dict(args.rewards), args)
+        found = measure_model(checkpoint, model, template, datasets, tasks, args)
         gc.collect()  # an engine is a circle: it would stay beside the next one
         results.append({"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found})
         if args.json:

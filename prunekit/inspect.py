@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    checkpoint = open_checkpoint(arguments.folder)
+    checkpoint = open_checkpoint(arguments.folder, quantised=True)
     numbers, entries = statistics(checkpoint), history(checkpoint.path)
     if arguments.json:
         print(json.dumps({"model_type": checkpoint.family.model_type, **numbers, "history": entries}, indent=2))

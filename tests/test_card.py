@@ -9,13 +9,15 @@ import pytest
 from helpers.bad_input import contents, put
 from helpers.parrot import asked, save_parrot
 from helpers.paths import ROOT
+from helpers.quantised import write_fp8
 from PIL import Image
 
 from prunekit import card
-from prunekit.checkpoint import HISTORY, fingerprint, open_checkpoint
+from prunekit.checkpoint import HISTORY, fingerprint, new_folder, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.loop.candidates import sizes
 from prunekit.loop.state import Loop
+from prunekit.serving.quantise import publish_quantised
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.surgery.width import cut_width, plan_width
@@ -316,3 +318,16 @@ def test_any_history_is_taken_or_refused(tiny, tmp_path, tries):
         tries.survived(what, "prunekit.card", folder, "--base", base, "--no-speed", "--out", out)
         shutil.rmtree(out, ignore_errors=True)
     tries.check()
+
+
+def test_a_quantised_folder_stands_beside_base_and_cut(tiny, pruned, tmp_path):
+    with new_folder(tmp_path / "fp8") as folder:
+        publish_quantised(open_checkpoint(pruned), write_fp8(pruned, tmp_path / "written"), folder, {"method": "fp8"})
+    run(pruned, tmp_path / "fp8", "--base", tiny("qwen3_vl"), "--no-speed", "--out", tmp_path / "card")
+    report = json.loads((tmp_path / "card/report.json").read_text())
+    base, cut, small = report["sizes"]
+    assert base["parameters"] > cut["parameters"] == small["parameters"]
+    assert base["bytes"] > cut["bytes"] > small["bytes"]
+    assert (cut["quantised"], small["quantised"]) == (None, "compressed-tensors")
+    assert [stage["stage"] for stage in report["way"][1]] == ["manual_select", "quantise"]
+    assert [[each["engine"] for each in engines] for engines in report["serving"]] == [["vLLM", "llama.cpp"], ["vLLM"]]

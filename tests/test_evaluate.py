@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.parrot import CHARACTERS, SHARPNESS, SIZE, asked, following, save_parrot
 from helpers.paths import EMBEDDED, ROOT
+from helpers.quantised import write_fp8
 from helpers.tiny_models import load
 from PIL import Image
 
@@ -20,6 +21,7 @@ from prunekit import evaluate as evaluation
 from prunekit.checkpoint import open_checkpoint
 from prunekit.data.batches import calibrate
 from prunekit.errors import PruneKitError
+from prunekit.model.load import check_unpackable
 from prunekit.model.scores import counted_states, logits_in_parts
 
 SHORT, LONG = (
@@ -412,3 +414,37 @@ def test_messages_that_ms_swift_can_t_encode_are_shown(parrot, tmp_path):
     with pytest.raises(PruneKitError, match="a row can't be encoded by ms-swift") as error:
         judged(parrot, tmp_path, [row])
     assert '"role": "assistant"' in str(error.value)
+
+
+def test_a_quantised_folder_is_measured_beside_its_source(answers, tmp_path, monkeypatch):
+    quantised, found = write_fp8(EMBEDDED, tmp_path / "fp8"), tmp_path / "found.json"
+    flags = ["--no-generate", "--device", "cpu", "--json", found, "--dataset", answers]
+    monkeypatch.setattr(sys, "argv", [*map(str, ["evaluate", "--model", EMBEDDED, quantised, *flags])])
+    evaluation.main()
+    one, other = json.loads(found.read_text())
+    assert one["parameters"] == other["parameters"]
+    losses = [each["datasets"]["answers"]["loss"] for each in (one, other)]
+    assert 0 < abs(losses[0] - losses[1]) < 0.1 * losses[0]
+
+
+def test_quantised_weights_need_what_unpacks_them(tiny, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(write_fp8(tiny("llama"), tmp_path / "fp8"), quantised=True)
+    check_unpackable(checkpoint)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PruneKitError, match=r"compressed_tensors is not installed: pip install -e '.\[quantise\]'"):
+        check_unpackable(checkpoint)
+
+
+@pytest.mark.parametrize("flags", [["--tasks", "arc_easy"], ["--benchmarks", "mmmu"]])
+def test_tasks_of_the_field_need_their_packages(flags, tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tiny("llama")), *flags])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PruneKitError, match=r"(lm_eval|evalscope) is not installed: pip install -e '.\[eval\]'"):
+        evaluation.main()
+
+
+def test_something_to_measure_on_must_be_named(tiny, monkeypatch):
+    for flags in ([], ["--metadata", "[1]", "--tasks", "x"]):
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(tiny("llama")), *flags])
+        with pytest.raises(PruneKitError, match="--dataset, --tasks or --benchmarks|--metadata: invalid"):
+            evaluation.main()

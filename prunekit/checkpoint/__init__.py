@@ -20,6 +20,7 @@ from .format import (
     read_header,
     read_json,
 )
+from .quantised import quantisation, weights_of
 from .records import append_history, history, history_entry, side_files, write_records
 from .sizes import BUFFERS, is_tied, statistics
 from .write import write_checkpoint, write_weights
@@ -47,12 +48,14 @@ __all__ = [
     "layer_numbers",
     "new_folder",
     "open_checkpoint",
+    "quantisation",
     "read_config",
     "read_header",
     "read_json",
     "scratch_folder",
     "side_files",
     "statistics",
+    "weights_of",
     "write_checkpoint",
     "write_json",
     "write_records",

@@ -1,5 +1,6 @@
 """Whether config.json and the tensors say the same of a model's layers, heads and shapes."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import configs, spot_of, text_value
 
 from .format import Checkpoint, Outline
+from .quantised import weights_of
 
 
 def layer_numbers(checkpoint: Outline, stack: str) -> list[int]:
@@ -72,7 +74,7 @@ def check_agreement(checkpoint: Checkpoint) -> None:
             raise PruneKitError(f"{file}: says {key} twice, and not the same; mend it or download it again")
     shapes = _said_shapes(checkpoint)
     tables = [(re.compile(name), text_value(checkpoint.config, key), key) for name, key in family.tables.items()]
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in weights_of(checkpoint).items():
         shape: tuple[int, ...] | None = None
         keys = ""
         if within := row.within(name):
@@ -83,7 +85,8 @@ def check_agreement(checkpoint: Checkpoint) -> None:
                 shape = (tensor.shape[0], *(shape if shape == tensor.shape[1:] else shape[::-1]))
         elif table := next((table for table in tables if table[1] and table[0].fullmatch(name)), None):
             shape, keys = (table[1], said[family.hidden]), f"{table[2]}, {family.hidden}"
-        if shape and tensor.shape != shape:
+        flat = len(tensor.shape) == 1 and shape and math.prod(shape)  # of weights whose rows their file doesn't say
+        if shape and tensor.shape not in (shape, (flat,)):
             raise PruneKitError(
                 f"{checkpoint.path}: {name} is {list(tensor.shape)}, by config.json ({keys}) it would be "
                 f"{list(shape)}; mend "

@@ -14,6 +14,7 @@ from prunekit.families import check_config
 
 from .agreement import check_agreement
 from .format import Checkpoint, Tensor, named, read_header, read_json
+from .quantised import check_quantisation, quantisation
 
 INDEX = "model.safetensors.index.json"
 
@@ -52,20 +53,21 @@ def _shards(path: Path, config: dict[str, Any]) -> tuple[list[str], dict[str, st
     return names, None
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, quantised: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, sharded or not, with or without an index. Reads headers, no weights.
 
     A name like `org/model` that is no folder is looked up in the local hub cache; nothing is downloaded.
     Raises PruneKitError for everything that can't be cut safely: damaged or missing shards, an index that doesn't
-    fit them, pickles, adapters, quantised weights.
+    fit them, pickles, adapters, and quantised weights, unless `quantised`: who asks for these only looks at them.
     """
     path = _from_hub_cache(path) if not named(path).exists() else Path(path)
     if (path / "adapter_config.json").exists():
         raise PruneKitError(f"{path}: a LoRA adapter, not a checkpoint; merge it first with export_lora.sh")
     config = read_config(path)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and (part.get("quantization_config") or part.get("compression_config")):
+    if quantisation(config) is not None:
+        if not quantised:
             raise PruneKitError(f"{path}: quantised weights can't be cut; start from the unquantised checkpoint")
+        check_quantisation(config)
     names, weight_map = _shards(path, config)
     if missing := [name for name in names if not (path / name).is_file()]:
         raise PruneKitError(f"{path}: {missing[0]} is missing (1 of {len(missing)}); copy or download it again")

@@ -10,6 +10,7 @@ from prunekit.families import configs, spot_of
 from .agreement import attending, heads, layer_numbers
 from .folder import open_checkpoint
 from .format import Outline
+from .quantised import weights_of
 
 BUFFERS = re.compile(r"(?:.*\.)?(?:position_ids|inv_freq|attn\.(?:masked_)?bias)$")  # saved, but no parameters
 
@@ -30,7 +31,8 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     without a vision tower), num_attention_heads, num_key_value_heads, head_dim, neurons (of an MLP, or of each expert),
     and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes, of the layers that have a cache which
     grows. The last counts bf16/fp16 whatever the weights' dtype, so that stages compare; for encoders it is 0.
-    vocab_size is of the embedding's rows, num_experts of a mixture's (None where there is none).
+    vocab_size is of the embedding's rows, num_experts of a mixture's (None where there is none). Quantised weights
+    count as parameters as before, their scales don't.
     """
     checkpoint = checkpoint_or_path if isinstance(checkpoint_or_path, Outline) else open_checkpoint(checkpoint_or_path)
     family = checkpoint.family
@@ -41,7 +43,8 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     }
     parts = dict.fromkeys(("text", "vision", "embedding", "other"), 0)
     tied = re.compile(family.tied) if is_tied(checkpoint) else None
-    for name, tensor in checkpoint.tensors.items():
+    tensors = weights_of(checkpoint)
+    for name, tensor in tensors.items():
         if BUFFERS.match(name) or (tied and tied.fullmatch(name)):
             continue
         part = next((part for part, pattern in patterns.items() if pattern and re.match(pattern, name)), "other")
@@ -49,11 +52,7 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     layers = len(layer_numbers(checkpoint, "text"))
     of_text = heads(checkpoint)
     config = configs(checkpoint.config, family.text)[0]
-    rows = (
-        each.shape[0]
-        for name, each in checkpoint.tensors.items()
-        if each.shape and re.fullmatch(family.vocabulary, name)
-    )
+    rows = (each.shape[0] for name, each in tensors.items() if each.shape and re.fullmatch(family.vocabulary, name))
     return {
         "parameters": sum(parts.values()),
         "parameters_by_component": parts,

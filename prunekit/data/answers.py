@@ -30,7 +30,7 @@ def load_engine(model: str | Path, device: str | None = None, dtype: str | None 
     import torch
     from swift import TransformersEngine
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, quantised=True)
     check_no_remote_code(checkpoint.path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device != "cpu" else "float32")

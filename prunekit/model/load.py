@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from prunekit.checkpoint import Checkpoint, statistics
+from prunekit.checkpoint import Checkpoint, quantisation, statistics
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.errors import PruneKitError
+from prunekit.errors import PruneKitError, need_packages
 
 
 def check_causal(checkpoint: Checkpoint) -> None:
@@ -13,6 +13,13 @@ def check_causal(checkpoint: Checkpoint) -> None:
         raise PruneKitError(
             f"{checkpoint.path}: {checkpoint.family.model_type} predicts no next token to score by; give a causal model"
         )
+
+
+def check_unpackable(checkpoint: Checkpoint) -> None:
+    """PruneKitError for quantised weights of which the package that unpacks them is not installed."""
+    method = (quantisation(checkpoint.config) or {}).get("quant_method")
+    if method in ("compressed-tensors", "bitsandbytes"):
+        need_packages(method.replace("-", "_"), extra="quantise")
 
 
 def processor_has(*words: str) -> bool:

@@ -14,7 +14,8 @@ def sections_of(report: dict[str, Any]) -> list[Section]:
     found = [Section("At a glance", [_glance(report, names)])]
     found += [Section("What was cut", _cuts(report, names[1:])), Section("Size", _sizes(report, names))]
     if report["speed"]:
-        found.append(Section("Speed", _speed(report["speed"], names)))
+        quantised = [name for name, size in zip(names, report["sizes"]) if size.get("quantised")]
+        found.append(Section("Speed", _speed(report["speed"], names, quantised)))
     if report["quality"]:
         found.append(Section("Quality", _quality(report, names)))
     found.append(Section("The way", _way(report, names[1:])))
@@ -108,14 +109,14 @@ def _sizes(report: dict[str, Any], names: list[str]) -> list[Part]:
     arithmetic, places = report["arithmetic"], ", ".join(f"{size['positions']:,}" for size in sizes)
     note = (
         f"By arithmetic, not measured: {arithmetic['usable']:.0%} of a card's memory, less the weights at 2 bytes a "
-        "parameter, over the KV cache's bytes per token; activations are not counted. A context is at most the model's "
-        f"positions ({places}); rows of a batch have "
+        "parameter (quantised ones as they are on disk), over the KV cache's bytes per token; activations are not "
+        f"counted. A context is at most the model's positions ({places}); rows of a batch have "
         f"{min(arithmetic['batch_context'], *(size['positions'] for size in sizes)):,} tokens or a model's positions."
     )
     return [table(_head("", names), rows), heading("What fits"), table(_head("", names), fitting, note)]
 
 
-def _speed(speed: dict[str, Any], names: list[str]) -> list[Part]:
+def _speed(speed: dict[str, Any], names: list[str], quantised: list[str]) -> list[Part]:
     pace, found = speed["pace"], speed["rows"]
     if failed := [(name, row["error"]) for name, row in zip(names, found) if "error" in row]:
         return [paragraph(f"{name} could not be measured: {error}") for name, error in failed]
@@ -136,6 +137,11 @@ def _speed(speed: dict[str, Any], names: list[str]) -> list[Part]:
         f"decoded with a KV cache; each model in processes of its own, by turns, of {pace['rounds']} the best turn's "
         "median. Peak memory is the process's, libraries included, or what torch took of the GPU."
     )
+    if quantised:
+        note += (
+            f" transformers computes with {' and '.join(quantised)} as with a model that isn't quantised, after "
+            "unpacking: how fast it is in vLLM, and how small, these rows don't say."
+        )
     return [table(_head("", names), rows, note)]
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint
+from prunekit.checkpoint import Checkpoint, quantisation
 from prunekit.families import positions
 
 TIMEOUT = 900  # seconds, of one program's check
@@ -43,8 +43,11 @@ def serving_lines(checkpoint: Checkpoint, run: bool = False) -> list[dict[str, A
         lines.append(f"python {CONVERT} {quoted} --outtype bf16 --mmproj --outfile mmproj-{stem}.gguf")
         server += f" --mmproj mmproj-{stem}.gguf"
     missing = _missing(folder, vision)
+    found = [{"engine": "vLLM", "lines": [vllm], "missing": missing, "checked": _vllm(folder, length, run)}]
+    if quantisation(checkpoint.config):  # llama.cpp has formats of its own, made of what isn't quantised
+        return found
     return [
-        {"engine": "vLLM", "lines": [vllm], "missing": missing, "checked": _vllm(folder, length, run)},
+        *found,
         {
             "engine": "llama.cpp", "lines": [*lines, f"{server} -c {length}"], "missing": missing,
             "checked": _llama(folder, run),

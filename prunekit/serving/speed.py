@@ -188,7 +188,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from prunekit.checkpoint import open_checkpoint
     from prunekit.model.load import load_model
 
-    checkpoint, start = open_checkpoint(job["folder"]), time.perf_counter()
+    checkpoint, start = open_checkpoint(job["folder"], quantised=True), time.perf_counter()
     model = load_model(checkpoint, job["device"], job["dtype"])
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - start, "batches": {}}
     with torch.inference_mode():

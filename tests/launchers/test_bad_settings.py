@@ -22,7 +22,7 @@ def refused(lab: Lab, launcher: str, message: str, *arguments: object, **env: st
     assert sorted(lab.folder.rglob("*")) == before
 
 
-EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh", "loop.sh"]
+EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh", "loop.sh", "quantise.sh"]
 BAD_SETTINGS = [
     *(({name: value}, "full_run.sh") for name, value in {
         "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16",
@@ -58,7 +58,8 @@ BAD_SETTINGS = [
         "ROLLOUT_GPUS": "x", "ROLLOUT_PORT": "65536", "ROLLOUT_DEADLINE": "soon",
     }.items()),
     *(({"MASTER_ADDR": "a", "NNODES": "2"}, name)
-      for name in ("export_lora.sh", "knockout_check.sh", "loop.sh", "sparse_run.sh")),
+      for name in ("export_lora.sh", "knockout_check.sh", "loop.sh", "sparse_run.sh", "quantise.sh")),
+    *(({"METHOD": method}, "quantise.sh") for method in ("awq", "fp8 ", "bnb", "block-fp8")),
     ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),
     ({"BY": "skill", "GATE": "best"}, "knockout_check.sh"),
     ({"GATE": "worst"}, "knockout_check.sh"),
@@ -119,7 +120,7 @@ def test_a_build_that_was_killed_does_not_hold_up_the_next(lab):
         assert lock.exists() == left, "one that is being built must stay"
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "quantise.sh"])
 def test_a_missing_model_and_a_used_output_are_refused(lab, launcher):
     refused(lab, launcher, "absent", MODEL="absent")
     refused(lab, launcher, "exists; choose another OUT or pass --overwrite", OUTPUT="env")

@@ -1,6 +1,7 @@
 """Checkpoints that we cut, in programs that others wrote: vLLM and mergekit, from an environment of their own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -146,3 +147,63 @@ print(float((ours - theirs).abs().max() / theirs.abs().max()), *sorted(types))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     difference, *types = done.stdout.split()
     assert 0 < float(difference) < 0.05 and "Int8Tensor" in types
+
+
+@pytest.fixture(scope="session")
+def quantised(cut_folders, tmp_path_factory):
+    """{method: folder} of the cut model that reads pictures, as quantise.sh writes it without data."""
+    root = tmp_path_factory.mktemp("quantised")
+    done = subprocess.run(["bash", "lib/llm_compressor.sh"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    for method in ("fp8", "int8"):
+        env = {"MODEL": str(cut_folders["qwen3_vl", "layers"]), "OUTPUT": str(root / method), "METHOD": method}
+        command = ["bash", "quantise.sh"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | env | {"GPUS": ""}, check=True, capture_output=True)
+    return {method: root / method for method in ("fp8", "int8")}
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8"])
+def test_a_quantised_folder_computes_nearly_what_its_source_does(method, quantised, cut_folders):
+    ids = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for folder in (quantised[method], cut_folders["qwen3_vl", "layers"]):
+        model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            logits.append(model(input_ids=ids).logits)
+    similar = torch.nn.functional.cosine_similarity(*(each.flatten() for each in logits), dim=0)
+    assert 0.95 < similar < 0.999999
+    source = statistics(open_checkpoint(cut_folders["qwen3_vl", "layers"]))
+    assert statistics(open_checkpoint(quantised[method], quantised=True)) | {"bytes": 0} == source | {"bytes": 0}
+
+
+def test_tasks_of_the_field_land_in_one_table(clients, tmp_path):
+    if not (clients / "lm-eval").exists() or not (clients / "evalscope").exists():
+        pytest.skip("lm-eval and EvalScope could not be installed here")
+    folder = ROOT / "examples/tiny_vl"
+    draw = [sys.executable, folder / "tiny_vl.py", "data", "--out", tmp_path / "data", "--share", "0.02"]
+    subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)
+    lines = []
+    for row in list(map(json.loads, (tmp_path / "data/test.jsonl").read_text().splitlines()))[:8]:
+        question, answer = (message["content"] for message in row["messages"])
+        content = [{"type": "image_url", "image_url": {"url": image}} for image in row.get("images", [])]
+        content.append({"type": "text", "text": question.replace("<image>", "")})
+        lines.append(json.dumps({"messages": [{"role": "user", "content": content}], "answer": answer}))
+    (tmp_path / "vqa").mkdir()
+    (tmp_path / "vqa/test.jsonl").write_text("\n".join(lines))
+    where = {"general_vqa": {"local_path": str(tmp_path / "vqa"), "subset_list": ["test"]}}
+    command = [
+        clients / "python", "-m", "prunekit.evaluate", "--model", folder / "model", "--dataset",
+        f"{tmp_path}/data/test.jsonl#8", "--tasks", "niah_single_1", "--metadata", '{"max_seq_lengths": [768]}',
+        "--benchmarks", "general_vqa", "--dataset-args", json.dumps(where), "--limit", "8", "--json",
+        tmp_path / "found.json", "--device", "cpu",
+    ]  # fmt: skip
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [model] = json.loads((tmp_path / "found.json").read_text())
+    ours, ruler, vqa = (model["datasets"][name] for name in ("test", "niah_single_1", "general_vqa"))
+    assert (ruler["samples"], vqa["samples"]) == (8, 8)
+    assert 0 <= ruler["768"] <= 1
+    recall = next(value for name, value in vqa.items() if "rouge" in name.lower() and name.lower().endswith("l-r"))
+    assert ours["exact_match"] > 0.8 and recall > 0.8  # the same questions

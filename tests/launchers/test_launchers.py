@@ -27,13 +27,16 @@ CASES = [
         "knockout_check.sh": [{"MODE": "train", "TEXT_LAYERS": "1", "VISION_BLOCKS": "none"}],
         "lora.sh": [{}],
         "export_lora.sh": [{}],
+        "quantise.sh": [{"METHOD": "bnb"}, {"METHOD": "block-fp8"}],
         "distil.sh": [{}],
         "rl_run.sh": [{"ALGORITHM": name} for name in ("GSPO", "GDPO", "CHORD", "DAPO", "DR_GRPO", "CISPO", "OPD")],
     }.items()
     for settings in variants
     for gpus in ("", "0", "0,1,2,3")
     # On a CPU knockout_check.sh trains in forks of its own; what an algorithm's array holds is the same everywhere.
-    if gpus == "0" or launcher != "knockout_check.sh" and settings.get("ALGORITHM", "GSPO") in ("GSPO", "OPD")
+    if gpus == "0"
+    or launcher not in ("knockout_check.sh", "quantise.sh")
+    and settings.get("ALGORITHM", "GSPO") in ("GSPO", "OPD")
 ]
 
 
@@ -104,7 +107,7 @@ def test_knockouts_leave_a_folder_that_is_no_sweep_alone(lab):
     assert [path.name for path in lab.out.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("launcher", [*LAUNCHERS, "knockout_check.sh", "loop.sh"])
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "knockout_check.sh", "loop.sh", "quantise.sh"])
 def test_help_prints_the_header_and_runs_nothing(lab, launcher):
     before = sorted(lab.folder.rglob("*"))
     result = lab.run(launcher, "--max_steps", "3", "--help")
