@@ -526,17 +526,17 @@ TEXTS = [
     Mutant("[IGNORED, *block[1:]]", "block"),
 ]
 
-FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or mistral or moe or script or refused or named or become)"
+FIT_TESTS = "tests/surgery/test_layers_fit.py -k not (qwen2 or tral or moe or script or refused or named or become)"
 KV_TESTS = (
     "tests/surgery/test_kv_math.py tests/surgery/test_kv_merge.py tests/surgery/test_kv_fit.py "
     "tests/surgery/test_hybrid.py "
-    "-k not (mistral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
+    "-k not (tral or qwen2_vl or qwen2_5 or qwen3_vl or moe or script or "
     "gpt2 or bert or disk or generation or averaged or merging)"
 )
 ZEROS_TESTS = (
     "tests/surgery/test_zeros_pick.py tests/surgery/test_zeros_wish.py tests/surgery/test_zeros_weights.py "
     "tests/surgery/test_zeros_scores.py tests/surgery/test_zeros.py tests/surgery/test_sparsify.py "
-    "-k not (script or dry_run or less_than or pictures or qwen2 or mistral or bert or vl or gemma3)"
+    "-k not (script or dry_run or less_than or pictures or qwen2 or tral or bert or vl or gemma3)"
 )
 
 REWARD_CALLS = [
@@ -607,10 +607,10 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
     "prunekit/surgery/sides.py": (f"tests/surgery/test_sides.py {FIT_TESTS}", SIDES),
     "prunekit/surgery/layers_fit.py": (FIT_TESTS, HEAL),
     "prunekit/surgery/cut.py": ("tests/surgery/test_cut.py", CUT),
-    "prunekit/surgery/kv.py": ("tests/surgery/test_kv.py tests/surgery/test_cut.py -k not (vl or moe or mistral)", KV),
+    "prunekit/surgery/kv.py": ("tests/surgery/test_kv.py tests/surgery/test_cut.py -k not (vl or moe or tral)", KV),
     "prunekit/surgery/width.py": (
         "tests/surgery/test_cut.py tests/surgery/test_width.py "
-        "-k not (script or measured or refit or encoders or vision or qwen2 or mistral or bert or vl)",
+        "-k not (script or measured or refit or encoders or vision or qwen2 or tral or bert or vl)",
         WIDTH,
     ),
     "prunekit/surgery/kv_math.py": (KV_TESTS, KV_MATH),
