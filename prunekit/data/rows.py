@@ -171,7 +171,7 @@ def check_answered(where: str, row: dict[str, Any]) -> None:
         raise PruneKitError(f"{where} has no question before its answer")
 
 
-def read_judged(dataset: str | Path, limit: int | None = None) -> Rows:
+def read_answered(dataset: str | Path, limit: int | None = None) -> Rows:
     """The first rows: all texts, or messages whose last one is the assistant's. PruneKitError names one that isn't."""
     rows = Rows(dataset)
 
@@ -185,12 +185,12 @@ def read_judged(dataset: str | Path, limit: int | None = None) -> Rows:
 
 
 def read_datasets(names: Sequence[str], limit: int | None) -> dict[str, Rows]:
-    """Rows of `read_judged` by what results call their data set: the file's stem, or its name if stems are alike."""
+    """Rows of `read_answered` by what results call their data set: the file's stem, or its name if stems are alike."""
     stems = [locate(name)[0].stem for name in names]
     keys = [stem if stems.count(stem) == 1 else name for stem, name in zip(stems, names)]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise PruneKitError(f"--dataset {twice[0]}: is named twice")
-    return {key: read_judged(name, limit) for key, name in zip(keys, names)}
+    return {key: read_answered(name, limit) for key, name in zip(keys, names)}
 
 
 def question_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

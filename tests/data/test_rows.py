@@ -64,7 +64,19 @@ def test_a_file_whose_name_ends_in_a_number_is_itself(tmp_path):
 def test_every_reader_takes_every_form(tmp_path, read, name):
     write(tmp_path / name.partition("#")[0], ROWS, "jsonl" not in name)
     found = read(str(tmp_path / name))
-    assert read is check_dataset or list(found) == ROWS[: 7 if "#" in name else None]
+    assert found is False or list(found) == ROWS[: 7 if "#" in name else None]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_every_reader_takes_texts_and_refuses_a_row_of_another_kind(tmp_path, read):
+    texts = [{"text": f"some {n}", "source": "a"} for n in range(9)]
+    found = read(write(tmp_path / "a.jsonl", texts))
+    assert found is True or list(found) == texts
+    for mixed in ([*texts, ROWS[0]], [*ROWS, texts[0]]):
+        assert 'line 10: rows must all be {"text": ...}' in refused(read, write(tmp_path / "b.jsonl", mixed))
+    both = [row | {"text": "a column of its own"} for row in ROWS]
+    found = read(write(tmp_path / "c.jsonl", both))
+    assert found is False or list(found) == both, "messages they are"
 
 
 @pytest.mark.parametrize("read", [read_judged, read_calibration])
