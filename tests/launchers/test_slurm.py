@@ -66,10 +66,13 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(slurm, lab):
     assert len(lab.calls("sft")) == 2
 
 
-def test_a_loop_on_several_nodes_trains_on_all_and_cuts_on_the_first(slurm):
+def test_a_loop_on_several_nodes_trains_on_all_cuts_on_the_first_and_scans_on_a_cluster(slurm):
     settings = {"TARGET_PARAMS": "0.75", "CUTS": "layers", "DISTIL_STEPS": "9", "CARD": ""}
+    settings |= {"RAY_ADDRESS": "first:6379", "HEAL": "0"}
     printed = finish(slurm("loop.sbatch", "--dry-run", nodes=2, **settings))
     lines = [line for line in printed.splitlines() if line.startswith("+ ")]
     trainings = [line for line in lines if "full_run.sh" in line or "distil.sh" in line]
     assert len(trainings) == 3 and all("srun" in line and "slurm/node.sh bash" in line for line in trainings)
     assert not [line for line in lines if "srun" in line and line not in trainings]
+    [scan] = [line for line in lines if "prunekit.scan" in line]
+    assert "--gpus-per-task 0" in scan and "--processes" not in scan and "--heal" not in scan
