@@ -1,9 +1,8 @@
 """Checkpoints of fewer bits, for vLLM and transformers: which weights, and in a form that others read.
 
 llm-compressor writes what compressed-tensors reads; what ms-swift's `swift export --quant_method` wrote is published.
-Only the text layers' projections are quantised: the vision tower is a few per cent of the bytes that a large model reads
-for a token, embeddings are looked up, the head decides each token, and a router of experts is tiny and decides where a
-token goes.
+Only the text layers' projections are quantised: the vision tower is a few per cent of a large model's bytes, embeddings
+are looked up, the head decides each token, and a router of experts is tiny and decides where a token goes.
 """
 
 import importlib.util
