@@ -186,7 +186,7 @@ def main() -> int:
     add_gates(parser)
     field = parser.add_argument_group("tasks of the field")
     field.add_argument("--tasks", nargs="+", default=[], help="of lm-eval, for text (lm-eval ls tasks)")
-    field.add_argument("--benchmarks", nargs="+", default=[], help="of EvalScope (evalscope benchmarks)")
+    field.add_argument("--benchmarks", nargs="+", default=[], help="of EvalScope (evalscope benchmark-info --list)")
     field.add_argument("--apply-chat-template", action="store_true", help="to lm-eval's prompts")
     field.add_argument("--metadata", type=json_object, default={}, metavar="JSON", help="lm-eval's of this name")
     field.add_argument("--dataset-args", type=json_object, default={}, metavar="JSON", help="EvalScope's of this name")

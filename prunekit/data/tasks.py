@@ -49,15 +49,12 @@ def check_tasks(tasks: Tasks) -> None:
             raise PruneKitError(f"{LM_EVAL} {unknown[0]}: lm-eval knows no such task; lm-eval ls tasks names them")
     if tasks.evalscope:
         need_packages("evalscope", extra="eval")
-        from evalscope.api.registry import get_benchmark
+        from evalscope.api.registry import BENCHMARK_REGISTRY
 
-        for name in tasks.evalscope:
-            try:
-                get_benchmark(name)
-            except ValueError:
-                raise PruneKitError(
-                    f"{EVALSCOPE} {name}: EvalScope knows no such benchmark; evalscope benchmarks names them"
-                ) from None
+        if unlisted := [name for name in tasks.evalscope if not BENCHMARK_REGISTRY.get(name)]:
+            raise PruneKitError(
+                f"{EVALSCOPE} {unlisted[0]}: no benchmark of EvalScope; evalscope benchmark-info --list names them"
+            )
 
 
 def run_tasks(engine, model: Path, config: dict[str, Any], tasks: Tasks) -> dict[str, dict[str, Any]]:
@@ -89,15 +86,20 @@ def _by_lm_eval(engine, model: Path, config: dict[str, Any], tasks: Tasks) -> di
         apply_chat_template=tasks.chat,
         log_samples=False,
     )
+    return scores_of(result["results"], result["n-samples"])
+
+
+def scores_of(results: dict[str, dict[str, Any]], counts: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
+    """lm-eval's results and numbers of rows as we tell scores: of each task its metrics, and `samples`."""
     found = {}
-    for name, values in result["results"].items():
+    for name, values in results.items():
         scores: dict[str, Any] = {}
         for key, value in values.items():
             metric, _, way = key.partition(",")
-            if isinstance(value, int | float) and value != -1:  # RULER's mark of a length that wasn't asked for
+            # -1 is RULER's mark of a length that wasn't asked for
+            if key != "sample_len" and isinstance(value, int | float) and value != -1:
                 scores[metric if way in ("", "none") else key] = float(value)
-        counted = result["n-samples"].get(name)
-        found[name] = scores | ({"samples": counted["effective"]} if counted else {})
+        found[name] = scores | ({"samples": counts[name]["effective"]} if name in counts else {})
     return found
 
 

@@ -1,9 +1,8 @@
 """Checkpoints of fewer bits, for vLLM and transformers: which weights, and in a form that others read.
 
 llm-compressor writes what compressed-tensors reads; what ms-swift's `swift export --quant_method` wrote is published.
-Only the text layers' projections are quantised: the vision tower is a few per cent of the bytes that are read for a
-token and is worst at losing bits, embeddings and head are rows that are looked up or decide each token, and a router of
-experts is tiny and decides where a token goes.
+Only the text layers' projections are quantised: the vision tower is a few per cent of a large model's bytes, embeddings
+are looked up, the head decides each token, and a router of experts is tiny and decides where a token goes.
 """
 
 import importlib.util
@@ -17,6 +16,7 @@ from typing import Any
 
 from prunekit.checkpoint import (
     INDEX,
+    TORCH_DTYPES,
     Checkpoint,
     check_out,
     history,
@@ -140,6 +140,7 @@ def _data_free(plan: QuantisePlan, folder: Path, device: str) -> None:
 
 def _gptq(plan: QuantisePlan, folder: Path, model, batches: list[dict[str, Any]]) -> None:
     """GPTQ: each weight rounded so that what those before it lost is made up for, on your rows (arXiv:2210.17323)."""
+    import torch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from torch.utils.data import DataLoader
@@ -151,6 +152,8 @@ def _gptq(plan: QuantisePlan, folder: Path, model, batches: list[dict[str, Any]]
         print(f"gptq: {len(rows)} rows; {left} are left out, which have other inputs (pictures, or none) than most")
     recipe = GPTQModifier(config_groups={"group_0": _config(plan)}, ignore=list(plan.ignore))
     oneshot(model=model, recipe=[recipe], dataset=DataLoader(rows, batch_size=None), num_calibration_samples=len(rows))
+    counts = Counter(tensor.dtype for tensor in plan.source.tensors.values() if tensor.dtype in TORCH_DTYPES)
+    model.to(getattr(torch, TORCH_DTYPES[counts.most_common(1)[0][0]]))  # what stays: it was computed in another
     model.save_pretrained(folder, save_compressed=True)
 
 

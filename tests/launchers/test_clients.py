@@ -53,6 +53,25 @@ def cut_folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def quantised(cut_folders, tmp_path_factory):
+    """{method: folder} of the cut model that reads pictures, as quantise.sh writes it without data."""
+    root = tmp_path_factory.mktemp("quantised")
+    done = subprocess.run(["bash", "lib/llm_compressor.sh"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:  # no package index here, say
+        return {}
+    for method in ("fp8", "int8"):
+        env = {"MODEL": str(cut_folders["qwen3_vl", "layers"]), "OUTPUT": str(root / method), "METHOD": method}
+        command = ["bash", "quantise.sh"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | env | {"GPUS": ""}, check=True, capture_output=True)
+    return {method: root / method for method in ("fp8", "int8")}
+
+
+def need(quantised):
+    if not quantised:
+        pytest.skip("llm-compressor can't be installed here: bash lib/llm_compressor.sh says why")
+
+
+@pytest.fixture(scope="session")
 def prompts(cut_folders, tmp_path_factory):
     """{family: what vLLM is asked}: random tokens for text models, pictures of words to read for Qwen3-VL."""
     generator = torch.Generator().manual_seed(0)
@@ -68,10 +87,11 @@ def prompts(cut_folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def from_vllm(clients, cut_folders, prompts, tmp_path_factory):
-    """{(family, cut): tokens that vLLM generates for each prompt}, all by one process."""
+def from_vllm(clients, cut_folders, quantised, prompts, tmp_path_factory):
+    """{(family, cut) or method of quantising: tokens that vLLM generates for each prompt}, all by one process."""
     root = tmp_path_factory.mktemp("vllm")
     requests = {str(folder): prompts[family] for (family, _), folder in cut_folders.items()}
+    requests |= {str(folder): prompts["qwen3_vl"] for folder in quantised.values()}
     (root / "requests.json").write_text(json.dumps(requests))
     command = [
         clients / "python",
@@ -82,7 +102,7 @@ def from_vllm(clients, cut_folders, prompts, tmp_path_factory):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     answers = json.loads((root / "answers.json").read_text())
-    return {key: answers[str(folder)] for key, folder in cut_folders.items()}
+    return {key: answers[str(folder)] for key, folder in (cut_folders | quantised).items()}
 
 
 def by_transformers(folder, prompts):
@@ -113,6 +133,15 @@ def test_vllm_reads_pictures_with_fewer_layers(cut_folders, from_vllm):
     tokenizer = hf.AutoTokenizer.from_pretrained(EMBEDDED)
     read = [text.partition("<|im_end|>")[0] for text in tokenizer.batch_decode(from_vllm["qwen3_vl", "layers"])]
     assert sum(text == word for text, word in zip(read, WORDS)) >= 4
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8"])
+def test_vllm_reads_pictures_with_quantised_weights(method, quantised, from_vllm):
+    need(quantised)
+    tokenizer = hf.AutoTokenizer.from_pretrained(EMBEDDED)
+    assert isinstance(from_vllm[method], list), from_vllm[method]
+    read = [text.partition("<|im_end|>")[0] for text in tokenizer.batch_decode(from_vllm[method])]
+    assert sum(text == word for text, word in zip(read, WORDS)) >= 3
 
 
 def test_mergekit_cuts_layers_into_the_same_checkpoint(clients, tiny, tmp_path):
@@ -149,22 +178,9 @@ print(float((ours - theirs).abs().max() / theirs.abs().max()), *sorted(types))
     assert 0 < float(difference) < 0.05 and "Int8Tensor" in types
 
 
-@pytest.fixture(scope="session")
-def quantised(cut_folders, tmp_path_factory):
-    """{method: folder} of the cut model that reads pictures, as quantise.sh writes it without data."""
-    root = tmp_path_factory.mktemp("quantised")
-    done = subprocess.run(["bash", "lib/llm_compressor.sh"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    for method in ("fp8", "int8"):
-        env = {"MODEL": str(cut_folders["qwen3_vl", "layers"]), "OUTPUT": str(root / method), "METHOD": method}
-        command = ["bash", "quantise.sh"]
-        subprocess.run(command, cwd=ROOT, env=os.environ | env | {"GPUS": ""}, check=True, capture_output=True)
-    return {method: root / method for method in ("fp8", "int8")}
-
-
 @pytest.mark.parametrize("method", ["fp8", "int8"])
 def test_a_quantised_folder_computes_nearly_what_its_source_does(method, quantised, cut_folders):
+    need(quantised)
     ids = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
     logits = []
     for folder in (quantised[method], cut_folders["qwen3_vl", "layers"]):
@@ -184,7 +200,7 @@ def test_tasks_of_the_field_land_in_one_table(clients, tmp_path):
     draw = [sys.executable, folder / "tiny_vl.py", "data", "--out", tmp_path / "data", "--share", "0.02"]
     subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)
     lines = []
-    for row in list(map(json.loads, (tmp_path / "data/test.jsonl").read_text().splitlines()))[:8]:
+    for row in list(map(json.loads, (tmp_path / "data/test.jsonl").read_text().splitlines()))[:4]:
         question, answer = (message["content"] for message in row["messages"])
         content = [{"type": "image_url", "image_url": {"url": image}} for image in row.get("images", [])]
         content.append({"type": "text", "text": question.replace("<image>", "")})
@@ -194,8 +210,8 @@ def test_tasks_of_the_field_land_in_one_table(clients, tmp_path):
     where = {"general_vqa": {"local_path": str(tmp_path / "vqa"), "subset_list": ["test"]}}
     command = [
         clients / "python", "-m", "prunekit.evaluate", "--model", folder / "model", "--dataset",
-        f"{tmp_path}/data/test.jsonl#8", "--tasks", "niah_single_1", "--metadata", '{"max_seq_lengths": [768]}',
-        "--benchmarks", "general_vqa", "--dataset-args", json.dumps(where), "--limit", "8", "--json",
+        f"{tmp_path}/data/test.jsonl", "--tasks", "niah_single_1", "--metadata", '{"max_seq_lengths": [768]}',
+        "--benchmarks", "general_vqa", "--dataset-args", json.dumps(where), "--limit", "4", "--json",
         tmp_path / "found.json", "--device", "cpu",
     ]  # fmt: skip
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -203,7 +219,9 @@ def test_tasks_of_the_field_land_in_one_table(clients, tmp_path):
     assert done.returncode == 0, done.stderr
     [model] = json.loads((tmp_path / "found.json").read_text())
     ours, ruler, vqa = (model["datasets"][name] for name in ("test", "niah_single_1", "general_vqa"))
-    assert (ruler["samples"], vqa["samples"]) == (8, 8)
+    assert (ruler["samples"], vqa["samples"]) == (4, 4)
     assert 0 <= ruler["768"] <= 1
-    recall = next(value for name, value in vqa.items() if "rouge" in name.lower() and name.lower().endswith("l-r"))
-    assert ours["exact_match"] > 0.8 and recall > 0.8  # the same questions
+    recall = next(
+        value for name, value in vqa.items() if name.startswith("rouge") and "recall" in name and '"l"' in name
+    )
+    assert ours["exact_match"] >= 0.75 and recall >= 0.75  # the same questions
