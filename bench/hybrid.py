@@ -86,8 +86,10 @@ def load(folder: Path) -> torch.nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--steps", type=int, default=600, help="of training (default: 600)")
-    parser.add_argument("--rows", type=int, default=160, help="to calibrate on, and half as many to judge by")
+    parser.add_argument("--steps", type=int, default=200, help="of training (default: 200)")
+    parser.add_argument(
+        "--rows", type=int, default=96, help="to fit on, a quarter as many to judge fits, as many to test"
+    )
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     texts = docstrings()
