@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install llm-compressor beside .venv, in .venv-llm-compressor, where quantise.sh finds it. It asks for a newer
 # compressed-tensors than vLLM and an older transformers than .venv has, so that no environment holds all three as pip
-# counts; with .venv's transformers it works, as tests/serving/test_quantise.py sees.
+# counts; with .venv's transformers it works, as tests/launchers/test_clients.py sees.
 #   bash lib/llm_compressor.sh
 # Needs .venv (lib/setup.sh) and 30 MB. Runs again at no cost; an interrupted run is finished by the next.
 set -euo pipefail

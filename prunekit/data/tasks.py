@@ -59,7 +59,7 @@ def check_tasks(tasks: Tasks) -> None:
 
 def run_tasks(engine, model: Path, config: dict[str, Any], tasks: Tasks) -> dict[str, dict[str, Any]]:
     """By the task's name its metrics, and `samples`; `engine` is `load_engine`'s, `config` the model's."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     if tasks.lm_eval:
         found |= _by_lm_eval(engine, model, config, tasks)
     if tasks.evalscope:

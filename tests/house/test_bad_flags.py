@@ -65,6 +65,7 @@ def flags(tagger, model, ranking, rows, out) -> list[tuple]:
         ("ner_run.py", trained, "--optim", ["nonsense"]),
         ("ner_run.py", trained, "--deepspeed", ["gone.json"]),
         ("ner_run.py", trained, "--weight_decay", ["nan", "abc"]),
+        ("prunekit.quantise", (*surgery, "--out", out, "--method", "int4"), "--group", NUMBERS),
         *(("prunekit.plan", ("--model", model, "--ranking", ranking), flag, NUMBERS)
           for flag in ("--target-params", "--target-kv", "--target-bytes", "--most")),
         ("prunekit.training.cycles", ("plan", "--model", model), "--sparsity", NUMBERS),
