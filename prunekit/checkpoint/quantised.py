@@ -20,8 +20,9 @@ _PACKED, _FOUR_BITS = ".weight_packed", ".quant_state."
 
 def quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
     """What a config says of how its weights are quantised; None if they aren't."""
-    for part in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config") if isinstance(part, dict) else ():
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    for part in parts:
+        for key in ("quantization_config", "compression_config"):
             if found := part.get(key):
                 return found if isinstance(found, dict) else {"quant_method": str(found)}
     return None
