@@ -138,27 +138,3 @@ def test_a_loop_ends_at_its_target_and_within_its_gate(run, measured, tmp_path):
     scan = json.loads((tmp_path / "out.loop/1/scan/scan.json").read_text())
     assert scan["baseline"]["loss"] == pytest.approx(base["loss"], rel=1e-3), "both judge on the same rows"
     assert (out / "loop.png").exists()
-
-
-@pytest.mark.ci
-def test_texts_train_as_in_pre_training_and_perplexity_falls(run, cut, data, tmp_path):
-    """By sparse_run.sh, one cycle of which is full_run.sh: its zeros by their inputs, its evaluations, its choice."""
-    for name, start in (("train", 0), ("held-out", 900)):
-        texts = (
-            {"text": f"the {n * 7919 % 1000} of {n % 7}"}
-            for n in range(start, start + (900 if name == "train" else 60))
-        )
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    files = {"DATASET": tmp_path / "train.jsonl", "VAL_DATASET": tmp_path / "held-out.jsonl"}
-    run(
-        "bash", "sparse_run.sh", "--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--max_length", 64,
-        "--learning_rate", "2e-3", "--logging_steps", 2, "--per_device_train_batch_size", 8,
-        MODEL=cut, OUTPUT=tmp_path / "sparse", CYCLES=1, SPARSITY="0.2", SCORE="wanda", MODULES="language_model",
-        WORSE=1, **files,
-    )  # fmt: skip
-    dense, [pruned, retrained] = (json.loads((tmp_path / f"sparse.cycles/{name}.json").read_text())
-                                  for name in ("dense", "1"))  # fmt: skip
-    perplexities = [each["datasets"]["held-out"]["perplexity"] for each in (*dense, pruned, retrained)]
-    assert perplexities[2] < min(perplexities[:2]) / 2
-    trained = history(tmp_path / "sparse.cycles/1")[-1]
-    assert trained["stage"] == "full_run" and 1 < trained["metrics"]["eval_perplexity"] < perplexities[0]
