@@ -9,7 +9,7 @@ from PIL import Image
 
 from prunekit.checkpoint.provenance import data_record
 from prunekit.data.batches import read_calibration
-from prunekit.data.rows import Rows, iterate, problem_of_image, read_datasets, read_judged
+from prunekit.data.rows import Rows, iterate, problem_of_image, read_answered, read_datasets
 from prunekit.errors import PruneKitError
 from prunekit.training.preflight import check_dataset
 
@@ -17,7 +17,7 @@ ROWS = [
     {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": f"answer {n}"}]}
     for n in range(9)
 ]
-READERS = [check_dataset, read_judged, read_calibration]
+READERS = [check_dataset, read_answered, read_calibration]
 
 
 def write(file, rows, array=False):
@@ -79,7 +79,7 @@ def test_every_reader_takes_texts_and_refuses_a_row_of_another_kind(tmp_path, re
     assert found is False or list(found) == both, "messages they are"
 
 
-@pytest.mark.parametrize("read", [read_judged, read_calibration])
+@pytest.mark.parametrize("read", [read_answered, read_calibration])
 @pytest.mark.parametrize("name", ["org/name", "hf::org/name#500", "folder", "", "a" * 5000, "x.jsonl#3", "a\nb"])
 def test_what_is_no_file_is_refused_and_a_hub_s_name_with_its_mend(tmp_path, monkeypatch, read, name):
     monkeypatch.chdir(tmp_path)
@@ -146,8 +146,8 @@ def test_rows_of_no_file_have_its_name_alone():
 
 def test_a_limit_reads_no_further(tmp_path):
     write(tmp_path / "a.jsonl", [*ROWS, 5])
-    assert list(read_judged(tmp_path / "a.jsonl", limit=9)) == ROWS
-    refused(read_judged, tmp_path / "a.jsonl")
+    assert list(read_answered(tmp_path / "a.jsonl", limit=9)) == ROWS
+    refused(read_answered, tmp_path / "a.jsonl")
 
 
 # --- images
@@ -249,4 +249,4 @@ def test_a_data_set_named_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [None, ["a"]])
 def test_an_answer_that_is_no_text_can_t_be_compared_with(tmp_path, content):
     rows = [{"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": content}]}]
-    assert "line 1 ends without an assistant message" in refused(read_judged, write(tmp_path / "a.jsonl", rows))
+    assert "line 1 ends without an assistant message" in refused(read_answered, write(tmp_path / "a.jsonl", rows))
