@@ -156,7 +156,7 @@ def test_of_texts_the_loss_of_all_tokens_but_each_windows_first_is_said_as_perpl
     loss = likeliest + apart * right.count(False) / len(right)
     assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["token_acc"] == pytest.approx(5 / 9)
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert set(found) == {"token_acc", "loss", "perplexity", "groups"} and set(found["groups"]) == {"a", "b"}
+    assert set(found) == {"token_acc", "loss", "perplexity", "tokens", "groups"} and set(found["groups"]) == {"a", "b"}
     assert found["groups"]["b"]["perplexity"] < found["perplexity"] < found["groups"]["a"]["perplexity"]
 
 
@@ -190,7 +190,7 @@ def test_no_more_rows_than_the_limit_are_judged(parrot, tmp_path):
 
 
 def test_without_generation_only_what_is_teacher_forced_is_said(parrot, tmp_path):
-    assert set(judged(parrot, tmp_path, [asked("cat")], "--no-generate")) == {"token_acc", "loss"}
+    assert set(judged(parrot, tmp_path, [asked("cat")], "--no-generate")) == {"token_acc", "loss", "tokens"}
 
 
 def test_the_next_models_are_judged_on_the_rows_that_the_first_could_take(parrot, tmp_path, capsys):

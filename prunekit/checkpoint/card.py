@@ -121,7 +121,7 @@ def _rows(first: dict[str, Any], numbers: dict[str, Any]) -> list[str]:
     ]
     lines = []
     for label, old, new in rows:
-        known = type(old) is int
+        known = type(old) is int and type(new) is int
         change = f"{(new - old) / old:+.1%}" if known and old and new != old else ""
         if new is not None and (new or old):
             lines.append(f"| {label} | {f'{old:,}' if known else '?'} | {new:,} | {change} |")

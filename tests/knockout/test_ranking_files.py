@@ -88,6 +88,7 @@ def test_a_line_of_the_table_says_once_what_was_removed(ranking, tmp_path):
 def test_wandb_gets_a_run_of_the_sweeps_group(ranking, tmp_path, monkeypatch):
     import wandb
 
+    wandb.teardown()  # what an earlier test began in this process keeps its own settings
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     log_to_wandb(ranking, write_ranking(tmp_path, ranking), "my-group")

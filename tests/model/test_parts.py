@@ -88,7 +88,7 @@ def test_a_projections_tensors_are_those_of_its_module_or_of_its_experts(family,
             found = row.tensors_of(checkpoint.tensors, number, part.name)
             sizes = sum(checkpoint.read(name).numel() for name in found)
             if isinstance(part, Experts):
-                weights = [part.module.down_proj, part.shared and part.shared.weight]
+                weights = [part.module.down_proj, part.shared and part.shared.mlp.down_proj.weight]
             else:
                 weights = [part.module.weight, part.module.bias]
             assert sizes == sum(weight.numel() for weight in weights if weight is not None)

@@ -78,7 +78,9 @@ def test_what_is_written_has_the_held_out_loss_that_was_measured(family, tiny, t
     assert entry["removed"] == {"experts": cut.plan.present - 3}
     assert [len(gone) for gone in entry["experts_removed"].values()] == [cut.plan.present - 3] * len(cut.plan.layers)
     changed = [name for name, tensor in cut.result.tensors.items() if tensor.compute]
-    assert changed and all(re.search(r"\.(?:mlp|block_sparse_moe)\.(?:gate|experts)\.", name) for name in changed)
+    assert changed and all(
+        re.search(r"\.(?:mlp|block_sparse_moe)\.(?:gate|experts|shared_expert)\.", name) for name in changed
+    )
 
 
 def test_tensors_of_experts_that_stay_are_their_own_bytes_under_new_numbers(tiny, tmp_path):

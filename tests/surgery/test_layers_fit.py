@@ -166,7 +166,7 @@ def test_a_cut_with_no_layer_before_it_is_refused(tiny):
         ([{"text": "a"}] * 5 + [{"text": " "}], "line 6 has no text"),
         ([{"text": 3}] * 5, "line 1 has no text"),
         ([{"messages": []}] * 5, 'no list "messages"'),
-        ([[1]] * 5, "line 1: rows must all be"),
+        ([[1]] * 5, "line 1 is not a JSON object"),
     ],
 )
 def test_bad_rows_are_named(lines, message, tmp_path):
