@@ -27,11 +27,12 @@ _MEASURED = Keys({"models": Items(_MODEL)}, ("models",))
 def part_sizes(model: Outline) -> dict[str, float]:
     """How much of each part a model has: see above."""
     row = model.family.text
+    attention, mlp = (row.q, row.k, row.v, row.o, *row.linear), (*row.mlp, *map(row.beside_experts, row.mlp))
     found = dict.fromkeys(("attention", "mlp"), 0.0)
     for name, tensor in model.tensors.items():
         if within := row.within(name):
             module = spot_of(within[1]).name
-            part = "attention" if module in (row.q, row.k, row.v, row.o) else "mlp" if module in row.mlp else None
+            part = "attention" if module in attention else "mlp" if module in mlp else None
             if part and len(tensor.shape) > 1:
                 found[part] += math.prod(tensor.shape)
     numbers = statistics(model)
