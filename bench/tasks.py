@@ -145,12 +145,10 @@ def against(own: list[bool], base: list[bool]) -> dict[str, float]:
     accuracy, whole = statistics.mean(own), statistics.mean(base)
     differences = [int(mine) - int(its) for mine, its in zip(own, base, strict=True)]
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return {
-        "accuracy": round(accuracy, 4),
-        "difference_error": round(error, 4),
-        "kept_above_chance": round((accuracy - 0.25) / (whole - 0.25), 3),
-        "kept_error": round(error / (whole - 0.25), 3),
-    }
+    found = {"accuracy": round(accuracy, 4), "difference_error": round(error, 4)}
+    if (above := whole - 0.25) > 0:
+        found |= {"kept_above_chance": round((accuracy - 0.25) / above, 3), "kept_error": round(error / above, 3)}
+    return found
 
 
 def main() -> None:
