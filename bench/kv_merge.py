@@ -2,13 +2,14 @@
 
     bash bench/setup.sh
     .venv/bin/python bench/kv_merge.py --json docs/measured/kv_merging.json --recovery-steps 240 \\
-        cut ablation context mixed recovery embedded steps
+        cut ablation context mixed recovery embedded steps care
 
 Parts, each a key of the JSON: `cut` takes SmolLM2-135M from 3 KV heads to 1 by `kv_cut.py`, averaged, calibrated and
 refined; `ablation` switches each part of the method off in turn; `context` is what the length of the calibration's
 rows does at longer distances; `mixed` adds text of the other kind to the calibration set of `cut`; `recovery` counts
 the steps of SFT until the loss is within 0.3 of the base's; `embedded` cuts the embedded Qwen3-VL (QK-norm) from 4 to
-2 and to 1, untrained and after 50 steps; `steps` compares 4 to 2 to 1 with 4 to 1 for the same number of steps. What
+2 and to 1, untrained and after 50 steps; `steps` compares 4 to 2 to 1 with 4 to 1 for the same number of steps; `care`
+puts a peer's low-rank K and V (bench/care.py) beside ours, at as many cached numbers and on the ablation's tokens. What
 earlier calls wrote to RUNS/kv isn't made again. All of it takes an hour and a half on two quiet CPU cores.
 """
 
@@ -27,6 +28,7 @@ from unittest import mock
 
 import psutil
 import torch
+from care import decompose
 from knockout import SMOLLM2, TINY, chat_rows, log
 from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
 
@@ -403,7 +405,29 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def care(args: argparse.Namespace) -> dict[str, Any]:
+    """CARE's K and V of rank 64, uniform and adjusted, beside ours at as many cached numbers, on the same tokens."""
+    folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
+    calib, tokens = texts["wikipedia-train"], args.ablation_tokens
+    flags = ["--kv-heads", 1, "--calib", calib, "--calib-tokens", tokens, "--max-length", 512]
+    result: dict[str, Any] = {"calibration_tokens": tokens, "base": losses(folder, texts, args.test_tokens)}
+    ways = {"uniform": None, "adjusted": None, "ours": [], "ours, refined": ["--refine", args.refine]}
+    for way, more in ways.items():
+        out = args.runs / "kv-care" / way.replace(", ", "-")
+        if not out.exists():
+            if more is None:
+                decompose(folder, out, calib, tokens, 64, way == "adjusted")
+            else:
+                command("kv_cut.py", "--model", folder, "--out", out, *flags, *more)
+        result[way] = losses(out, texts, args.test_tokens)
+        for name in TESTS:
+            result[way][name]["excess"] = result[way][name]["loss"] - result["base"][name]["loss"]
+        log(way, result[way])
+    return result
+
+
 PARTS = {
+    "care": care,
     "cut": cut,
     "ablation": ablation,
     "context": context,
