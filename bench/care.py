@@ -1,11 +1,11 @@
-"""CARE, a peer of kv_cut.py: its decomposition of K and V, written anew from the paper (2603.17946, ICLR 2026).
+"""CARE, a peer of kv_cut.py: its decomposition of K and V, written anew from the paper (2603.17946).
 
 Each projection becomes a product of rank r that loses least of what it writes on calibration data (an SVD weighted by
 the root of the inputs' second moments), so that r numbers a token would be cached for keys and r for values. With
 `adjusted` ranks the same budget is spread over the layers: the next rank goes where it takes away the largest share of
-what is still missing, early layers before late ones, small ranks before large. As in its zero-shot evaluation full keys
-are rebuilt from the latent ones before RoPE; the checkpoint that is written here holds these products, multiplied out:
-it shows what quality is left, and saves no cache by itself.
+what is still missing, early layers before late ones, small ranks before large (the rule of the authors' code,
+FutureMLS-Lab/CARE). As in its zero-shot evaluation full keys are rebuilt from the latent ones before RoPE; the
+checkpoint that is written here holds these products, multiplied out: it shows what quality is left, and saves no cache.
 """
 
 from pathlib import Path

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
+from materials import EMBEDDED, MODELS, embedded_data, smollm2, texts_of, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
@@ -58,7 +58,7 @@ def run(words: list[object], log: Path, **environment: str) -> float:
 
 def conversations(texts: Path, target: Path, question: int = 300, answer: int = 900) -> Path:
     """Pieces of text as a beginning and what follows it, so many characters each."""
-    pieces = [json.loads(line)["text"] for line in texts.open()]
+    pieces = texts_of(texts)
     pairs = [(piece[:question], piece[question : question + answer]) for piece in pieces]
     roles = ("user", "assistant")
     rows = [{"messages": [{"role": role, "content": said} for role, said in zip(roles, pair)]} for pair in pairs]

@@ -137,6 +137,12 @@ def write_texts(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def texts_of(path: Path, count: int | None = None) -> list[str]:
+    """The rows {"text": ...} of a file: all, or `count` that are evenly spread."""
+    rows = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    return rows[:: max(1, len(rows) // count)][:count] if count else rows
+
+
 def package_docstrings(folder: Path) -> dict[str, Path]:
     """packages-train.jsonl and, every fifth row, packages-test.jsonl: docstrings of `DOCUMENTED`, 7 MB, shuffled."""
     paths = {name: folder / f"{name}.jsonl" for name in ("packages-train", "packages-test")}
@@ -176,7 +182,7 @@ def small(folder: Path, family: str, texts: Path, steps: int = 400) -> Path:
     from tokenizers import ByteLevelBPETokenizer
     from tqdm import trange
 
-    rows = [json.loads(line)["text"] for line in texts.open()]
+    rows = texts_of(texts)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(rows, 2048, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>")

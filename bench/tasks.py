@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from care import decompose
-from materials import package_docstrings, smollm2, write_texts
+from materials import package_docstrings, smollm2, texts_of, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
@@ -134,10 +134,6 @@ class Judge:
         from tqdm import tqdm
 
         return [self.is_right(question) for question in tqdm(questions, desc=what, unit="question")]
-
-
-def texts_of(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.open()]
 
 
 def against(own: list[bool], base: list[bool]) -> dict[str, float]:

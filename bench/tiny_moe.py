@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from materials import DOCUMENTED, _package, docstrings
+from materials import DOCUMENTED, _package, docstrings, texts_of
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCABULARY, LENGTH, ROWS = 1024, 128, 16  # tokens; of a row; rows of a step
@@ -68,10 +68,6 @@ def write_data(folder: Path) -> dict[str, Path]:
         random.Random(2).shuffle(rows[name])
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
     return paths
-
-
-def texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
 def train_tokenizer(rows: list[str]) -> PreTrainedTokenizerFast:
@@ -132,7 +128,7 @@ def tiny_moe(folder: Path, minutes: float = 10, experts: int = 16, layers: int =
     if (folder / "model/model.safetensors").exists():
         return folder
     paths = write_data(folder)
-    rows = texts(paths["train"])
+    rows = texts_of(paths["train"])
     tokenizer = train_tokenizer(rows)
     encoded = [each.ids for each in tokenizer.backend_tokenizer.encode_batch(rows)]
     flat = torch.tensor([token for ids in encoded for token in [0, *ids]])

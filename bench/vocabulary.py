@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from materials import EMBEDDED, embedded_data, package_docstrings, smollm2, write_texts
+from materials import EMBEDDED, embedded_data, package_docstrings, smollm2, texts_of, write_texts
 
 from prunekit.checkpoint import history, open_checkpoint, read_json, write_json
 from prunekit.model.load import load_model
@@ -44,12 +44,6 @@ print(json.dumps({"seconds": round(seconds, 1), "cpu_seconds": round(used.ru_uti
                   "peak_mb": round(used.ru_maxrss * 1024 / 1e6)}))
 sys.exit(code)
 """
-
-
-def texts_of(path: Path, count: int) -> list[str]:
-    """`count` rows, evenly spread."""
-    rows = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    return rows[:: max(1, len(rows) // count)][:count]
 
 
 class Bench:

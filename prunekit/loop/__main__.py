@@ -133,20 +133,28 @@ def choose_cuts(args: argparse.Namespace) -> int:
     return 0 if chosen else 3
 
 
-def judge(args: argparse.Namespace) -> None:
+def _verdict(loop: Loop, what: str, found: dict[str, Any]) -> str:
+    """Say how much what was judged keeps, draw it if it is decided; good, longer or back."""
     from prunekit.report import draw_loop
 
-    loop = Loop(args.into)
-    this = loop.judge(args.result)
-    metric, last = loop.settings["metric"], this["tries"][-1]
+    metric, last = loop.settings["metric"], found["tries"][-1]
     print(
-        f"round {this['round']}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
+        f"{what}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
         f"{loop.base['scores'][metric]:.4f}; KEEP={loop.settings['keep']:g}"
     )
-    if "good" in this:
-        draw_loop(loop.content, loop.folder / PICTURE)
+    if "good" not in found:
+        return "longer"
+    draw_loop(loop.content, loop.folder / PICTURE)
+    return "good" if found["good"] else "back"
+
+
+def judge(args: argparse.Namespace) -> None:
+    loop = Loop(args.into)
+    this = loop.judge(args.result)
+    verdict = _verdict(loop, f"round {this['round']}", this)
+    if verdict != "longer":
         log_to_wandb(loop, this)
-    print(f"VERDICT={'longer' if 'good' not in this else 'good' if this['good'] else 'back'}")
+    print(f"VERDICT={verdict}")
 
 
 def end(args: argparse.Namespace) -> None:
@@ -166,18 +174,9 @@ def end(args: argparse.Namespace) -> None:
 
 
 def judge_end(args: argparse.Namespace) -> None:
-    from prunekit.report import draw_loop
-
     loop = Loop(args.into)
     found = loop.judge_stage(args.stage, args.result)
-    metric, last = loop.settings["metric"], found["tries"][-1]
-    print(
-        f"end, {args.stage}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
-        f"{loop.base['scores'][metric]:.4f}; KEEP={loop.settings['keep']:g}"
-    )
-    if "good" in found:
-        draw_loop(loop.content, loop.folder / PICTURE)
-    verdict = "longer" if "good" not in found else "good" if found["good"] else "back"
+    verdict = _verdict(loop, f"end, {args.stage}", found)
     if verdict == "back":
         print(f"{args.stage} is left out: what comes next begins with {found['from']}")
     print(f"VERDICT={verdict}")

@@ -35,6 +35,16 @@ class Cut(Protocol):
     def account(self) -> Account: ...
 
 
+class OfPlan:
+    """What cuts have of their plan."""
+
+    plan: Any
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.plan.source
+
+
 def write_cut(cut: Cut, out: str | Path, overwrite: bool = False, max_shard_bytes: int | None = None) -> dict[str, Any]:
     """Write a cut's checkpoint to OUT and return its new history entry. Raises as `write_checkpoint` does."""
     account = cut.account()

@@ -11,7 +11,7 @@ from prunekit.checkpoint import DTYPE_BYTES, TORCH_DTYPES, Checkpoint, Outline, 
 from prunekit.errors import PruneKitError
 from prunekit.families import configs, spot_of
 
-from .cut import Account
+from .cut import Account, OfPlan
 
 SCORES = ("error", "reap", "frequency", "random")
 
@@ -47,7 +47,7 @@ class ExpertsPlan:
 
 
 @dataclass(frozen=True)
-class ExpertsCut:
+class ExpertsCut(OfPlan):
     """A checkpoint with fewer experts, whose changed tensors are computed when they are written."""
 
     plan: ExpertsPlan
@@ -56,10 +56,6 @@ class ExpertsCut:
     kept: dict[int, list[int]]  # by layer: experts, numbered as in the input, rising
     settings: dict[str, Any] = field(default_factory=dict)  # of the fit, like metrics
     metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def source(self) -> Checkpoint:
-        return self.plan.source
 
     def account(self) -> Account:
         """Besides what every entry has: the experts that each mixture lost, numbered as in the input."""

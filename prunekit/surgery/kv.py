@@ -19,7 +19,7 @@ from prunekit.checkpoint import (
 from prunekit.errors import PruneKitError
 from prunekit.families import configs
 
-from .cut import Account
+from .cut import Account, OfPlan
 from .drafts import drop_drafts
 
 # Of a group's heads, along axis 1. These need no data.
@@ -40,17 +40,13 @@ class KVPlan:
 
 
 @dataclass(frozen=True)
-class KVCut:
+class KVCut(OfPlan):
     """A checkpoint with fewer KV heads, whose changed tensors are computed when they are written."""
 
     plan: KVPlan
     result: Checkpoint
     settings: dict[str, Any] = field(default_factory=dict)  # of the fit, like metrics
     metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def source(self) -> Checkpoint:
-        return self.plan.source
 
     def account(self) -> Account:
         plan = self.plan

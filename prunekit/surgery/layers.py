@@ -10,7 +10,7 @@ from prunekit.checkpoint import Checkpoint, attending, layer_numbers
 from prunekit.errors import PruneKitError
 from prunekit.families import Stack, configs
 
-from .cut import Account
+from .cut import Account, OfPlan
 from .drafts import draft_tensors
 
 MOST_LAYERS, MOST_SHARE = 10, 0.25  # what recovers surely, if it goes at once
@@ -28,17 +28,13 @@ class LayersPlan:
 
 
 @dataclass(frozen=True)
-class LayersCut:
+class LayersCut(OfPlan):
     """A checkpoint without layers; `layers_fit.fit_layers` has what is around the seams refitted."""
 
     plan: LayersPlan
     result: Checkpoint
     seams: list[dict[str, Any]] = field(default_factory=list)  # what refitting did at each
     settings: dict[str, Any] | None = None  # of the fit
-
-    @property
-    def source(self) -> Checkpoint:
-        return self.plan.source
 
     def account(self) -> Account:
         plan, seams, losses = self.plan, self.seams, None

@@ -12,7 +12,7 @@ from prunekit.checkpoint import Checkpoint, Outline
 from prunekit.errors import PruneKitError
 from prunekit.families import configs
 
-from .cut import Account
+from .cut import Account, OfPlan
 from .vocabulary_files import (
     Tokenizer,
     changed_files,
@@ -43,7 +43,7 @@ class VocabularyPlan:
 
 
 @dataclass(frozen=True)
-class VocabularyCut:
+class VocabularyCut(OfPlan):
     """A checkpoint whose embedding and head have fewer rows, and whose tokenizer has as few tokens."""
 
     plan: VocabularyPlan
@@ -52,10 +52,6 @@ class VocabularyCut:
     tokenizer: Tokenizer
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def source(self) -> Checkpoint:
-        return self.plan.source
 
     def account(self) -> Account:
         removed = {"tokens": self.plan.rows_before - self.plan.rows}

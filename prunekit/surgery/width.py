@@ -20,7 +20,7 @@ from prunekit.checkpoint import (
 from prunekit.errors import PruneKitError
 from prunekit.families import configs
 
-from .cut import Account
+from .cut import Account, OfPlan
 from .drafts import drop_drafts
 from .width_parts import Part, check_shapes, find_parts, mlp_widths, narrow, neurons_key
 
@@ -67,7 +67,7 @@ class WidthPlan:
 
 
 @dataclass(frozen=True)
-class WidthCut:
+class WidthCut(OfPlan):
     """A checkpoint of narrower layers, whose changed tensors are computed when they are written."""
 
     plan: WidthPlan
@@ -77,10 +77,6 @@ class WidthCut:
     kept: dict[int, Kept]
     settings: dict[str, Any] = field(default_factory=dict)  # of the fit, like metrics
     metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def source(self) -> Checkpoint:
-        return self.plan.source
 
     def account(self) -> Account:
         """Besides what every entry has: heads that each layer lost, numbered as in the input, and what all scored."""

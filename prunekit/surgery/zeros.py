@@ -17,7 +17,7 @@ from tqdm import tqdm
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 
-from .cut import Account
+from .cut import Account, OfPlan
 from .zeros_weights import Weight, choose_weights, count_zeros, sparsity_record
 from .zeros_wish import Wish, check_shared_out, check_wish
 
@@ -43,7 +43,7 @@ class ZerosPlan:
 
 
 @dataclass(frozen=True)
-class ZerosCut:
+class ZerosCut(OfPlan):
     """A checkpoint whose chosen weights are computed, with their zeros, when they are written."""
 
     plan: ZerosPlan
@@ -53,10 +53,6 @@ class ZerosCut:
     zeros_before: int
     settings: dict[str, Any] = field(default_factory=dict)  # of the data, like metrics
     metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def source(self) -> Checkpoint:
-        return self.plan.source
 
     def record(self) -> dict[str, Any]:
         return sparsity_record(self.source, self.zeros)

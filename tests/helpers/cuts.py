@@ -3,8 +3,15 @@
 from prunekit.checkpoint import open_checkpoint
 from prunekit.surgery import width
 from prunekit.surgery.cut import write_cut
+from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.surgery.zeros import cut_zeros, plan_zeros, with_importance
 from prunekit.surgery.zeros_wish import Wish
+
+
+def drop_layers(folder, out, gone=(1,)):
+    """OUT, with these text layers gone."""
+    write_cut(cut_layers(plan_layers(open_checkpoint(folder), text=gone)), out)
+    return out
 
 
 def cut_width(folder, out, **wanted):

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 FAMILIES = ["bert", "roberta", "camembert", "distilbert"]
 LABELS = {0: "O", 1: "B-LOC", 2: "I-LOC", 3: "B-PER", 4: "I-PER"}
+# Flags of ner_run.py
+QUICK = ("--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", 8)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KINDS = {
     "PER": ["ana", "bo", "cem", "dia"],

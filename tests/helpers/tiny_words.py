@@ -82,6 +82,13 @@ def train(kind: str, size: int = 420) -> Tokenizer:
     return tokenizer
 
 
+def save_speaking_and_rows(family: str, folder: Path) -> tuple[Path, Path]:
+    """FOLDER/model as `save_speaking` makes it, and FOLDER/rows.jsonl, rows like what it is for."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(1)))
+    return save_speaking(family, folder / "model"), file
+
+
 def save_speaking(family: str, folder: Path, kind: str | None = None, padding: int = 5, **kwargs) -> Path:
     """The tiny model of this family with a trained tokenizer, and `padding` rows more than that has tokens."""
     kind = kind or KIND_OF.get(family, "bytes")

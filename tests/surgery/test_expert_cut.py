@@ -1,11 +1,10 @@
 """The script expert_cut.py: what it says, records and refuses."""
 
-import json
 import re
 
 import pytest
 from helpers.calibration import write_texts
-from helpers.tiny_words import save_speaking, texts
+from helpers.tiny_words import save_speaking_and_rows
 
 from prunekit.checkpoint import history
 
@@ -13,9 +12,7 @@ from prunekit.checkpoint import history
 @pytest.fixture
 def given(tmp_path):
     """A folder with a model, and rows like what it is for."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(1)))
-    return save_speaking("qwen3_moe", tmp_path / "model"), file
+    return save_speaking_and_rows("qwen3_moe", tmp_path)
 
 
 def test_the_script_cuts_on_data_and_records_it(given, tmp_path, script):

@@ -1,22 +1,18 @@
 """LoRA on encoders, for tokens and for texts: little is trained, and what is written is plain and computes the same."""
 
 import json
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
 import transformers as hf
-from helpers.paths import ROOT
+from helpers.cuts import drop_layers
 from helpers.tiny_models import load
-from helpers.tiny_taggers import save_tagger, write_rows
+from helpers.tiny_taggers import QUICK, save_tagger, write_rows
 from safetensors.torch import load_file
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate
-from prunekit.surgery.cut import write_cut
-from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.tagger.lora import add_lora, head_modules, linear_layers
 from prunekit.tagger.rows import TEXT_CLASSIFIER, load_tokenizer, read_rows
 from prunekit.tagger.texts import TextData, classes_of, read_labelled
@@ -24,22 +20,7 @@ from prunekit.tagger.train import load_classifier
 
 pytestmark = pytest.mark.usefixtures("plain_trainer")
 
-QUICK = ("--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", 8)
 LORA = ("--lora-rank", 4, "--max_steps", 4, "--learning_rate", 1e-2)
-
-
-@pytest.fixture
-def ner_run(monkeypatch):
-    """ner_run(*arguments): the script in this process, which has its imports done."""
-    spec = spec_from_file_location("ner_run", ROOT / "ner_run.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ner_run.py", *map(str, arguments)])
-        module.main()
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -51,15 +32,10 @@ def reviews(tmp_path_factory):
     return file
 
 
-def pruned(folder, out):
-    write_cut(cut_layers(plan_layers(open_checkpoint(folder), text=[1])), out)
-    return out
-
-
 @pytest.mark.parametrize("family", ["bert", "camembert", "distilbert"])
 def test_a_lora_on_a_pruned_tagger_is_merged_into_a_plain_folder(family, tagger, tmp_path, ner_run):
     rows = write_rows(tmp_path / "rows.jsonl", 32)
-    base = pruned(tagger(family), tmp_path / "base")
+    base = drop_layers(tagger(family), tmp_path / "base")
     ner_run("--model", base, "--out", tmp_path / "out", "--dataset", rows, "--val-dataset", rows, *LORA, *QUICK)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert before.keys() == after.keys()
@@ -95,7 +71,7 @@ def test_a_lora_computes_the_same_until_it_is_trained_and_is_of_its_rank(family,
 
 @pytest.mark.parametrize("family", ["bert", "camembert", "distilbert"])
 def test_texts_are_classified_by_a_new_head_on_a_pruned_encoder(family, tagger, reviews, tmp_path, ner_run):
-    base = pruned(tagger(family), tmp_path / "base")
+    base = drop_layers(tagger(family), tmp_path / "base")
     ner_run("--model", base, "--out", tmp_path / "out", "--task", "text-classification", "--new-head", "--dataset",
             reviews, "--val-dataset", reviews, *LORA, *QUICK)  # fmt: skip
     model = load(tmp_path / "out")

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
 import transformers as hf
+from helpers.cuts import drop_layers
 from helpers.paths import ROOT
 from helpers.tiny_models import load
-from helpers.tiny_taggers import FAMILIES, LABELS, LETTERS, save_tokenizer, write_rows
+from helpers.tiny_taggers import FAMILIES, LABELS, LETTERS, QUICK, save_tokenizer, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,8 +24,6 @@ from prunekit.checkpoint.provenance import data_record
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate, main
 from prunekit.serving.run import load_served, pad
-from prunekit.surgery.cut import write_cut
-from prunekit.surgery.layers import cut_layers, plan_layers
 from prunekit.tagger.rows import Row, encode, join, labels_of, load_tokenizer, read_rows, tag_numbers
 from prunekit.tagger.scores import Data, entity_scores
 from prunekit.tagger.train import check_teacher, load_classifier, matching_layers
@@ -33,31 +31,10 @@ from prunekit.training.publish import publish
 
 pytestmark = pytest.mark.usefixtures("plain_trainer")
 
-QUICK = ("--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", 8)
-
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", count=64)
-
-
-@pytest.fixture
-def ner_run(monkeypatch):
-    """ner_run(*arguments): the script in this process, which has its imports done."""
-    spec = spec_from_file_location("ner_run", ROOT / "ner_run.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ner_run.py", *map(str, arguments)])
-        module.main()
-
-    return run
-
-
-def student_of(folder, out, gone=(1,)):
-    write_cut(cut_layers(plan_layers(open_checkpoint(folder), text=gone)), out)
-    return out
 
 
 def test_scores_are_seqevals_of_a_case_worked_by_hand():
@@ -147,7 +124,7 @@ def test_a_student_is_matched_with_what_its_next_layer_saw_in_the_teacher():
 def test_a_student_of_each_family_is_cut_distilled_and_loaded_by_plain_transformers(
     family, tagger, rows, tmp_path, ner_run
 ):
-    student = student_of(tagger(family), tmp_path / "student")
+    student = drop_layers(tagger(family), tmp_path / "student")
     ner_run("--model", student, "--teacher", tagger(family), "--out", tmp_path / "out", "--dataset", rows,
             "--val-dataset", rows, "--hidden-weight", 1, "--max_steps", 4, "--learning_rate", 1e-2, *QUICK)  # fmt: skip
     model = load(tmp_path / "out")
@@ -161,7 +138,7 @@ def test_a_student_of_each_family_is_cut_distilled_and_loaded_by_plain_transform
 
 
 def test_distillation_alone_brings_a_student_nearer_to_its_teacher(tagger, rows, tmp_path, script):
-    teacher, student = tagger("bert"), student_of(tagger("bert"), tmp_path / "student")
+    teacher, student = tagger("bert"), drop_layers(tagger("bert"), tmp_path / "student")
     done = script("ner_run.py", "--model", student, "--teacher", teacher, "--hard-share", 0, "--out", tmp_path / "out",
                   "--dataset", rows, "--num_train_epochs", 6, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -185,7 +162,7 @@ def test_labels_are_learned(tagger, rows, tmp_path, ner_run):
 
 
 def test_zeros_are_kept_where_they_are(tagger, rows, tmp_path, ner_run):
-    folder = student_of(tagger("bert"), tmp_path / "sparse")
+    folder = drop_layers(tagger("bert"), tmp_path / "sparse")
     weights = load_file(folder / "model.safetensors")
     for name, values in weights.items():
         if "encoder.layer" in name and values.dim() == 2:
@@ -315,7 +292,7 @@ def test_a_teacher_of_other_labels_or_sizes_is_refused(tagger):
 
 
 def test_a_new_head_does_not_excuse_other_layers(tagger, tmp_path):
-    student = student_of(tagger("bert"), tmp_path / "student")
+    student = drop_layers(tagger("bert"), tmp_path / "student")
     with pytest.raises(PruneKitError, match=r"has no encoder\.layer\.2"):
         publish(student, tmp_path / "out", tagger("bert"), "ner", new_head={})
 
