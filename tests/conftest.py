@@ -53,6 +53,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What sets more threads for the tests behind it makes two cores spin for minutes: seen once, and not again."""
+    yield
+    assert os.environ.get("OMP_NUM_THREADS") == "1"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny(family): the folder of that family's model, made on first use. Read only."""

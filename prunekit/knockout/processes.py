@@ -74,7 +74,8 @@ def _train_in_this_process(arguments: list[str], environment: dict[str, str], lo
         import torch
         from swift import sft_main
 
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        if threads := environment.get("OMP_NUM_THREADS"):  # which torch, imported already, won't read again
+            torch.set_num_threads(int(threads))
         sft_main(arguments)
     except BaseException:
         traceback.print_exc()

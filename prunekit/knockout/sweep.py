@@ -152,6 +152,7 @@ def main() -> None:
     for name in validation if args.by else ():
         groups_of(read_calibration(name), args.by, FEW)
     runs = choose_runs(runs, scan, args.finalists)
+    here = not gpus and not os.environ.get("RAY_ADDRESS") and not os.environ.get("OMP_NUM_THREADS")
     training = Training(
         checkpoint.path,
         args.model_type or checkpoint.config["model_type"],
@@ -160,6 +161,7 @@ def main() -> None:
         args.group,
         args.by,
         tuple(validation),
+        max(1, (os.cpu_count() or 1) // args.jobs) if here else None,
     )
     with contextlib.ExitStack() as held:
         if runs:

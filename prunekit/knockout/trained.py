@@ -107,6 +107,7 @@ class Training:
     group: str  # in W&B
     by: str | None = None  # a column of the validation rows: token_acc and loss by groups of them, too
     validation: tuple[str, ...] = ()  # their files, where `by` is given
+    threads: int | None = None  # of a run on the CPU; None: what the environment says
 
     def result(self, run: Run, gpus: list[str]) -> dict[str, Any]:
         """Train and measure: the run's record. A run that fails has an "error" in it, and raises nothing."""
@@ -136,6 +137,8 @@ class Training:
         arguments += ["--run_name", f"knockout/{run_name(run)}", "--output_dir", str(work / "swift")]
         arguments += ["--eval_strategy", "steps", "--save_strategy", "no"]
         environment = {"WANDB_RUN_GROUP": self.group}
+        if self.threads:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
         callbacks = []
         if run:
             callbacks.append("knockout_layers")
@@ -192,8 +195,6 @@ class Sweep:
 
     def __init__(self, training: Training, gpus: list[str], jobs: int, gpus_per_task: int = 0):
         self.training, self.gpus, self.jobs, self.gpus_per_task = training, gpus, jobs, gpus_per_task
-        if not gpus:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
 
     def result_file(self, run: Run) -> Path:
         return self.training.out / "runs" / f"{run_name(run)}.json"

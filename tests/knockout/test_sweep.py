@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import sys
 
 import pytest
 
@@ -176,3 +178,24 @@ def test_a_damaged_scan_is_named_in_one_line(monkeypatch, tiny, tmp_path, conten
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
     assert "\n" not in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"scan"}
+
+
+@pytest.mark.parametrize("said, threads", [({}, max(1, (os.cpu_count() or 1) // 2)), ({"OMP_NUM_THREADS": "3"}, None)])
+def test_runs_side_by_side_share_the_cores_unless_the_user_says_how_many(tiny, tmp_path, monkeypatch, said, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        sys, "argv", ["sweep", "--model", str(tiny("qwen3")), "--out", str(tmp_path / "o"), "--jobs", "2"]
+    )
+
+    class Seen(Exception):
+        pass
+
+    def see(made, *_):
+        raise Seen(made.training.threads, os.environ.get("OMP_NUM_THREADS"))
+
+    monkeypatch.setattr(knockout, "sweep_all", see)
+    with pytest.raises(Seen) as seen:
+        knockout.main()
+    assert seen.value.args == (threads, said.get("OMP_NUM_THREADS"))
