@@ -102,7 +102,7 @@ stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" 
 recover mqa-recovered mqa 640 4e-4
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
-  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 200) --learning_rate 1e-3 --lora_dropout 0
+  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 250) --learning_rate 1e-3 --lora_dropout 0 --lora_rank 32 --lora_alpha 64
 MODEL=$RUN/mqa-recovered ADAPTER=$RUN/lora OUTPUT=$RUN/merged stage merged "$RUN/merged" bash export_lora.sh
 
 MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl VAL_DATASET='' OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \

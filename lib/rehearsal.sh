@@ -33,4 +33,5 @@ pip uninstall --yes torchaudio torchcodec # CUDA builds, which transformers woul
 site=$(.venv-rehearsal/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp lib/torchvision_cpu.py "$site/_prunekit_torchvision_cpu.py"
 echo 'import _prunekit_torchvision_cpu' > "$site/_prunekit_torchvision_cpu.pth"
+echo 'import gc; gc.set_threshold(10_000)' > "$site/_prunekit_gc.pth"
 touch "$stamp"

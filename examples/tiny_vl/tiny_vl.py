@@ -39,10 +39,10 @@ from prunekit.model.load import has_bfloat16  # noqa: E402
 
 # name of the file, rows, skills, look
 DATASETS: dict[str, tuple[int, tuple[str, ...], Look]] = {
-    "train": (10000, SKILLS, PLAIN),
+    "train": (20000, SKILLS, PLAIN),
     "val": (480, SKILLS, PLAIN),
     "test": (1600, SKILLS, PLAIN),
-    "cyrillic_train": (2000, ("cyrillic",), PLAIN),
+    "cyrillic_train": (4000, ("cyrillic",), PLAIN),
     "cyrillic_val": (200, ("cyrillic",), PLAIN),
     "rl_train": (768, ("read",), HARD),
     "rl_val": (300, ("read",), HARD),
