@@ -306,6 +306,7 @@ def test_plugins_that_register_rewards_are_taken(models, tmp_path):
     assert report["quality"]["rows"]["scores"][0]["reward"] == 1
 
 
+@pytest.mark.ci
 def test_any_history_is_taken_or_refused(tiny, tmp_path, tries):
     base, folder, out = tiny("qwen3_vl"), tmp_path / "model", tmp_path / "out"
     write_cut(cut_layers(plan_layers(open_checkpoint(base), text=[3], vision=[4], drop_taps=[0])), folder)

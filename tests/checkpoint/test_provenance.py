@@ -261,6 +261,7 @@ def test_the_history_of_a_distillation_says_its_teacher_and_data(lab):
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_phases_of_another_model_are_refused_and_restart_makes_them_anew(mine, tmp_path):
     shutil.rmtree(mine.model)
     cut_width(mine.env["TEACHER"], mine.model, head_share=0.5)

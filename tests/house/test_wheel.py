@@ -61,7 +61,7 @@ def test_a_wheel_holds_every_plugin(installed):
     assert held == {f"prunekit/plugins/{file.name}" for file in (ROOT / "plugins").glob("*.py")}
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("line", "written"),
     [
@@ -90,7 +90,7 @@ def test_a_wheel_trains_without_a_layer(run, tmp_path):
     assert record["error"] is None and record["curve"]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_wheels_plugins_register_what_is_in_it(installed, run):
     folder = installed[1] / "prunekit" / "plugins"
     code = f"""

@@ -88,7 +88,7 @@ def test_below_the_gate_a_round_is_recovered_for_longer(loop):
     assert steps == [["7"], ["14"]]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("good", [0, 1])
 def test_after_two_failed_rounds_the_last_good_model_is_published_if_there_is_one(good, loop):
     failing = {f"_{number}_{name}": 0.5 for number in (good + 1, good + 2) for name in ("recovered", "longer")}
@@ -105,7 +105,7 @@ def test_after_two_failed_rounds_the_last_good_model_is_published_if_there_is_on
         assert "the base is the last good model" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_speed_is_estimated_for_the_choice_and_measured_after_the_round(loop):
     """The stub takes a second a text layer, of which there are five."""
     result = loop.run("loop.sh", TARGET_PARAMS="", TARGET_SPEED="1.5", ROUND_SHARE="0.9", CUTS="layers")
@@ -123,7 +123,7 @@ def test_a_speed_is_estimated_for_the_choice_and_measured_after_the_round(loop):
     assert this["sizes"]["speed"] == pytest.approx(0.6) and "1.67 times as fast" in result.stdout, "by the clock"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_where_tokens_go_the_teacher_loses_the_same(loop):
     model = save_speaking("qwen3_vl", loop.folder / "speaking")
     before, left = statistics(model)["parameters"], statistics(plan_vocabulary(open_checkpoint(model), 384).outline)
@@ -137,7 +137,7 @@ def test_where_tokens_go_the_teacher_loses_the_same(loop):
     assert [entry["stage"] for entry in history(loop.out)] == ["vocab_cut", "full_run", "distil", "loop"]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_stages_behind_the_last_round_follow_each_other_and_one_below_the_gate_is_left_out(loop):
     settings = {"END": "kv lora rl", "LORA_DATASET": "train.jsonl", "RL_DATASET": "train.jsonl", "MAX_ROUNDS": 1}
     failing = scores(end_lora_merged=0.5)
@@ -172,7 +172,7 @@ def test_a_killed_loop_leaves_no_process_and_repeats_nothing_that_is_done(loop):
     wait_for(lambda: not loop.left())
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("stage", ["width_cut.py", "prunekit.scan"])
 def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_command_goes_on(stage, loop):
     result = loop.run("loop.sh", MAX_ROUNDS=1, STUB_BREAK=stage)

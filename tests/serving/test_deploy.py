@@ -74,6 +74,7 @@ def test_a_text_classifier_as_onnx_gives_the_same_logits(tagger, tmp_path):
     np.testing.assert_allclose(load_served(tmp_path / "out")(inputs), theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.ci
 def test_a_decoder_as_onnx_gives_the_same_loss(tiny, tmp_path):
     deploy(open_checkpoint(tiny("llama")), tmp_path / "out", "onnx")
     losses = [mean_loss(load_served(folder), ROWS, 0) for folder in (tiny("llama"), tmp_path / "out")]
@@ -122,6 +123,7 @@ def test_int8_is_near_small_and_tells_its_story(served):
     assert "onnxruntime.InferenceSession" in (folder / "README.md").read_text()
 
 
+@pytest.mark.ci
 def test_the_table_holds_what_files_and_plain_evaluation_say(served, tmp_path, script):
     (int8, source), data = served("bert", "onnx-int8"), write_rows(tmp_path / "rows.jsonl")
     done = script("deploy.py", "--model", source, int8, "--dataset", data, "--length", 16, "--batches", 1, 4,

@@ -38,6 +38,7 @@ def test_any_trainer_state_and_log_is_taken_or_refused(run_folder, tiny, tmp_pat
     tries.check()
 
 
+@pytest.mark.ci
 def test_any_folder_of_cycles_is_taken_or_refused(tiny, tmp_path, tries):
     cycles = tmp_path / "cycles"
     cycles.mkdir()
