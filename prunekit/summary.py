@@ -75,16 +75,15 @@ def _seconds(file: Path) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, with the change against the first."""
-    base = rows[0]
-    lines = [
-        f"{'stage':22}{'parameters':>12}{'':>7}{'KV B/token':>12}{'token_acc':>11}{'exact match':>13}{'seconds':>9}"
-    ]
+    """The rows as text, with the change against the first; without seconds if no stage has any."""
+    base, timed = rows[0], any(row["seconds"] for row in rows)
+    head = f"{'stage':22}{'parameters':>12}{'':>7}{'KV B/token':>12}{'token_acc':>11}{'exact match':>13}"
+    lines = [head + (f"{'seconds':>9}" if timed else "")]
     for row in rows:
         share = row["parameters"] / base["parameters"]
         lines.append(
             f"{row['stage']:22}{row['parameters']:>12,}{share:>7.0%}{row['kv_bytes_per_token']:>12,}"
-            f"{row['token_acc']:>11.4f}{row['exact_match']:>13.4f}{row['seconds']:>9}"
+            f"{row['token_acc']:>11.4f}{row['exact_match']:>13.4f}" + (f"{row['seconds']:>9}" if timed else "")
         )
     return "\n".join(lines)
 

@@ -1,14 +1,18 @@
-"""README, CONTRIBUTING and docs/ name what is there: links and their headings, files, modules, wings."""
+"""README, CONTRIBUTING, docs/ and the tour name what is there: links and their headings, files, modules, wings."""
 
 import importlib.util
 import re
 
+import nbformat
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import ROOT, TOUR
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 TEXTS = {page: page.read_text() for page in PAGES}
-TOPICS = [page for page in PAGES[2:] if page.name != "gpu.md"]
+TEXTS[TOUR] = "\n\n".join(cell.source for cell in nbformat.read(TOUR, as_version=4).cells)
+PAGES.append(TOUR)
+TOPICS = [page for page in DOCS if page.name != "gpu.md"]
 FOLDERS = ("bench", "docs", "examples", "lib", "plugins", "prunekit", "tests")
 FILE = re.compile(rf"(?<![\w./$-])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|sh|md|json|png))\b")
 SCRIPT = re.compile(r"(?:\b(?:bash|python) |`)([\w./-]+\.(?:py|sh))\b")

@@ -186,6 +186,12 @@ def test_table_has_a_line_for_each_stage(stages):
     assert len(table(stages).splitlines()) == 3
 
 
+def test_table_has_seconds_where_a_stage_has_some(stages):
+    base, again = stages
+    assert "seconds" not in table(stages)
+    assert "seconds" in table([base, again | {"seconds": 3}])
+
+
 def test_stage_figure_is_drawn(stages, tmp_path):
     draw_stages(stages, tmp_path / "stages.png")
     assert (tmp_path / "stages.png").read_bytes().startswith(PNG)
