@@ -25,7 +25,7 @@ def toured(tmp_path_factory):
         link.symlink_to(path)
     notebook = nbformat.read(TOUR, as_version=4)
     resources = {"metadata": {"path": folder}}
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources, coalesce_streams=True)
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources, coalesce_streams=True)
     return client.execute(env=os.environ | {"QUICK": "1"}), folder, set(links)
 
 
