@@ -46,7 +46,7 @@ BAD_SETTINGS = [
     }.items()),
     *(({name: value}, "loop.sh") for name, value in {
         "TARGET_PARAMS": "1.5", "TARGET_BYTES": "5GB", "TARGET_KV": "0", "KEEP": "97", "METRIC": "bleu",
-        "CUTS": "experts", "MAX_ROUNDS": "0", "ROUND_SHARE": "1", "KEEP_ROUNDS": "some", "RECOVER_STEPS": "0",
+        "CUTS": "towers", "MAX_ROUNDS": "0", "ROUND_SHARE": "1", "KEEP_ROUNDS": "some", "RECOVER_STEPS": "0",
         "DISTIL_STEPS": "x", "LONGER_STEPS": "0", "CALIB_TOKENS": "-1", "HEAL": "yes", "DRY_RUN": "2",
         "TARGET_SPEED": "fast", "SPEED_OF": "loading", "END": "kv kv", "END_KV": "0", "END_STEPS": "x",
         "RAY_ADDRESS": "a:1",
