@@ -33,7 +33,7 @@ from prunekit.checkpoint.provenance import contents, data_record
 from prunekit.checkpoint.records import COMMAND
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
-from prunekit.surgery.experts import experts_range
+from prunekit.surgery.experts import check_experts
 from prunekit.surgery.vocabulary_files import read_tokenizer
 
 from .candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, sizes
@@ -90,14 +90,9 @@ def begin(args: argparse.Namespace) -> None:
 
 def _check_experts(checkpoint: Checkpoint) -> None:
     try:
-        possible = experts_range(checkpoint)
+        check_experts(checkpoint)
     except PruneKitError as error:
         raise PruneKitError(f"CUTS has experts: {error}") from None
-    if not possible:
-        raise PruneKitError(
-            f"CUTS has experts: of the {possible.stop} in a mixture of {checkpoint.path} a token goes to "
-            f"{possible.start}: none can go; leave them out"
-        )
 
 
 def next_round(args: argparse.Namespace) -> None:

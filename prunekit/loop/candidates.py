@@ -12,7 +12,7 @@ from prunekit.errors import PruneKitError
 from prunekit.knockout.removal import STACKS, Removal, plan_without
 from prunekit.report.results import read_results
 from prunekit.rules import NAMES, OBJECT, REAL, Items, Keys, check
-from prunekit.surgery.experts import experts_range, plan_experts
+from prunekit.surgery.experts import check_experts, plan_experts
 from prunekit.surgery.kv import plan_kv
 from prunekit.surgery.vocabulary import plan_vocabulary
 from prunekit.surgery.width import plan_width
@@ -50,10 +50,8 @@ def _saved(checkpoint: Checkpoint, after: Outline | str | Path, timing: Timing |
 def _experts(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
     """Numbers of experts in each mixture without the others of which half of `most` parameters go, and all of it."""
     try:
-        possible = experts_range(checkpoint)
-    except PruneKitError:  # no mixture
-        return
-    if not possible:  # a token goes to all of them
+        possible = check_experts(checkpoint)
+    except PruneKitError:  # no mixture, or one that needs them all
         return
     of_one = _saved(checkpoint, plan_experts(checkpoint, possible[-1]).outline)["params"]
     least = max(possible[0], math.ceil(LEAST_EXPERTS * possible.stop))
@@ -180,7 +178,7 @@ def _most_saved(checkpoint: Checkpoint, kind: str, timing: Timing | None) -> dic
     found: list[tuple[str, Outline]] = []
     with contextlib.suppress(PruneKitError):  # none of this kind can go
         if kind == "experts":
-            found = [("", plan_experts(checkpoint, experts_range(checkpoint).start).outline)]
+            found = [("", plan_experts(checkpoint, check_experts(checkpoint).start).outline)]
         elif kind == "heads":
             found = list(_heads(checkpoint))
         elif kind == "neurons":

@@ -121,12 +121,18 @@ def experts_chosen(model: Outline) -> int:
     return configs(model.config, row)[0].get(row.experts_chosen) or row.defaults.get(row.experts_chosen, 1)
 
 
-def experts_range(checkpoint: Checkpoint) -> range:
+def check_experts(checkpoint: Checkpoint) -> range:
     """How many experts each mixture may keep: from as many as a token goes to, up to one less than there are.
 
-    Raises PruneKitError for a model without mixtures, and one whose tensors and config disagree.
+    Raises PruneKitError for a model without mixtures or without an expert that can go, and for one whose tensors and
+    config disagree.
     """
-    return range(experts_chosen(checkpoint), _present(checkpoint, find_places(checkpoint)))
+    possible = range(experts_chosen(checkpoint), _present(checkpoint, find_places(checkpoint)))
+    if not possible:
+        raise PruneKitError(
+            f"{checkpoint.path}: a token goes to all {possible.stop} experts of a mixture: there is none to drop"
+        )
+    return possible
 
 
 def plan_experts(checkpoint: Checkpoint, experts: int) -> ExpertsPlan:

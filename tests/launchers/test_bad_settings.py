@@ -39,7 +39,7 @@ BAD_SETTINGS = [
     *(({name: value}, "knockout_check.sh") for name, value in {
         "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2",
         "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
-        "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "FINALISTS": "-1", "MODE": "x",
+        "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "EXPERTS": "half", "FINALISTS": "-1", "MODE": "x",
     }.items()),
     *(({name: value}, "sparse_run.sh") for name, value in {
         "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
