@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Which layers are cheap? Scores every removal in memory, without training; then a short SFT without each of the best.
+# Which layers, and experts, are cheap? Scores removals in memory, without training; then a short SFT without the best.
 #   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET
 #   Out:  $OUTPUT/ranking.json, ranking.csv, ranking.png, curves.png, greedy.png; W&B: one run each, and one with all
-#   Cost: the scan about half a forward pass of the tokens per layer; then (FINALISTS + 1) short trainings.
+#   Cost: the scan about half a forward pass of the tokens per layer, one per number of experts; then
+#         (FINALISTS + 1) short trainings.
 #   Continue an interrupted sweep by the same command.
 #   MODEL=checkpoints/base MODE=scan GREEDY=8 bash knockout_check.sh
 #   MODEL=checkpoints/base TEXT_LAYERS=4-20 VISION_BLOCKS=none GPUS=0,1,2,3 JOBS=2 bash knockout_check.sh

@@ -7,7 +7,7 @@ from typing import Any
 
 from .style import COOL, GRID, INK, KEY, LINES, MUTED, PALE, WARM, new_figure, save_figure, share_colour
 
-TITLES = {"text": "text layers", "vision": "vision blocks", "experts": "experts left in each mixture"}  # of panels
+TITLES = {"text": "text layers", "vision": "vision blocks", "experts": "experts"}  # of panels
 
 
 def _token_acc(ranking: dict[str, Any]) -> str:
@@ -96,7 +96,8 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.grid(axis="x", visible=False)
         axis.set_title(TITLES[stack])
-        axis.set_xlabel("removed, not trained (± standard error)" if scanned_any else "removed, then trained briefly")
+        what = "left in each mixture" if stack == "experts" else "removed"
+        axis.set_xlabel(f"{what}, not trained (± standard error)" if scanned_any else "removed, then trained briefly")
     if groups:
         _draw_groups(figure, axes[1], by_stack, groups, baseline["groups"], scanned_any, floor)
     if scanned_any and trained_any:
