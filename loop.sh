@@ -11,6 +11,7 @@
 #   Cost: a round is a scan, a fit a trial, full_run.sh and distil.sh; how much disk is said beforehand
 #   MODEL=Qwen3-VL-8B-Instruct OUTPUT=checkpoints/small TARGET_BYTES=5e9 KEEP=0.97 bash loop.sh
 #   MODEL=Qwen3-VL-8B-Instruct TARGET_PARAMS=0.6 CUTS='layers neurons' bash loop.sh --dry-run   # prints the lines only
+#   MODEL=Qwen3-30B-A3B TARGET_PARAMS=0.5 CUTS='layers experts neurons' bash loop.sh   # experts of a mixture, too
 #   MODEL=Qwen3-VL-8B-Instruct TARGET_SPEED=2 END='kv rl' RL_DATASET=data/rl.jsonl bash loop.sh
 # The same command goes on with what is there, and with folders that you put in their places.
 source "$(dirname "$0")/lib/common.sh"
