@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Which layers are cheap? Scores every removal in memory, without training; then a short SFT without each of the best.
+# Which layers, and experts, are cheap? Scores removals in memory, without training; then a short SFT without the best.
 #   In:   $MODEL (a checkpoint), $DATASET, $VAL_DATASET
 #   Out:  $OUTPUT/ranking.json, ranking.csv, ranking.png, curves.png, greedy.png; W&B: one run each, and one with all
-#   Cost: the scan about half a forward pass of the tokens per layer; then (FINALISTS + 1) short trainings.
+#   Cost: the scan about half a forward pass of the tokens per layer, one per number of experts; then
+#         (FINALISTS + 1) short trainings.
 #   Continue an interrupted sweep by the same command.
 #   MODEL=checkpoints/base MODE=scan GREEDY=8 bash knockout_check.sh
 #   MODEL=checkpoints/base TEXT_LAYERS=4-20 VISION_BLOCKS=none GPUS=0,1,2,3 JOBS=2 bash knockout_check.sh
+#   MODEL=Qwen3-30B-A3B MODE=scan EXPERTS=all bash knockout_check.sh      # and numbers of experts, by eighths
 #   RAY_ADDRESS=10.0.0.1:6379 GPUS_PER_TASK=2 bash knockout_check.sh      # spread over a Ray cluster
 source "$(dirname "$0")/lib/common.sh"
 
@@ -17,6 +19,7 @@ OUTPUT=${OUTPUT:-runs/knockout}
 MODE=${MODE:-all}                   # scan: train nothing; train: no scan, a training for every layer; all: both
 TEXT_LAYERS=${TEXT_LAYERS:-all}     # all, none, or numbers and ranges: 4-20,30
 VISION_BLOCKS=${VISION_BLOCKS:-all}
+EXPERTS=${EXPERTS:-none}            # of each mixture that stay, scanned: all (by eighths), none, or 96,64; chosen on DATASET
 FINALISTS=${FINALISTS:-10}          # how many of the scan's cheapest are trained; ALL: every one
 JOBS=${JOBS:-1}                     # trainings side by side: GPUS are shared out among them, as many to each
 GPUS_PER_TASK=${GPUS_PER_TASK:-$([ -n "$GPUS" ] && echo 1 || echo 0)} # of a training on a Ray cluster, whatever GPUS are here
@@ -52,6 +55,7 @@ need FINALISTS '[0-9]{1,9}|all|ALL' "give a number of layers to train without, o
 for name in TEXT_LAYERS VISION_BLOCKS; do
   need "$name" 'all|none|[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*' "give all, none, or numbers and ranges: 4-20,30"
 done
+need EXPERTS 'all|none|[0-9]+(,[0-9]+)*' "give all, none, or numbers: 96,64"
 need_number JOBS 1 1024
 need_number GPUS_PER_TASK 0 1024
 [ -z "$GREEDY" ] || need_number GREEDY 1
@@ -89,11 +93,13 @@ setup_wandb
 LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS" ${BY:+--by "$BY" --gate "$GATE"})
 if [ "$MODE" != train ]; then
   [ -z "${RAY_ADDRESS:-}" ] || processes=1
+  calib=()
+  [ -z "$HEAL" ] && [ "$EXPERTS" = none ] || calib=(--calib "$DATASET")
   run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
     --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "${SCAN_ARGS[@]}" \
     ${RACE:+--race} --best "$([[ $FINALISTS =~ ^[1-9][0-9]*$ ]] && echo "$FINALISTS" || echo 10)" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
-    ${HEAL:+--heal --calib "$DATASET"} --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \
+    ${HEAL:+--heal} --experts "$EXPERTS" "${calib[@]}" --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \
     --processes "$processes" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
   wait "$GROUP_PID"
 fi

@@ -11,6 +11,7 @@
 #   Cost: a round is a scan, a fit a trial, full_run.sh and distil.sh; how much disk is said beforehand
 #   MODEL=Qwen3-VL-8B-Instruct OUTPUT=checkpoints/small TARGET_BYTES=5e9 KEEP=0.97 bash loop.sh
 #   MODEL=Qwen3-VL-8B-Instruct TARGET_PARAMS=0.6 CUTS='layers neurons' bash loop.sh --dry-run   # prints the lines only
+#   MODEL=Qwen3-30B-A3B TARGET_PARAMS=0.5 CUTS='layers experts neurons' bash loop.sh   # experts of a mixture, too
 #   MODEL=Qwen3-VL-8B-Instruct TARGET_SPEED=2 END='kv rl' RL_DATASET=data/rl.jsonl bash loop.sh
 # The same command goes on with what is there, and with folders that you put in their places.
 source "$(dirname "$0")/lib/common.sh"
@@ -28,7 +29,7 @@ SPEED_OF=${SPEED_OF:-decoding}      # what is to be faster: decoding or prefill
 SPEED_ARGS=${SPEED_ARGS:---batches 1} # --batches 32 --prompt-tokens 2048 --decode-tokens 64 (python -m prunekit.speed)
 KEEP=${KEEP:-0.97}                  # the gate: what a round must keep of the base's METRIC
 METRIC=${METRIC:-token_acc}         # token_acc, exact_match, cer, reward, loss (docs/loop.md says what a share of each is)
-CUTS=${CUTS:-layers heads neurons kv} # what may be cut; vocabulary, too
+CUTS=${CUTS:-layers heads neurons kv} # what may be cut; experts (of a mixture) and vocabulary, too
 MAX_ROUNDS=${MAX_ROUNDS:-8}
 ROUND_SHARE=${ROUND_SHARE:-0.25}    # of its weights that a model may lose in a round; down to 0.4 of that near the gate
 KEEP_ROUNDS=${KEEP_ROUNDS:-good}    # whose checkpoints stay on the disk: of all good rounds, of the last good one, or all
@@ -97,8 +98,8 @@ need END '|(kv|lora|rl)( +(kv|lora|rl))*' "choose from kv, lora and rl"
 need TARGET_BYTES '|[0-9]{1,15}(\.[0-9]+)?(e[0-9]{1,2})?' "give bytes, as 5e9"
 need KEEP '0?\.[0-9]*[1-9][0-9]*|1(\.0*)?' "give the share of the base's $METRIC to keep, as 0.97"
 need ROUND_SHARE '0?\.[0-9]*[1-9][0-9]*' "give a share of the weights, as 0.25"
-need CUTS '(layers|heads|neurons|kv|vocabulary)( +(layers|heads|neurons|kv|vocabulary))*' \
-  "choose from layers, heads, neurons, kv and vocabulary"
+kind='(layers|experts|heads|neurons|kv|vocabulary)'
+need CUTS "$kind( +$kind)*" "choose from layers, experts, heads, neurons, kv and vocabulary"
 [ -n "$TARGET_PARAMS$TARGET_BYTES$TARGET_KV$TARGET_SPEED" ] ||
   die "no target: set TARGET_PARAMS, TARGET_BYTES, TARGET_KV or TARGET_SPEED"
 [[ $METRIC != reward || " $EVALUATE_ARGS " == *" --rewards "* ]] ||

@@ -43,7 +43,9 @@ from prunekit.serving.speed import measure_speed
 from prunekit.speed import add_speed_arguments, pace_of
 
 FILES = {"report.html", "report.md", "report.json"}
-BARS = {"heads": "num_attention_heads", "KV heads": "num_key_value_heads", "neurons": "neurons"}
+BARS = {
+    "heads": "num_attention_heads", "KV heads": "num_key_value_heads", "neurons": "neurons", "experts": "num_experts",
+}  # fmt: skip
 
 
 def is_report(folder: Path) -> bool:
@@ -93,8 +95,8 @@ def cut_of(name: str, way: Lineage, base: dict[str, Any], model: dict[str, Any],
         change = f" ({(model[key] - base[key]) / base[key]:+.0%})" if base[key] and model[key] != base[key] else ""
         return f"{model[key]:,}{change}"
 
-    widths = {what: (base[key], model[key]) for what, key in BARS.items()}
-    bars = {"text": [(what, *widths[what]) for what in BARS], "vision": [("blocks", 1, 1)]}
+    widths = {what: (base[key], model[key]) for what, key in BARS.items() if base[key] and model[key]}
+    bars = {"text": [(what, *width) for what, width in widths.items()], "vision": [("blocks", 1, 1)]}
     if base["vocab_size"] and model["vocab_size"]:
         widths["tokens"] = (base["vocab_size"], model["vocab_size"])
     title = f"{name}: {said('parameters')} parameters, {said('kv_bytes_per_token')} bytes of KV cache a token"

@@ -10,10 +10,10 @@
         --trials runs/trials.json
 
 Layers come from a greedy path (knockout_check.sh with GREEDY=8 HEAL=1, or a scan.json), all else from an evaluation of
-MODEL and of folders that width_cut.py, kv_cut.py and vocab_cut.py made from it: both on the same rows. What a cut costs
-is what it adds to the loss there. A speed is estimated from where the base's seconds go; with --base, measure it beside
-MODEL (prunekit.speed BASE MODEL --parts). Prints what there is to choose from, what is cheapest for the target, and the
-lines that cut it.
+MODEL and of folders that expert_cut.py, width_cut.py, kv_cut.py and vocab_cut.py made from it: both on the same rows.
+What a cut costs is what it adds to the loss there. A speed is estimated from where the base's seconds go; with --base,
+measure it beside MODEL (prunekit.speed BASE MODEL --parts). Prints what there is to choose from, what is cheapest for
+the target, and the lines that cut it.
 """
 
 from pathlib import Path

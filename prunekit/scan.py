@@ -4,9 +4,12 @@
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --race --greedy 8
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --processes 8
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --by skill --gate worst
+    python -m prunekit.scan --model Qwen3-30B-A3B --dataset data/val.jsonl --out runs/scan --text none --experts all \
+        --calib data/train.jsonl
 
 Writes OUT/scan.json: token_acc, loss, KL, block influence, parameters and time saved by each removal; with --greedy the
-path of sets. Every measurement is a line of OUT/records.jsonl at once, so the same command continues an interrupted
+path of sets. With --experts also what a mixture-of-experts model loses with fewer experts in each mixture, unfitted.
+Every measurement is a line of OUT/records.jsonl at once, so the same command continues an interrupted
 scan. With --by COLUMN each group of rows that have the same there is scored, too; --gate worst goes by the group that
 keeps least. Several processes, a GPU each, split the samples, the rows to answer, and with --heal the removals; with
 RAY_ADDRESS set the nodes of a Ray cluster do, but for --heal, which refuses it.
@@ -24,7 +27,7 @@ import torch
 from torch import distributed
 
 from prunekit.arguments import device, natural, positive_int, share
-from prunekit.checkpoint import open_checkpoint, write_json
+from prunekit.checkpoint import open_checkpoint, statistics, write_json
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.data.batches import read_calibration
 from prunekit.data.groups import FEW, groups_of
@@ -32,10 +35,20 @@ from prunekit.data.rows import Rows, check_answered
 from prunekit.errors import PruneKitError, run_script
 from prunekit.knockout import cluster
 from prunekit.knockout.ranking import finalists, kept_shares, worst_group
-from prunekit.knockout.removal import BASELINE, WORST, Removal, knockout_parser, list_removals
+from prunekit.knockout.removal import (
+    BASELINE,
+    WORST,
+    Candidate,
+    FewerExperts,
+    Removal,
+    knockout_parser,
+    list_experts,
+    list_removals,
+)
 from prunekit.knockout.scanner import Job, encoder_for, rows_of
 from prunekit.knockout.search import CRITERION, HealedScan, Scan, find_path
 from prunekit.model.load import check_causal
+from prunekit.surgery.experts import plan_experts
 
 PREDICTOR = "token_acc"  # what of an untrained removal says most about the trained one: see docs/knockout.md
 
@@ -62,7 +75,10 @@ def main() -> None:
     parser.add_argument(
         "--heal", action="store_true", help="score with the seams healed (with --greedy; needs --calib)"
     )
-    parser.add_argument("--calib", metavar="JSONL", help="to heal on: other rows than those of --dataset")
+    parser.add_argument(
+        "--experts", default="none", help="left in each mixture: none, all (by eighths), or like 96,64 (default: none)"
+    )
+    parser.add_argument("--calib", metavar="JSONL", help="to heal and choose experts on: other rows than --dataset's")
     parser.add_argument("--calib-tokens", type=positive_int, default=16_384, metavar="N", help="(default: 16384)")
     parser.add_argument(
         "--generate", type=natural, default=0, metavar="N", help="also answer N rows without each of the best"
@@ -85,8 +101,12 @@ def main() -> None:
         help="on a Ray cluster: 0 for its CPUs, else each task takes one (default: 0)",
     )
     args = parser.parse_args()
-    if args.heal != bool(args.calib) or (args.heal and not (args.greedy or args.target_params)):
+    if args.heal and not (args.calib and (args.greedy or args.target_params)):
         parser.error("--heal needs --calib, and --greedy or --target-params")
+    if args.experts != "none" and not args.calib:
+        parser.error("--experts needs --calib: which of them go is chosen on other rows than those that score them")
+    if args.calib and not args.heal and args.experts == "none":
+        parser.error("--calib is for --heal and --experts")
     if args.gate == WORST and (args.race or not args.by):
         parser.error("--gate worst needs --by, and every removal scored on every row: leave out --race")
     if os.environ.get("RAY_ADDRESS"):
@@ -104,7 +124,8 @@ def run_scan(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.model)
     check_causal(checkpoint)
     candidates = list_removals(checkpoint, args.text, args.vision)
-    if not candidates:
+    numbers = list_experts(checkpoint, args.experts)
+    if not candidates and not numbers:
         raise PruneKitError(f"--text {args.text} --vision {args.vision}: names no layer to score")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = args.device
@@ -117,7 +138,8 @@ def run_scan(args: argparse.Namespace) -> None:
     )  # fmt: skip
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     calib = read_calibration(args.calib) if args.calib else None
-    if calib and any(k.stack == "vision" for k in candidates) and not any(row.get("images") for row in calib):
+    pictures = any(row.get("images") for row in calib or ())
+    if args.heal and not pictures and any(k.stack == "vision" for k in candidates):
         raise PruneKitError(f"--calib {args.calib}: no row has an image, to heal vision blocks on; or --vision none")
     rows = rows_of(job)
     if args.by:
@@ -149,7 +171,7 @@ def run_scan(args: argparse.Namespace) -> None:
             distributed.init_process_group("gloo", timeout=timedelta(days=1))
         if os.environ.get("RAY_ADDRESS"):
             held.enter_context(cluster.connected())
-        result = search(args, job, candidates, calib)
+        result = search(args, job, candidates, numbers, calib)
         if rank == 0:
             write_json(args.out / "scan.json", result | {"settings": settings})
             print_scan(result)
@@ -157,16 +179,19 @@ def run_scan(args: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
-def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib: Rows | None) -> dict[str, Any]:
+def search(
+    args: argparse.Namespace, job: Job, candidates: list[Removal], numbers: list[int], calib: Rows | None
+) -> dict[str, Any]:
     """Do what the command line asks for: the content of scan.json."""
     scan = Scan(job, args.out / "records.jsonl", min(1, args.gpus_per_task))
     best: list[str] | None = None
     undecided: set[str] = set()
+    fewer = scan.fewer_experts(numbers, calib, args.calib_tokens) if calib else []
     if args.race:
         best, undecided = scan.race([], candidates, args.best, {str(k): 1.0 for k in candidates}, args.race_share)
-    else:
-        scan.measure([], candidates, range(scan.batches), "scan")
-    result = describe(scan, candidates, best, undecided, args.gate)
+    if fewer or not args.race:
+        scan.measure([], fewer if args.race else [*candidates, *fewer], range(scan.batches), "scan")
+    result = describe(scan, candidates, best, undecided, args.gate, fewer)
     answers = args.generate, args.generate_tokens
     if args.generate:
         chosen = result["best"][: args.best]
@@ -176,9 +201,9 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib:
             entry["generation"] = found
     if args.greedy or args.target_params:
         searched = scan
-        if calib:
+        if calib and args.heal:
             searched = HealedScan(job, args.out / "records-healed.jsonl", calib, args.calib_tokens)
-        race_share = args.race_share if args.race and not calib else None
+        race_share = args.race_share if args.race and not args.heal else None
         path = find_path(searched, candidates, args.greedy, args.target_params, race_share, *answers, args.gate)
         result["greedy"] = {
             "healed": args.heal,
@@ -189,32 +214,41 @@ def search(args: argparse.Namespace, job: Job, candidates: list[Removal], calib:
 
 
 def describe(
-    scan: Scan, candidates: Sequence[Removal], best: list[str] | None, undecided: set[str], gate: str
+    scan: Scan,
+    candidates: Sequence[Removal],
+    best: list[str] | None,
+    undecided: set[str],
+    gate: str,
+    fewer: Sequence[FewerExperts] = (),
 ) -> dict[str, Any]:
     """The content of scan.json."""
-    removals = []
-    for removal in candidates:
-        scores = scan.score([], str(removal))
-        parameters = scan.parameters_without([removal])
-        removals.append(
-            {
-                **removal.json,
-                "parameters": parameters,
-                "parameters_saved": scan.parameters - parameters,
-                **scan.layer_figures([], str(removal)),
-                **scores,
-                "decided": str(removal) not in undecided,
-                "generation": None,
-                "error": None if scores["loss"] is not None else "loss is NaN",
-            }
-        )
+
+    def entry(candidate: Candidate, parameters: int | None) -> dict[str, Any]:
+        assert parameters is not None  # each of these is possible
+        scores = scan.score([], str(candidate))
+        return {
+            **candidate.json,
+            "parameters": parameters,
+            "parameters_saved": scan.parameters - parameters,
+            **scan.layer_figures([], str(candidate)),
+            **scores,
+            "decided": str(candidate) not in undecided,
+            "generation": None,
+            "error": None if scores["loss"] is not None else "loss is NaN",
+        }
+
+    def parameters_with(experts: int) -> int:
+        return statistics(plan_experts(scan.checkpoint, experts).outline)["parameters"]
+
     result = {
         "predictor": PREDICTOR if best is None else CRITERION,
         "counts_suffix": scan.job.counts_suffix,
         "baseline": {**scan.score([], BASELINE), "parameters": scan.parameters},
-        "removals": removals,
+        "removals": [entry(removal, scan.parameters_without([removal])) for removal in candidates],
         "greedy": None,
-    } | ({"by": scan.job.by, "gate": gate} if scan.job.by else {})
+    }
+    result |= {"experts": [entry(each, parameters_with(each.experts)) for each in fewer]} if fewer else {}
+    result |= {"by": scan.job.by, "gate": gate} if scan.job.by else {}
     return result | {"best": best or finalists(result, None)}
 
 
@@ -232,11 +266,10 @@ def print_scan(result: dict[str, Any]) -> None:
         f"{base['tokens']} tokens{counted})"
     )
     by_name = {entry["name"]: entry for entry in result["removals"]}
-    for name in result["best"]:
-        entry = by_name[name]
+    for entry in [*(by_name[name] for name in result["best"]), *result.get("experts", ())]:
         answered = entry["generation"]
         print(
-            f"{name:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± "
+            f"{entry['name']:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± "
             f"{entry['standard_error']['loss'] or 0:.4f}"
             f"  KL {entry['kl']:.4f}  {entry['parameters_saved'] / base['parameters']:.1%} of the parameters"
             + (f"  exact match {answered['exact_match']:.3f}" if answered else "")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers.bad_input import contents, put
+from helpers.cuts import first_experts
 from helpers.parrot import asked, save_parrot
 from helpers.paths import ROOT
 from helpers.quantised import write_fp8
@@ -215,6 +216,14 @@ def test_what_shapes_do_not_show_is_said(tiny, tmp_path):
     write_cut(cut_width(plan_width(open_checkpoint(tiny("gpt2")), heads_kept=2)), tmp_path / "masked")
     run(tmp_path / "masked", "--base", tiny("gpt2"), "--no-speed", "--out", tmp_path / "out")
     assert "stage 1 zeroed heads instead of removing them" in (tmp_path / "out/report.md").read_text()
+
+
+def test_experts_that_went_are_on_the_page_and_in_the_drawing(tiny, tmp_path):
+    write_cut(first_experts(tiny("mixtral"), 4), tmp_path / "fewer")
+    run(tmp_path / "fewer", "--base", tiny("mixtral"), "--no-speed", "--out", tmp_path / "out")
+    page = (tmp_path / "out/report.md").read_text()
+    assert "experts 6 to 4" in page and "expert\\_cut" in page
+    assert json.loads((tmp_path / "out/report.json").read_text())["anatomy"][0]["widths"]["experts"] == [6, 4]
 
 
 # --- what is refused, before anything is loaded or written

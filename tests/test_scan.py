@@ -8,13 +8,18 @@ import sys
 import time
 
 import pytest
+from helpers.calibration import write_texts
 from helpers.paths import EMBEDDED, ROOT
 from helpers.scans import LAYERS
+from helpers.tiny_words import save_speaking_and_rows
 
 from prunekit import scan
+from prunekit.checkpoint import open_checkpoint, statistics
 from prunekit.errors import PruneKitError
-from prunekit.knockout import cluster, scanner
+from prunekit.knockout import cluster, scanner, search
 from prunekit.knockout.search import CRITERION
+from prunekit.knockout.sweep import read_scan
+from prunekit.surgery.experts import plan_experts
 
 
 def run(*arguments, **kwargs):
@@ -270,6 +275,34 @@ def test_each_file_of_rows_is_read_once(scan_here, answers, tmp_path, opens):
     flags = ("--text", "6-7", "--vision", "none", "--generate", 2, "--generate-tokens", 1, "--greedy", 1)
     scan_here(EMBEDDED, dataset, *flags, "--heal", "--calib", calib)
     assert [count() for count in counts] == [1, 1]
+
+
+def test_numbers_of_experts_are_scored_beside_layers_and_once(scan_here, tmp_path, monkeypatch):
+    model, rows = save_speaking_and_rows("mixtral", tmp_path)
+    calib = write_texts(tmp_path / "calib.jsonl")
+    flags = ("--text", "1", "--experts", "5,3", "--calib", calib, "--calib-tokens", 600, "--tokens", 600)
+    found = scan_here(model, rows, *flags)
+    assert found["best"] == ["text-01"]
+    assert [entry["name"] for entry in found["experts"]] == ["experts-05", "experts-03"]
+    for entry in found["experts"]:
+        plan = plan_experts(open_checkpoint(model), entry["experts"])
+        assert entry["parameters"] == statistics(plan.outline)["parameters"]
+        assert entry["loss"] != found["baseline"]["loss"] and entry["kl"] > 0
+        assert entry.keys() == found["removals"][0].keys() | {"experts"}
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    monkeypatch.setattr(search, "order_experts", lambda *_: pytest.fail("chosen again"))
+    assert scan_here(model, rows, *flags)["experts"] == found["experts"]
+    assert (tmp_path / "out/records.jsonl").read_bytes() == before
+    assert read_scan(tmp_path / "out/scan.json")["experts"] == found["experts"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--experts", "all"), "--experts needs --calib"), (("--calib", "texts"), "--calib is for --heal and --experts"),
+     (("--experts", "all", "--calib", "texts"), "qwen3_vl without a mixture of experts")],
+)  # fmt: skip
+def test_experts_that_cannot_be_scored_are_refused(flags, message, refused, texts):
+    assert message in refused(EMBEDDED, texts, *(texts if flag == "texts" else flag for flag in flags))
 
 
 @pytest.mark.slow

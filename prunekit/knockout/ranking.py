@@ -139,6 +139,8 @@ def build_ranking(
     then the others, cheapest by the scan's predictor first; at the end those without `relative`. `fingerprint` is the
     model's: the ranking holds for no other. `by` is the column whose values group the rows: every removal then has the
     same of each of its `groups`, and the name of the `worst_group`, which by the gate `worst` says what `relative` is.
+    What the scan says of fewer experts is in a list of its own, `experts`, as it scanned them: they are neither layers
+    to choose from nor trained.
     """
     scan, trained = _finite(scan), _finite(trained)
     runs = {record["name"]: record for record in trained}
@@ -150,8 +152,7 @@ def build_ranking(
         keys = ("name", "stack", "layer", "parameters")
         found.setdefault(name, {key: record.get(key) for key in keys} | {"error": None})
 
-    removals = []
-    for name, entry in found.items():
+    def ranked(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         run = runs.get(name)
         scanned, after = kept_shares(entry, baseline), kept_shares(run, trained_whole)
         best = scanned if after[None] is None else after
@@ -159,7 +160,7 @@ def build_ranking(
         if run and not error and run["token_acc"] is None:
             error = "its training ended without a number"
         known = after[None] is not None or _cost(scan, entry) is not None
-        removals.append(
+        return (
             entry
             | {
                 "error": error,
@@ -171,20 +172,26 @@ def build_ranking(
             }
             | (_of_groups(entry, best, relative_scanned=scanned, relative_trained=after) if by else {})
         )
-    removals.sort(key=lambda entry: _order(scan, entry))
 
-    return {
-        "metric": "token_acc",
-        "predictor": scan and scan["predictor"],
-        "counts_suffix": scan["counts_suffix"] if scan else True,  # ms-swift's own token_acc counts it
-        "model": model,
-        "fingerprint": fingerprint,
-        "settings": settings,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "baseline": baseline,
-        "removals": removals,
-        "greedy": scan and scan.get("greedy") and _with_shares(scan["greedy"], scan["baseline"], gate),
-    } | ({"by": by, "gate": gate} if by else {})
+    removals = [ranked(name, entry) for name, entry in found.items()]
+    removals.sort(key=lambda entry: _order(scan, entry))
+    experts = [ranked(entry["name"], entry) for entry in (scan or {}).get("experts", ())]
+    return (
+        {
+            "metric": "token_acc",
+            "predictor": scan and scan["predictor"],
+            "counts_suffix": scan["counts_suffix"] if scan else True,  # ms-swift's own token_acc counts it
+            "model": model,
+            "fingerprint": fingerprint,
+            "settings": settings,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "baseline": baseline,
+            "removals": removals,
+            "greedy": scan and scan.get("greedy") and _with_shares(scan["greedy"], scan["baseline"], gate),
+        }
+        | ({"experts": experts} if experts else {})
+        | ({"by": by, "gate": gate} if by else {})
+    )
 
 
 def finalists(scan: dict[str, Any], count: int | None) -> list[str]:
@@ -314,7 +321,7 @@ def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
     pictures = []
     records = [ranking["baseline"]["trained"], *(entry["trained"] for entry in ranking["removals"])]
     drawn = (
-        (draw_ranking, any(e["relative"] is not None for e in ranking["removals"])),
+        (draw_ranking, any(e["relative"] is not None for e in with_experts(ranking))),
         (draw_greedy, ranking["greedy"] and len(ranking["greedy"]["path"]) > 1),
         (draw_knockout_curves, any(record and record["curve"] for record in records)),
     )
@@ -325,10 +332,15 @@ def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
     return pictures
 
 
+def with_experts(ranking: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a ranking says of layers, and behind that of numbers of experts."""
+    return [*ranking["removals"], *ranking.get("experts", ())]
+
+
 def removal_rows(ranking: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each removal as one flat row, in the ranking's order; curves are left out."""
+    """Each removal as one flat row, in the ranking's order, numbers of experts behind layers; curves are left out."""
     doubled = ("trained_name", "trained_stack", "trained_layer", "trained_error")
-    rows = [{"name": entry["name"], "relative": entry["relative"]} | _flat(entry) for entry in ranking["removals"]]
+    rows = [{"name": entry["name"], "relative": entry["relative"]} | _flat(entry) for entry in with_experts(ranking)]
     return [{key: value for key, value in row.items() if key not in doubled} for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""A layer that is knocked out: how it is spelled, which ones a command names, what is left without them."""
+"""A layer or experts that are knocked out: how they are spelled, which a command names, what is left without them."""
 
 import re
 from collections.abc import Iterable
@@ -9,10 +9,12 @@ from typing import Any
 from prunekit.arguments import Parser
 from prunekit.checkpoint import Checkpoint, layer_numbers
 from prunekit.errors import PruneKitError
+from prunekit.surgery.experts import check_experts, plan_experts
 from prunekit.surgery.layers import LayersPlan, parse_numbers, plan_layers
 
 BASELINE = "baseline"  # the whole model, among the names of removals
 STACKS = ("text", "vision")
+EIGHTHS = 8  # of a mixture's experts: the numbers that "all" means
 MEAN, WORST = GATES = "mean", "worst"  # whose quality makes a removal cheap: all rows', the worst group's of them
 NAME = re.compile(r"(text|vision)-(\d{2,5})", re.ASCII)
 
@@ -38,6 +40,27 @@ class Removal:
     def json(self) -> dict[str, Any]:
         """What a record of this removal says of which it is."""
         return {"name": str(self)} | asdict(self)
+
+
+@dataclass(frozen=True)
+class FewerExperts:
+    """Each mixture with so many of its experts: what `expert_cut.py` can make. As text it is `experts-12`.
+
+    `gone`: (layer, which of its experts) of those that go; empty where only the name is of use.
+    """
+
+    experts: int
+    gone: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def __str__(self) -> str:
+        return f"experts-{self.experts:02d}"
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return {"name": str(self), "stack": "experts", "layer": None, "experts": self.experts}
+
+
+Candidate = Removal | FewerExperts
 
 
 def parse_removals(text: str) -> list[Removal]:
@@ -72,6 +95,21 @@ def list_removals(checkpoint: Checkpoint, text: str, vision: str) -> list[Remova
     for removal in removals:
         plan_without(checkpoint, [removal])
     return removals
+
+
+def list_experts(checkpoint: Checkpoint, wanted: str) -> list[int]:
+    """Numbers of experts a mixture, falling: "all" (seven eighths of them, six, ...), "none", or like "96,64".
+
+    Raises PruneKitError for a model without mixtures, and for numbers that they can't keep.
+    """
+    if wanted.strip() == "all":
+        possible = check_experts(checkpoint)
+        numbers = {max(possible.start, possible.stop * part // EIGHTHS) for part in range(1, EIGHTHS)}
+    else:
+        numbers = set(parse_numbers(wanted.split())) if wanted.strip() != "none" else set()
+    for number in numbers:
+        plan_experts(checkpoint, number)
+    return sorted(numbers, reverse=True)
 
 
 def knockout_parser(description: str | None, what: str) -> Parser:

@@ -26,10 +26,10 @@ from prunekit.families import configs
 from prunekit.model.load import check_causal, load_model
 from prunekit.model.replay import Replay, find_stack, given
 from prunekit.model.scores import counted_states, final_states, logits_in_parts
-from prunekit.surgery.in_memory import removed
+from prunekit.surgery.in_memory import removed, without_experts
 from prunekit.surgery.layers import LayersPlan
 
-from .removal import BASELINE, Removal, plan_without
+from .removal import BASELINE, Candidate, FewerExperts, Removal, plan_without
 
 LIKELIEST = 64  # tokens of the unpruned output whose probabilities the KL compares one by one
 STATE_BYTES = 128 << 20  # for kept states, or a tenth of the weights if that is more
@@ -122,7 +122,7 @@ class Scanner:
     def measure(
         self,
         gone: Sequence[Removal],
-        candidates: Sequence[Removal],
+        candidates: Sequence[Candidate],
         index: int,
         scored: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
@@ -131,7 +131,8 @@ class Scanner:
         Returns `scores`: for "baseline" and each candidate's name, by sample: `right` and `tokens` (counts), `loss`
         and `kl` (sums, nats); `influence` (sum of 1 - cosine of a layer's input and output, and tokens) and `seconds`
         by layer. KL is that of the unpruned output to this one, over its likeliest tokens and one bucket of the rest:
-        a lower bound. `scored` is called after each candidate.
+        a lower bound. `scored` is called after each candidate. Fewer experts are those of the whole model: `gone` is
+        empty then.
         """
         batch = self.batches[index]
         if gone:
@@ -143,9 +144,13 @@ class Scanner:
         scores = {BASELINE: self.score(trace.final, index)}
         trace.final = torch.empty(0)
         # Layer by layer, so that a state which isn't kept is computed from the one before
-        for candidate in sorted(candidates):
+        layers = sorted(candidate for candidate in candidates if isinstance(candidate, Removal))
+        for candidate in layers:
             final = self.final_without(candidate, gone, trace, batch)
             scores[str(candidate)] = scores[BASELINE] if final is None else self.score(final, index)
+            scored()
+        for fewer in (candidate for candidate in candidates if isinstance(candidate, FewerExperts)):
+            scores[str(fewer)] = self.score(self.final_with(fewer, trace, batch), index)
             scored()
         return {"scores": scores, "influence": trace.influence, "seconds": trace.seconds}
 
@@ -233,6 +238,16 @@ class Scanner:
                     args, kwargs = calls[0]
                     return owner(*args, **kwargs)[0]
                 return final_states(self.model, batch)
+
+    def final_with(self, fewer: FewerExperts, trace: Trace, batch: dict[str, Any]) -> torch.Tensor:
+        """What enters the output head of the whole model with fewer experts."""
+        row, calls = self.checkpoint.family.text, trace.calls["text"]
+        owner, _ = find_stack(self.model, row)
+        with without_experts(self.model, row, dict(fewer.gone)):
+            if len(calls) > 1:
+                return final_states(self.model, batch)
+            args, kwargs = calls[0]
+            return owner(*args, **kwargs)[0]
 
     def _states_before(self, start: int, stack: str, gone: Sequence[Removal], trace: Trace) -> dict[int, torch.Tensor]:
         """Raw outputs of layers by position, that of the one right before `start` among them."""

@@ -12,16 +12,18 @@ from torch import distributed
 from tqdm import tqdm
 
 from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
-from prunekit.data.batches import calibrate
+from prunekit.data.batches import Calibration, calibrate
 from prunekit.data.groups import ratio
 from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
+from prunekit.surgery.experts import plan_experts
+from prunekit.surgery.experts_fit import order_experts
 
 from . import cluster
 from .generation import answer_without, score_generation
 from .healed import HealedScanner
 from .records import METRICS, Records, Table, paired
-from .removal import BASELINE, MEAN, WORST, Removal, plan_without
+from .removal import BASELINE, MEAN, WORST, Candidate, FewerExperts, Removal, plan_without
 from .scanner import Job, finite, load_scanner
 
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
@@ -29,7 +31,7 @@ SURE = 2.0  # standard errors
 FEW_SAMPLES = 8  # below, a standard error says nothing
 
 
-def measure_batch(item: tuple[Job, tuple[Removal, ...], tuple[Removal, ...], int]) -> dict[str, Any]:
+def measure_batch(item: tuple[Job, tuple[Removal, ...], tuple[Candidate, ...], int]) -> dict[str, Any]:
     """One line of records.jsonl, computed wherever this process runs."""
     job, gone, candidates, index = item
     found = load_scanner(job).measure(gone, candidates, index)
@@ -39,6 +41,23 @@ def measure_batch(item: tuple[Job, tuple[Removal, ...], tuple[Removal, ...], int
 def groups_of_batches(job: Job) -> Sequence[list[str]]:
     """Of each batch the groups of its samples, "" without a column to group by."""
     return load_scanner(job).groups
+
+
+def calibration_of(job: Job, calib: Rows, tokens: int) -> Calibration:
+    """Rows beside a job's own, for its model."""
+    scanner = load_scanner(job)
+    return calibrate(
+        scanner.model, scanner.checkpoint, calib, tokens, job.max_length, model_type=job.model_type,
+        template=job.template,
+    )  # fmt: skip
+
+
+def experts_that_go(item: tuple[Job, int, Rows, int]) -> dict[int, list[int]]:
+    """By layer the experts that go until so many are left, in that order, by calibration rows and tokens."""
+    job, experts, calib, tokens = item
+    scanner = load_scanner(job)
+    plan = plan_experts(scanner.checkpoint, experts)
+    return order_experts(plan, scanner.model, calibration_of(job, calib, tokens))
 
 
 class Scan:
@@ -92,6 +111,25 @@ class Scan:
             parts = [self._gather(answer_without(item)) for item in items]
         return [score_generation(self.job, rows, tokens, part) for part in parts]
 
+    def fewer_experts(self, numbers: Sequence[int], calib: Rows, tokens: int) -> list[FewerExperts]:
+        """Each of these numbers, falling, with the experts that go: chosen on calibration rows, not on those scored.
+
+        One process chooses for all. Where all is measured by now, nothing is chosen.
+        """
+        known = [self.records.scores.get(((), index), {}) for index in range(self.batches)]
+        if not numbers or all(str(FewerExperts(number)) in scores for number in numbers for scores in known):
+            return [FewerExperts(number) for number in numbers]
+        item = (self.job, numbers[-1], calib, tokens)
+        if self.cluster:
+            [(_, order)] = self._everywhere(experts_that_go, [item])
+        else:
+            order = self._gather(experts_that_go(item) if self.rank == 0 else None)[0]
+        return [
+            FewerExperts(number, tuple((layer, tuple(gone[: len(gone) - rest])) for layer, gone in order.items()))
+            for number in numbers
+            for rest in [number - numbers[-1]]
+        ]
+
     def parameters_without(self, gone: Sequence[Removal]) -> int | None:
         """Parameters that are left; None where these layers can't be removed together."""
         if not gone:
@@ -102,7 +140,7 @@ class Scan:
             return None
 
     def measure(
-        self, gone: Sequence[Removal], candidates: Sequence[Removal], batches: Sequence[int], what: str
+        self, gone: Sequence[Removal], candidates: Sequence[Candidate], batches: Sequence[int], what: str
     ) -> None:
         """Have records of these candidates in these batches, measuring what is missing."""
         key, items = tuple(str(k) for k in gone), []
@@ -255,12 +293,7 @@ class HealedScan(Scan):
 
     def __init__(self, job: Job, records: Path | None, calib: Rows, calib_tokens: int, quiet: bool | None = None):
         super().__init__(job, records, quiet=quiet)
-        scanner = load_scanner(job)
-        data = calibrate(
-            scanner.model, scanner.checkpoint, calib, calib_tokens, job.max_length,
-            model_type=job.model_type, template=job.template,
-        )  # fmt: skip
-        self.scanner = HealedScanner(scanner, data)
+        self.scanner = HealedScanner(load_scanner(job), calibration_of(job, calib, calib_tokens))
 
     def generate(self, removals, rows, tokens):
         found = []

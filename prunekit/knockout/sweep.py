@@ -27,7 +27,7 @@ from prunekit.errors import PruneKitError, run_script
 
 from .processes import share_out
 from .ranking import PICTURES, RANKING, TABLE, build_ranking, finalists, log_to_wandb, write_ranking
-from .removal import BASELINE, MEAN, WORST, Removal, knockout_parser, list_removals
+from .removal import BASELINE, MEAN, WORST, FewerExperts, Removal, knockout_parser, list_removals
 from .trained import Run, Sweep, Training, run_name
 
 OURS = {"scan", "trained", RANKING, TABLE, *PICTURES}
@@ -48,9 +48,11 @@ def read_scan(file: Path) -> dict[str, Any]:
     scan = read_json(file)
     try:
         check(scan["baseline"])
-        for entry in scan["removals"]:
+        fewer = [(FewerExperts(int(entry["experts"])), entry) for entry in scan.get("experts", ())]
+        layers = [(Removal(entry["stack"], int(entry["layer"])), entry) for entry in scan["removals"]]
+        for which, entry in [*layers, *fewer]:
             check(entry, scan["predictor"], "parameters_saved")
-            if str(Removal(entry["stack"], int(entry["layer"]))) != entry["name"]:
+            if str(which) != entry["name"]:
                 raise ValueError
             entry["error"], entry["decided"], entry["generation"]
             for scores in entry.get("groups", {}).values():

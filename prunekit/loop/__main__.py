@@ -33,6 +33,7 @@ from prunekit.checkpoint.provenance import contents, data_record
 from prunekit.checkpoint.records import COMMAND
 from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import check_causal
+from prunekit.surgery.experts import check_experts
 from prunekit.surgery.vocabulary_files import read_tokenizer
 
 from .candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, sizes
@@ -48,6 +49,8 @@ def begin(args: argparse.Namespace) -> None:
     if not kinds or not set(kinds) <= set(KINDS) or len(kinds) != len(set(kinds)):
         raise PruneKitError(f"CUTS={args.cuts}: choose from {' '.join(KINDS)}, each once")
     base = sizes(checkpoint)
+    if "experts" in kinds:
+        _check_experts(checkpoint)
     if "vocabulary" in kinds:
         read_tokenizer(checkpoint)
         if args.metric == "token_acc":
@@ -83,6 +86,13 @@ def begin(args: argparse.Namespace) -> None:
         if args.base_speed:
             loop.note_speed(args.base_speed)
             check_reachable(checkpoint, kinds, {"speed": targets["speed"]}, loop.timing(checkpoint))
+
+
+def _check_experts(checkpoint: Checkpoint) -> None:
+    try:
+        check_experts(checkpoint)
+    except PruneKitError as error:
+        raise PruneKitError(f"CUTS has experts: {error}") from None
 
 
 def next_round(args: argparse.Namespace) -> None:

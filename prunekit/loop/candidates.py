@@ -12,6 +12,7 @@ from prunekit.errors import PruneKitError
 from prunekit.knockout.removal import STACKS, Removal, plan_without
 from prunekit.report.results import read_results
 from prunekit.rules import NAMES, OBJECT, REAL, Items, Keys, check
+from prunekit.surgery.experts import check_experts, plan_experts
 from prunekit.surgery.kv import plan_kv
 from prunekit.surgery.vocabulary import plan_vocabulary
 from prunekit.surgery.width import plan_width
@@ -19,13 +20,13 @@ from prunekit.surgery.width import plan_width
 from .choice import SIZES, Candidate, amount, gain, useful_share
 from .timing import Timing
 
-LEAST_NEURONS, LEAST_TOKENS = 0.5, 0.25  # of them stay in one round
+LEAST_EXPERTS, LEAST_NEURONS, LEAST_TOKENS = 0.5, 0.5, 0.25  # of them stay in one round
 MOST_TRIALS = 2  # of a kind in one round
 SCRIPTS = {
-    "layers": "manual_select.py", "heads": "width_cut.py", "neurons": "width_cut.py", "kv": "kv_cut.py",
-    "vocabulary": "vocab_cut.py",
+    "layers": "manual_select.py", "experts": "expert_cut.py", "heads": "width_cut.py", "neurons": "width_cut.py",
+    "kv": "kv_cut.py", "vocabulary": "vocab_cut.py",
 }  # fmt: skip
-CUTTERS = ("width_cut", "kv_cut", "vocab_cut")  # whose folders are trials
+CUTTERS = ("expert_cut", "width_cut", "kv_cut", "vocab_cut")  # whose folders are trials
 _POINT = Keys({"removed": NAMES, "loss": REAL}, ("removed",))
 _PATH = Keys({"greedy": Keys({"path": Items(_POINT)}, ("path",)), "settings": OBJECT})
 
@@ -44,6 +45,20 @@ def _saved(checkpoint: Checkpoint, after: Outline | str | Path, timing: Timing |
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
+
+
+def _experts(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
+    """Numbers of experts in each mixture without the others of which half of `most` parameters go, and all of it."""
+    try:
+        possible = check_experts(checkpoint)
+    except PruneKitError:  # no mixture, or one that needs them all
+        return
+    of_one = _saved(checkpoint, plan_experts(checkpoint, possible[-1]).outline)["params"]
+    least = max(possible[0], math.ceil(LEAST_EXPERTS * possible.stop))
+    for part in (0.5, 1.0):
+        number = max(least, possible.stop - math.floor(part * most / of_one + 1e-9))
+        if number in possible:
+            yield str(number), plan_experts(checkpoint, number).outline
 
 
 def _heads(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
@@ -108,12 +123,13 @@ def list_trials(
 ) -> list[tuple[str, str, list[str]]]:
     """(name, script, flags) of the cuts that are worth a trial in a round which may take `most` parameters.
 
-    Of heads, neurons, KV heads and tokens: what saves something that is wanted and takes no more than that. Layers
-    need no trial: a scan scores them in memory.
+    Of experts, heads, neurons, KV heads and tokens: what saves something that is wanted and takes no more than that.
+    Layers need no trial: a scan scores them in memory.
     """
     now = sizes(checkpoint, timing)
     useful = useful_share(most, wanted, now) * now["params"]
     options = {
+        "experts": ("--experts", _experts(checkpoint, useful) if "experts" in kinds else ()),
         "heads": ("--heads", _heads(checkpoint) if "heads" in kinds else ()),
         "neurons": ("--neuron-share", _neurons(checkpoint, useful) if "neurons" in kinds else ()),
         "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds else ()),
@@ -161,7 +177,9 @@ def _most_saved(checkpoint: Checkpoint, kind: str, timing: Timing | None) -> dic
         return saved if timing is None else saved | {"speed": text * timing.of_layers}
     found: list[tuple[str, Outline]] = []
     with contextlib.suppress(PruneKitError):  # none of this kind can go
-        if kind == "heads":
+        if kind == "experts":
+            found = [("", plan_experts(checkpoint, check_experts(checkpoint).start).outline)]
+        elif kind == "heads":
             found = list(_heads(checkpoint))
         elif kind == "neurons":
             found = [("", plan_width(checkpoint, neuron_share=0.01).outline)]
@@ -239,6 +257,8 @@ def loss_by(scores: Mapping[str, float], tokens: float | None) -> float | None:
 
 def _cut(entry: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """(kind, flags that make it again) of a history's entry."""
+    if entry["stage"] == "expert_cut":
+        return "experts", ("--experts", str(entry["num_experts"]))
     if entry["stage"] == "kv_cut":
         return "kv", ("--kv-heads", str(entry["num_key_value_heads"]))
     if entry["stage"] == "vocab_cut":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prunekit.errors import PruneKitError
 
-KINDS = ("layers", "heads", "neurons", "kv", "vocabulary")  # what may be cut, in the order in which it is
+KINDS = ("layers", "experts", "heads", "neurons", "kv", "vocabulary")  # what may be cut, in the order in which it is
 SIZES = {"params": "parameters", "bytes": "bytes", "kv": "kv_bytes_per_token"}  # what targets are of, in `statistics`
 UNITS = SIZES | {"speed": "of the base's seconds"}  # and what is measured by a clock (timing.py)
 METRICS = ("token_acc", "exact_match", "cer", "reward", "loss")

@@ -1,8 +1,9 @@
 """How long a model takes, as a share of the base's seconds: measured, and estimated of cuts that aren't made.
 
 The estimate: each part of the base takes the seconds that were measured of it (`prunekit.speed --parts`), and of what
-is left of a part it takes as large a share. Parts are attention and MLP of the text layers by their parameters, what
-else these layers do by their number, the output head by its tokens; the rest, which no cut takes, stays.
+is left of a part it takes as large a share. Parts are attention and MLP of the text layers by their parameters (of
+experts those that a token goes to), what else these layers do by their number, the output head by its tokens; the
+rest, which no cut takes, stays.
 """
 
 import math
@@ -15,6 +16,7 @@ from prunekit.checkpoint import Outline, read_json, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import spot_of
 from prunekit.rules import REAL, TEXT, Items, Keys, Values, check
+from prunekit.surgery.experts import experts_chosen
 
 KEYS = {"decoding": "decode", "prefill": "prefill"}  # what may be timed, as a measurement calls it
 LAYERS = ("attention", "mlp", "layers")
@@ -28,14 +30,15 @@ def part_sizes(model: Outline) -> dict[str, float]:
     """How much of each part a model has: see above."""
     row = model.family.text
     attention, mlp = (row.q, row.k, row.v, row.o, *row.linear), (*row.mlp, *map(row.beside_experts, row.mlp))
-    found = dict.fromkeys(("attention", "mlp"), 0.0)
+    numbers, found = statistics(model), dict.fromkeys(("attention", "mlp"), 0.0)
+    busy = experts_chosen(model) / (numbers["num_experts"] or 1)
     for name, tensor in model.tensors.items():
         if within := row.within(name):
-            module = spot_of(within[1]).name
+            spot = spot_of(within[1])
+            module = spot.name
             part = "attention" if module in attention else "mlp" if module in mlp else None
             if part and len(tensor.shape) > 1:
-                found[part] += math.prod(tensor.shape)
-    numbers = statistics(model)
+                found[part] += math.prod(tensor.shape) * (busy if spot.experts else 1)
     return found | {"layers": numbers["num_hidden_layers"], "head": numbers["vocab_size"] or 1, "rest": 1}
 
 

@@ -99,6 +99,11 @@ class Experts:
         return self.block.gate
 
     @property
+    def normed(self) -> bool:
+        """Whether the shares of those chosen are made to sum to 1."""
+        return getattr(self.router, "norm_topk_prob", True)
+
+    @property
     def shared(self) -> "Shared | None":
         for name in ("shared_expert", "shared_experts"):
             if hasattr(self.block, name):

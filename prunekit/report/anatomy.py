@@ -1,4 +1,4 @@
-"""A drawing of a model beside its base: every layer kept, healed or gone; heads, KV heads and neurons as bars."""
+"""A drawing of a model beside its base: every layer kept, healed or gone; heads, neurons and experts as bars."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,10 +6,13 @@ from typing import Any
 
 from prunekit.checkpoint.lineage import StackWay
 
-from .style import COOL, FREE, INK, LINES, MUTED, PALE, new_figure, save_figure
+from .style import COOL, FREE, INK, LINES, MUTED, PALE, WARM, new_figure, save_figure
 
 WIDTH, HEIGHT, GAP = 0.84, 1.0, 0.75  # of a layer, where its neighbour begins 1 further on; between the stacks
-COLOURS = {"heads": LINES[0], "KV heads": LINES[1], "neurons": "#e9a23b", "blocks": COOL[7], "tokens": COOL[4]}
+COLOURS = {
+    "heads": LINES[0], "KV heads": LINES[1], "neurons": "#e9a23b", "experts": WARM[2], "blocks": COOL[7],
+    "tokens": COOL[4],
+}  # fmt: skip
 TAP = LINES[3]
 
 

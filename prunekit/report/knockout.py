@@ -7,13 +7,15 @@ from typing import Any
 
 from .style import COOL, GRID, INK, KEY, LINES, MUTED, PALE, WARM, new_figure, save_figure, share_colour
 
+TITLES = {"text": "text layers", "vision": "vision blocks", "experts": "experts"}  # of panels
+
 
 def _token_acc(ranking: dict[str, Any]) -> str:
     return f"token_acc, {'with' if ranking['counts_suffix'] else 'without'} the template's suffix"
 
 
 def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
-    """What removing each layer leaves of the baseline's token_acc, a panel per stack, with lines at 95% and 90%.
+    """What removing each layer, or experts, leaves of the baseline's token_acc, with lines at 95% and 90%.
 
     Bars are what the scan found, with its standard error, and diamonds what was left after the training; bars are
     trained values where there was no scan. What leaves less than 60% is a stub with its number. Of a ranking by groups
@@ -21,19 +23,21 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.lines import Line2D
 
-    stacks = sorted({removal["stack"] for removal in ranking["removals"]})
+    drawn = [*ranking["removals"], *ranking.get("experts", ())]
+    stacks = sorted({removal["stack"] for removal in drawn}, key=list(TITLES).index)
     by_stack = [
-        sorted((r for r in ranking["removals"] if r["stack"] == stack), key=lambda r: r["layer"]) for stack in stacks
+        sorted((r for r in drawn if r["stack"] == stack), key=lambda r: r["layer"] or -r.get("experts", 0))
+        for stack in stacks
     ]
     widths = [max(3.6, 0.14 * len(removals)) for removals in by_stack]
-    groups = sorted(ranking["removals"][0]["groups"]) if ranking.get("by") else []
+    groups = sorted(drawn[0]["groups"]) if ranking.get("by") else []
     heights = [3.6, 0.7 + 0.2 * len(groups)] if groups else [3.6]
     figure, axes = new_figure(
         len(stacks), 1.5 + sum(widths) + (1.2 if groups else 0), sum(heights), len(heights),
         width_ratios=widths, height_ratios=heights,
     )  # fmt: skip
-    scanned_any = any(removal["relative_scanned"] is not None for removal in ranking["removals"])
-    trained_any = any(removal["relative_trained"] is not None for removal in ranking["removals"])
+    scanned_any = any(removal["relative_scanned"] is not None for removal in drawn)
+    trained_any = any(removal["relative_trained"] is not None for removal in drawn)
     baseline = ranking["baseline"] if scanned_any else ranking["baseline"]["trained"]
 
     def values(removal: dict[str, Any]) -> tuple[float | None, float | None]:
@@ -41,8 +45,8 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
         trained = removal["relative_trained"]
         return (removal["relative_scanned"], trained) if scanned_any else (trained, None)
 
-    drawn = [value for removal in ranking["removals"] for value in values(removal) if value is not None]
-    low, high = min(0.88, *drawn), max(1.0, *drawn)
+    shares = [value for removal in drawn for value in values(removal) if value is not None]
+    low, high = min(0.88, *shares), max(1.0, *shares)
     floor = max(math.floor((low - 0.02) * 20) / 20, 0.6)
     stub = floor + 0.03 * (1 - floor)
     for axis, stack, removals, width in zip(axes[0], stacks, by_stack, widths):
@@ -86,13 +90,14 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
                 fontsize=7, color=MUTED, va="center",
             )  # fmt: skip
         step = math.ceil(0.21 * len(removals) / width)
-        axis.set_xticks(range(0, len(removals), step), [str(r["layer"]) for r in removals[::step]])
+        axis.set_xticks(range(0, len(removals), step), [str(r.get("experts", r["layer"])) for r in removals[::step]])
         axis.set_xlim(-0.6, len(removals) - 0.4)
         axis.set_ylim(floor, high + (high - floor) * 0.16)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.grid(axis="x", visible=False)
-        axis.set_title(f"{stack} {'layers' if stack == 'text' else 'blocks'}")
-        axis.set_xlabel("removed, not trained (± standard error)" if scanned_any else "removed, then trained briefly")
+        axis.set_title(TITLES[stack])
+        what = "left in each mixture" if stack == "experts" else "removed"
+        axis.set_xlabel(f"{what}, not trained (± standard error)" if scanned_any else "removed, then trained briefly")
     if groups:
         _draw_groups(figure, axes[1], by_stack, groups, baseline["groups"], scanned_any, floor)
     if scanned_any and trained_any:

@@ -115,6 +115,26 @@ def _present(checkpoint: Checkpoint, places: dict[str, Place]) -> int:
     return next(iter(rows))
 
 
+def experts_chosen(model: Outline) -> int:
+    """How many experts a token goes to, where layers are mixtures."""
+    row = model.family.text
+    return configs(model.config, row)[0].get(row.experts_chosen) or row.defaults.get(row.experts_chosen, 1)
+
+
+def check_experts(checkpoint: Checkpoint) -> range:
+    """How many experts each mixture may keep: from as many as a token goes to, up to one less than there are.
+
+    Raises PruneKitError for a model without mixtures or without an expert that can go, and for one whose tensors and
+    config disagree.
+    """
+    possible = range(experts_chosen(checkpoint), _present(checkpoint, find_places(checkpoint)))
+    if not possible:
+        raise PruneKitError(
+            f"{checkpoint.path}: a token goes to all {possible.stop} experts of a mixture: there is none to drop"
+        )
+    return possible
+
+
 def plan_experts(checkpoint: Checkpoint, experts: int) -> ExpertsPlan:
     """Plan to keep so many experts in each mixture of the text stack.
 
@@ -122,9 +142,7 @@ def plan_experts(checkpoint: Checkpoint, experts: int) -> ExpertsPlan:
     of those present or more, or less than a token goes to. Reads no weights and writes no file.
     """
     row, places = checkpoint.family.text, find_places(checkpoint)
-    present = _present(checkpoint, places)
-    said = configs(checkpoint.config, row)
-    chosen = said[0].get(row.experts_chosen) or row.defaults.get(row.experts_chosen, 1)
+    present, chosen = _present(checkpoint, places), experts_chosen(checkpoint)
     if experts >= present:
         raise PruneKitError(f"--experts {experts}: each layer has {present}; keep fewer of them")
     if experts < chosen:

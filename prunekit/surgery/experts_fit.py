@@ -6,6 +6,7 @@ bring held-out rows nearer is left as it was.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,13 +84,8 @@ def down(experts: Experts) -> torch.Tensor:
     return value.transpose(1, 2) if getattr(experts.module, "is_transposed", False) else value
 
 
-def normed(experts: Experts) -> bool:
-    """Whether the shares of those chosen are made to sum to 1."""
-    return getattr(experts.router, "norm_topk_prob", True)
-
-
 def least_missed(experts: Experts, tokens: Tokens, keep: int, chosen: int) -> list[int]:
-    """The experts to keep, by backward elimination: the one goes next without which the mixture errs least.
+    """The experts that go until `keep` are left, in that order: next goes the one without which the mixture errs least.
 
     Errors are those of the mixture as it routes then: the tokens of an expert that is gone go to the next one. All
     experts' outputs are computed, on as many tokens as `SKETCHED` allows, and compared in `SKETCH` random dimensions.
@@ -108,7 +104,7 @@ def least_missed(experts: Experts, tokens: Tokens, keep: int, chosen: int) -> li
     if shared := experts.shared:
         wanted = wanted - (shared.share(x) * shared.mlp(x)).float()
     outputs = torch.stack([output(experts, expert, x) @ to for expert in range(count)])
-    return eliminate(experts.router(x)[0].float(), outputs, wanted @ to, weight, keep, chosen, normed(experts))
+    return eliminate(experts.router(x)[0].float(), outputs, wanted @ to, weight, keep, chosen, experts.normed)
 
 
 def eliminate(
@@ -120,13 +116,13 @@ def eliminate(
     chosen: int,
     normed: bool,
 ) -> list[int]:
-    """The experts to keep of a mixture in which each token goes to its `chosen` likeliest ones.
+    """The experts that go, in that order, of a mixture in which each token goes to its `chosen` likeliest ones.
 
     logits: (n, experts); outputs: (experts, n, d); wanted: (n, d); weight: (n,). Shares are the softmax over those that
     are there, with `normed` divided by the sum of those chosen.
     """
     alive = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    rows = torch.arange(len(logits), device=logits.device)[:, None]
+    rows, gone = torch.arange(len(logits), device=logits.device)[:, None], []
     while int(alive.sum()) > keep:
         chances = logits.masked_fill(~alive, -torch.inf).softmax(1)
         top, who = chances.topk(chosen + 1, 1)
@@ -145,14 +141,16 @@ def eliminate(
             change = (scale.square() - 1) * total.square().sum(1, keepdim=True)
             change = change - 2 * (scale - 1) * (total * wanted).sum(1, keepdim=True)
             cost += (weight[:, None] * change.scatter(1, who[:, :chosen], 0.0)).sum(0)
-        alive[cost.masked_fill(~alive, torch.inf).argmin()] = False
-    return alive.nonzero()[:, 0].tolist()
+        gone.append(int(cost.masked_fill(~alive, torch.inf).argmin()))
+        alive[gone[-1]] = False
+    return gone
 
 
 def choose(plan: ExpertsPlan, experts: Experts, tokens: Tokens, score: str, number: int) -> list[int]:
     """The experts that layer `number` keeps, rising."""
     if score == "error":
-        return least_missed(experts, tokens, plan.experts, plan.chosen)
+        gone = least_missed(experts, tokens, plan.experts, plan.chosen)
+        return [expert for expert in range(len(experts)) if expert not in gone]
     if score == "random":
         scores = torch.rand(len(experts), generator=torch.Generator().manual_seed(number))
     else:
@@ -310,6 +308,46 @@ def tokens_of(sides: Sides, number: int, experts: Experts) -> Tokens:
     return Tokens(**{name: torch.cat(each) for name, each in parts.items()}, fitted=fitted)
 
 
+def _walk(sides: Sides, plan: ExpertsPlan, quiet: bool | None) -> Iterator[tuple[int, Experts, Tokens]]:
+    """(layer, mixture, tokens) of each mixture. As it is when the next one is asked for, the student goes on with it.
+
+    Raises PruneKitError for activations that aren't finite.
+    """
+    for number, layer in enumerate(tqdm(sides.layers, desc="experts", disable=quiet)):
+        on_disk = bring(layer)
+        if number in plan.layers:
+            experts = find_part(layer, sides.row, sides.row.mlp[-1])
+            assert isinstance(experts, Experts)
+            tokens = tokens_of(sides, number, experts)
+            if not bool(tokens.wanted.isfinite().all()):
+                raise PruneKitError(
+                    f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
+                )
+            yield number, experts, tokens
+            del tokens
+        else:
+            sides.teacher.step(number + 1)
+        sides.student.step(number + 1)
+        if on_disk:
+            layer.to("meta")
+
+
+@torch.no_grad()
+def order_experts(
+    plan: ExpertsPlan, model: nn.Module, data: Calibration, quiet: bool | None = None
+) -> dict[int, list[int]]:
+    """By layer the experts that `error` drops down to the plan's number, in that order; the model stays as it is.
+
+    Each mixture gets what the uncut model gives: behind cut ones `fit_experts` may choose others. Raises as that.
+    """
+    family, row = plan.source.family, plan.source.family.text
+    sides = Sides(model, family, "text", data.fit, range(0), record_calls(model, row, data.fit))
+    return {
+        number: least_missed(experts, tokens, plan.experts, plan.chosen)
+        for number, experts, tokens in _walk(sides, plan, quiet)
+    }
+
+
 @torch.no_grad()
 def fit_experts(
     plan: ExpertsPlan,
@@ -334,29 +372,13 @@ def fit_experts(
     sides = Sides(model, family, "text", batches, judged, record_calls(model, row, batches), store)
     kept: dict[int, list[int]] = {}
     values: dict[str, torch.Tensor] = {}
-    with tqdm(total=len(sides.layers), desc="experts", disable=quiet) as progress:
-        for number, layer in enumerate(sides.layers):
-            on_disk = bring(layer)
-            if number in plan.layers:
-                experts = find_part(layer, row, row.mlp[-1])
-                assert isinstance(experts, Experts)
-                tokens = tokens_of(sides, number, experts)
-                if not bool(tokens.wanted.isfinite().all()):
-                    raise PruneKitError(
-                        f"{plan.source.path}: layer {number} has activations that are not finite; try --dtype float32"
-                    )
-                kept[number] = choose(plan, experts, tokens, score, number)
-                keep(experts, kept[number])
-                if refitted and row.plain_residual:
-                    refit(experts, tokens)
-                    values |= _values(plan, number, experts, kept[number], store)
-                del tokens
-            else:
-                sides.teacher.step(number + 1)
-            sides.student.step(number + 1)
-            if on_disk:
-                layer.to("meta")
-            progress.update()
+    for number, experts, tokens in _walk(sides, plan, quiet):
+        kept[number] = choose(plan, experts, tokens, score, number)
+        keep(experts, kept[number])
+        if refitted and row.plain_residual:
+            refit(experts, tokens)
+            values |= _values(plan, number, experts, kept[number], store)
+        del tokens
     held_out = dict(zip(judged, data.held_out))
     losses = {
         "held_out_loss_uncut": loss_behind(sides.teacher, model, held_out),

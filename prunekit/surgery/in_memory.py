@@ -1,13 +1,16 @@
-"""Layers removed from a model in memory: for the time of a block, or for good. Nothing is copied or written."""
+"""Layers removed from a model in memory: for the time of a block, or for good; experts for a block. None is copied."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from prunekit.families import configs
+from prunekit.families import Stack, configs
+from prunekit.model.parts import Experts, find_part
 from prunekit.model.replay import find_stack
 
 from .layers import LayersPlan
@@ -56,6 +59,27 @@ def removed(model: nn.Module, plan: LayersPlan) -> Iterator[None]:
     finally:
         for target, name, value in reversed(undo):
             setattr(target, name, value)
+
+
+@contextlib.contextmanager
+def without_experts(model: nn.Module, row: Stack, gone: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Within the block no token goes to these experts, by layer: the model is what a cut that refits nothing leaves."""
+    layers = getattr(*find_stack(model, row))
+    with contextlib.ExitStack() as hooks:
+        for number, numbers in gone.items():
+            experts = find_part(layers[number], row, row.mlp[-1])
+            assert isinstance(experts, Experts)
+            hook = partial(_route, torch.tensor(numbers, dtype=torch.long), experts.normed)
+            hooks.enter_context(experts.router.register_forward_hook(hook))
+        yield
+
+
+def _route(gone: torch.Tensor, normed: bool, router: nn.Module, inputs: tuple, output: tuple) -> tuple:
+    """What a router gives where its softmax is over the other experts only."""
+    logits, shares, chosen = output
+    chances = logits.float().index_fill(-1, gone.to(logits.device), -torch.inf).softmax(-1)
+    top, chosen = chances.topk(chosen.shape[-1], -1)
+    return logits, (top / top.sum(-1, keepdim=True) if normed else top).to(shares.dtype), chosen
 
 
 def cut(model: nn.Module, plan: LayersPlan) -> None:

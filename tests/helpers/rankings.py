@@ -13,6 +13,11 @@ def removal(layer, token_acc, loss=None, error=None, stack="text", **values):
     } | values  # fmt: skip
 
 
+def fewer(number, token_acc, **values):
+    return removal(0, token_acc, **values) | {"name": f"experts-{number:02d}", "stack": "experts", "layer": None,
+                                              "experts": number}  # fmt: skip
+
+
 def scan(*removals, predictor="loss", greedy=None):
     baseline = {"token_acc": 0.8, "loss": 0.2, "samples": 4, "tokens": 40, "parameters": 100}
     return {

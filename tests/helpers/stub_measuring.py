@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-CUTS = ("manual_select.py", "width_cut.py", "kv_cut.py", "vocab_cut.py")
+CUTS = ("manual_select.py", "expert_cut.py", "width_cut.py", "kv_cut.py", "vocab_cut.py")
 
 
 def main() -> None:
@@ -86,6 +86,8 @@ def scan(model: str, out: Path) -> None:
 
 
 def cut(name: str, argv: list[str], values: dict[str, list[str]]) -> None:
+    from helpers.cuts import first_experts
+
     from prunekit.checkpoint import open_checkpoint
     from prunekit.surgery import kv, layers, vocabulary, width
     from prunekit.surgery.cut import write_cut
@@ -93,6 +95,8 @@ def cut(name: str, argv: list[str], values: dict[str, list[str]]) -> None:
     source = open_checkpoint(values["--model"][0])
     if name == "manual_select.py":
         made = layers.cut_layers(layers.plan_layers(source, *(map(int, values[f"--{s}"]) for s in ("text", "vision"))))
+    elif name == "expert_cut.py":
+        made = first_experts(source.path, int(given(argv, "--experts")[0]))
     elif name == "vocab_cut.py":
         made = vocabulary.cut_vocabulary(vocabulary.plan_vocabulary(source, int(given(argv, "--size")[0])), {})
     elif name == "kv_cut.py":

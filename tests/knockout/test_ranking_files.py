@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from helpers.rankings import NAN, path, removal, run, scan
+from helpers.rankings import NAN, fewer, path, removal, run, scan
 
 from prunekit.knockout.ranking import build_ranking, log_to_wandb, write_ranking
 
@@ -40,6 +40,18 @@ def test_the_csv_file_has_a_line_for_each_removal_with_every_metric(ranking, tmp
         "latency_saved": "0.1", "finalist": "True", "relative": str(0.85 / 0.9),
     }  # fmt: skip
     assert wanted.items() <= rows[0].items()
+
+
+def test_numbers_of_experts_are_in_every_file_behind_the_layers(tmp_path):
+    found = scan(removal(0, 0.79), removal(1, 0.7)) | {"experts": [fewer(6, 0.78), fewer(4, 0.6)]}
+    ranking = build_ranking(found, [run("baseline", 0.9), run("text-00", 0.85)], "base", {})
+    assert [entry["layer"] for entry in ranking["removals"]] == [0, 1], "there are layers alone to choose from"
+    assert [(entry["experts"], entry["relative"]) for entry in ranking["experts"]] == [(6, 0.78 / 0.8), (4, 0.6 / 0.8)]
+    assert "ranking.png" in {path.name for path in write_ranking(tmp_path, ranking)}
+    with (tmp_path / "ranking.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["text-00", "text-01", "experts-06", "experts-04"]
+    assert [rows[-1][key] for key in ("stack", "layer", "experts", "token_acc")] == ["experts", "", "4", "0.6"]
 
 
 def test_a_ranking_leaves_its_files_and_no_drafts(ranking, tmp_path):

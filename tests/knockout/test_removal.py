@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.knockout.removal import Removal, list_removals, parse_removals, plan_without
+from prunekit.knockout.removal import FewerExperts, Removal, list_experts, list_removals, parse_removals, plan_without
 
 REMOVALS = st.builds(Removal, st.sampled_from(["text", "vision"]), st.integers(0, 99_999))
 
@@ -53,6 +53,23 @@ def test_names_sort_in_the_order_of_layers():
 def test_all_means_every_layer(checkpoint):
     names = [str(removal) for removal in list_removals(checkpoint, "all", "all")]
     assert names == [*(f"text-{i:02d}" for i in range(5)), *(f"vision-{i:02d}" for i in range(6))]
+
+
+def test_numbers_of_experts_are_eighths_of_them_or_those_that_are_named(tiny):
+    mixture = open_checkpoint(tiny("mixtral"))  # 6, of which a token goes to 2
+    assert list_experts(mixture, "all") == [5, 4, 3, 2]
+    assert list_experts(mixture, "3,5") == [5, 3] and list_experts(mixture, "none") == []
+    assert str(FewerExperts(5)) == FewerExperts(5).json["name"] == "experts-05"
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "message"),
+    [("mixtral", "6", "each layer has 6"), ("mixtral", "4,1", "a token goes to 2"), ("mixtral", "half", "'half' is no"),
+     ("llama", "all", "without a mixture of experts"), ("llama", "3", "without a mixture of experts")],
+)  # fmt: skip
+def test_numbers_of_experts_that_cannot_be_are_refused(family, wanted, message, tiny):
+    with pytest.raises(PruneKitError, match=message):
+        list_experts(open_checkpoint(tiny(family)), wanted)
 
 
 @pytest.mark.parametrize("nothing", ["none", "", " none "])

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from helpers.cuts import first_experts
 from helpers.tiny_models import FAMILIES, VISION, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
-from prunekit.knockout.removal import Removal
+from prunekit.families import FAMILIES as ROWS
+from prunekit.knockout.removal import FewerExperts, Removal
 from prunekit.knockout.scanner import LIKELIEST, Scanner, _strip_suffix
 from prunekit.model.scores import score_batches
 from prunekit.surgery.cut import write_cut
@@ -81,6 +83,19 @@ def test_a_block_s_removal_scores_as_the_checkpoint_cut_on_disk_does(family, tin
         expected = score_batches(load(tmp_path / str(block)), model.batches)
         measured = totals(scores[f"vision-{block:02d}"])
         assert measured == pytest.approx((expected["token_acc"], expected["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", [family for family in CAUSAL if ROWS[family].text.experts])
+def test_fewer_experts_score_as_the_checkpoint_without_them_does(family, tiny, tmp_path):
+    folder = tiny(family)
+    cut = first_experts(folder, 3)
+    model = scanner(folder, [image_batch(load(folder)) if family in VISION else text_batch()])
+    gone = tuple((layer, tuple(range(3, cut.plan.present))) for layer in cut.plan.layers)
+    scores = model.measure([], [FewerExperts(3, gone), Removal("text", 1)], 0)["scores"]
+    write_cut(cut, tmp_path / "fewer")
+    expected = score_batches(load(tmp_path / "fewer"), model.batches)
+    assert totals(scores["experts-03"]) == pytest.approx((expected["token_acc"], expected["loss"]), rel=1e-5)
+    assert model.measure([], [], 0)["scores"]["baseline"] == scores["baseline"], "the model is as it was"
 
 
 def test_a_second_removal_scores_as_the_checkpoint_without_both_does(tiny, tmp_path):

@@ -39,14 +39,14 @@ BAD_SETTINGS = [
     *(({name: value}, "knockout_check.sh") for name, value in {
         "JOBS": "x", "GREEDY": "-5", "GENERATE": "-1", "GENERATE_TOKENS": "0", "HEAL": "yes", "RACE": "2",
         "GPUS_PER_TASK": "x", "TARGET_PARAMS": "2",
-        "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "FINALISTS": "-1", "MODE": "x",
+        "TEXT_LAYERS": "a", "VISION_BLOCKS": "1..3", "EXPERTS": "half", "FINALISTS": "-1", "MODE": "x",
     }.items()),
     *(({name: value}, "sparse_run.sh") for name, value in {
         "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
     }.items()),
     *(({name: value}, "loop.sh") for name, value in {
         "TARGET_PARAMS": "1.5", "TARGET_BYTES": "5GB", "TARGET_KV": "0", "KEEP": "97", "METRIC": "bleu",
-        "CUTS": "experts", "MAX_ROUNDS": "0", "ROUND_SHARE": "1", "KEEP_ROUNDS": "some", "RECOVER_STEPS": "0",
+        "CUTS": "towers", "MAX_ROUNDS": "0", "ROUND_SHARE": "1", "KEEP_ROUNDS": "some", "RECOVER_STEPS": "0",
         "DISTIL_STEPS": "x", "LONGER_STEPS": "0", "CALIB_TOKENS": "-1", "HEAL": "yes", "DRY_RUN": "2",
         "TARGET_SPEED": "fast", "SPEED_OF": "loading", "END": "kv kv", "END_KV": "0", "END_STEPS": "x",
         "RAY_ADDRESS": "a:1",

@@ -124,6 +124,26 @@ def test_a_speed_is_estimated_for_the_choice_and_measured_after_the_round(loop):
 
 
 @pytest.mark.ci
+def test_experts_are_tried_chosen_and_cut_by_the_line_that_a_person_would_type(loop):
+    save_speaking("mixtral", loop.folder / "speaking")
+    settings = {
+        "MODEL": "speaking",
+        "CUTS": "experts",
+        "MAX_ROUNDS": "1",
+        "ROUND_SHARE": "0.5",
+        "TARGET_PARAMS": "0.76",
+    }
+    result = loop.run("loop.sh", **settings, STUB_SCORES='{"experts-4": 0.89}')
+    assert result.returncode == 3, result.stderr
+    lines = [line for line in result.stdout.splitlines() if "expert_cut.py" in line]
+    assert [f"--experts {n} --calib" in line for n, line in zip((5, 4), lines, strict=True)] == [True, True], lines
+    [this] = state(loop)["rounds"]
+    assert [each["name"] for each in this["candidates"] if each["chosen"]] == ["experts 4"]
+    assert [entry["stage"] for entry in history(loop.out)] == ["expert_cut", "full_run", "loop"]
+    assert statistics(loop.out)["num_experts"] == 4
+
+
+@pytest.mark.ci
 def test_where_tokens_go_the_teacher_loses_the_same(loop):
     model = save_speaking("qwen3_vl", loop.folder / "speaking")
     before, left = statistics(model)["parameters"], statistics(plan_vocabulary(open_checkpoint(model), 384).outline)
@@ -236,6 +256,7 @@ def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
         ({"CUTS": "kv kv"}, "each once"),
         ({"TARGET_SPEED": "0.5"}, "TARGET_SPEED=0.5: give how many times as fast"),
         ({"CUTS": "layers vocabulary"}, "tokenizer.json"),
+        ({"CUTS": "layers experts"}, "CUTS has experts: {model}: qwen3_vl without a mixture of experts"),
         ({"MAX_ROUNDS": "99999999"}, "GB free, out may need"),
         pytest.param({"END": "kv", "END_KV": "3"}, "kv-heads 3", marks=pytest.mark.slow),
         pytest.param({"END": "lora", "LORA_DATASET": "absent.jsonl"}, "absent.jsonl is not", marks=pytest.mark.slow),

@@ -3,14 +3,16 @@
 import json
 
 import pytest
-from helpers.cuts import cut_width
+from helpers.cuts import cut_width, first_experts
 from helpers.tiny_words import save_speaking
 
 from prunekit.checkpoint import fingerprint, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.loop.candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, loss_by, sizes
+from prunekit.loop.choice import choose
 from prunekit.loop.timing import Timing, part_sizes
 from prunekit.surgery.cut import write_cut
+from prunekit.surgery.experts import plan_experts
 from prunekit.surgery.kv import cut_kv, plan_kv
 from prunekit.surgery.vocabulary import cut_vocabulary, plan_vocabulary
 
@@ -101,6 +103,44 @@ def test_a_trial_that_is_no_cut_of_this_model_or_of_several_kinds_is_refused(mod
     cut_width(model.path, tmp_path / "both", heads_kept=4, neuron_share=0.5)
     with pytest.raises(PruneKitError, match="cut one kind a trial"):
         from_trials(model, evaluation(file, {model.path: 0.5, tmp_path / "both": 0.6}))
+
+
+def test_of_experts_trials_are_made_that_take_half_of_what_is_of_use_and_all_of_it(tiny):
+    model = open_checkpoint(tiny("mixtral"))
+    now = sizes(model)
+    saved = {n: now["params"] - sizes(plan_experts(model, n).outline)["params"] for n in (3, 4)}
+    trials = list_trials(model, ("experts",), {"params": saved[4]}, saved[4])
+    assert trials == [(f"experts-{n}", "expert_cut.py", ["--experts", f"{n}"]) for n in (5, 4)]
+    most = now["params"]
+    [*_, last] = list_trials(model, ("experts",), {"params": most}, most)
+    assert last[2] == ["--experts", "3"], "half of them stay in a round"
+    assert list_trials(model, ("experts",), {"kv": 1}, most) == [], "they have no cache"
+    assert list_trials(model, ("experts",), {"params": 1}, 1) == [], "none is as small as that"
+    check_reachable(model, ("experts",), {"params": now["params"] - saved[3]})
+    with pytest.raises(PruneKitError, match="TARGET_PARAMS: is .* cuts of experts leave"):
+        check_reachable(model, ("experts",), {"params": 0.1 * now["params"]})
+
+
+def test_of_a_model_without_experts_or_one_that_uses_all_no_trial_is_made(model, own):
+    assert list_trials(model, ("experts",), {"params": 10**6}, 10**6) == []
+    folder = own("mixtral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 6}))
+    assert list_trials(open_checkpoint(folder), ("experts",), {"params": 10**6}, 10**6) == []
+
+
+def test_a_cut_of_experts_is_a_candidate_and_is_made_before_heads_and_neurons(tiny, tmp_path):
+    model = open_checkpoint(tiny("mixtral"))
+    write_cut(first_experts(model.path, 4), tmp_path / "a")
+    cut_width(model.path, tmp_path / "b", neuron_share=0.5)
+    losses = {model.path: 0.5, tmp_path / "b": 0.6, tmp_path / "a": 0.7}
+    found = from_trials(model, evaluation(tmp_path / "trials.json", losses))
+    experts = found[1]
+    assert (experts.kind, experts.name, experts.cost) == ("experts", "experts 4", pytest.approx(0.2))
+    assert experts.saved["params"] == statistics(model)["parameters"] - statistics(tmp_path / "a")["parameters"]
+    assert cut_lines(choose(found, {"params": 10**6}, 10**6)) == [
+        ["expert_cut.py", "--experts", "4"], ["width_cut.py", "--neuron-share", "0.5"]
+    ]  # fmt: skip
 
 
 def test_of_a_vocabulary_trials_are_made_that_take_what_is_of_use(tmp_path):

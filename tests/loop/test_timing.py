@@ -8,6 +8,7 @@ from helpers.cuts import cut_width
 from prunekit.checkpoint import open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.loop.timing import LAYERS, Timing, part_sizes, read_parts, read_share
+from prunekit.surgery.experts import plan_experts
 from prunekit.surgery.layers import plan_layers
 
 SHARES = {"attention": 0.3, "mlp": 0.3, "layers": 0.1, "head": 0.2, "rest": 0.1}
@@ -35,10 +36,13 @@ def test_neurons_take_their_share_of_the_mlps_seconds_and_heads_of_attentions(ba
     assert 0.7 < timing.of(open_checkpoint(tmp_path / "heads")) < 1
 
 
-def test_experts_count_as_the_mlp(tiny):
+def test_of_experts_those_that_a_token_goes_to_count_as_the_mlp_so_that_fewer_are_no_faster(tiny):
     model = open_checkpoint(tiny("qwen3_moe"))
-    experts = sum(tensor.nbytes // 4 for name, tensor in model.tensors.items() if "_proj" in name and ".mlp." in name)
-    assert part_sizes(model)["mlp"] == experts > 0
+    sizes = {name: tensor.nbytes // 4 for name, tensor in model.tensors.items() if "_proj" in name and ".mlp." in name}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert part_sizes(model)["mlp"] == sum(sizes.values()) - experts / 2 > 0, "2 of 4"
+    timing = Timing(SHARES, part_sizes(model))
+    assert timing.of(plan_experts(model, 3).outline) == pytest.approx(timing.of(model))
 
 
 def test_an_estimate_goes_on_from_what_was_measured(base):

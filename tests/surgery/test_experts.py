@@ -23,7 +23,8 @@ from prunekit.model.scores import score_batches
 from prunekit.surgery import experts_fit
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.experts import drop, plan_experts
-from prunekit.surgery.experts_fit import Tokens, eliminate, fit_experts, missed, refit, saliency, written
+from prunekit.surgery.experts_fit import Tokens, eliminate, fit_experts, missed, order_experts, refit, saliency, written
+from prunekit.surgery.in_memory import without_experts
 
 MIXTURES = [family for family in FAMILIES if ROWS[family].text.experts]
 
@@ -31,17 +32,6 @@ MIXTURES = [family for family in FAMILIES if ROWS[family].text.experts]
 def fit(folder, experts=3, calibration=None, **how):
     plan = plan_experts(open_checkpoint(folder), experts)
     return fit_experts(plan, load(folder), calibration or data(), quiet=True, **how)
-
-
-def without(router, gone):
-    """A router whose softmax is over the other experts only."""
-
-    def mask(_, inputs, output):
-        left = output[0].float().index_fill(-1, torch.tensor(gone), -torch.inf)
-        top, chosen = left.softmax(-1).topk(router.top_k, -1)
-        return left, top / top.sum(-1, keepdim=True) if getattr(router, "norm_topk_prob", True) else top, chosen
-
-    return router.register_forward_hook(mask)
 
 
 def mixtures(model, family):
@@ -63,9 +53,11 @@ def test_a_model_without_experts_gives_what_it_gives_when_its_router_cannot_choo
     assert numbers == [cut.plan.present, 3]
     whole, left = load(tiny(family)), load(tmp_path / "out")
     assert text_config(left).num_experts == 3
-    for number, experts in mixtures(whole, family):
-        without(experts.router, [expert for expert in range(len(experts)) if expert not in cut.kept[number]])
-    torch.testing.assert_close(logits(left), logits(whole), atol=1e-5, rtol=0)
+    before = logits(whole)
+    gone = {layer: [e for e in range(cut.plan.present) if e not in kept] for layer, kept in cut.kept.items()}
+    with without_experts(whole, ROWS[family].text, gone):
+        torch.testing.assert_close(logits(left), logits(whole), atol=1e-5, rtol=0)
+    assert torch.equal(before, logits(whole)), "it is as it was"
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -148,7 +140,18 @@ def test_the_expert_that_goes_is_the_one_without_which_the_mixture_errs_least(no
     left = list(range(6))
     for number in (5, 4, 3):
         left = min(([e for e in left if e != gone] for gone in left), key=error)
-        assert eliminate(scores, outputs, wanted, weight, number, 2, normed) == left
+        assert [e for e in range(6) if e not in eliminate(scores, outputs, wanted, weight, number, 2, normed)] == left
+
+
+def test_the_order_in_which_experts_go_is_what_a_cut_of_that_mixture_alone_drops_and_leaves_the_model(tiny):
+    plan, model = plan_experts(open_checkpoint(tiny("mixtral")), 2), load(tiny("mixtral"))
+    before, calibration = logits(model), data()
+    order = order_experts(plan, model, calibration, quiet=True)
+    assert torch.equal(before, logits(model)) and [*order] == plan.layers
+    first = plan.layers[0]  # nothing is cut before it
+    for number in (5, 3):
+        kept = fit(tiny("mixtral"), number, calibration, refitted=False).kept[first]
+        assert sorted({*range(6)} - {*order[first][: 6 - number]}) == kept
 
 
 def test_reap_is_the_mean_of_share_and_norm_over_the_tokens_of_an_expert_and_frequency_their_number(tiny):
