@@ -99,10 +99,10 @@ MODEL=$RUN/recovered TEACHER=$BASE CACHE=$RUN/cache DATASET=$DATASET#$DISTIL_ROW
 # In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better (docs/kv.md).
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \
   --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 200)"
-recover mqa-recovered mqa 640 4e-4
+recover mqa-recovered mqa 600 4e-4
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
-  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 250) --learning_rate 1e-3 --lora_dropout 0 --lora_rank 32 --lora_alpha 64
+  stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 200) --learning_rate 1e-3 --lora_dropout 0
 MODEL=$RUN/mqa-recovered ADAPTER=$RUN/lora OUTPUT=$RUN/merged stage merged "$RUN/merged" bash export_lora.sh
 
 MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl VAL_DATASET='' OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \

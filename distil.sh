@@ -25,7 +25,8 @@ CACHE=${CACHE:-}                    # a folder for what the teacher says, instea
 REFILL=${REFILL:-}                  # 1: look through all rows again, though CACHE was filled with these data: images changed
 # Share of steps on the student's own answers; 0: the data set's, and no server
 LMBDA=${LMBDA:-$([ -n "$CACHE" ] && echo 0 || echo 1)}
-BETA=${BETA:-1}                     # 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon
+# 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon. Off-policy forward KL learns more (docs/training.md)
+BETA=${BETA:-$([[ $LMBDA =~ ^0*\.?0*$ ]] && echo 0 || echo 1)}
 ROLLOUT_GPUS=${ROLLOUT_GPUS-auto}   # auto: the last quarter of GPUS, with PLAIN=1 the last; empty: vLLM shares all of them
 ROLLOUT_PORT=${ROLLOUT_PORT:-}      # default: one that is free
 ROLLOUT_DEADLINE=${ROLLOUT_DEADLINE:-900} # seconds until the server must answer

@@ -35,11 +35,15 @@ ORDER = [17, 14, 13, 16, 18]  # SmolLM2's cheapest layers, by bench/heal.py
 METHODS = {
     "sft": ("full_run.sh", {}, []),
     "on-policy": ("distil.sh", {"LMBDA": "1"}, []),
-    "live": ("distil.sh", {"LMBDA": "0"}, []),
-    "cached": ("distil.sh", {"CACHE": "{case}/cache"}, []),
+    "live": ("distil.sh", {"LMBDA": "0", "BETA": "1"}, []),
+    "cached": ("distil.sh", {"CACHE": "{case}/cache", "BETA": "1"}, []),
     "live forward": ("distil.sh", {"LMBDA": "0", "BETA": "0"}, []),
     "cached forward": ("distil.sh", {"CACHE": "{case}/cache", "BETA": "0"}, []),
-    "hidden": ("distil.sh", {"LMBDA": "0", "HIDDEN_STATES": "1.0"}, ["--external_plugins", "bench/hidden_states.py"]),
+    "hidden": (
+        "distil.sh",
+        {"LMBDA": "0", "BETA": "1", "HIDDEN_STATES": "1.0"},
+        ["--external_plugins", "bench/hidden_states.py"],
+    ),
 }
 FLAGS = "--gradient_accumulation_steps 1 --warmup_ratio 0.05 --eval_strategy no --save_total_limit 20 --logging_steps 1"
 

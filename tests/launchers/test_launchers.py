@@ -144,6 +144,13 @@ def test_settings_of_the_environment_reach_the_command(lab):
     assert call["env"]["WANDB_RUN_GROUP"] == "g"
 
 
+@pytest.mark.parametrize("share, beta", [("0", "0"), ("0.0", "0"), ("0.5", "1"), ("1", "1")])
+def test_distillation_off_policy_is_by_forward_kl(share, beta, lab):
+    lab.run("distil.sh", GPUS="", LMBDA=share, STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert values(call["argv"], "--beta") == [beta]
+
+
 @pytest.mark.parametrize(
     "family, flags, length",
     [
