@@ -63,7 +63,7 @@ def test_the_ranking_says_which_layer_carries_which_skill(demo):
     assert all(removal["groups"].keys() == set(SKILLS) for removal in ranking["removals"])
 
 
-def test_a_quarter_of_the_model_and_three_of_its_kv_cache_are_gone(demo):
+def test_a_quarter_of_the_model_is_gone_and_three_quarters_of_its_kv_cache(demo):
     stages = json.loads((demo / "summary.json").read_text())["stages"]
     assert stages[-1]["parameters"] <= 0.75 * stages[0]["parameters"]
     assert stages[-1]["kv_bytes_per_token"] * 4 <= stages[0]["kv_bytes_per_token"]
