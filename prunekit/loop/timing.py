@@ -36,7 +36,7 @@ def part_sizes(model: Outline) -> dict[str, float]:
         if within := row.within(name):
             spot = spot_of(within[1])
             module = spot.name
-            part = "attention" if module in attention else "mlp" if module in mlp else None
+            part = "attention" if module in attention else "mlp" if module in mlp or spot.experts else None
             if part and len(tensor.shape) > 1:
                 found[part] += math.prod(tensor.shape) * (busy if spot.experts else 1)
     return found | {"layers": numbers["num_hidden_layers"], "head": numbers["vocab_size"] or 1, "rest": 1}

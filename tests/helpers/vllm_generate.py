@@ -2,8 +2,8 @@
 
     .venv-rehearsal/bin/python tests/helpers/vllm_generate.py REQUESTS.json ANSWERS.json
 
-Requests: {folder: [{"prompt_token_ids": [...]} or {"prompt": text, "image": file}, ...]}. Answers: {folder: [tokens,
-...]}, or {folder: error} where vLLM failed.
+Requests: {folder: [{"prompt_token_ids": [...]} or {"prompt": text}, with or without {"image": file}, ...]}. Answers:
+{folder: [tokens, ...]}, or {folder: error} where vLLM failed.
 """
 
 import json

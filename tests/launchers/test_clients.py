@@ -9,24 +9,27 @@ import pytest
 import torch
 import transformers as hf
 from helpers.calibration import write_texts
-from helpers.paths import EMBEDDED, ROOT
+from helpers.cuts import first_experts
+from helpers.paths import EMBEDDED, ROOT, TINY_VL
 from helpers.tiny_models import TEXT
 from helpers.tiny_ocr import save_tiny_ocr_with_wide_heads, tiny_ocr
 from helpers.tiny_taggers import save_tagger
 from PIL import Image
 
 from prunekit.checkpoint import open_checkpoint, statistics
+from prunekit.surgery.cut import write_cut
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
 # Two of what vLLM asks on CPUs: heads of 32 or more, and no mixture of sliding and full attention
 WIDE = TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "initializer_range": 0.2}
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WORDS = tiny_ocr._words("test", 0, frozenset())
 
 
 @pytest.fixture(scope="session")
 def cut_folders(tmp_path_factory):
-    """{(family, cut): folder} for models with fewer layers, these with one KV head, and some with narrower layers."""
+    """{(family, cut): folder} for models with fewer layers, these with one KV head, and some that are cut otherwise."""
     root = tmp_path_factory.mktemp("cut")
     torch.manual_seed(0)
     hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE)).save_pretrained(root / "llama")
@@ -49,6 +52,12 @@ def cut_folders(tmp_path_factory):
             commands += [["width_cut.py", "--model", root / family, "--out", narrow, *shares]]
         for command in commands:
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    folders["qwen3_moe", "experts"], folders["tiny_vl", "vocabulary"] = root / "experts", root / "vocabulary"
+    hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**WIDE, **MIXTURE)).save_pretrained(root / "qwen3_moe")
+    write_cut(first_experts(root / "qwen3_moe", 5), root / "experts")
+    script, words = ROOT / "vocab_cut.py", ["--out", root / "vocabulary", "--keep-share", "0.5"]
+    command = [sys.executable, script, "--model", TINY_VL, *words, "--calib", write_texts(root / "words.jsonl")]
+    subprocess.run(command, check=True, capture_output=True)
     return folders
 
 
@@ -76,6 +85,11 @@ def prompts(cut_folders, tmp_path_factory):
     """{family: what vLLM is asked}: random tokens for text models, pictures of words to read for Qwen3-VL."""
     generator = torch.Generator().manual_seed(0)
     text = [{"prompt_token_ids": torch.randint(5, 100, (n,), generator=generator).tolist()} for n in (3, 10, 40)]
+    spoken = hf.AutoTokenizer.from_pretrained(cut_folders["tiny_vl", "vocabulary"])
+    said = [
+        [{"role": "user", "content": asked}] for asked in ("What is 58 + 83?", "Repeat: a Schöner Häuser, жёлтый 你好")
+    ]
+    words = [{"prompt": spoken.apply_chat_template(row, tokenize=False, add_generation_prompt=True)} for row in said]
     processor = hf.AutoProcessor.from_pretrained(EMBEDDED)
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": tiny_ocr.PROMPT}]}]
     prompt = processor.apply_chat_template(message, add_generation_prompt=True)
@@ -83,7 +97,7 @@ def prompts(cut_folders, tmp_path_factory):
     for number, picture in enumerate(tiny_ocr.pictures("test", WORDS, 0, 0)[:8]):
         Image.fromarray(picture).save(folder / f"{number}.png")
         images.append({"prompt": prompt, "image": str(folder / f"{number}.png")})
-    return {"llama": text, "qwen3": text, "qwen3_vl": images}
+    return {"llama": text, "qwen3": text, "qwen3_moe": text, "qwen3_vl": images, "tiny_vl": words}
 
 
 @pytest.fixture(scope="session")
@@ -107,12 +121,14 @@ def from_vllm(clients, cut_folders, quantised, prompts, tmp_path_factory):
 
 def by_transformers(folder, prompts):
     """The tokens that transformers generates greedily for each prompt."""
-    auto = hf.AutoModelForImageTextToText if "image" in prompts[0] else hf.AutoModelForCausalLM
+    auto = hf.AutoModelForImageTextToText if "prompt" in prompts[0] else hf.AutoModelForCausalLM
     model, answers = auto.from_pretrained(folder, dtype=torch.float32).eval(), []
     for prompt in prompts:
         if "image" in prompt:
             processor = hf.AutoProcessor.from_pretrained(folder)
             inputs = processor(text=prompt["prompt"], images=Image.open(prompt["image"]), return_tensors="pt")
+        elif "prompt" in prompt:
+            inputs = hf.AutoTokenizer.from_pretrained(folder)(prompt["prompt"], return_tensors="pt")
         else:
             inputs = {"input_ids": torch.tensor([prompt["prompt_token_ids"]])}
         out = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -123,7 +139,7 @@ def by_transformers(folder, prompts):
 @pytest.mark.parametrize(
     "family, cut",
     [(family, cut) for family in ("llama", "qwen3", "qwen3_vl") for cut in ("layers", "mqa")]
-    + [("llama", "narrow"), ("qwen3_vl", "narrow")],
+    + [("llama", "narrow"), ("qwen3_vl", "narrow"), ("qwen3_moe", "experts"), ("tiny_vl", "vocabulary")],
 )
 def test_vllm_generates_what_transformers_does(family, cut, cut_folders, prompts, from_vllm):
     assert from_vllm[family, cut] == by_transformers(cut_folders[family, cut], prompts[family])

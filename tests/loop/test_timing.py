@@ -36,8 +36,9 @@ def test_neurons_take_their_share_of_the_mlps_seconds_and_heads_of_attentions(ba
     assert 0.7 < timing.of(open_checkpoint(tmp_path / "heads")) < 1
 
 
-def test_of_experts_those_that_a_token_goes_to_count_as_the_mlp_so_that_fewer_are_no_faster(tiny):
-    model = open_checkpoint(tiny("qwen3_moe"))
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe"])  # an expert's tensors, and those of all in one
+def test_of_experts_those_that_a_token_goes_to_count_as_the_mlp_so_that_fewer_are_no_faster(family, tiny):
+    model = open_checkpoint(tiny(family))
     sizes = {name: tensor.nbytes // 4 for name, tensor in model.tensors.items() if "_proj" in name and ".mlp." in name}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     assert part_sizes(model)["mlp"] == sum(sizes.values()) - experts / 2 > 0, "2 of 4"
