@@ -3,7 +3,8 @@
 set -euo pipefail
 export NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:?not within srun}} NODE_RANK=${SLURM_NODEID:?not within srun}
 if [ "$NNODES" -gt 1 ]; then
-  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  # The first of a list that is read whole: head would end scontrol in the middle of it, and this script with it.
+  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
   export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # as torchrun's, the same on all nodes
 fi
 exec "$@"

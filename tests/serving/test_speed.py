@@ -42,7 +42,6 @@ def test_the_time_is_shared_out_among_the_parts(family, tiny):
     for shares in found.values():
         assert set(shares) == {"attention", "mlp", "layers", "head", "rest"}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-6) and min(shares.values()) > 0
-        assert shares["attention"] > shares["head"]
     assert "parts" not in measure(job)
 
 
