@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 SKILLS = ("read", "line", "count", "place", "bars", "add", "add_text", "copy")
 CHECKPOINTS = ("pruned", "recovered", "distilled", "mqa", "vocabulary", "mqa-recovered", "merged", "rl")
 ENVIRONMENT = os.environ | {"WANDB_MODE": "offline", "GPUS": ""}
@@ -83,7 +83,6 @@ def test_knockouts_ranked_every_layer_and_trained_the_finalists(demo):
     assert [bool(removal["trained"]) for removal in ranking["removals"]] == [True] * 2 + [False] * 18
 
 
-@pytest.mark.ci
 def test_the_scan_s_baseline_is_ms_swift_s_own_token_acc(demo, tmp_path):
     ranking = json.loads((demo / "knockout" / "ranking.json").read_text())
     command = (demo / "knockout" / "trained" / "runs" / "baseline.json").read_text()
@@ -181,7 +180,6 @@ def uninterrupted(demo, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.ci
 def test_a_training_killed_in_the_middle_ends_as_if_nothing_had_happened(demo, uninterrupted, tmp_path):
     output = tmp_path / "killed"
     command = recover(demo, output)
@@ -205,7 +203,6 @@ def test_a_training_killed_in_the_middle_ends_as_if_nothing_had_happened(demo, u
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-@pytest.mark.ci
 def test_evaluate_counts_token_acc_as_ms_swift_does(demo, uninterrupted, tmp_path):
     log = [json.loads(line) for line in (uninterrupted / "logging.jsonl").read_text().splitlines()]
     swift = [record["eval_token_acc"] for record in log if "eval_token_acc" in record][-1]
