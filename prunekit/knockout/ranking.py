@@ -12,6 +12,7 @@ from typing import Any
 from prunekit.checkpoint import Checkpoint, layer_numbers, read_json, statistics, write_json
 from prunekit.checkpoint.provenance import check_ranking
 from prunekit.errors import PruneKitError
+from prunekit.report.knockout import draw_greedy, draw_knockout_curves, draw_ranking, with_experts
 from prunekit.rules import FLAG, LAYER, REAL, Items, Keys, Rule, check
 from prunekit.surgery.layers import MOST_LAYERS, MOST_SHARE
 
@@ -306,8 +307,6 @@ def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
 
     Returns the pictures.
     """
-    from prunekit.report import draw_greedy, draw_knockout_curves, draw_ranking
-
     write_json(out / RANKING, ranking)
     rows = removal_rows(ranking)
     draft = out / f".{TABLE}.new"
@@ -330,11 +329,6 @@ def write_ranking(out: Path, ranking: dict[str, Any]) -> list[Path]:
             draw(ranking, out / name)
             pictures.append(out / name)
     return pictures
-
-
-def with_experts(ranking: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a ranking says of layers, and behind that of numbers of experts."""
-    return [*ranking["removals"], *ranking.get("experts", ())]
 
 
 def removal_rows(ranking: dict[str, Any]) -> list[dict[str, Any]]:

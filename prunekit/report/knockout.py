@@ -14,6 +14,11 @@ def _token_acc(ranking: dict[str, Any]) -> str:
     return f"token_acc, {'with' if ranking['counts_suffix'] else 'without'} the template's suffix"
 
 
+def with_experts(ranking: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a ranking says of layers, and behind that of numbers of experts."""
+    return [*ranking["removals"], *ranking.get("experts", ())]
+
+
 def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
     """What removing each layer, or experts, leaves of the baseline's token_acc, with lines at 95% and 90%.
 
@@ -23,7 +28,7 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.lines import Line2D
 
-    drawn = [*ranking["removals"], *ranking.get("experts", ())]
+    drawn = with_experts(ranking)
     stacks = sorted({removal["stack"] for removal in drawn}, key=list(TITLES).index)
     by_stack = [
         sorted((r for r in drawn if r["stack"] == stack), key=lambda r: r["layer"] or -r.get("experts", 0))
