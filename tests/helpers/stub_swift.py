@@ -9,6 +9,7 @@ Like the real command it is a wrapper that starts the trainer as a child and wai
   STUB_STUBBORN     it ignores SIGTERM
   STUB_SERVER       rollout: ok, dead (ends at once) or silent (never answers)
   STUB_CACHE        what it writes as cache.json where it fills a teacher's cache
+  STUB_MEET         the nodes of a training (NNODES) wait for one another before it begins, as torchrun's do
 """
 
 import http.server
@@ -40,6 +41,13 @@ def hang():
     time.sleep(600)
 
 
+def meet():
+    calls = Path(os.environ["STUB_CALLS"])
+    ranks = {str(rank) for rank in range(int(os.environ["NNODES"]))}
+    while ranks - {json.loads(line)["env"].get("NODE_RANK") for line in calls.read_text().splitlines()}:
+        time.sleep(0.05)
+
+
 def save_model(folder):
     folder.mkdir(parents=True)
     if flag("--tuner_type") == "lora":
@@ -56,6 +64,8 @@ def train():
     run, steps = Path(flag("--output_dir")), int(os.environ.get("STUB_STEPS", 4))
     begin = int(flag("--resume_from_checkpoint", "checkpoint-0").rpartition("-")[2])
     run.mkdir(parents=True, exist_ok=True)
+    if "STUB_MEET" in os.environ:
+        meet()
     if os.environ.get("NODE_RANK", "0") != "0":  # which takes part, and writes nothing
         return
     for step in range(begin + 1, steps + 1):
