@@ -11,11 +11,18 @@ IMAGE_AT = 4  # <|im_start|> user \n <|vision_start|>
 
 
 class Network(torch.nn.Module):
-    """model: a Qwen3VLForConditionalGeneration, whose parameters are used in their own type and place."""
+    """model: a Qwen3VLForConditionalGeneration, whose parameters are used in their own type and place.
 
-    def __init__(self, model: torch.nn.Module):
+    compiled: layers go through torch.compile, which takes a C++ compiler (on CPUs) and a minute or two of its time.
+    """
+
+    def __init__(self, model: torch.nn.Module, compiled: bool = False):
         super().__init__()
         self.model = model
+        self._text_layer, self._vision_block = _text_layer, _vision_block
+        if compiled:
+            self._text_layer = torch.compile(_text_layer, dynamic=True)
+            self._vision_block = torch.compile(_vision_block, dynamic=True)
         self._shapes: dict[tuple[int, int] | None, dict[str, torch.Tensor]] = {}
 
     def _shape(self, size: tuple[int, int] | None, length: int, ids: torch.Tensor, dtype) -> dict[str, torch.Tensor]:
@@ -64,37 +71,33 @@ class Network(torch.nn.Module):
         hidden = text.embed_tokens(ids)
         taps: list[torch.Tensor] = []
         if patches is not None:
-            image, taps = _look(self.model.model.visual, patches.to(hidden.dtype), shape)
+            image, taps = self._look(patches.to(hidden.dtype), shape)
             after = IMAGE_AT + image.shape[1]
             hidden = torch.cat([hidden[:, :IMAGE_AT], image, hidden[:, after:]], 1)
         length = ids.shape[1]
         rope, mask = (shape["cos"][:length], shape["sin"][:length]), shape["mask"][:length, :length]
         for number, layer in enumerate(text.layers):
-            hidden = hidden + _attend(layer.self_attn, _rms(layer.input_layernorm, hidden), rope, mask)
-            normed = _rms(layer.post_attention_layernorm, hidden)
-            mlp = layer.mlp
-            hidden = hidden + mlp.down_proj(SwiGLU.apply(mlp.gate_proj(normed), mlp.up_proj(normed)))
+            hidden = self._text_layer(layer, hidden, rope, mask)
             if number < len(taps):
                 width = hidden.shape[1] - IMAGE_AT - taps[number].shape[1]
                 hidden = hidden + F.pad(taps[number], (0, 0, IMAGE_AT, width))
         hidden = hidden.flatten(0, 1)[answers]
         return self.model.lm_head(_rms(text.norm, hidden)).float()
 
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. The backward pass of silu itself takes ten times as long in bf16 on CPUs."""
-
-    @staticmethod
-    def forward(context, gate, up):
-        context.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(context, gradient):
-        gate, up = context.saved_tensors
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        return gradient * up * (sigmoid + silu * (1 - sigmoid)), gradient * silu
+    def _look(self, patches: torch.Tensor, shape) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Pictures to image tokens (rows, tokens, hidden) and what DeepStack adds to the first layers."""
+        vision = self.model.model.visual
+        rows, number, _ = patches.shape
+        projection = vision.patch_embed.proj
+        hidden = F.linear(patches, projection.weight.flatten(1), projection.bias)
+        hidden = hidden + (vision.pos_embed(shape["index"]) * shape["weights"]).sum(1)
+        taps = []
+        for depth, block in enumerate(vision.blocks):
+            hidden = self._vision_block(block, hidden, (shape["vision_cos"], shape["vision_sin"]))
+            if depth in vision.deepstack_visual_indexes:
+                merger = vision.deepstack_merger_list[vision.deepstack_visual_indexes.index(depth)]
+                taps.append(merger(hidden.flatten(0, 1)).view(rows, number // 4, -1))
+        return vision.merger(hidden.flatten(0, 1)).view(rows, number // 4, -1), taps
 
 
 def _signed(sin: torch.Tensor) -> torch.Tensor:
@@ -107,68 +110,38 @@ def _rotate(states: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> to
     return states * rope[0] + states.roll(states.shape[-1] // 2, -1) * rope[1]
 
 
-class RMSNorm(torch.autograd.Function):
-    """Qwen3's norm in a third of the passes over memory."""
-
-    @staticmethod
-    def forward(context, hidden, weight, epsilon):
-        wide = hidden.float()
-        scale = torch.linalg.vecdot(wide, wide).div_(hidden.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
-        normed = wide.mul_(scale).to(hidden.dtype) if hidden.dtype != torch.float32 else wide * scale
-        context.save_for_backward(normed, weight, scale)
-        return normed * weight
-
-    @staticmethod
-    def backward(context, gradient):
-        normed, weight, scale = context.saved_tensors
-        of_weight = (gradient * normed).flatten(0, -2).sum(0)
-        inner = gradient * weight
-        shared = torch.linalg.vecdot(inner.float(), normed.float()).div_(inner.shape[-1]).unsqueeze(-1)
-        return ((inner - normed * shared) * scale).to(inner.dtype), of_weight, None
-
-
 def _rms(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    return RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)
+    wide = hidden.float()
+    return (wide * (wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()).to(hidden.dtype) * norm.weight
 
 
-def _softmax_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
-    """(rows, heads, length, head_dim) each. Plain products: SDPA's backward pass in bf16 is very slow on CPUs."""
-    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores + mask
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
-
-
-def _attend(attention: torch.nn.Module, hidden: torch.Tensor, rope, mask: torch.Tensor) -> torch.Tensor:
+def _text_layer(layer: torch.nn.Module, hidden: torch.Tensor, rope, mask: torch.Tensor) -> torch.Tensor:
+    """A decoder layer; hidden: (rows, length, hidden_size). Plain products: SDPA's backward pass in bf16 is slow on CPUs."""
+    attention, mlp = layer.self_attn, layer.mlp
     rows, length, _ = hidden.shape
     heads = (rows, length, -1, attention.head_dim)
-    query = _rms(attention.q_norm, attention.q_proj(hidden).view(heads)).transpose(1, 2)
-    key = _rms(attention.k_norm, attention.k_proj(hidden).view(heads)).transpose(1, 2)
-    value = attention.v_proj(hidden).view(heads).transpose(1, 2)
-    query, key = _rotate(query, rope), _rotate(key, rope)
+    normed = _rms(layer.input_layernorm, hidden)
+    query = _rotate(_rms(attention.q_norm, attention.q_proj(normed).view(heads)).transpose(1, 2), rope)
+    key = _rotate(_rms(attention.k_norm, attention.k_proj(normed).view(heads)).transpose(1, 2), rope)
+    value = attention.v_proj(normed).view(heads).transpose(1, 2)
     # Queries of one key-value head lie one behind the other: no head is copied.
     query = query.reshape(rows, key.shape[1], -1, length, attention.head_dim)
     scores = (query.flatten(2, 3) @ key.transpose(-1, -2)).float() * attention.scaling
     scores = scores.unflatten(2, (-1, length)) + mask
     mixed = scores.softmax(-1).to(value.dtype).flatten(2, 3) @ value
     mixed = mixed.unflatten(2, (-1, length)).flatten(1, 2)
-    return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    hidden = hidden + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+    normed = _rms(layer.post_attention_layernorm, hidden)
+    return hidden + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
-def _look(vision: torch.nn.Module, patches: torch.Tensor, shape) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Pictures to image tokens (rows, tokens, hidden) and what DeepStack adds to the first layers."""
-    rows, number, _ = patches.shape
-    projection = vision.patch_embed.proj
-    hidden = F.linear(patches, projection.weight.flatten(1), projection.bias)
-    hidden = hidden + (vision.pos_embed(shape["index"]) * shape["weights"]).sum(1)
-    taps = []
-    rope = shape["vision_cos"], shape["vision_sin"]
-    for depth, block in enumerate(vision.blocks):
-        states = block.attn.qkv(block.norm1(hidden)).view(rows, number, 3, block.attn.num_heads, -1)
-        query, key, value = states.permute(2, 0, 3, 1, 4)
-        hidden = hidden + block.attn.proj(_softmax_of(_rotate(query, rope), _rotate(key, rope), value, None))
-        hidden = hidden + block.mlp(block.norm2(hidden))
-        if depth in vision.deepstack_visual_indexes:
-            merger = vision.deepstack_merger_list[vision.deepstack_visual_indexes.index(depth)]
-            taps.append(merger(hidden.flatten(0, 1)).view(rows, number // 4, -1))
-    return vision.merger(hidden.flatten(0, 1)).view(rows, number // 4, -1), taps
+def _vision_block(block: torch.nn.Module, hidden: torch.Tensor, rope) -> torch.Tensor:
+    """A block of the vision tower; hidden: (rows, patches, hidden_size)."""
+    rows, number, _ = hidden.shape
+    states = block.attn.qkv(block.norm1(hidden)).view(rows, number, 3, block.attn.num_heads, -1)
+    query, key, value = states.permute(2, 0, 3, 1, 4)
+    query, key = _rotate(query, rope), _rotate(key, rope)
+    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    mixed = (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
+    hidden = hidden + block.attn.proj(mixed)
+    return hidden + block.mlp(block.norm2(hidden))

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -489,7 +490,8 @@ class Optimizer:
         mine = mine / (mine.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(self.fast)
         for _ in range(5):
             square = mine @ mine.mT
-            mine = 3.4445 * mine + (-4.775 * square + 2.0315 * square @ square) @ mine
+            factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+            mine = torch.baddbmm(mine, factor, mine, beta=3.4445)
         mine = (mine.mT if flipped else mine).float()
         if self.world == 1:
             return mine
@@ -585,7 +587,10 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
     optimizer = Optimizer(model.to(device), rank, world)
     if has_bfloat16(device.type):
         halve(model)
-    network, batches = Network(model), Batches(processor, device)
+    compiled = args.compile
+    if compiled is None:
+        compiled = device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+    network, batches = Network(model, compiled), Batches(processor, device)
     story = {
         "step": 0,
         "questions": 0,
@@ -699,6 +704,11 @@ def main() -> None:
         "--base", type=Path, metavar="MODEL", help="go on from its weights, all skills at their hardest"
     )
     command.add_argument("--rate", type=share, default=1.0, help="of learning, a share of the full one (default: all)")
+    command.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="layers by torch.compile (default: on CPUs, where there is a C++ compiler)",
+    )
     args = parser.parse_args()
     if args.command == "data":
         make_data(args.out, args.seed, args.share)

@@ -40,7 +40,7 @@ def start_training(out, *flags, processes=1):
     script.write_text(SHORT.format(folder=str(FOLDER)))
     run = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *run, str(script), "train", "--out", str(out), "--steps", "8"]
-    command += ["--micro-batches", str(2 // processes), "--save-every", "2", "--measure-every", "100", *flags]
+    command += ["--no-compile", "--micro-batches", str(2 // processes), "--save-every", "2", "--measure-every", "100", *flags]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
