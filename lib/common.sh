@@ -36,6 +36,7 @@ done
 set -- "${remaining[@]}"
 USER_ARGS=("$@") # of ms-swift: they come last, so that they count
 command -v swift >/dev/null || die "ms-swift is not installed: run 'bash lib/setup.sh'"
+unset TQDM_DISABLE # ms-swift's evaluation writes to the training's bar, and fails where there is none
 
 # --- settings that every launcher understands; edit here or set from outside -------------------------------
 

@@ -116,7 +116,7 @@ def _rms(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _text_layer(layer: torch.nn.Module, hidden: torch.Tensor, rope, mask: torch.Tensor) -> torch.Tensor:
-    """A decoder layer; hidden: (rows, length, hidden_size). Plain products: SDPA's backward pass in bf16 is slow on CPUs."""
+    """A decoder layer; hidden: (rows, length, hidden_size). SDPA's backward pass is slow in bf16 on CPUs."""
     attention, mlp = layer.self_attn, layer.mlp
     rows, length, _ = hidden.shape
     heads = (rows, length, -1, attention.head_dim)

@@ -39,8 +39,8 @@ def start_training(out, *flags, processes=1):
     script = out.with_name(f"{out.name}_script.py")
     script.write_text(SHORT.format(folder=str(FOLDER)))
     run = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *run, str(script), "train", "--out", str(out), "--steps", "8"]
-    command += ["--no-compile", "--micro-batches", str(2 // processes), "--save-every", "2", "--measure-every", "100", *flags]
+    command = [sys.executable, *run, str(script), "train", "--out", str(out), "--steps", "8", "--no-compile"]
+    command += ["--micro-batches", str(2 // processes), "--save-every", "2", "--measure-every", "100", *flags]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -145,10 +145,19 @@ def test_settings_of_the_environment_reach_the_command(lab):
 
 
 @pytest.mark.parametrize("share, beta", [("0", "0"), ("0.0", "0"), ("0.5", "1"), ("1", "1")])
-def test_distillation_off_policy_is_by_forward_kl(share, beta, lab):
-    lab.run("distil.sh", GPUS="", LMBDA=share, STUB_FAIL_AT=1)
+@pytest.mark.parametrize("by_flag", [False, True], ids=["setting", "flag"])
+def test_distillation_off_policy_is_by_forward_kl(share, beta, by_flag, lab):
+    setting, flags = ({}, ["--lmbda", share]) if by_flag else ({"LMBDA": share}, [])
+    lab.run("distil.sh", *flags, GPUS="", STUB_FAIL_AT=1, **setting)
     [call] = lab.calls()
     assert values(call["argv"], "--beta") == [beta]
+
+
+def test_a_training_has_its_progress_bar_though_others_are_off(lab):
+    """ms-swift 4.6 fails without, at its first evaluation."""
+    lab.run("full_run.sh", GPUS="", TQDM_DISABLE="1", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert "TQDM_DISABLE" not in call["env"]
 
 
 @pytest.mark.parametrize(
