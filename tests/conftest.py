@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(items):
     """
     marks: dict[Path, set[str]] = {}
     for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker("slow")  # so that -m 'not slow' leaves it out
         marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
 
     def place(item) -> int:
@@ -48,7 +50,7 @@ def pytest_collection_modifyitems(items):
             return 0
         if mine & {"clients", "rehearsal"}:
             return 2
-        return 1 if mine & {"slow", "ci"} else 3
+        return 1 if "slow" in mine else 3
 
     items.sort(key=place)
 
