@@ -1,7 +1,7 @@
 """Set single weights of a checkpoint to zero: those with the lowest scores.
 
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5
-    python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --score wanda \
+    python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --score wanda \\
         --calib data/train.jsonl
     python sparsify.py --model checkpoints/base --out checkpoints/sparse --sparsity 0.5 --calib data/train.jsonl \\
         --layer-importance activation --power 0.5

@@ -1,6 +1,6 @@
 """What a checkpoint folder holds: layers, heads, parameters, KV bytes per token, history. Reads no weights.
 
-python -m prunekit.inspect checkpoints/pruned [--json]
+    python -m prunekit.inspect checkpoints/pruned [--json]
 """
 
 import json

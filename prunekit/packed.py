@@ -24,8 +24,11 @@ def main() -> None:
     sizes.add_argument("model", help="checkpoint folder")
     sizes.add_argument("--modules", metavar="REGEX", help="of the projections that INT8 and CSR are for")
     sizes.add_argument("--json", type=new_file, help="also write the sizes here")
-    for name, what in (("pack", "checkpoint folder"), ("unpack", "packed folder")):
-        part = parts.add_parser(name)
+    for name, what, text in (
+        ("pack", "checkpoint folder", "write a folder without the zeros"),
+        ("unpack", "packed folder", "write the checkpoint that was packed"),
+    ):
+        part = parts.add_parser(name, help=text)
         part.add_argument("model", help=what)
         part.add_argument("--out", required=True, help="folder to write")
         part.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")

@@ -4,7 +4,7 @@
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --race --greedy 8
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --processes 8
     python -m prunekit.scan --model checkpoints/base --dataset data/val.jsonl --out runs/scan --by skill --gate worst
-    python -m prunekit.scan --model Qwen3-30B-A3B --dataset data/val.jsonl --out runs/scan --text none --experts all \
+    python -m prunekit.scan --model Qwen3-30B-A3B --dataset data/val.jsonl --out runs/scan --text none --experts all \\
         --calib data/train.jsonl
 
 Writes OUT/scan.json: token_acc, loss, KL, block influence, parameters and time saved by each removal; with --greedy the

@@ -1,6 +1,6 @@
 """What a run is made from, by content: its model, teacher, adapters and data.
 
-    python -m prunekit.checkpoint.provenance --of checkpoints/recovered.run -- --model checkpoints/pruned \
+    python -m prunekit.checkpoint.provenance --of checkpoints/recovered.run -- --model checkpoints/pruned \\
         --dataset train.jsonl
 
 The launchers call this before ms-swift runs, with ms-swift's arguments behind `--`. It answers

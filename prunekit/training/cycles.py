@@ -2,7 +2,7 @@
 
     python -m prunekit.training.cycles plan --model checkpoints/base --sparsity 0.7 --cycles 4 --into runs/sparse.cycles
     python -m prunekit.training.cycles judge --cycles runs/sparse.cycles
-    python -m prunekit.training.cycles publish --cycles runs/sparse.cycles --base checkpoints/base \
+    python -m prunekit.training.cycles publish --cycles runs/sparse.cycles --base checkpoints/base \\
         --out checkpoints/sparse
 
 A folder of cycles holds the checkpoints 1, 2, ... and beside each N.json, what prunekit.evaluate says of it before and

@@ -1,6 +1,6 @@
 """Refuse bad input in a second, before a stage writes anything or touches a GPU.
 
-    python -m prunekit.training.preflight --model checkpoints/base --out checkpoints/recovered --swift sft -- \
+    python -m prunekit.training.preflight --model checkpoints/base --out checkpoints/recovered --swift sft -- \\
         --dataset train.jsonl
 
 Every launcher calls this first. What follows `--` is the whole line that ms-swift will get, the user's own flags last.

@@ -1,5 +1,6 @@
 """README, CONTRIBUTING, docs/ and the tour name what is there: links and their headings, files, modules, wings."""
 
+import ast
 import importlib.util
 import re
 
@@ -17,6 +18,10 @@ FOLDERS = ("bench", "docs", "examples", "lib", "plugins", "prunekit", "tests")
 FILE = re.compile(rf"(?<![\w./$-])((?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|sh|md|json|png))\b")
 SCRIPT = re.compile(r"(?:\b(?:bash|python) |`)([\w./-]+\.(?:py|sh))\b")
 NOT_OURS = {"plugins/digit_reward.py", "command.sh"}  # a user's, a stage's
+CODE = [*ROOT.glob("*.py"), *(file for name in FOLDERS for file in (ROOT / name).rglob("*.py"))]
+COMMAND = re.compile(r"python (?:-m prunekit\.|[\w/]+\.py\b)([^`|#&\n]*)")
+LAUNCHERS = [*ROOT.glob("*.sh"), *(ROOT / "lib").glob("*.sh")]
+LAUNCHER = re.compile(r"((?:[A-Z][A-Z_0-9]*=(?:'[^'\n]*'|\S*) +)+)bash (?:lib/)?(\w+\.sh)")
 
 
 def slug(heading: str) -> str:
@@ -46,6 +51,26 @@ def test_files_and_modules_that_a_page_names_exist(page):
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     modules = re.findall(r"-m (prunekit(?:\.\w+)+)", TEXTS[page])
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_settings_that_a_page_names_are_there(page):
+    lines = re.sub(r"\\\n\s*", " ", TEXTS[page])
+    flags = {flag for rest in COMMAND.findall(lines) for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", rest)}
+    known = {flag for file in CODE for flag in re.findall(r"""["'](--[a-z][\w-]*)["']""", file.read_text())}
+    assert flags - known == set()
+    common = (ROOT / "lib/common.sh").read_text()
+    for settings, launcher in LAUNCHER.findall(lines):
+        read = common + next(file for file in LAUNCHERS if file.name == launcher).read_text()
+        unknown = [name for name in re.findall(r"([A-Z][A-Z_0-9]*)=", settings) if not re.search(rf"\b{name}\b", read)]
+        assert [name for name in unknown if not name.startswith("PRUNEKIT_")] == [], launcher  # those are a plugin's
+
+
+def test_commands_in_docstrings_keep_their_line_breaks():
+    """Behind a single backslash a line goes on, in a docstring as in a shell: `--help` would show both as one."""
+    for file in CODE:
+        text = ast.get_docstring(ast.parse(file.read_text()), clean=False) or ""
+        assert re.search(r"\S {4,}-", text) is None, file
 
 
 def test_pages_that_the_code_names_exist():
