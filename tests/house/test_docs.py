@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import ROOT, TOUR
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, *sorted((ROOT / "examples").glob("*/README.md"))]
 TEXTS = {page: page.read_text() for page in PAGES}
 TEXTS[TOUR] = "\n\n".join(cell.source for cell in nbformat.read(TOUR, as_version=4).cells)
 PAGES.append(TOUR)
@@ -48,7 +48,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_modules_that_a_page_names_exist(page):
     named = {*FILE.findall(TEXTS[page]), *SCRIPT.findall(TEXTS[page])} - NOT_OURS
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert [name for name in sorted(named) if not any((at / name).exists() for at in (ROOT, page.parent))] == []
     modules = re.findall(r"-m (prunekit(?:\.\w+)+)", TEXTS[page])
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 
