@@ -354,9 +354,10 @@ refuse_lost_steps() {
 }
 
 # preflight KIND CHECKS...: refuse bad input before anything is written (see prunekit/training/preflight.py): KIND (sft, rlhf,
-# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, keeps LINE within the model's
-# positions, and names a LoRA's targets there that all-linear passes over. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
-# Where rows are texts, {"text": ...}, TEXT_ARGS and their plugin join LINE.
+# export) says what ms-swift does with LINE. Sets MODEL_TYPE, TEACHER_TYPE, TEMPLATE, ENGINE_LENGTH, FREE_PORTS, keeps LINE
+# within the model's positions, and names a LoRA's targets there that all-linear passes over. What an interrupted run of this
+# OUTPUT left running is ended here: it may hold the port or the GPUs. Where rows are texts, {"text": ...}, TEXT_ARGS and
+# their plugin join LINE.
 preflight() {
   OUTPUT=${OUTPUT%/}
   local kind=$1 found name value overwrite=$OVERWRITE
