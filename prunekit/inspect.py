@@ -1,6 +1,8 @@
-"""What a checkpoint folder holds: layers, heads, parameters, KV bytes per token, history. Reads no weights.
+"""What a checkpoint folder holds: layers, heads, parameters, KV bytes per token, history.
 
     python -m prunekit.inspect checkpoints/pruned [--json]
+
+It reads no weights.
 """
 
 import json
