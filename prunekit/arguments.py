@@ -13,10 +13,15 @@ LARGEST = 10**15  # a number that integers of 64 bits and floats hold exactly, w
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that keeps the line breaks of its description; a bad command line is a PruneKitError."""
+    """An ArgumentParser that keeps the line breaks of its description and names a module as it is called.
+
+    A bad command line is a PruneKitError.
+    """
 
     def __init__(self, **kwargs):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
+        module = sys.modules["__main__"].__spec__  # argparse of Python 3.11 would say the file's name, as card.py
+        name = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "prog": name} | kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise PruneKitError(f"{message} (see --help)")

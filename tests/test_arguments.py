@@ -1,6 +1,10 @@
 """Command lines: numbers that are none, devices that aren't there, files that can't be written."""
 
+import subprocess
+import sys
+
 import pytest
+from helpers.paths import ROOT
 
 from prunekit import arguments
 from prunekit.arguments import Parser
@@ -51,3 +55,9 @@ def test_a_bad_command_line_is_one_line_without_the_usage(script):
 
 def test_a_file_can_be_written_where_its_folder_is(tmp_path):
     assert parse("new_file", tmp_path / "new.json") == tmp_path / "new.json"
+
+
+@pytest.mark.parametrize("words", [["-m", "prunekit.inspect"], ["-m", "prunekit.loop"], ["kv_cut.py"]])
+def test_help_names_a_command_as_it_is_called(words):
+    shown = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert shown.startswith(f"usage: {'' if words[0] != '-m' else 'python '}{' '.join(words)} ")

@@ -259,7 +259,7 @@ def log_to_wandb(loop: Loop, this: dict[str, Any]) -> None:
 
 
 def main() -> int | None:
-    parser = Parser(description=__doc__, prog="python -m prunekit.loop")
+    parser = Parser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     doing = {"begin": begin, "next": next_round, "trials": trials, "choose": choose_cuts, "judge": judge,
              "end": end, "judge-end": judge_end, "publish": publish}  # fmt: skip

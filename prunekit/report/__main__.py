@@ -32,7 +32,7 @@ def _record_of_sparsity(found: Any) -> Keys:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, prog="python -m prunekit.report")
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint or run folder")
     folder = parser.parse_args().folder
     records = [entry["sparsity"]["tensors"] for entry in history(folder) if entry.get("sparsity")]
