@@ -52,7 +52,11 @@ def check_out(
     parent = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PruneKitError(f"{out}: can't be written: {parent} is no folder that you may write to; choose another OUT")
+    if out.is_mount():  # nothing can be renamed to it
+        raise PruneKitError(f"{out}: is where a disk is mounted; choose a folder in it")
     if out.is_dir() and not any(out.iterdir()):
+        if out.is_symlink() and not overwrite:
+            raise PruneKitError(f"{out}: is a link to an empty folder; give that by its own name, or another OUT")
         return out
     if out.exists() or out.is_symlink():
         if not overwrite:

@@ -43,6 +43,17 @@ def test_an_empty_out_is_used(tiny, tmp_path):
     load(tmp_path / "out")
 
 
+def test_an_out_that_nothing_can_be_renamed_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(PruneKitError, match="link: is a link to an empty folder; give that by its own name"):
+        check_out(tmp_path / "link")
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path.name == "real")
+    for overwrite in (False, True):
+        with pytest.raises(PruneKitError, match="real: is where a disk is mounted; choose a folder in it"):
+            check_out(tmp_path / "real", overwrite=overwrite)
+
+
 def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tiny, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/x").write_text("x")
