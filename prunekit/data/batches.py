@@ -13,7 +13,7 @@ from prunekit.arguments import device, positive_int
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
-from prunekit.model.load import load_model
+from prunekit.model.load import check_causal, load_model
 
 from .encode import Encoder, encoder_of
 from .rows import ROWS_CHECKED, Rows, check_row, is_text
@@ -124,6 +124,8 @@ def model_and_calibration(
     batch_tokens: int = 4096,
 ) -> tuple[Any, Calibration]:
     """The model and its calibration data, as `add_calibration_arguments` lets a user choose them."""
+    if checkpoint.family.causal:
+        check_causal(checkpoint)
     rows = read_calibration(arguments.calib)  # what is bad is named before the model is loaded
     names = arguments.model_type, arguments.template
     encoder = encoder_of(checkpoint, rows, arguments.max_length, *names)

@@ -1,18 +1,21 @@
 """A checkpoint as a model in memory."""
 
+import re
 from pathlib import Path
 
 from prunekit.checkpoint import Checkpoint, quantisation, statistics
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, need_packages
 
+# Classes without an output head over tokens, whatever their family
+HEADLESS = re.compile(r".*(?:(?<!LMHead)Model|For(?:Sequence|Token)Classification|ForQuestionAnswering)")
+
 
 def check_causal(checkpoint: Checkpoint) -> None:
     """PruneKitError for a model that predicts no next token."""
-    if not checkpoint.family.causal:
-        raise PruneKitError(
-            f"{checkpoint.path}: {checkpoint.family.model_type} predicts no next token to score by; give a causal model"
-        )
+    name = (checkpoint.config.get("architectures") or [checkpoint.family.model_type])[0]
+    if not checkpoint.family.causal or HEADLESS.fullmatch(name):
+        raise PruneKitError(f"{checkpoint.path}: {name} predicts no next token to score by; give a causal model")
 
 
 def check_unpackable(checkpoint: Checkpoint) -> None:

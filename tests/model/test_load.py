@@ -1,9 +1,13 @@
-"""In which type a model is loaded."""
+"""In which type a model is loaded, and which are refused."""
+
+import json
 
 import pytest
 import torch
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.data.batches import model_and_calibration
+from prunekit.errors import PruneKitError
 from prunekit.model import load
 
 
@@ -17,3 +21,17 @@ def test_bfloat16_is_for_large_models_on_processors_that_have_it(monkeypatch, ti
     checkpoint = open_checkpoint(tiny("llama"))
     assert load.load_model(checkpoint, "cpu").dtype == dtype
     assert load.load_model(checkpoint, "cpu", "float16").dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification", "Qwen3VLModel"])
+def test_a_model_without_an_output_head_is_not_calibrated(name, own):
+    folder = own("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+    with pytest.raises(PruneKitError, match=f"{name} predicts no next token to score by; give a causal model"):
+        model_and_calibration(open_checkpoint(folder), None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_vl", "gemma3_text"])
+def test_a_model_with_an_output_head_is_causal(family, tiny):
+    load.check_causal(open_checkpoint(tiny(family)))
