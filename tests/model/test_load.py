@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers.tiny_models import tensors_of
+from safetensors.torch import save_file
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.data.batches import model_and_calibration
@@ -35,3 +37,12 @@ def test_a_model_without_an_output_head_is_not_calibrated(name, own):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_vl", "gemma3_text"])
 def test_a_model_with_an_output_head_is_causal(family, tiny):
     load.check_causal(open_checkpoint(tiny(family)))
+
+
+def test_a_model_that_lacks_tensors_is_refused_where_transformers_would_make_them_up(own):
+    folder = own("llama")
+    tensors = tensors_of(folder)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PruneKitError, match=r"lacks model\.layers\.3\.mlp\.up_proj\.weight \(1 of 1\) of LlamaFor"):
+        load.load_model(open_checkpoint(folder), "cpu")
