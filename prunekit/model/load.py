@@ -58,8 +58,8 @@ def load_model(
     check_no_remote_code(checkpoint.path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     small = device == "cpu" and statistics(checkpoint)["parameters"] < 50e6
-    names = checkpoint.config.get("architectures") or ["AutoModelForCausalLM"]
-    cls = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
+    auto = f"AutoModelFor{'ImageTextToText' if checkpoint.family.vision else 'CausalLM'}"
+    cls = getattr(transformers, (checkpoint.config.get("architectures") or [auto])[0], getattr(transformers, auto))
     dtype = getattr(torch, dtype or ("float32" if small or not has_bfloat16(device) else "bfloat16"))
     # Straight to its device: several processes at once would fill the host's memory with copies
     where: dict[str, Any] = {"device_map": {"": device}}
@@ -68,9 +68,9 @@ def load_model(
 
         from .offload import device_map
 
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+        config, make = transformers.AutoConfig.from_pretrained(checkpoint.path), getattr(cls, "from_config", cls)
         with init_empty_weights():
-            where = {"device_map": device_map(cls(config), checkpoint.family.text, device)}
+            where = {"device_map": device_map(make(config), checkpoint.family.text, device)}
         where["offload_folder"] = str(offload)
     model, found = cls.from_pretrained(checkpoint.path, dtype=dtype, output_loading_info=True, **where)
     if (missing := sorted(found["missing_keys"])) and checkpoint.family.causal and not quantisation(checkpoint.config):

@@ -46,3 +46,13 @@ def test_a_model_that_lacks_tensors_is_refused_where_transformers_would_make_the
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(PruneKitError, match=r"lacks model\.layers\.3\.mlp\.up_proj\.weight \(1 of 1\) of LlamaFor"):
         load.load_model(open_checkpoint(folder), "cpu")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_vl"])
+def test_a_config_that_names_no_class_is_loaded_as_its_familys(family, own, tmp_path):
+    folder = own(family)
+    config = json.loads((folder / "config.json").read_text())
+    (name,) = config.pop("architectures")
+    (folder / "config.json").write_text(json.dumps(config))
+    for offload in (None, tmp_path / "offload"):
+        assert type(load.load_model(open_checkpoint(folder), "cpu", offload=offload)).__name__ == name
