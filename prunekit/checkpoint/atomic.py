@@ -168,9 +168,11 @@ def _size(nbytes: int) -> str:
 def scratch_folder(out: str | Path) -> Iterator[Path]:
     """A folder `OUT.partial-…` beside OUT for the time of the block. What killed processes left for OUT is removed.
 
+    Folders that are made for it to be in stay only if something else is in them at the end.
     Raises PruneKitError if it can't be made, or if the disk fills up in the block.
     """
     out = Path(out)
+    made = [folder for folder in out.parents if not folder.exists()]
     partial = descriptor = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +192,9 @@ def scratch_folder(out: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         if descriptor is not None:
             os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager

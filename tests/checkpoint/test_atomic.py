@@ -16,7 +16,7 @@ from helpers.checkpoints import assert_same_weights, copy_whole, entry, write_ra
 from helpers.paths import ROOT
 from helpers.tiny_models import load
 
-from prunekit.checkpoint import HISTORY, atomic, check_out, history, new_folder, open_checkpoint
+from prunekit.checkpoint import HISTORY, atomic, check_out, history, new_folder, open_checkpoint, scratch_folder
 from prunekit.errors import PruneKitError
 
 
@@ -25,6 +25,15 @@ def test_an_exception_leaves_nothing(tmp_path):
         (folder / "x").write_text("x")
         raise ValueError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_above_out_stay_only_with_it(tmp_path):
+    with scratch_folder(tmp_path / "new/dir/out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "new/dir/out") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "new/dir/out/x").exists()
 
 
 def test_a_used_out_is_refused(tmp_path):
