@@ -41,7 +41,7 @@ def main() -> None:
 
     checkpoint = open_input(arguments)
     plan = plan_experts(checkpoint, arguments.experts)
-    print(comparison(statistics(checkpoint), statistics(plan.outline)))
+    print(*plan.notes, comparison(statistics(checkpoint), statistics(plan.outline)), sep="\n")
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "expert_cut")) as scratch:
         model, data = model_and_calibration(checkpoint, arguments, scratch)
         # torch: seconds, after all that can be checked without it

@@ -52,7 +52,11 @@ def check_out(
     parent = next(folder for folder in out.absolute().parents if folder.exists() or folder.is_symlink())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PruneKitError(f"{out}: can't be written: {parent} is no folder that you may write to; choose another OUT")
+    if out.is_mount():  # nothing can be renamed to it
+        raise PruneKitError(f"{out}: is where a disk is mounted; choose a folder in it")
     if out.is_dir() and not any(out.iterdir()):
+        if out.is_symlink() and not overwrite:
+            raise PruneKitError(f"{out}: is a link to an empty folder; give that by its own name, or another OUT")
         return out
     if out.exists() or out.is_symlink():
         if not overwrite:
@@ -164,9 +168,11 @@ def _size(nbytes: int) -> str:
 def scratch_folder(out: str | Path) -> Iterator[Path]:
     """A folder `OUT.partial-…` beside OUT for the time of the block. What killed processes left for OUT is removed.
 
+    Folders that are made for it to be in stay only if something else is in them at the end.
     Raises PruneKitError if it can't be made, or if the disk fills up in the block.
     """
     out = Path(out)
+    made = [folder for folder in out.parents if not folder.exists()]
     partial = descriptor = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +192,9 @@ def scratch_folder(out: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         if descriptor is not None:
             os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from prunekit.families import check_config
 
 from .agreement import check_agreement
 from .format import Checkpoint, Tensor, named, read_header, read_json
-from .quantised import check_quantisation, quantisation
+from .quantised import BITMASK, check_quantisation, quantisation
 
 INDEX = "model.safetensors.index.json"
 
@@ -64,7 +64,9 @@ def open_checkpoint(path: str | Path, quantised: bool = False) -> Checkpoint:
     if (path / "adapter_config.json").exists():
         raise PruneKitError(f"{path}: a LoRA adapter, not a checkpoint; merge it first with export_lora.sh")
     config = read_config(path)
-    if quantisation(config) is not None:
+    if (found := quantisation(config)) is not None:
+        if found.get("quant_method") == BITMASK:
+            raise PruneKitError(f"{path}: is packed; unpack it: python -m prunekit.packed unpack {path} --out OUT")
         if not quantised:
             raise PruneKitError(f"{path}: quantised weights can't be cut; start from the unquantised checkpoint")
         check_quantisation(config)

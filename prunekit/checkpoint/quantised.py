@@ -10,6 +10,7 @@ from prunekit.errors import PruneKitError
 from .format import DTYPE_BYTES, Outline, Shape
 
 METHODS = ("compressed-tensors", "bitsandbytes", "fp8")  # that we write and read; as config.json calls them
+BITMASK = "prunekit-bitmask"  # of prunekit.packed, which alone reads it
 # What lies beside a weight that was quantised, in all three
 BESIDE = re.compile(
     r".+\.(?:weight_(?:scale|scale_inv|zero_point|shape|g_idx|global_scale|format)|SCB"

@@ -30,8 +30,12 @@ def claim_folder(out: Path, settings: dict[str, Any], what: str) -> Iterator[Non
     with (out / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise PruneKitError(f"{out}: another {what} is running there; choose another OUT") from None
+        except OSError:
+            raise PruneKitError(
+                f"{out}: no file can be locked there (Lustre needs -o flock): choose an OUT elsewhere"
+            ) from None
         _check_settings(out, settings, what)  # written meanwhile
         write_json(out / "settings.json", settings)
         try:

@@ -13,7 +13,7 @@ from prunekit.arguments import device, positive_int
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
-from prunekit.model.load import load_model
+from prunekit.model.load import check_causal, load_model
 
 from .encode import Encoder, encoder_of
 from .rows import ROWS_CHECKED, Rows, check_row, is_text
@@ -54,13 +54,16 @@ def into_batches(items: list[dict], batch_tokens: int) -> list[list[dict]]:
 
 
 def draw_rows(rows: Rows, encode: Callable[[dict], dict | None], max_tokens: int | None) -> list[dict]:
-    """Rows in a seeded random order, encoded, up to about `max_tokens` tokens (None: all). Too long: left out."""
+    """Rows in a seeded random order, encoded, up to about `max_tokens` tokens (None: all).
+
+    Left out is what is too long, and what has no label to be judged by: a question alone.
+    """
     drawn, encoded, tokens = list(rows), [], 0
     random.Random(0).shuffle(drawn)
     for row in tqdm(drawn, desc="encode", leave=False, disable=None):
         if max_tokens is not None and tokens >= max_tokens:
             break
-        if (item := encode(row)) and len(item["input_ids"]) > 1:
+        if (item := encode(row)) and any(label != -100 for label in item["labels"][1:]):
             encoded.append(item)
             tokens += len(item["input_ids"])
     return encoded
@@ -89,8 +92,8 @@ def calibrate(
     encoded = draw_rows(rows, encoder.encode, max_tokens)
     if len(encoded) < HELD_OUT:
         raise PruneKitError(
-            f"dataset {rows.name}: {len(encoded)} of its rows fit into {max_length} tokens and {max_tokens} in all; "
-            "raise --max-length or --calib-tokens"
+            f"dataset {rows.name}: {len(encoded)} of its rows have text or an answer and fit into {max_length} tokens "
+            f"and {max_tokens} in all; give rows with answers, or raise --max-length or --calib-tokens"
         )
 
     def batches(items: list[dict]) -> list[dict[str, Any]]:
@@ -121,6 +124,8 @@ def model_and_calibration(
     batch_tokens: int = 4096,
 ) -> tuple[Any, Calibration]:
     """The model and its calibration data, as `add_calibration_arguments` lets a user choose them."""
+    if checkpoint.family.causal:
+        check_causal(checkpoint)
     rows = read_calibration(arguments.calib)  # what is bad is named before the model is loaded
     names = arguments.model_type, arguments.template
     encoder = encoder_of(checkpoint, rows, arguments.max_length, *names)

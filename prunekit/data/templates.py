@@ -144,4 +144,11 @@ def load_template(
 
     processor = load_processor(checkpoint, model_type)
     name = template or find_template(checkpoint, model_type)
-    return get_template(processor, max_length=max_length, template_type=name)
+    try:
+        return get_template(processor, max_length=max_length, template_type=name)
+    except ValueError as error:  # a plugin's, that was there when it was trained; ms-swift reads args.json, too
+        if "template_type" not in str(error):
+            raise
+        raise PruneKitError(
+            f"{checkpoint.path}: the template in its args.json is none that ms-swift has here: choose one by --template"
+        ) from None

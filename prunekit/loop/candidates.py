@@ -53,7 +53,10 @@ def _experts(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline
         possible = check_experts(checkpoint)
     except PruneKitError:  # no mixture, or one that needs them all
         return
-    of_one = _saved(checkpoint, plan_experts(checkpoint, possible[-1]).outline)["params"]
+    all_go, one_goes = (
+        _saved(checkpoint, plan_experts(checkpoint, number).outline)["params"] for number in (possible[0], possible[-1])
+    )  # with each of them layers that draft go, too
+    of_one = (all_go - one_goes) / (len(possible) - 1) if len(possible) > 1 else one_goes
     least = max(possible[0], math.ceil(LEAST_EXPERTS * possible.stop))
     for part in (0.5, 1.0):
         number = max(least, possible.stop - math.floor(part * most / of_one + 1e-9))

@@ -12,6 +12,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import configs, spot_of
 
 from .cut import Account, OfPlan
+from .drafts import draft_tensors, drop_drafts
 
 SCORES = ("error", "reap", "frequency", "random")
 
@@ -39,6 +40,7 @@ class ExpertsPlan:
     experts: int  # that each mixture keeps
     chosen: int  # that a token goes to
     places: dict[str, Place]  # by the tensor's name
+    notes: list[str]  # what the user should know, one line each
 
     @property
     def layers(self) -> list[int]:
@@ -153,7 +155,8 @@ def plan_experts(checkpoint: Checkpoint, experts: int) -> ExpertsPlan:
     for part in configs(config, row):
         keys = [key for key in row.experts_count if key in part]
         part |= dict.fromkeys(keys or row.experts_count[:1], experts)
-    plan = ExpertsPlan(checkpoint, Outline(checkpoint.path, config, {}), present, experts, chosen, places)
+    notes = drop_drafts(checkpoint, config, {})  # a draft's experts are as many as the config says, too
+    plan = ExpertsPlan(checkpoint, Outline(checkpoint.path, config, {}), present, experts, chosen, places, notes)
     # Experts are alike in size: which of them stay doesn't matter for the outline
     first = dict.fromkeys(plan.layers, list(range(experts)))
     return replace(plan, outline=replace(plan.outline, tensors=drop(plan, first).tensors))
@@ -167,7 +170,10 @@ Values = Mapping[str, Callable[[], Any]]  # of tensors, by name: what gives a nu
 def drop(plan: ExpertsPlan, kept: dict[int, list[int]], values: Values | None = None) -> Checkpoint:
     """The source with only these experts in each layer, numbered anew in their order; `values` as they shall be."""
     source, tensors = plan.source, {}
+    drafts = set(draft_tensors(source))
     for name, tensor in source.tensors.items():
+        if name in drafts:
+            continue
         place, new = plan.places.get(name), name
         compute: Callable[[], Any] | None = None
         if place and place.expert is not None:

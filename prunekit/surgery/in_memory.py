@@ -21,16 +21,19 @@ def _changes(model: nn.Module, plan: LayersPlan) -> Iterator[tuple[Any, str, Any
     family = plan.source.family
     for stack, row in family.stacks.items():
         owner, attribute = find_stack(model, row)
+        config = getattr(owner, "config", model.config)
         gone = plan.removed.get(stack, [])
         if gone:
             layers = getattr(owner, attribute)
             kept = [layer for number, layer in enumerate(layers) if number not in gone]
+            for key in row.per_layer:  # in memory also where config.json leaves it to transformers
+                if values := getattr(config, key, None):
+                    yield config, key, [value for number, value in enumerate(values) if number not in gone]
             yield owner, attribute, nn.ModuleList(kept)
             for number, layer in enumerate(kept):  # which a KV cache counts by
                 yield from ((x, "layer_idx", number) for x in layer.modules() if hasattr(x, "layer_idx"))
-        config = getattr(owner, "config", model.config)
         after = configs(plan.result.config, row)[0]
-        for key in (*row.per_layer, *row.numbers, row.count):
+        for key in (*row.numbers, row.count):
             for target in (config, owner):
                 if key in after and hasattr(target, key):
                     yield target, key, after[key]

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from prunekit.arguments import Parser, positive_float
-from prunekit.checkpoint import Checkpoint, check_out, open_checkpoint
+from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint
 
 from .cut import Cut, write_cut
 
@@ -35,8 +35,9 @@ def parse_surgery(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def open_input(arguments: argparse.Namespace) -> Checkpoint:
-    """The checkpoint to read. PruneKitError if it is none, or if OUT can't be used."""
+    """The checkpoint to read. PruneKitError if it is none or has a damaged history, or if OUT can't be used."""
     checkpoint = open_checkpoint(arguments.model)
+    history(checkpoint.path)  # it is needed when all else is done
     if arguments.out:
         check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
     return checkpoint

@@ -323,7 +323,7 @@ def changed_files(tokenizer: Tokenizer, after: Tokenizer, new: Mapping[int, int]
             _check_numbers(tokenizer, file, numbers)
             files[file.name] = _json({token: new[number] for token, number in numbers.items() if number in new})
         elif file.name == "vocab.txt" and tokenizer.kind == "WordPiece":
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a token may have other line ends
             _check_numbers(tokenizer, file, {token: number for number, token in enumerate(lines)})
             written[file.name] = [token for number, token in enumerate(lines) if number in new]
         elif file.name == "merges.txt" and tokenizer.kind == "BPE":

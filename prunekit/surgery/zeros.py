@@ -146,7 +146,10 @@ def with_importance(plan: ZerosPlan, importance: Mapping[tuple[str, int], float]
     check_shared_out(plan.wish)
     for group in _layers(plan):
         if group is not None and group not in importance:
-            raise PruneKitError(f"no importance is known of {group[0]} layer {group[1]}; scan it, too")
+            raise PruneKitError(
+                f"no importance is known of {group[0]} layer {group[1]}: scan it, too, give rows that reach it, or "
+                "leave it out with --modules"
+            )
     return replace(plan, importance=dict(importance))
 
 

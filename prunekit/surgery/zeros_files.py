@@ -41,11 +41,11 @@ from prunekit.checkpoint import (
     write_weights,
 )
 from prunekit.checkpoint.agreement import check_agreement
+from prunekit.checkpoint.quantised import BITMASK
 from prunekit.errors import PruneKitError
 
 from .zeros_weights import Weight, choose_weights
 
-METHOD = "prunekit-bitmask"  # what config.json's quantization_config calls it
 SUFFIX = ".packed"
 PARTS = ("bitmask", "compressed", "shape")
 USE = "# packed: no runtime loads this; the checkpoint again, exact to the bit:\n# {command}"
@@ -100,7 +100,7 @@ def pack(checkpoint: Checkpoint, out: str | Path, overwrite: bool = False) -> di
         raise PruneKitError(f"{checkpoint.path}: too few zeros to gain by packing; sparsify.py makes more")
     numbers, size = statistics(checkpoint), sum(tensor.nbytes for tensor in tensors.values())
     entry = history_entry("pack", checkpoint.path, numbers, numbers) | {"packed_bytes": size}
-    marked = {"quantization_config": {"quant_method": METHOD, "tensors": len(tensors)}}
+    marked = {"quantization_config": {"quant_method": BITMASK, "tensors": len(tensors)}}
     with new_folder(out, overwrite, size + 2**20) as folder:
         write_weights(folder, tensors)
         for file in folder.glob("*.safetensors"):
@@ -130,7 +130,7 @@ def open_packed(folder: Path) -> Checkpoint:
     """A packed folder's checkpoint, its tensors computed as they are read or written. Reads the bitmasks."""
     config = copy.deepcopy(read_config(folder))
     marked = config.pop("quantization_config", None)
-    if not isinstance(marked, dict) or marked.get("quant_method") != METHOD:
+    if not isinstance(marked, dict) or marked.get("quant_method") != BITMASK:
         raise PruneKitError(f"{folder}: isn't packed; pack a checkpoint with python -m prunekit.packed pack")
     found: dict[str, Tensor] = {}
     files = sorted(folder.glob(f"*{SUFFIX}"))

@@ -16,7 +16,7 @@ from helpers.checkpoints import assert_same_weights, copy_whole, entry, write_ra
 from helpers.paths import ROOT
 from helpers.tiny_models import load
 
-from prunekit.checkpoint import HISTORY, atomic, check_out, history, new_folder, open_checkpoint
+from prunekit.checkpoint import HISTORY, atomic, check_out, history, new_folder, open_checkpoint, scratch_folder
 from prunekit.errors import PruneKitError
 
 
@@ -25,6 +25,15 @@ def test_an_exception_leaves_nothing(tmp_path):
         (folder / "x").write_text("x")
         raise ValueError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_above_out_stay_only_with_it(tmp_path):
+    with scratch_folder(tmp_path / "new/dir/out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "new/dir/out") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "new/dir/out/x").exists()
 
 
 def test_a_used_out_is_refused(tmp_path):
@@ -41,6 +50,17 @@ def test_an_empty_out_is_used(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     copy_whole(tiny("llama"), tmp_path / "out")
     load(tmp_path / "out")
+
+
+def test_an_out_that_nothing_can_be_renamed_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(PruneKitError, match="link: is a link to an empty folder; give that by its own name"):
+        check_out(tmp_path / "link")
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path.name == "real")
+    for overwrite in (False, True):
+        with pytest.raises(PruneKitError, match="real: is where a disk is mounted; choose a folder in it"):
+            check_out(tmp_path / "real", overwrite=overwrite)
 
 
 def test_a_folder_that_is_no_checkpoint_is_never_overwritten(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """Folders of work in progress: one at a time, of one set of settings, and nobody else's."""
 
+import errno
 import fcntl
 import json
 
@@ -38,6 +39,15 @@ def test_two_at_a_time_are_refused(tmp_path):
     ):
         pass
     assert (tmp_path / "a" / "settings.json").exists()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(PruneKitError, match="no file can be locked there"), claim_folder(tmp_path / "a", {}, "scan"):
+        pass
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path):

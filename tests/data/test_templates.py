@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prunekit.checkpoint import open_checkpoint
-from prunekit.data.templates import find_template
+from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -87,6 +87,13 @@ def test_what_the_training_said_comes_before_what_looks_alike(chatting):
     folder = chatting("qwen3", HYBRID)
     (folder / "args.json").write_text(json.dumps({"template": "qwen3_thinking"}))
     assert preflight(folder)[:2] == (0, "qwen3_thinking")
+
+
+def test_a_template_of_a_plugin_that_is_not_here_is_named_with_the_mend(chatting):
+    folder = chatting("qwen3", HYBRID)
+    (folder / "args.json").write_text(json.dumps({"template": "of_a_plugin"}))
+    with pytest.raises(PruneKitError, match="the template in its args.json is none .* choose one by --template"):
+        load_template(open_checkpoint(folder), 64)
 
 
 def test_a_name_of_the_hub_is_left_to_swift(chatting):

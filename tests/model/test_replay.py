@@ -1,6 +1,7 @@
 """Stacks of loaded models: cut in memory as on disk, and replayed layer by layer as in one go."""
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -26,6 +27,19 @@ def test_a_model_cut_in_memory_gives_the_logits_of_the_checkpoint_cut_on_disk(fa
     plan = plan_layers(open_checkpoint(tiny(family)), **numbers)
     write_cut(cut_layers(plan), tmp_path / "out")
     model = load(tiny(family))
+    with removed(model, plan):
+        assert_same(family, logits(model), logits(load(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_5_vl"])
+def test_layers_that_attend_in_a_window_keep_it_in_memory_where_the_config_has_no_list_of_them(family, own, tmp_path):
+    folder = own(family)
+    config = json.loads((folder / "config.json").read_text())
+    del config.get("text_config", config)["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = plan_layers(open_checkpoint(folder), text=[0])
+    write_cut(cut_layers(plan), tmp_path / "out")
+    model = load(folder)
     with removed(model, plan):
         assert_same(family, logits(model), logits(load(tmp_path / "out")))
 

@@ -1,5 +1,6 @@
 """What all cuts have in common: an outline is not to be written; a cut is, with its account, whole or not at all."""
 
+from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,13 +8,14 @@ from helpers.calibration import PADDED
 from helpers.checkpoints import assert_same_weights
 
 from prunekit import errors
-from prunekit.checkpoint import Checkpoint, fingerprint, history, open_checkpoint, statistics, write_checkpoint
+from prunekit.checkpoint import HISTORY, Checkpoint, fingerprint, history, open_checkpoint, statistics, write_checkpoint
 from prunekit.checkpoint.card import model_card
 from prunekit.checkpoint.records import COMMAND
 from prunekit.errors import PruneKitError
 from prunekit.surgery.cut import Account, calibrated_on, write_cut
 from prunekit.surgery.kv import cut_kv, plan_kv
 from prunekit.surgery.layers import cut_layers, plan_layers
+from prunekit.surgery.script import open_input
 from prunekit.surgery.width import cut_width, plan_width
 from prunekit.surgery.zeros import cut_zeros, plan_zeros
 from prunekit.surgery.zeros_wish import Wish
@@ -177,6 +179,13 @@ def test_a_used_out_is_refused_before_anything_is_computed(source, tmp_path):
     with pytest.raises(PruneKitError, match="exists; choose another OUT"):
         write_cut(Copy(source, run_out), tmp_path / "out")
     assert history(tmp_path / "out") == [entry]
+
+
+def test_a_damaged_history_is_refused_before_anything_is_computed(own):
+    folder = own("llama")
+    (folder / HISTORY).write_text("{")
+    with pytest.raises(PruneKitError, match=f"{HISTORY}: can't be read as JSON"):
+        open_input(Namespace(model=folder, out=None))
 
 
 def test_a_used_out_is_replaced_when_told(source, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.calibration import data
-from helpers.cuts import cut_width
+from helpers.cuts import cut_width, first_experts
 from helpers.tiny_models import load, logits
 from safetensors.torch import load_file, save_file
 
@@ -30,8 +30,8 @@ def text_config_of(folder):
 def drafting(own):
     """drafting(): the tiny Qwen3.5 with tensors of a layer that predicts the token after the next, as Qwen's have."""
 
-    def folder():
-        path = own("qwen3_5")
+    def folder(family="qwen3_5"):
+        path = own(family)
         tensors = load_file(path / "model.safetensors")
         names = [name for name in tensors if ".language_model.layers.2." in name]
         drafts = {f"mtp.layers.0.{name.partition('.layers.2.')[2]}": tensors[name].clone() for name in names}
@@ -108,13 +108,17 @@ def test_drafting_layers_stay_where_no_shape_changes(drafting, tmp_path):
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 
-@pytest.mark.parametrize("kind", ["kv", "calibrated", "heads", "neurons"])
+@pytest.mark.parametrize("kind", ["kv", "calibrated", "heads", "neurons", "experts"])
 def test_drafting_layers_go_where_shapes_change(kind, drafting, tmp_path):
-    folder = drafting()
+    folder = drafting("qwen3_5_moe" if kind == "experts" else "qwen3_5")
     if kind in ("kv", "calibrated"):
         plan = plan_kv(open_checkpoint(folder), 2, "mean" if kind == "kv" else kind)
         assert len(plan.notes) == 1 and "MTP" in plan.notes[0]
         cut = cut_kv(plan) if kind == "kv" else fit_kv(plan, load(folder), data(2, 1), quiet=True)
+        write_cut(cut, tmp_path / "out")
+    elif kind == "experts":
+        cut = first_experts(folder, 3)
+        assert "MTP" in cut.plan.notes[0]
         write_cut(cut, tmp_path / "out")
     else:
         cut_width(folder, tmp_path / "out", **({"heads_kept": 4} if kind == "heads" else {"neurons": 24}))

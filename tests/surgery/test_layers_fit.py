@@ -12,8 +12,8 @@ from helpers.tiny_models import FAMILIES, TEXT, build, load, logits
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.checkpoint.provenance import data_record
-from prunekit.data.batches import Calibration, calibrate, read_calibration
-from prunekit.data.encode import encoder_of
+from prunekit.data.batches import Calibration, calibrate, draw_rows, read_calibration
+from prunekit.data.encode import Encoder, encoder_of
 from prunekit.data.rows import Rows
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
@@ -197,6 +197,16 @@ def test_padding_is_no_label(tmp_path):
     calibration = calibrate(load_model(checkpoint), checkpoint, write_texts(tmp_path / "texts.jsonl"))
     batch = calibration.fit[0]
     assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+
+
+def test_questions_without_an_answer_are_left_out_and_refused_where_there_is_nothing_else():
+    def encode(row):
+        return {"input_ids": [7, 8], "labels": [7, 8 if row["answered"] else -100]}
+
+    rows = [Rows("", [{"answered": number < answered} for number in range(9)]) for answered in (6, 4)]
+    assert len(draw_rows(rows[0], encode, None)) == 6
+    with pytest.raises(PruneKitError, match="4 of its rows have text or an answer and fit into .* give rows with answ"):
+        calibrate(None, open_checkpoint(EMBEDDED), rows[1], encoder=Encoder(encode, lambda items: {}))
 
 
 def test_the_script_heals_and_says_so(tmp_path, script):

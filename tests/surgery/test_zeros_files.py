@@ -59,8 +59,9 @@ def packed(tiny, tmp_path):
 
 
 def test_what_would_misread_a_packed_folder_refuses_it(packed):
-    with pytest.raises(PruneKitError, match="quantised weights can't be cut"):
-        open_checkpoint(packed)
+    for quantised in (False, True):
+        with pytest.raises(PruneKitError, match=r"is packed; unpack it: python -m prunekit\.packed unpack"):
+            open_checkpoint(packed, quantised)
     with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModel.from_pretrained(packed)
 
