@@ -198,7 +198,8 @@ class _Trial:
                 return
 
     def _constant(self, right: dict[str, list[float | None]]) -> None:
-        found = [value for values in right.values() for value in values]
+        rows = [row for row in self.rows if any(values[row] is not None for values in right.values())]
+        found = [values[row] for values in right.values() for row in rows]
         said = {value for value in found if value is not None}
         if not said:
             self.find("is None for every completion to every row")

@@ -178,6 +178,7 @@ PLANTED = {
     "random": (Random(), "gives other values when it is asked again"),
     "remembers": (Remembers(), "gives other values when it is asked again"),
     "constant": (paired(lambda c, s: 0.5), "is always 0.5"),
+    "constant_where_it_applies": (paired(lambda c, s: 0.5 if s.isascii() else None), "is always 0.5"),
     "raises_on_empty": (paired(lambda c, s: c.count(s[0]) / len(c)), "raises ZeroDivisionError"),
     "nan": (paired(lambda c, s: float(np.float64(c == s) / (1 if c.strip() else np.nan))), "returns nan"),
     "too_few": (lambda completions, solution, **columns: [1.0], "returns 1 values for 10"),
