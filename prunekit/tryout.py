@@ -95,8 +95,8 @@ def samples_said(found: Tryout, rows: int) -> str:
         f"worst  {totals[worst]:6.3f}  {shown(said[worst])} to row {worst // generations + 1}",
     ]
     for name in found.weights:
-        numbers = [value for value in found.values[name]["model"] if value is not None] or [float("nan")]
-        low, middle, high = np.quantile(numbers, (0.1, 0.5, 0.9))
+        numbers = [value for value in found.values[name]["model"] if value is not None]
+        low, middle, high = np.quantile(numbers or [float("nan")], (0.1, 0.5, 0.9))
         lines.append(f"{name}: 10% {low:.3f}, median {middle:.3f}, 90% {high:.3f}, none for {len(said) - len(numbers)}")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from helpers.paths import ROOT
 from rapidfuzz import fuzz
 from rapidfuzz.distance import JaroWinkler, LCSseq, Levenshtein
 
+from prunekit import tryout
 from prunekit.training.reward_tryout import HOSTILE, completions_of, flat_groups, try_rewards
 
 WORDS = ["Invoice 4711", "north wall", "Total 19,50", "left lane", "GRÜN 12", "exit B", "Käse", "№ 5", "Omega", "2026"]
@@ -249,6 +250,14 @@ def test_rewards_that_say_the_same_are_named():
     rewards = {"one": SOUND["exact"][0], "other": SOUND["minus_one"][0]}
     found = tried(rewards, samples={"model": said}, generations=4)
     assert any(finding.text.startswith("says the same as other") for finding in found.findings)
+
+
+@pytest.mark.parametrize(("missing", "count"), [(range(40), 40), (range(3), 3)])
+def test_answers_that_a_reward_says_nothing_of_are_counted(missing, count):
+    said = [word for word in WORDS for _ in range(4)]
+    found = tried(paired(lambda c, s: float(c == s)), samples={"model": said}, generations=4)
+    found.values["reward"]["model"] = [None if place in missing else 1.0 for place in range(40)]
+    assert tryout.samples_said(found, len(WORDS)).endswith(f"none for {count}")
 
 
 def test_mistakes_leave_the_length_and_change_as_many_characters_as_they_say():
