@@ -144,7 +144,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--data and --rewards are needed")
     if twice := [name for name in args.rewards if args.rewards.count(name) > 1]:
         parser.error(f"--rewards {twice[0]}: is named twice")
-    if args.weights and len(args.weights) != len(args.rewards):
+    models = len(swift.reward_model or ())  # ms-swift's list has their weights, too, behind those of the rewards
+    if args.weights and len(args.weights) - models != len(args.rewards):
         parser.error(f"--weights gives {len(args.weights)} for {len(args.rewards)} rewards")
     if "{}" not in args.answer:
         parser.error(f"--answer {args.answer}: has no {{}}, where the truth goes")
@@ -184,7 +185,7 @@ def main() -> int:
             raise PruneKitError(f"reward {name} can't be made: it {failure(error)}") from None
     kinds = completions_of(truths, [text_of(question_of(row["messages"])) for row in rows], args.seed)
     samples = {"model": answers_of(args, rows)} if args.model else None
-    weights = (args.weights or [1.0] * len(rewards))[: len(rewards)]  # ms-swift's list has reward models', too
+    weights = (args.weights or [1.0] * len(rewards))[: len(rewards)]
     found = try_rewards(rewards, weights, columns_for(rows), kinds, samples, args.generations)
     print(table(found))
     if samples:

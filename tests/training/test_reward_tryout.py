@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -322,6 +323,12 @@ def test_the_line_of_rl_run_says_data_rewards_and_plugins(script, data, plugin, 
     result = script("prunekit.tryout", "--swift", "--json", found, "--", *line)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(found.read_text())["values"]["mine"]["truth"] == [1.0] * len(WORDS)
+
+
+def test_a_line_with_a_reward_model_has_a_weight_for_it_too(monkeypatch):
+    line = "--dataset rl.jsonl --reward_funcs format --reward_model rm --reward_weights 1 0.5"
+    monkeypatch.setattr(sys, "argv", ["tryout", "--swift", "--", *line.split()])
+    assert tryout.arguments().rewards == ["format"]
 
 
 @pytest.mark.parametrize(
