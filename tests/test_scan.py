@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import transformers
 from helpers.calibration import write_texts
 from helpers.paths import EMBEDDED, ROOT
 from helpers.scans import LAYERS
@@ -169,6 +170,23 @@ def test_generation_from_texts_is_refused(texts, tmp_path):
 def test_a_layer_out_of_range_is_refused(texts, tmp_path):
     done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--text", 8)
     assert (done.returncode, "8" in done.stderr) == (2, True)
+
+
+def test_a_model_whose_own_loss_is_no_number_is_named(scan_here, speaking, texts):
+    model = transformers.AutoModelForCausalLM.from_pretrained(speaking)
+    model.transformer.ln_f.bias.data.fill_(float("nan"))
+    model.save_pretrained(speaking)
+    with pytest.raises(PruneKitError, match="its loss is NaN with all its layers.*--dtype"):
+        scan_here(speaking, texts, "--text", 1)
+
+
+def test_numbers_of_experts_that_cannot_be_told_are_not_said(capsys):
+    known = {"token_acc": 0.5, "loss": 1.0, "samples": 8, "tokens": 9, "parameters": 10}
+    lost = {"name": "experts-02", "token_acc": 0.1, "loss": None, "error": "loss is NaN"}
+    scan.print_scan(
+        {"counts_suffix": True, "baseline": known, "removals": [], "best": [], "greedy": None, "experts": [lost]}
+    )
+    assert "experts" not in capsys.readouterr().out
 
 
 def test_help_shows_an_example():
