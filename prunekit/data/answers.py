@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ def generate(
 
     engine.template.set_mode("transformers")
     engine.max_batch_size = batch_size
-    requests = [InferRequest(messages=question_of(row["messages"]), images=row.get("images") or []) for row in rows]
+    names = {each.name for each in fields(InferRequest)}  # messages, images, videos, tools, ...
+    given = ({name: value for name, value in row.items() if name in names and value} for row in rows)
+    requests = [InferRequest(**each | {"messages": question_of(each["messages"])}) for each in given]
     config = RequestConfig(max_tokens=max_new_tokens, temperature=temperature, return_details=True)
     found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]
     eos = engine.generation_config.eos_token_id
