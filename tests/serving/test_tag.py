@@ -144,7 +144,7 @@ def test_threads_may_share_a_tagger(trained):
         ("a.jsonl", b"{", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n[]', 'line 2: needs "text"'),
         ("a.jsonl", b'{"tokens": ["a", ""]}', 'line 1: needs "text"'),
-        ("a.jsonl", rb'{"text": "\ud800"}', "line 1: has a lone surrogate"),
+        ("a.jsonl", rb'{"text": "\ud800"}', "line 1 is not UTF-8 text, or has half"),
         ("a.txt", b"", "is empty"),
         ("a.txt", b"\xff", "is not UTF-8"),
     ],
