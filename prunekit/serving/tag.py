@@ -1,12 +1,13 @@
 """Entities of plain texts, by a token classifier in whatever format it is served, and a line of log for each text.
 
-A text's words are runs of letters and digits, with hyphens, dots and @ between them; every other mark is a word of its
+A text's words are runs of letters and digits, with hyphens, dots and @ between them; every other sign is a word of its
 own, as in most data that taggers are trained on. Rows of `{"tokens": [...]}` come with their own words.
 """
 
 import json
 import re
 import threading
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,9 @@ from prunekit.tagger.rows import load_tokenizer, model_labels, pieces_of
 
 from .run import ONNX, load_served, weight_files, word_logits
 
-WORD = re.compile(r"\w+(?:[-.@]\w+)*|[^\w\s]")
+# Accents and vowel signs that are characters of their own (é as two, all of Hindi), and what joins letters (Persian)
+MARKS = "\u200c\u200d" + "".join(chr(n) for n in range(0x300, 0x1F000) if unicodedata.category(chr(n))[0] == "M")
+WORD = re.compile(rf"\w[\w{MARKS}]*(?:[-.@]\w[\w{MARKS}]*)*|[^\w\s]")
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ def test_words_of_rows_are_kept_as_they_are(tagger, tmp_path):
         ("L'Île-de-France.", ["L", "'", "Île-de-France", "."]),
         ("a.b@c.org, 3.5€ (ok)", ["a.b@c.org", ",", "3.5", "€", "(", "ok", ")"]),
         ("\n tab\t- x", ["tab", "-", "x"]),
+        ("cafe\u0301 हिन्दी, می\u200cروم", ["cafe\u0301", "हिन्दी", ",", "می\u200cروم"]),
     ],
 )
 def test_words_of_a_text_are_those_of_the_data(text, words):
