@@ -62,6 +62,11 @@ def test_rewards_get_what_a_trainer_gives_them():
     assert score_answers(["one", "2", "three"], ROWS, {"TokensOfAnAnswer": 1.0})["reward"] == pytest.approx(3.0)
 
 
+def test_an_accent_may_be_a_character_of_its_own():
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "cafe\u0301"}]}
+    assert score_answers(["caf\u00e9"], [row], {}) == {"exact_match": 1.0, "cer": 0.0}
+
+
 def test_a_reward_that_lacks_a_column_is_named_before_anything_is_generated():
     rows = Rows("data.jsonl", [{"messages": ROWS[0]["messages"]}])
     with pytest.raises(PruneKitError, match=r"--rewards Right: can't score dataset data.jsonl: .*'solution'"):
