@@ -11,6 +11,7 @@ worth the same. Exit code 3 if there is a fault. rl_run.sh begins with this (TRY
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def table(found: Tryout) -> str:
     for kind in found.kinds:
         line = f"{kind:14}"
         for name, width in zip(names, widths):
-            numbers = [value for value in found.values[name][kind] if value is not None]
-            line += f"{np.mean(numbers):>{width}.3f}" if numbers else f"{'none':>{width}}"
+            mean = found.mean(name, kind)
+            line += f"{'none':>{width}}" if math.isnan(mean) else f"{mean:>{width}.3f}"
         lines.append(line + f"{found.totals(kind).mean():>9.3f}")
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ own row, or what is learned is noise: it is called twice, in another order, and 
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,11 @@ class Tryout:
     @property
     def faults(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.fault]
+
+    def mean(self, name: str, kind: str) -> float:
+        """Of a reward's values, over the rows that it says something of; NaN if there are none."""
+        said = [value for value in self.values[name][kind] if value is not None]
+        return float(np.mean(said)) if said else math.nan
 
     def totals(self, kind: str) -> np.ndarray:
         """The weighted sum that ms-swift makes of each row, (rows): None counts 0."""

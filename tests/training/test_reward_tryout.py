@@ -13,6 +13,7 @@ from rapidfuzz import fuzz
 from rapidfuzz.distance import JaroWinkler, LCSseq, Levenshtein
 
 from prunekit import tryout
+from prunekit.report import rewards as drawn
 from prunekit.training.reward_tryout import HOSTILE, completions_of, flat_groups, try_rewards
 
 WORDS = ["Invoice 4711", "north wall", "Total 19,50", "left lane", "GRÜN 12", "exit B", "Käse", "№ 5", "Omega", "2026"]
@@ -259,6 +260,16 @@ def test_answers_that_a_reward_says_nothing_of_are_counted(missing, count):
     found = tried(paired(lambda c, s: float(c == s)), samples={"model": said}, generations=4)
     found.values["reward"]["model"] = [None if place in missing else 1.0 for place in range(40)]
     assert tryout.samples_said(found, len(WORDS)).endswith(f"none for {count}")
+
+
+def test_table_and_figure_give_a_rewards_mean_over_the_rows_that_it_says_something_of(monkeypatch):
+    figures = []
+    monkeypatch.setattr(drawn, "save_figure", lambda figure, path: figures.append(figure))
+    half = paired(lambda c, s: float(c == s) if s.isascii() else None)
+    found = tried({"half": half, "none": paired(lambda c, s: None)})
+    drawn.draw_tryout(found, None)
+    assert tryout.table(found).splitlines()[1].split()[:3] == ["truth", "1.000", "none"]
+    assert [text.get_text() for text in figures[0].axes[0].texts[:2]] == ["1.00", "none"]
 
 
 def test_mistakes_leave_the_length_and_change_as_many_characters_as_they_say():
