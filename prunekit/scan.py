@@ -272,8 +272,10 @@ def print_scan(result: dict[str, Any]) -> None:
         f"{base['tokens']} tokens{counted})"
     )
     by_name = {entry["name"]: entry for entry in result["removals"]}
-    scored = [entry for entry in result.get("experts", ()) if not entry["error"]]
-    for entry in [*(by_name[name] for name in result["best"]), *scored]:
+    for entry in [*(by_name[name] for name in result["best"]), *result.get("experts", ())]:
+        if entry["error"]:
+            print(f"{entry['name']:>10}  {entry['error']}")
+            continue
         answered = entry["generation"]
         print(
             f"{entry['name']:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± "

@@ -180,13 +180,17 @@ def test_a_model_whose_own_loss_is_no_number_is_named(scan_here, speaking, texts
         scan_here(speaking, texts, "--text", 1)
 
 
-def test_numbers_of_experts_that_cannot_be_told_are_not_said(capsys):
+def test_what_has_no_loss_is_said_with_its_error(capsys):
     known = {"token_acc": 0.5, "loss": 1.0, "samples": 8, "tokens": 9, "parameters": 10}
-    lost = {"name": "experts-02", "token_acc": 0.1, "loss": None, "error": "loss is NaN"}
-    scan.print_scan(
-        {"counts_suffix": True, "baseline": known, "removals": [], "best": [], "greedy": None, "experts": [lost]}
+    layer, experts = (
+        {"name": name, "token_acc": 0.1, "loss": None, "error": "loss is NaN", "generation": None}
+        for name in ("text-03", "experts-02")
     )
-    assert "experts" not in capsys.readouterr().out
+    found = {"counts_suffix": True, "baseline": known, "removals": [layer], "best": ["text-03"], "greedy": None}
+    scan.print_scan(found | {"experts": [experts]})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["text-03", "loss", "is", "NaN"], ["experts-02", "loss", "is", "NaN"]
+    ]  # fmt: skip
 
 
 def test_help_shows_an_example():
