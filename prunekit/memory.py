@@ -93,8 +93,6 @@ def main() -> None:
     check_no_remote_code(checkpoint.path)
     if not checkpoint.family.causal:
         raise PruneKitError(f"{args.model}: an encoder, which ms-swift doesn't train: choose a causal model")
-    if args.image_tokens and args.tokens and args.image_tokens + 2 > args.tokens:
-        raise PruneKitError(f"--image-tokens {args.image_tokens}: no room for an answer in --tokens {args.tokens}")
     if args.stage == "gkd" and not swift.teacher_model_server:
         if not swift.teacher_model:
             raise PruneKitError("--stage gkd: give the --teacher_model, or a cache as --teacher_model_server")

@@ -56,6 +56,7 @@ def test_a_launchers_line_is_one_line_and_says_what_does_not_fit(model, monkeypa
         (["--stage", "gkd", "--model", EMBEDDED], "--teacher_model"),
         (["--stage", "gkd", "--model", EMBEDDED, "--teacher_model", "nowhere"], "nowhere"),
         (["--stage", "sft", "--model", EMBEDDED, "--tokens", "8", "--image-tokens", "8"], "--image-tokens"),
+        (["--stage", "sft", "--model", EMBEDDED, "--image-tokens", "5000"], "--image-tokens 5000: no room"),
     ],
 )
 def test_what_cannot_be_counted_is_refused_in_one_line(words, said, monkeypatch):
