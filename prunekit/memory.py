@@ -12,6 +12,7 @@ before they start. Not counted: CUDA's context, NCCL, fragmentation. Leave some 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -115,8 +116,10 @@ def report(args: argparse.Namespace, swift: argparse.Namespace, checkpoint: Chec
     if args.line:
         print(sentence)
         return
-    others = alternatives(swift, checkpoint.config, args.gpus)
-    saved = {name: estimate(training(argparse.Namespace(**vars(swift) | others[name]))) for name in others}
+    saved = {}
+    for name, change in alternatives(swift, checkpoint.config, args.gpus).items():
+        with contextlib.suppress(PruneKitError):  # shorter rows may have no room for --image-tokens
+            saved[name] = estimate(training(argparse.Namespace(**vars(swift) | change)))
     if args.json:
         totals = {name: each.total for name, each in saved.items()}
         rows = dataclasses.asdict(now.step.rows)
