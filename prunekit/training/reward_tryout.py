@@ -295,7 +295,7 @@ def _sampled(found: Tryout, rewards: dict[str, Reward], columns, said: list[str]
         numbers = [value for value in values[name] if value is not None]
         if numbers and max(numbers) - min(numbers) <= SAME:
             found.findings.append(Finding(name, f"is {numbers[0]:g} for all that the model says", fault=False))
-    flat = flat_groups(found.totals("model"), generations)
+    flat = flat_groups(found.totals("model"), generations) if generations > 1 else 0.0
     if flat:
         text = f"{flat:.0%} of the rows have answers that are all worth the same: nothing is learned from these"
         found.findings.append(Finding(TOTAL, text, fault=flat == 1))

@@ -246,6 +246,11 @@ def test_answers_that_are_worth_the_same_everywhere_are_a_fault():
     assert "100% of the rows" in texts(found)
 
 
+def test_one_answer_to_a_row_does_not_tell_whether_answers_are_alike():
+    said = [word if place % 2 else "x" for place, word in enumerate(WORDS)]
+    assert tried(SOUND["exact"][0], samples={"model": said}, generations=1).faults == []
+
+
 def test_rewards_that_say_the_same_are_named():
     rng = np.random.default_rng(0)
     said = [word if rng.random() < 0.5 else "x" for word in WORDS for _ in range(4)]
