@@ -117,9 +117,9 @@ def report(args: argparse.Namespace, swift: argparse.Namespace, checkpoint: Chec
         print(sentence)
         return
     saved = {}
-    for name, change in alternatives(swift, checkpoint.config, args.gpus).items():
+    for name, other in alternatives(swift, checkpoint.config, args.gpus).items():
         with contextlib.suppress(PruneKitError):  # shorter rows may have no room for --image-tokens
-            saved[name] = estimate(training(argparse.Namespace(**vars(swift) | change)))
+            saved[name] = estimate(training(argparse.Namespace(**vars(swift) | other)))
     if args.json:
         totals = {name: each.total for name, each in saved.items()}
         rows = dataclasses.asdict(now.step.rows)
