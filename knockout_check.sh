@@ -96,7 +96,7 @@ if [ "$MODE" != train ]; then
   calib=()
   [ -z "$HEAL" ] && [ "$EXPERTS" = none ] || calib=(--calib "$DATASET")
   run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
-    --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "${SCAN_ARGS[@]}" \
+    --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} ${DTYPE:+--dtype "$DTYPE"} "${SCAN_ARGS[@]}" \
     ${RACE:+--race} --best "$([[ $FINALISTS =~ ^[1-9][0-9]*$ ]] && echo "$FINALISTS" || echo 10)" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
     ${HEAL:+--heal} --experts "$EXPERTS" "${calib[@]}" --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \

@@ -240,10 +240,16 @@ def describe(
     def parameters_with(experts: int) -> int:
         return statistics(plan_experts(scan.checkpoint, experts).outline)["parameters"]
 
+    base = scan.score([], BASELINE)
+    if base["loss"] is None:
+        raise PruneKitError(
+            f"{scan.job.model}: its loss is NaN with all its layers, so that none can be judged: compute in another "
+            "--dtype (bfloat16, float32), or look at its weights"
+        )
     result = {
         "predictor": PREDICTOR if best is None else CRITERION,
         "counts_suffix": scan.job.counts_suffix,
-        "baseline": {**scan.score([], BASELINE), "parameters": scan.parameters},
+        "baseline": {**base, "parameters": scan.parameters},
         "removals": [entry(removal, scan.parameters_without([removal])) for removal in candidates],
         "greedy": None,
     }
@@ -267,6 +273,9 @@ def print_scan(result: dict[str, Any]) -> None:
     )
     by_name = {entry["name"]: entry for entry in result["removals"]}
     for entry in [*(by_name[name] for name in result["best"]), *result.get("experts", ())]:
+        if entry["error"]:
+            print(f"{entry['name']:>10}  {entry['error']}")
+            continue
         answered = entry["generation"]
         print(
             f"{entry['name']:>10}  token_acc {entry['token_acc']:.4f}  loss {entry['loss']:.4f} ± "

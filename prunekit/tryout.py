@@ -11,6 +11,7 @@ worth the same. Exit code 3 if there is a fault. rl_run.sh begins with this (TRY
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def table(found: Tryout) -> str:
     for kind in found.kinds:
         line = f"{kind:14}"
         for name, width in zip(names, widths):
-            numbers = [value for value in found.values[name][kind] if value is not None]
-            line += f"{np.mean(numbers):>{width}.3f}" if numbers else f"{'none':>{width}}"
+            mean = found.mean(name, kind)
+            line += f"{'none':>{width}}" if math.isnan(mean) else f"{mean:>{width}.3f}"
         lines.append(line + f"{found.totals(kind).mean():>9.3f}")
     return "\n".join(lines)
 
@@ -95,8 +96,8 @@ def samples_said(found: Tryout, rows: int) -> str:
         f"worst  {totals[worst]:6.3f}  {shown(said[worst])} to row {worst // generations + 1}",
     ]
     for name in found.weights:
-        numbers = [value for value in found.values[name]["model"] if value is not None] or [float("nan")]
-        low, middle, high = np.quantile(numbers, (0.1, 0.5, 0.9))
+        numbers = [value for value in found.values[name]["model"] if value is not None]
+        low, middle, high = np.quantile(numbers or [float("nan")], (0.1, 0.5, 0.9))
         lines.append(f"{name}: 10% {low:.3f}, median {middle:.3f}, 90% {high:.3f}, none for {len(said) - len(numbers)}")
     return "\n".join(lines)
 
@@ -144,7 +145,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--data and --rewards are needed")
     if twice := [name for name in args.rewards if args.rewards.count(name) > 1]:
         parser.error(f"--rewards {twice[0]}: is named twice")
-    if args.weights and len(args.weights) != len(args.rewards):
+    models = len(swift.reward_model or ())  # ms-swift's list has their weights, too, behind those of the rewards
+    if args.weights and len(args.weights) - models != len(args.rewards):
         parser.error(f"--weights gives {len(args.weights)} for {len(args.rewards)} rewards")
     if "{}" not in args.answer:
         parser.error(f"--answer {args.answer}: has no {{}}, where the truth goes")
@@ -184,7 +186,7 @@ def main() -> int:
             raise PruneKitError(f"reward {name} can't be made: it {failure(error)}") from None
     kinds = completions_of(truths, [text_of(question_of(row["messages"])) for row in rows], args.seed)
     samples = {"model": answers_of(args, rows)} if args.model else None
-    weights = (args.weights or [1.0] * len(rewards))[: len(rewards)]  # ms-swift's list has reward models', too
+    weights = (args.weights or [1.0] * len(rewards))[: len(rewards)]
     found = try_rewards(rewards, weights, columns_for(rows), kinds, samples, args.generations)
     print(table(found))
     if samples:

@@ -382,11 +382,11 @@ SCORES = [
 
 ANSWERS = [
     Mutant("order[start : start + batch_size]", "order[start : start + batch_size - 1]"),
-    Mutant('question_of(row["messages"]), images', 'row["messages"], images'),
+    Mutant('question_of(each["messages"])})', 'each["messages"]})'),
     Mutant("message.content.strip()", "message.content.upper()"),
-    Mutant("np.array([*map(str.__eq__, answers, truths)], float)", "ones"),
-    Mutant("map(str.__eq__, answers, truths)", "map(str.__contains__, truths, answers)"),
-    Mutant("np.array([*map(Levenshtein.distance, answers, truths)], float)", "0 * ones"),
+    Mutant("np.array([*map(str.__eq__, said, truths)], float)", "ones"),
+    Mutant("map(str.__eq__, said, truths)", "map(str.__contains__, truths, said)"),
+    Mutant("np.array([*map(Levenshtein.distance, said, truths)], float)", "0 * ones"),
     Mutant("np.array([*map(len, truths)], float)", "np.array([*map(len, answers)], float)"),
     Mutant("weight * np.array([value or", "np.array([value or"),
     Mutant("value or 0.0 for", "value or 1.0 for"),

@@ -10,6 +10,7 @@ from helpers.tiny_models import save
 
 from prunekit import memory
 from prunekit.errors import PruneKitError
+from prunekit.training import memory as training_memory
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,14 @@ def test_the_table_names_every_part_and_what_saves_it(model, monkeypatch, capsys
     assert shown.startswith("memory: about ")
     for word in ("weights", "gradients", "optimizer", "activations", "with DEEPSPEED=zero3"):
         assert f"  {word}" in shown
+
+
+def test_rows_that_an_image_does_not_fit_into_are_no_alternative(monkeypatch, capsys):
+    counted = training_memory.Estimate({"weights": 1}, "in a step")
+    monkeypatch.setattr(training_memory, "estimate", lambda training: counted)
+    for tokens, offered in ((400, True), (600, False)):
+        run(monkeypatch, "--stage", "sft", "--model", EMBEDDED, "--gpus", 0, "--image-tokens", tokens)
+        assert ("with --max_length 512" in capsys.readouterr().out) == offered
 
 
 def test_json_has_parts_that_add_up(model, monkeypatch, capsys):
@@ -56,6 +65,7 @@ def test_a_launchers_line_is_one_line_and_says_what_does_not_fit(model, monkeypa
         (["--stage", "gkd", "--model", EMBEDDED], "--teacher_model"),
         (["--stage", "gkd", "--model", EMBEDDED, "--teacher_model", "nowhere"], "nowhere"),
         (["--stage", "sft", "--model", EMBEDDED, "--tokens", "8", "--image-tokens", "8"], "--image-tokens"),
+        (["--stage", "sft", "--model", EMBEDDED, "--image-tokens", "5000"], "--image-tokens 5000: no room"),
     ],
 )
 def test_what_cannot_be_counted_is_refused_in_one_line(words, said, monkeypatch):

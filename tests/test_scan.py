@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import transformers
 from helpers.calibration import write_texts
 from helpers.paths import EMBEDDED, ROOT
 from helpers.scans import LAYERS
@@ -169,6 +170,27 @@ def test_generation_from_texts_is_refused(texts, tmp_path):
 def test_a_layer_out_of_range_is_refused(texts, tmp_path):
     done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--text", 8)
     assert (done.returncode, "8" in done.stderr) == (2, True)
+
+
+def test_a_model_whose_own_loss_is_no_number_is_named(scan_here, speaking, texts):
+    model = transformers.AutoModelForCausalLM.from_pretrained(speaking)
+    model.transformer.ln_f.bias.data.fill_(float("nan"))
+    model.save_pretrained(speaking)
+    with pytest.raises(PruneKitError, match="its loss is NaN with all its layers.*--dtype"):
+        scan_here(speaking, texts, "--text", 1)
+
+
+def test_what_has_no_loss_is_said_with_its_error(capsys):
+    known = {"token_acc": 0.5, "loss": 1.0, "samples": 8, "tokens": 9, "parameters": 10}
+    layer, experts = (
+        {"name": name, "token_acc": 0.1, "loss": None, "error": "loss is NaN", "generation": None}
+        for name in ("text-03", "experts-02")
+    )
+    found = {"counts_suffix": True, "baseline": known, "removals": [layer], "best": ["text-03"], "greedy": None}
+    scan.print_scan(found | {"experts": [experts]})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["text-03", "loss", "is", "NaN"], ["experts-02", "loss", "is", "NaN"]
+    ]  # fmt: skip
 
 
 def test_help_shows_an_example():

@@ -132,8 +132,16 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def contents(records: Any) -> list[str]:
-    """What tells records of `made_from` from others, wherever it lies: a fingerprint, a sha256, or else the name."""
-    return [record.get("fingerprint") or record.get("sha256") or record["path"] for record in records or ()]
+    """What tells records of `made_from` from others, wherever it lies: a fingerprint, a sha256, or else the name.
+
+    Of FILE#N the rows are others with another N.
+    """
+
+    def of_data(record: dict[str, Any]) -> str:
+        number = re.search(r"#\d+$", record["path"])
+        return record["sha256"] + (number[0] if number else "") if "sha256" in record else record["path"]
+
+    return [record.get("fingerprint") or of_data(record) for record in records or ()]
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """What a model answers, by ms-swift's engine, and how good that is."""
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def generate(
 
     engine.template.set_mode("transformers")
     engine.max_batch_size = batch_size
-    requests = [InferRequest(messages=question_of(row["messages"]), images=row.get("images") or []) for row in rows]
+    names = {each.name for each in fields(InferRequest)}  # messages, images, videos, tools, ...
+    given = ({name: value for name, value in row.items() if name in names and value} for row in rows)
+    requests = [InferRequest(**each | {"messages": question_of(each["messages"])}) for each in given]
     config = RequestConfig(max_tokens=max_new_tokens, temperature=temperature, return_details=True)
     found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]
     eos = engine.generation_config.eos_token_id
@@ -146,17 +149,19 @@ def judge_texts(engine, rows: Rows, batch_size: int = 64, max_length: int = MAX_
 def figures_of_answers(answers: list[str], rows: Sequence[dict[str, Any]], rewards: dict[str, float]) -> Figures:
     """Exact match, character error rate (edits per reference character) and, if rewards are named, their sum.
 
+    Answers and truths are compared in Unicode's NFC: Qwen's tokenizer, say, writes no accent as a character of its own.
     `rewards` gives a weight to each reward that a loaded plugin registers in ms-swift; None (not applicable) counts 0,
     as in ms-swift's own sum, and so does a row that it fails on.
     """
     from rapidfuzz.distance import Levenshtein
     from swift.rewards import orms
 
-    truths = [row["messages"][-1]["content"].strip() for row in rows]
+    given = [row["messages"][-1]["content"] for row in rows]
+    said, truths = ([unicodedata.normalize("NFC", text).strip() for text in texts] for texts in (answers, given))
     ones = np.ones(len(rows))
     figures = {
-        "exact_match": (np.array([*map(str.__eq__, answers, truths)], float), ones),
-        "cer": (np.array([*map(Levenshtein.distance, answers, truths)], float), np.array([*map(len, truths)], float)),
+        "exact_match": (np.array([*map(str.__eq__, said, truths)], float), ones),
+        "cer": (np.array([*map(Levenshtein.distance, said, truths)], float), np.array([*map(len, truths)], float)),
     }
     if rewards:
         columns, total = columns_for(rows)(answers, list(range(len(rows)))), np.zeros(len(rows))

@@ -81,7 +81,7 @@ def iterate(name: str | Path, digest: DataDigest | None = None) -> Iterator[tupl
             for value in islice(_parse(b"".join(source)) if array else source, count):
                 number, where = number + 1, f"dataset {path} {'row' if array else 'line'} {number + 1}"
                 if not array and not value.strip():
-                    raise PruneKitError(f"{where} is empty: rows look like {LIKE}")
+                    raise PruneKitError(f"{where} is empty: remove it, or mend the row")
                 yield where, value if array else _parse(value)
             for _ in source if digest else ():
                 pass

@@ -7,11 +7,12 @@ from typing import Any
 
 from swift.callbacks.base import TrainerCallback
 from swift.dataset import LazyLLMDataset
+from swift.pipelines.train import sft
 from transformers import Trainer
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.data.groups import group_of
-from prunekit.data.rows import iterate
+from prunekit.data.rows import is_text, iterate
 from prunekit.errors import PruneKitError
 from prunekit.surgery.in_memory import cut
 
@@ -35,6 +36,16 @@ class KnockoutLayers(TrainerCallback):
         gc.collect()
 
 
+def data_set(rows: list[dict[str, Any]], template: Any) -> Any:
+    """Rows of a file as ms-swift's trainer evaluates them: texts by what plugins/texts.py has put into its place."""
+    if not is_text(rows[0]):
+        return LazyLLMDataset(rows, template.encode)
+    said = [[{"role": "assistant", "content": row["text"]}] for row in rows]
+    encoder = sft.EncodePreprocessor(template=template)
+    found = encoder.batched_preprocess({"messages": said}, strict=True, ignore_max_length_error=True)
+    return [dict(zip(found, values)) for values in zip(*found.values())]
+
+
 class GroupScores(TrainerCallback):
     """Logs token_acc and loss of each group of validation rows when a training ends, by ms-swift's own evaluation.
 
@@ -50,7 +61,7 @@ class GroupScores(TrainerCallback):
                 groups.setdefault(group_of(row, column), []).append(row)
         args.dataloader_persistent_workers = False  # or the loader that there is serves again, whatever it is to load
         for name, rows in groups.items():
-            loader = trainer.get_eval_dataloader(LazyLLMDataset(rows, trainer.template.encode))
+            loader = trainer.get_eval_dataloader(data_set(rows, trainer.template))
             loss = trainer.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics["eval_loss"]
             found = trainer.compute_custom_metrics(trainer.custom_metrics["eval"])
             # ms-swift's own would add the metrics that were just reset

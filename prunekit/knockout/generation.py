@@ -1,5 +1,6 @@
 """Real answers of a model without some layers, scored."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) ->
     scanner, mine = load_scanner(job), rows_of(job)[:rows][share_::shares]
     if not mine:
         return [], 0
+    template = copy.copy(encoder_for(job).template)
+    template.max_length = None  # which rows are scored goes by it; of these all are answered
     with scanner.without(gone):
-        engine = TransformersEngine(scanner.model, template=encoder_for(job).template)
+        engine = TransformersEngine(scanner.model, template=template)
         return generate(engine, mine, max_new_tokens=tokens)
 
 

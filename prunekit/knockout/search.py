@@ -196,7 +196,8 @@ class Scan:
             self.measure(gone, undecided, batches[start:], what)
             spent += len(batches[start:]) * (every + sum(cost[str(k)] for k in undecided))
             table = self.records.table(gone, [BASELINE, *(str(k) for k in undecided)])
-            if len(table[BASELINE]["tokens"]) < FEW_SAMPLES:
+            few = len(table[BASELINE]["tokens"]) < FEW_SAMPLES
+            if few and batches.stop < self.batches:
                 continue
             scaled = {
                 str(k): {
@@ -210,7 +211,7 @@ class Scan:
             best = [*chosen, *(str(k) for k in order[:left])]
             if left >= len(order):
                 undecided = []
-            for place, candidate in enumerate(order if undecided else []):
+            for place, candidate in enumerate(order if undecided and not few else []):
                 rival = order[left] if place < left else order[left - 1]
                 pair = (candidate, rival) if place < left else (rival, candidate)
                 mean, error = paired(scaled, str(pair[0]), str(pair[1]), CRITERION)

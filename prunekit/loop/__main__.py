@@ -70,7 +70,7 @@ def begin(args: argparse.Namespace) -> None:
     settings = {
         "model": args.model,
         "fingerprint": fingerprint(checkpoint),
-        "data": [contents([data_record(name)])[0] + name[len(name.partition("#")[0]) :] for name in args.data],
+        "data": contents(map(data_record, args.data)),
         "targets": targets,
         "keep": args.keep,
         "metric": args.metric,

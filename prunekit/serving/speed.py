@@ -39,7 +39,7 @@ class Pace:
 def choose_pace(checkpoints: list[Checkpoint], prompt: int | None, tokens: int | None, **more: Any) -> Pace:
     """By default 256 tokens and 32 more, or as many as the models' positions take. PruneKitError for more than that."""
     limit = min(positions(checkpoint.config) for checkpoint in checkpoints)
-    tokens = tokens or max(1, min(32, limit // 4))
+    tokens = tokens or max(1, min(32, limit // 4, limit - (prompt or 0)))
     prompt = prompt or max(1, min(256, limit - tokens))
     if prompt + tokens > limit:
         raise PruneKitError(

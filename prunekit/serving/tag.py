@@ -1,12 +1,13 @@
 """Entities of plain texts, by a token classifier in whatever format it is served, and a line of log for each text.
 
-A text's words are runs of letters and digits, with hyphens, dots and @ between them; every other mark is a word of its
+A text's words are runs of letters and digits, with hyphens, dots and @ between them; every other sign is a word of its
 own, as in most data that taggers are trained on. Rows of `{"tokens": [...]}` come with their own words.
 """
 
 import json
 import re
 import threading
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,13 +18,16 @@ import numpy as np
 
 from prunekit.checkpoint import read_config
 from prunekit.checkpoint.remote_code import check_no_remote_code
+from prunekit.data.rows import iterate
 from prunekit.errors import PruneKitError, need_packages
 from prunekit.families import positions
 from prunekit.tagger.rows import load_tokenizer, model_labels, pieces_of
 
 from .run import ONNX, load_served, weight_files, word_logits
 
-WORD = re.compile(r"\w+(?:[-.@]\w+)*|[^\w\s]")
+# Accents and vowel signs that are characters of their own (é as two, all of Hindi), and what joins letters (Persian)
+MARKS = "\u200c\u200d" + "".join(chr(n) for n in range(0x300, 0x1F000) if unicodedata.category(chr(n))[0] == "M")
+WORD = re.compile(rf"\w[\w{MARKS}]*(?:[-.@]\w[\w{MARKS}]*)*|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def read_texts(file: Path) -> list[Text]:
 
     PruneKitError names file and line of what is bad.
     """
+    if file.suffix == ".jsonl":
+        return [_text_of(where, row) for where, row in iterate(file)]
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -71,23 +77,16 @@ def read_texts(file: Path) -> list[Text]:
         lines.pop()
     if not lines:
         raise PruneKitError(f"{file} is empty: give a text a line")
-    if file.suffix != ".jsonl":
-        return [Text.of(line) for line in lines]
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PruneKitError(f"{file} line {number} is not JSON ({error})") from None
-        text, tokens = (row.get(key) if isinstance(row, dict) else None for key in ("text", "tokens"))
-        if isinstance(text, str):
-            texts.append(Text.of(text))
-        elif isinstance(tokens, list) and all(isinstance(token, str) and token for token in tokens):
-            texts.append(Text.joined(tokens))
-        else:
-            raise PruneKitError(f'{file} line {number}: needs "text", or "tokens", a list of words')
-        check_text(texts[-1].text, f"{file} line {number}")
-    return texts
+    return [Text.of(line) for line in lines]
+
+
+def _text_of(where: str, row: Any) -> Text:
+    text, tokens = (row.get(key) if isinstance(row, dict) else None for key in ("text", "tokens"))
+    if isinstance(text, str):
+        return Text.of(text)
+    if isinstance(tokens, list) and all(isinstance(token, str) and token for token in tokens):
+        return Text.joined(tokens)
+    raise PruneKitError(f'{where}: needs "text", or "tokens", a list of words')
 
 
 def check_text(text: str, where: str) -> None:

@@ -110,7 +110,7 @@ def summary(records: list[dict[str, Any]], reference: Mapping[str, int] | None) 
         "since": min(record["time"] for record in records),
         "until": max(record["time"] for record in records),
         "confidence": sum(mean * count for mean, count in sure) / words if words else None,
-        "unsure": sum((record["lowest"] or 1.0) < UNSURE for record in records) / len(records),
+        "unsure": sum(record["lowest"] < UNSURE for record in records if record["labels"]) / len(records),
         "latency": {f"p{rank}": float(value) for rank, value in zip(PERCENTILES, latency)},
         "labels": {name: {"share": count / words} for name, count in sorted(counts.items())},
     }

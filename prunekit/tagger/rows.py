@@ -5,7 +5,6 @@ tag on each line, an empty line between sentences). A word's label is learned an
 longer than the model's positions go on in a further piece, so that no word is lost.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.provenance import DataDigest
+from prunekit.data.rows import iterate, locate
 from prunekit.errors import PruneKitError
 from prunekit.rules import short
 
@@ -39,37 +39,29 @@ class Rows(list[Row]):
 
 def read_rows(dataset: str | Path) -> Rows:
     """Rows of a JSONL file (by its suffix) or of CoNLL text. PruneKitError names file and line of what is bad."""
-    path, digest = Path(dataset), DataDigest()
-    if not path.is_file():
-        raise PruneKitError(f"dataset {path} is not there: give a JSONL or CoNLL file")
-    try:
-        with path.open("rb") as file:
-            lines = (line.decode() for line in digest.reading(file))
-            rows = list((_json_rows if path.suffix in (".jsonl", ".json") else _conll_rows)(path, lines))
-    except UnicodeDecodeError as error:
-        raise PruneKitError(f"dataset {path} is not UTF-8 text ({error.reason}): convert it") from None
+    (path, count), digest = locate(dataset), DataDigest()
+    if path.suffix in (".jsonl", ".json"):
+        rows = list(_json_rows(iterate(dataset, digest)))
+    else:
+        try:
+            with path.open("rb") as file:
+                rows = list(_conll_rows(path, (line.decode() for line in digest.reading(file))))[:count]
+        except UnicodeDecodeError as error:
+            raise PruneKitError(f"dataset {path} is not UTF-8 text ({error.reason}): convert it") from None
     if not rows:
         raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
     return Rows(rows, digest.record(dataset))
 
 
-def _json_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PruneKitError(f"dataset {path} line {number} is not JSON ({error})") from None
+def _json_rows(rows: Iterable[tuple[str, Any]]) -> Iterable[Row]:
+    for where, row in rows:
         lists: list[Any] = [row.get(key) if isinstance(row, dict) else None for key in ("tokens", "ner_tags")]
         if not all(isinstance(a, list) and a and all(isinstance(b, str) for b in a) for a in lists):
-            raise PruneKitError(
-                f'dataset {path} line {number}: needs "tokens" and "ner_tags", lists of words and of names like "B-PER"'
-            )
+            raise PruneKitError(f'{where}: needs "tokens" and "ner_tags", lists of words and of names like "B-PER"')
         words, tags = lists
         if len(words) != len(tags):
-            raise PruneKitError(
-                f"dataset {path} line {number}: {len(words)} tokens and {len(tags)} ner_tags; one tag a token"
-            )
-        yield _row(path, number, words, tags)
+            raise PruneKitError(f"{where}: {len(words)} tokens and {len(tags)} ner_tags; one tag a token")
+        yield _row(where, words, tags)
 
 
 def _conll_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
@@ -82,18 +74,14 @@ def _conll_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
             words.append(columns[0])
             tags.append(columns[-1])
         elif words:
-            yield _row(path, number - 1, words, tags)
+            yield _row(f"dataset {path} line {number - 1}", words, tags)
             words, tags = [], []
 
 
-def _row(path: Path, number: int, words: list[str], tags: list[str]) -> Row:
+def _row(where: str, words: list[str], tags: list[str]) -> Row:
     for tag in tags:
         if not TAG.fullmatch(tag):
-            raise PruneKitError(f"dataset {path} line {number}: {short(tag)} is no tag; use O, B-TYPE and I-TYPE")
-    try:
-        " ".join((*words, *tags)).encode()
-    except UnicodeEncodeError:  # half a character, which JSON can say and no tokenizer reads
-        raise PruneKitError(f"dataset {path} line {number}: has a lone surrogate; mend the row") from None
+            raise PruneKitError(f"{where}: {short(tag)} is no tag; use O, B-TYPE and I-TYPE")
     return Row(words, tags)
 
 

@@ -3,13 +3,13 @@
 Texts longer than the model's positions are cut.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint.provenance import DataDigest
+from prunekit.data.rows import iterate
 from prunekit.errors import PruneKitError
 
 
@@ -29,23 +29,12 @@ class Texts(list[Labelled]):
 
 def read_labelled(dataset: str | Path) -> Texts:
     """The rows of a JSONL file. PruneKitError names file and line of what is bad."""
-    path, digest, texts = Path(dataset), DataDigest(), Texts()
-    if not path.is_file():
-        raise PruneKitError(f"dataset {path} is not there: give a JSONL file")
-    with path.open("rb") as file:
-        for number, line in enumerate(digest.reading(file), 1):
-            where = f"dataset {path} line {number}"
-            try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half a character is no text
-            except (ValueError, RecursionError) as error:
-                raise PruneKitError(f"{where} is not JSON in UTF-8 ({type(error).__name__}): mend the row") from None
-            text, label = (row.get(key) if isinstance(row, dict) else None for key in ("text", "label"))
-            if not isinstance(text, str) or not isinstance(label, str) or not label:
-                raise PruneKitError(f'{where}: needs "text" and "label", the name of a class like "positive"')
-            texts.append(Labelled(text, label))
-    if not texts:
-        raise PruneKitError(f"dataset {path} is empty: it needs at least one row")
+    digest, texts = DataDigest(), Texts()
+    for where, row in iterate(dataset, digest):
+        text, label = (row.get(key) if isinstance(row, dict) else None for key in ("text", "label"))
+        if not isinstance(text, str) or not isinstance(label, str) or not label:
+            raise PruneKitError(f'{where}: needs "text" and "label", the name of a class like "positive"')
+        texts.append(Labelled(text, label))
     texts.record = digest.record(dataset)
     return texts
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -178,7 +179,7 @@ def training_arguments(flags: list[str], run: Path, name: str, validate: bool, r
     words = [word for key, value in defaults.items() for word in (f"--{key}", str(value))]
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
     parser.error = partial(Parser.error, parser)
-    if "--output_dir" in flags:
+    if any(re.match("--output[-_]dir(=|$)", flag) for flag in flags):
         raise PruneKitError(f"--output_dir: is {run} here, which is removed in the end; choose --out instead")
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(

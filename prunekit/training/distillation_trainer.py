@@ -81,14 +81,14 @@ class CacheFiller(GKDTrainer):
     def prediction_step(self, model, inputs, *args, **kwargs):
         template, device = self.template, self.accelerator.device
         rows = _encode(self, self.to_samples(inputs))
-        if template.truncation_strategy == "raise":  # such a row is never trained on
-            rows = [row for row in rows if not template.max_length or row["length"] <= template.max_length]
+        limit = template.max_length if template.truncation_strategy == "raise" else None  # longer ones aren't learnt
+        taken = [number for number, row in enumerate(rows) if not limit or row["length"] <= limit]
         keys = [row_key(row) for row in rows]
-        missing = [number for number, key in enumerate(keys) if key not in self.cache]
+        missing = [number for number in taken if keys[number] not in self.cache]
         # A model that lies on several devices answers on all of them or on none.
         waiting = self.accelerator.gather(torch.tensor([len(missing)], device=device))
         if waiting.sum():
-            chosen = missing or list(range(len(rows)))[:1]
+            chosen = missing or taken[:1] or [0]
             batch = to_device(template.data_collator([rows[number] for number in chosen]), device)
             counts = [sum(label != -100 for label in rows[number]["labels"]) for number in chosen]
             self.prepare_logits_to_keep(batch)
@@ -101,7 +101,7 @@ class CacheFiller(GKDTrainer):
                 self.cache.settings.top_k,
                 self.cache.settings.temperature,
             )
-            for number, part in zip(chosen, zip(*(each.split(counts) for each in top), strict=True), strict=True):
+            for number, part in zip(missing, zip(*(each.split(counts) for each in top), strict=True)):
                 self.cache.add(keys[number], TopK(*part))
         return None, None, None
 

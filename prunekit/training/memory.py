@@ -166,7 +166,9 @@ def rows_of(
     tokens = tokens or prompt + completion
     vision = config.get("vision_config")
     if image is None:
-        image = min(largest_image(vision), (tokens - completion) // 2) if isinstance(vision, dict) else 0
+        image = min(largest_image(vision), max(0, tokens - completion) // 2) if isinstance(vision, dict) else 0
+    elif image and image + 2 > tokens:
+        raise PruneKitError(f"--image-tokens {image}: no room for an answer in rows of {tokens} tokens")
     learnt = completion or answer or tokens - image - 1
     return Rows(swift.per_device_train_batch_size, tokens, image, min(learnt, tokens - image - 1))
 

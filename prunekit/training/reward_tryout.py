@@ -6,6 +6,7 @@ own row, or what is learned is noise: it is called twice, in another order, and 
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,11 @@ class Tryout:
     @property
     def faults(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.fault]
+
+    def mean(self, name: str, kind: str) -> float:
+        """Of a reward's values, over the rows that it says something of; NaN if there are none."""
+        said = [value for value in self.values[name][kind] if value is not None]
+        return float(np.mean(said)) if said else math.nan
 
     def totals(self, kind: str) -> np.ndarray:
         """The weighted sum that ms-swift makes of each row, (rows): None counts 0."""
@@ -198,7 +204,8 @@ class _Trial:
                 return
 
     def _constant(self, right: dict[str, list[float | None]]) -> None:
-        found = [value for values in right.values() for value in values]
+        rows = [row for row in self.rows if any(values[row] is not None for values in right.values())]
+        found = [values[row] for values in right.values() for row in rows]
         said = {value for value in found if value is not None}
         if not said:
             self.find("is None for every completion to every row")
@@ -288,7 +295,7 @@ def _sampled(found: Tryout, rewards: dict[str, Reward], columns, said: list[str]
         numbers = [value for value in values[name] if value is not None]
         if numbers and max(numbers) - min(numbers) <= SAME:
             found.findings.append(Finding(name, f"is {numbers[0]:g} for all that the model says", fault=False))
-    flat = flat_groups(found.totals("model"), generations)
+    flat = flat_groups(found.totals("model"), generations) if generations > 1 else 0.0
     if flat:
         text = f"{flat:.0%} of the rows have answers that are all worth the same: nothing is learned from these"
         found.findings.append(Finding(TOTAL, text, fault=flat == 1))

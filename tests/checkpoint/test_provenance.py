@@ -132,6 +132,15 @@ def test_a_data_set_is_known_by_its_rows_wherever_it_lies(tmp_path):
     assert data_record(tmp_path / "b.jsonl")["sha256"] != one["sha256"]
 
 
+def test_other_numbers_of_a_files_rows_are_other_data(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}\n{}\n{}")
+    one, two, moved, all_of_it = (
+        {"dataset": [data_record(tmp_path / name)]} for name in ("a.jsonl#1", "a.jsonl#2", "b.jsonl#1", "a.jsonl")
+    )
+    assert [bool(difference(one, other)) for other in (one, two, moved, all_of_it)] == [False, True, False, True]
+
+
 def test_a_data_set_of_a_hub_is_known_by_its_name():
     assert data_record("swift/self-cognition#500") == {"path": "swift/self-cognition#500"}
 

@@ -75,6 +75,13 @@ def test_a_race_ends_with_its_share_of_the_work_and_names_what_is_undecided():
     assert max(scan.measured.values()) <= 0.4 * scan.batches
 
 
+def test_a_race_on_few_samples_decides_nothing_and_a_path_goes_on():
+    scan = MadeUp(costs([0.1 * i for i in range(14)]), batches=1)
+    best, undecided = scan.race([], LAYERS, 3, {str(k): 1.0 for k in LAYERS}, share=1.0)
+    assert (best, undecided) == (["text-00", "text-01", "text-02"], {str(k) for k in LAYERS})
+    assert len(find_path(scan, LAYERS, 2, None, race_share=1.0)) == 3
+
+
 def test_a_race_for_all_there_are_decides_at_once():
     scan = MadeUp(costs([0.1 * i for i in range(14)]))
     best, undecided = scan.race([], LAYERS, 14, {str(k): 1.0 for k in LAYERS}, share=1.0)

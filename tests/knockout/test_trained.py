@@ -87,6 +87,22 @@ def test_a_training_ends_with_each_groups_scores_as_if_its_rows_were_all_there_a
     assert len(grouped["curve"]) == len(alone["curve"]) == 2 and grouped["training"] == alone["training"]
 
 
+def test_groups_of_texts_are_scored_in_blocks_as_the_training_scores_all(texter, tmp_path):
+    rows = [json.dumps({"text": "ab " * (10 + n), "skill": n % 2}) + "\n" for n in range(16)]
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    (tmp_path / "odd.jsonl").write_text("".join(rows[1::2]))
+    flags = (
+        *FLAGS, *("--template", "default", "--use_chat_template", "false", "--loss_scale", "all"),
+        *("--truncation_strategy", "split"),
+        *("--lazy_tokenize", "false", "--max_length", "32", "--external_plugins", str(ROOT / "plugins" / "texts.py")),
+        *("--dataset", str(tmp_path / "data.jsonl"), "--val_dataset"),
+    )  # fmt: skip
+    both, odd = (replace(texter, arguments=(*flags, str(tmp_path / name))) for name in ("data.jsonl", "odd.jsonl"))
+    grouped = replace(both, by="skill", validation=(str(tmp_path / "data.jsonl"),)).result(None, [])
+    alone = odd.result(None, [])
+    assert grouped["groups"]["1"] == pytest.approx({key: alone[key] for key in ("token_acc", "loss")}, rel=1e-5)
+
+
 def test_no_temporary_checkpoint_is_left(reader):
     assert not list(reader.out.rglob("*.safetensors"))
 

@@ -8,17 +8,17 @@ from helpers.lab import executable, values
 
 @pytest.fixture
 def knockouts(lab):
-    """knockouts(**env): the arguments of prunekit.knockout.sweep for a sweep without a scan, which isn't run."""
-    told = lab.folder / "told"
+    """knockouts(what, **env): the arguments of a sweep without a scan, or of a scan, neither of which is run."""
+    tell = f'printf "%s\\n" "$@" > "{lab.folder}/$2"'
     executable(
         lab.folder / "env/bin/python",
-        f'#!/bin/sh\n[ "$2" = prunekit.knockout.sweep ] || exec {sys.executable} "$@"\nprintf "%s\\n" "$@" > {told}\n',
+        f'#!/bin/sh\ncase "$2" in\nprunekit.scan | *.sweep) {tell} ;;\n*) exec {sys.executable} "$@" ;;\nesac\n',
     )
 
-    def run(**env: str) -> list[str]:
-        result = lab.run("knockout_check.sh", MODE="train", **env)
+    def run(what: str = "prunekit.knockout.sweep", MODE: str = "train", **env: str) -> list[str]:
+        result = lab.run("knockout_check.sh", MODE=MODE, **env)
         assert result.returncode == 0, result.stderr
-        return told.read_text().splitlines()
+        return (lab.folder / what).read_text().splitlines()
 
     return run
 
@@ -46,3 +46,7 @@ def test_knockouts_side_by_side_have_the_rows_of_one_alone(knockouts, jobs):
         int(values(argv, flag)[0]) for flag in ("--per_device_train_batch_size", "--gradient_accumulation_steps")
     )
     assert batch * accumulation * (4 // int(jobs)) == 16
+
+
+def test_a_scan_computes_in_the_dtype_that_is_set(knockouts):
+    assert values(knockouts("prunekit.scan", MODE="scan", DTYPE="float32", GPUS=""), "--dtype") == ["float32"]

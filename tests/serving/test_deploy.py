@@ -160,6 +160,17 @@ def test_a_killed_export_leaves_nothing_half_and_the_next_one_cleans_up(served, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_onnx_that_computes_no_numbers_is_not_written(tiny, tmp_path, monkeypatch):
+    source = open_checkpoint(tiny("bert"))
+    logits = {True: np.ones((2, 24, 3)), False: np.full((2, 24, 3), np.nan)}
+    monkeypatch.setattr("prunekit.serving.deploy.export_onnx", lambda model, file: file.write_bytes(b""))
+    monkeypatch.setattr(
+        "prunekit.serving.deploy.load_served", lambda folder: lambda inputs: logits[folder == source.path]
+    )
+    with pytest.raises(PruneKitError, match="as ONNX it computes something else"):
+        deploy(source, tmp_path / "out", "onnx")
+
+
 def test_a_model_that_computes_something_else_as_onnx_is_not_written(served, tmp_path, monkeypatch):
     other, source = served("distilbert", "onnx")[0], served("bert", "onnx")[1]
     monkeypatch.setattr("prunekit.serving.deploy.export_onnx", copy_of(other))

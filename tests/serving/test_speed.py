@@ -82,6 +82,7 @@ def test_a_pace_is_within_the_models_positions(tiny):
     models = [open_checkpoint(tiny(family)) for family in ("llama", "gpt2")]  # 128 and 64 positions
     pace = choose_pace(models, None, None)
     assert (pace.prompt, pace.tokens) == (48, 16)
+    assert choose_pace(models, 60, None).tokens == 4  # what a prompt of the user's leaves
     with pytest.raises(PruneKitError, match="--prompt-tokens 60 .*64 positions"):
         choose_pace(models, 60, 8)
 

@@ -103,6 +103,7 @@ def test_words_of_rows_are_kept_as_they_are(tagger, tmp_path):
         ("L'Île-de-France.", ["L", "'", "Île-de-France", "."]),
         ("a.b@c.org, 3.5€ (ok)", ["a.b@c.org", ",", "3.5", "€", "(", "ok", ")"]),
         ("\n tab\t- x", ["tab", "-", "x"]),
+        ("cafe\u0301 हिन्दी, می\u200cروم", ["cafe\u0301", "हिन्दी", ",", "می\u200cروم"]),
     ],
 )
 def test_words_of_a_text_are_those_of_the_data(text, words):
@@ -144,7 +145,7 @@ def test_threads_may_share_a_tagger(trained):
         ("a.jsonl", b"{", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n[]', 'line 2: needs "text"'),
         ("a.jsonl", b'{"tokens": ["a", ""]}', 'line 1: needs "text"'),
-        ("a.jsonl", rb'{"text": "\ud800"}', "line 1: has a lone surrogate"),
+        ("a.jsonl", rb'{"text": "\ud800"}', "line 1 is not UTF-8 text, or has half"),
         ("a.txt", b"", "is empty"),
         ("a.txt", b"\xff", "is not UTF-8"),
     ],

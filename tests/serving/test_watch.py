@@ -59,6 +59,11 @@ def test_a_summary_counts_all_texts(log):
     assert table(found).splitlines()[-1].split()[1] == f"{found['psi']:.4f}"
 
 
+def test_a_text_with_a_word_that_the_model_cant_read_is_unsure(tmp_path):
+    (tmp_path / "log").write_text(log_line(tmp_path, Tagged("", [], ["O", "O"], [1.0, 0.0]), 1.0))
+    assert summary(read_log(tmp_path / "log"), None)["unsure"] == 1
+
+
 def test_a_log_of_empty_texts_has_a_summary(log):
     found = summary(read_log(log([[], []])), Counter({"O": 1}))
     assert (found["words"], found["confidence"], "psi" in found) == (0, None, False)

@@ -125,7 +125,7 @@ def test_scores_of_texts_are_those_of_a_case_worked_by_hand():
         (["--task", "text-classification"], None, "no text classifier; train it with ner_run.py --new-head"),
         (["--task", "text-classification", "--new-head"], '{"text": "a", "label": "x"}', "all rows have the label 'x'"),
         (["--task", "text-classification", "--new-head"], '{"text": "a", "label": 1}', 'line 1: needs "text" and'),
-        (["--task", "text-classification", "--new-head"], '{"text": "\\ud800", "label": "x"}', "line 1 is not JSON"),
+        (["--task", "text-classification", "--new-head"], '{"text": "\\ud800", "label": "x"}', "line 1 is not UTF-8"),
         (["--task", "text-classification", "--new-head"], "", "is empty"),
     ],
 )

@@ -261,6 +261,7 @@ def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, scrip
         (["--no_such_flag", 1], "--no_such_flag: neither"),
         (["--save_strategy", "no"], "--save_strategy no"),
         (["--output_dir", "x"], "--output_dir: is"),
+        (["--output-dir=x"], "--output_dir: is"),
         (["--val-dataset", "missing.jsonl"], "missing.jsonl is not there"),
         (["--keep-zeros", *QUICK], "no trained weight is zero"),
     ],

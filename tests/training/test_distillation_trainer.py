@@ -1,5 +1,6 @@
 """Our loss inside ms-swift's GKD trainer: that it is what runs, and what it says of a bad start."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -115,6 +116,35 @@ def test_a_cache_of_another_temperature_is_refused(trainer_module, tmp_path):
     one.cache, one.temperature = TeacherCache(tmp_path / "cache", Settings("0" * 16, 300, 8, 0.9)), 1.0
     with pytest.raises(trainer_module.PruneKitError, match="the cache is of temperature 0.9"):
         one._check_temperature()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "asked", "kept"), [((9, 3), [1], [1]), ((9, 9), [0], []), ((3, 3), [0, 1], [0, 1])]
+)
+def test_a_process_answers_with_the_others_though_its_rows_are_too_long(
+    trainer_module, tmp_path, monkeypatch, lengths, asked, kept
+):
+    rows = [{"input_ids": [row] * n, "labels": [-100] + [row] * (n - 1), "length": n} for row, n in enumerate(lengths)]
+    shown = []
+
+    def model(input_ids):
+        shown.extend(input_ids[:, 0].tolist())
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 300))
+
+    monkeypatch.setattr(trainer_module, "_encode", lambda *_: rows)
+    one = trainer_module.CacheFiller.__new__(trainer_module.CacheFiller)
+    one.cache = TeacherCache(tmp_path / "cache", Settings("0" * 16, 300, 8, 1.0))
+    one.accelerator = SimpleNamespace(device="cpu", gather=lambda counts: torch.cat([counts, torch.tensor([1])]))
+    one.template = SimpleNamespace(
+        truncation_strategy="raise", max_length=5,
+        data_collator=lambda given: {k: torch.tensor([row[k] for row in given]) for k in ("input_ids", "labels")},
+    )  # fmt: skip
+    for name in ("to_samples", "prepare_logits_to_keep"):
+        monkeypatch.setattr(one, name, lambda given: given, raising=False)
+    monkeypatch.setattr(one, "compute_loss_context_manager", contextlib.nullcontext, raising=False)
+    one.prediction_step(model, None)
+    assert shown == asked
+    assert [number for number, row in enumerate(rows) if trainer_module.row_key(row) in one.cache] == kept
 
 
 @pytest.fixture

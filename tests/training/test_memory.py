@@ -168,6 +168,7 @@ def test_rows_are_as_long_as_the_line_and_the_model_allow(monkeypatch):
     assert 0 < image < 50
     generated = training("grpo", 4, "--max_length", "100", "--max_completion_length", "20").step.rows
     assert (generated.tokens, generated.answer) == (120, 20)
+    assert training("grpo", 4, tokens=300).step.rows == Rows(8, 300, 0, 299)  # an answer may have 512
 
 
 def test_a_file_of_deepspeeds_is_read(tmp_path):

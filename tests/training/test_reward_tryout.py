@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,8 @@ from helpers.paths import ROOT
 from rapidfuzz import fuzz
 from rapidfuzz.distance import JaroWinkler, LCSseq, Levenshtein
 
+from prunekit import tryout
+from prunekit.report import rewards as drawn
 from prunekit.training.reward_tryout import HOSTILE, completions_of, flat_groups, try_rewards
 
 WORDS = ["Invoice 4711", "north wall", "Total 19,50", "left lane", "GRÜN 12", "exit B", "Käse", "№ 5", "Omega", "2026"]
@@ -178,6 +181,7 @@ PLANTED = {
     "random": (Random(), "gives other values when it is asked again"),
     "remembers": (Remembers(), "gives other values when it is asked again"),
     "constant": (paired(lambda c, s: 0.5), "is always 0.5"),
+    "constant_where_it_applies": (paired(lambda c, s: 0.5 if s.isascii() else None), "is always 0.5"),
     "raises_on_empty": (paired(lambda c, s: c.count(s[0]) / len(c)), "raises ZeroDivisionError"),
     "nan": (paired(lambda c, s: float(np.float64(c == s) / (1 if c.strip() else np.nan))), "returns nan"),
     "too_few": (lambda completions, solution, **columns: [1.0], "returns 1 values for 10"),
@@ -242,12 +246,35 @@ def test_answers_that_are_worth_the_same_everywhere_are_a_fault():
     assert "100% of the rows" in texts(found)
 
 
+def test_one_answer_to_a_row_does_not_tell_whether_answers_are_alike():
+    said = [word if place % 2 else "x" for place, word in enumerate(WORDS)]
+    assert tried(SOUND["exact"][0], samples={"model": said}, generations=1).faults == []
+
+
 def test_rewards_that_say_the_same_are_named():
     rng = np.random.default_rng(0)
     said = [word if rng.random() < 0.5 else "x" for word in WORDS for _ in range(4)]
     rewards = {"one": SOUND["exact"][0], "other": SOUND["minus_one"][0]}
     found = tried(rewards, samples={"model": said}, generations=4)
     assert any(finding.text.startswith("says the same as other") for finding in found.findings)
+
+
+@pytest.mark.parametrize(("missing", "count"), [(range(40), 40), (range(3), 3)])
+def test_answers_that_a_reward_says_nothing_of_are_counted(missing, count):
+    said = [word for word in WORDS for _ in range(4)]
+    found = tried(paired(lambda c, s: float(c == s)), samples={"model": said}, generations=4)
+    found.values["reward"]["model"] = [None if place in missing else 1.0 for place in range(40)]
+    assert tryout.samples_said(found, len(WORDS)).endswith(f"none for {count}")
+
+
+def test_table_and_figure_give_a_rewards_mean_over_the_rows_that_it_says_something_of(monkeypatch):
+    figures = []
+    monkeypatch.setattr(drawn, "save_figure", lambda figure, path: figures.append(figure))
+    half = paired(lambda c, s: float(c == s) if s.isascii() else None)
+    found = tried({"half": half, "none": paired(lambda c, s: None)})
+    drawn.draw_tryout(found, None)
+    assert tryout.table(found).splitlines()[1].split()[:3] == ["truth", "1.000", "none"]
+    assert [text.get_text() for text in figures[0].axes[0].texts[:2]] == ["1.00", "none"]
 
 
 def test_mistakes_leave_the_length_and_change_as_many_characters_as_they_say():
@@ -312,6 +339,12 @@ def test_the_line_of_rl_run_says_data_rewards_and_plugins(script, data, plugin, 
     result = script("prunekit.tryout", "--swift", "--json", found, "--", *line)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(found.read_text())["values"]["mine"]["truth"] == [1.0] * len(WORDS)
+
+
+def test_a_line_with_a_reward_model_has_a_weight_for_it_too(monkeypatch):
+    line = "--dataset rl.jsonl --reward_funcs format --reward_model rm --reward_weights 1 0.5"
+    monkeypatch.setattr(sys, "argv", ["tryout", "--swift", "--", *line.split()])
+    assert tryout.arguments().rewards == ["format"]
 
 
 @pytest.mark.parametrize(
