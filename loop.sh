@@ -270,7 +270,8 @@ make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
       fitting "${words[0]}"
       trial=trials/${words[1]#--}-${words[2]}
       if [ -z "$DRY_RUN" ] && [ "$number" -eq 1 ] && [ ${#words[@]} -eq 3 ] && have "$trial"; then
-        mv "$here/$trial" "$output" # that very cut, made already
+        # That very cut, made already. Where another follows, which may break, the choice reads it again
+        if [ "$number" -eq ${#lines[@]} ]; then mv "$here/$trial" "$output"; else output=$here/$trial; fi
       else
         run python "$ROOT/${words[0]}" --model "$input" --out "$output" "${words[@]:1}" "${FIT[@]}" ||
           stop "${words[0]}"

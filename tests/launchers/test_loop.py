@@ -202,6 +202,18 @@ def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_comman
     assert scripts(loop).count(stage) >= 2
 
 
+@pytest.mark.slow
+def test_a_cut_of_two_kinds_that_broke_in_the_second_goes_on_there(loop):
+    settings = {"CUTS": "neurons kv", "TARGET_PARAMS": "0.9", "TARGET_KV": "0.5", "MAX_ROUNDS": "1"}
+    result = loop.run("loop.sh", **settings, STUB_BREAK="cut")
+    assert result.returncode == 1 and "stopped: kv_cut.py's messages" in result.stderr, result.stderr
+    before = scripts(loop)
+    result = loop.run("loop.sh", **settings)
+    assert result.returncode in (0, 3), result.stderr
+    assert scripts(loop)[len(before) :] == ["kv_cut.py", "sft", "prunekit.evaluate"]
+    assert [entry["stage"] for entry in history(loop.out)] == ["width_cut", "kv_cut", "full_run", "loop"]
+
+
 def test_a_loop_goes_on_with_a_folder_that_a_person_put_in_place(loop):
     here = loop.folder / "ckpt/out.loop/1"
     assert loop.run("loop.sh", STUB_BREAK="prunekit.scan").returncode == 1
