@@ -562,7 +562,7 @@ run_swift() {
   fi
   [ -z "$REUSE" ] || OVERWRITE=1
   if [ -z "$RESTART" ] && [ -n "$same" ] && is_published; then # killed while cleaning up
-    clean_up
+    if is_main_node; then clean_up; fi
     exit 0
   elif is_published; then
     [ -n "$OVERWRITE" ] || die "$OUTPUT: exists; choose another OUTPUT or pass --overwrite"
@@ -570,7 +570,8 @@ run_swift() {
   fi
   if [ -n "$RESTART" ]; then
     if is_main_node; then
-      find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' -exec rm -rf {} +
+      empty_work
+      rm -f "$WORK"/{publishing,command.sh,made_from.json}
     fi
   else
     [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
@@ -645,7 +646,14 @@ clean_up() {
   echo "$STAGE: wrote $OUTPUT"
 }
 
+# empty_work: remove all that is large from $WORK. Were this killed, what is left would still say whose it was.
+empty_work() {
+  find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' ! -name publishing ! -name command.sh \
+    ! -name made_from.json -exec rm -rf {} +
+}
+
 remove_work() {
+  empty_work
   exec 9>&- # NFS keeps a file that is open, and its folder
   rm -rf "$WORK"
 }

@@ -151,6 +151,31 @@ def test_a_stage_killed_after_publishing_is_only_cleaned_up(lab):
     assert not lab.work.exists()
 
 
+RM = """#!/bin/sh
+[ -n "$STUB_RM_DIES" ] || exec /bin/rm "$@"
+shift
+find "$@" -maxdepth 1 -type f -delete
+exit 1
+"""  # it begins with what is small
+
+
+def test_a_stage_killed_while_its_folder_is_removed_is_only_cleaned_up(lab):
+    executable(lab.folder / "env/bin/rm", RM)
+    assert lab.run("full_run.sh", GPUS="", STUB_RM_DIES=1).returncode == 1
+    assert lab.out.exists() and lab.work.exists()
+    again = lab.run("full_run.sh", GPUS="")
+    assert again.returncode == 0, again.stderr
+    assert len(lab.calls()) == 1 and not lab.work.exists()
+
+
+def test_a_restart_killed_while_it_forgets_is_not_taken_for_a_run_of_its_settings(lab):
+    lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
+    executable(lab.folder / "env/bin/rm", RM)
+    assert lab.run("full_run.sh", "--learning_rate", "1", GPUS="", RESTART=1, STUB_RM_DIES=1).returncode == 1
+    again = lab.run("full_run.sh", "--learning_rate", "1", GPUS="")
+    assert again.returncode == 2 and "other settings" in again.stderr
+
+
 def test_other_settings_with_overwrite_after_publishing_train_anew(lab):
     lab.run("full_run.sh", GPUS="", KEEP_RUN=1)
     (lab.work / "publishing").write_text("none\n")
