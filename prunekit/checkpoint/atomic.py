@@ -53,6 +53,8 @@ def check_out(
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PruneKitError(f"{out}: can't be written: {parent} is no folder that you may write to; choose another OUT")
     if out.is_dir() and not any(out.iterdir()):
+        if out.is_symlink():
+            raise PruneKitError(f"{out}: is a link; give the folder that it leads to, {os.path.realpath(out)}")
         return out
     if out.exists() or out.is_symlink():
         if not overwrite:

@@ -75,6 +75,14 @@ def test_an_out_that_comes_into_being_meanwhile_is_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/x").exists()
 
 
+def test_a_link_to_an_empty_folder_is_refused_before_anything_is_written(tmp_path):
+    """A folder can't be renamed to it: a training would be in vain."""
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large disk")
+    with pytest.raises(PruneKitError, match=r"out: is a link; give the folder that it leads to, .*/large disk$"):
+        check_out(tmp_path / "out")
+
+
 def test_a_live_writers_folder_is_not_taken_for_a_leftover(tmp_path):
     with new_folder(tmp_path / "out") as first:
         with pytest.raises(ValueError), new_folder(tmp_path / "out"):
