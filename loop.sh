@@ -308,11 +308,13 @@ if [ -n "$DRY_RUN" ]; then
   "${BEGIN[@]}" --into "$state"
 else
   claim_work
-  if is_published; then # killed while cleaning up
+  if [ -z "$RESTART" ] && is_published; then # killed while cleaning up
+    [ ! -e "$folder/loop.json" ] || "${BEGIN[@]}" --into "$folder"
+    code=$(cat "$WORK/code" 2>/dev/null || echo 0)
     make_card
     remove_work
     echo "$OUTPUT is there already"
-    exit 0
+    exit "$code"
   fi
   [ -z "$RESTART" ] || rm -rf "$folder"
   if [ ! -e "$folder/loop.json" ]; then
@@ -455,10 +457,11 @@ while [ -n "$END" ]; do
   echo "behind the last round: $stage, from $from"
   end_stage "$stage" "$@"
 done
-{ stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing"
+begin_publishing
 code=0
 python -m prunekit.loop publish --into "$folder" --out "$OUTPUT" --max-rounds "$MAX_ROUNDS" ${OVERWRITE:+--overwrite} || code=$?
 [ "$code" -ne 2 ] || exit 1
+echo "$code" > "$WORK/code"
 make_card
 remove_work
 exit "$code"

@@ -58,6 +58,15 @@ claim_work
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
   --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
 
+finish() {
+  python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
+  remove_work
+}
+if [ -z "$RESTART" ] && is_published; then # killed while cleaning up
+  finish
+  exit 0
+fi
+
 settings=()
 for name in MODEL DATASET VAL_DATASET OUTPUT SPARSITY START CYCLES SCHEDULE MODULES SCORE REFIT WORSE CHECKPOINT; do
   settings+=("$name=${!name}")
@@ -101,7 +110,7 @@ for level in $levels; do
   [ "$good" -eq 0 ] || exit "$good"
   previous=$here
 done
+begin_publishing
 python -m prunekit.training.cycles publish --cycles "$folder" --base "$MODEL" --out "$OUTPUT" --worse "$WORSE" \
   ${OVERWRITE:+--overwrite}
-python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
-remove_work
+finish

@@ -364,7 +364,7 @@ preflight() {
   shift
   if [ -d "$OUTPUT.run" ]; then
     claim_work
-    is_published && overwrite=1
+    [ -n "$RESTART" ] || ! is_published || overwrite=1
   fi
   [ -z "$REUSE" ] || overwrite=1 # run_swift looks at what is there
   found=$(python -m prunekit.training.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
@@ -627,10 +627,14 @@ publish() {
 
 # publish_with ARGS...: the same, by Python with these arguments.
 publish_with() {
-  { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
-  mv "$WORK/publishing.new" "$WORK/publishing"
+  begin_publishing
   python "$@" ${OVERWRITE:+--overwrite}
   clean_up
+}
+
+begin_publishing() {
+  { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
+  mv "$WORK/publishing.new" "$WORK/publishing"
 }
 
 # is_published: is $OUTPUT another folder than when this run began to publish?
