@@ -203,6 +203,19 @@ def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_comman
 
 
 @pytest.mark.slow
+def test_a_loop_killed_while_its_card_is_made_ends_as_it_would_have(loop):
+    executable(loop.folder / "env/bin/rm", '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    assert loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5").returncode == 1 and loop.out.exists()
+    (loop.folder / "env/bin/rm").unlink()
+    for other, message in (({"TARGET_PARAMS": "0.6"}, "another targets"), ({"RESTART": 1}, "exists; choose")):
+        result = loop.run("loop.sh", **{"MAX_ROUNDS": 1, "TARGET_PARAMS": "0.5"} | other)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    result = loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5")
+    assert result.returncode == 3 and "is there already" in result.stdout, result.stderr
+    assert not loop.work.exists()
+
+
+@pytest.mark.slow
 def test_a_cut_of_two_kinds_that_broke_in_the_second_goes_on_there(loop):
     settings = {"CUTS": "neurons kv", "TARGET_PARAMS": "0.9", "TARGET_KV": "0.5", "MAX_ROUNDS": "1"}
     result = loop.run("loop.sh", **settings, STUB_BREAK="cut")
