@@ -77,5 +77,10 @@ for number in 1 2 3; do
   running=$!
   wait "$running"
   running=''
-  [ -n "$CHECK" ] || input=$output
+  [ -z "$CHECK" ] || continue
+  input=$output
+  # The first node publishes
+  until is_main_node || [ "$number" = 3 ] || { [ -e "$output" ] && { [ -n "$KEEP_RUN" ] || [ ! -e "$output.run" ]; }; }; do
+    sleep 1
+  done
 done

@@ -44,7 +44,9 @@ def hang():
 def meet():
     calls = Path(os.environ["STUB_CALLS"])
     ranks = {str(rank) for rank in range(int(os.environ["NNODES"]))}
-    while ranks - {json.loads(line)["env"].get("NODE_RANK") for line in calls.read_text().splitlines()}:
+    while ranks:
+        started = [json.loads(line) for line in calls.read_text().splitlines()]
+        ranks -= {call["env"].get("NODE_RANK") for call in started if flag("--output_dir") in call["argv"]}
         time.sleep(0.05)
 
 

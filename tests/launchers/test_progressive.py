@@ -3,11 +3,12 @@
 import re
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 from helpers.cuts import cut_width
-from helpers.lab import check_flags, values, wait_for
+from helpers.lab import check_flags, executable, values, wait_for
 from helpers.tiny_models import FAMILIES, load
 
 from prunekit.checkpoint import attending, history, open_checkpoint
@@ -128,6 +129,20 @@ def test_a_run_that_overwrites_goes_on_in_its_phase_too(narrow):
     models = [values(call["argv"], "--model")[0].rpartition("/")[2] for call in narrow.calls()]
     assert models == ["narrow", "out-phase1", "out-phase2"]
     assert history(narrow.out)[-1]["stage"] == "progressive_run-3"
+
+
+@pytest.mark.slow
+def test_a_node_that_publishes_nothing_waits_for_the_phase_that_another_does(narrow):
+    slow = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) sleep 5 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(narrow.folder / "env/bin/python", slow)
+    nodes = [
+        narrow.start("progressive_run.sh", GPUS="", NNODES=2, NODE_RANK=rank, MASTER_ADDR="a", STUB_MEET=1)
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        _, err = node.communicate(timeout=120)
+        assert node.returncode == 0, err
+    assert len(narrow.calls()) == 6 and history(narrow.out)[-1]["stage"] == "progressive_run-3"
 
 
 def test_a_check_of_phases_is_of_all_three_and_writes_nothing(narrow):
