@@ -5,7 +5,7 @@ Like the real command it is a wrapper that starts the trainer as a child and wai
   STUB_CALLS        file to which a JSON line per call is added: argv, env, pid of the trainer, pid of its child
   STUB_STEPS        steps to train (4); a checkpoint every 2
   STUB_FAIL_AT      step after which training fails, with exit code 3
-  STUB_HANG_AT      step after which it hangs, beside a child process of its own
+  STUB_HANG_AT      step after which it hangs, beside a child process of its own; export: before its config is written
   STUB_STUBBORN     it ignores SIGTERM
   STUB_SERVER       rollout: ok, dead (ends at once) or silent (never answers)
   STUB_CACHE        what it writes as cache.json where it fills a teacher's cache
@@ -122,6 +122,17 @@ def serve():
     http.server.HTTPServer(("127.0.0.1", int(flag("--port"))), Health).serve_forever()
 
 
+def export():
+    folder = Path(flag("--output_dir"))
+    save_model(folder)
+    if os.environ.get("STUB_HANG_AT") == "export":
+        hang()
+    if "--quant_method" in sys.argv:
+        config = json.loads((folder / "config.json").read_text())
+        method = {"bnb": "bitsandbytes"}.get(flag("--quant_method"), flag("--quant_method"))
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+
+
 if "STUB_INNER" not in os.environ:
     result = subprocess.run([sys.executable, "-SE", *sys.argv], env={**os.environ, "STUB_INNER": "1"})
     sys.exit(result.returncode)
@@ -132,6 +143,6 @@ match sys.argv[1]:
     case "sft" | "rlhf":
         train()
     case "export":
-        save_model(Path(flag("--output_dir")))
+        export()
     case "rollout":
         serve()
