@@ -77,8 +77,8 @@ printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT
 evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
   local json=$1
   shift
-  CUDA_VISIBLE_DEVICES=${GPUS%%,*} python -m prunekit.evaluate --model "$@" --dataset "$VAL_DATASET" --no-generate \
-    --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} --json "$json.new"
+  run_to_end env CUDA_VISIBLE_DEVICES="${GPUS%%,*}" python -m prunekit.evaluate --model "$@" --dataset "$VAL_DATASET" \
+    --no-generate --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} --json "$json.new"
   mv "$json.new" "$json"
 }
 
@@ -89,7 +89,7 @@ for level in $levels; do
   here=$folder/$cycle
   if [ ! -e "$here.json" ]; then
     if [ ! -e "$here.sparse" ] && [ ! -e "$here" ]; then
-      python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
+      run_to_end python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
     fi
     if [ ! -e "$here" ] || [ -d "$here.run" ]; then
       run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \

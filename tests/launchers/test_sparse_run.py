@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from helpers.cuts import sparsify
-from helpers.lab import executable
+from helpers.lab import executable, wait_for
 from safetensors.torch import load_file
 
 from prunekit.checkpoint import history
@@ -84,6 +84,19 @@ def test_a_run_killed_after_publishing_is_only_cleaned_up_and_refused_with_other
     result = lab.run("sparse_run.sh")
     assert result.returncode == 0, result.stderr
     assert lab.out.stat().st_ino == inode and not lab.work.exists()
+
+
+@pytest.mark.parametrize("part", ["sparsify.py", "prunekit.evaluate"])
+def test_a_signal_ends_what_the_launcher_waits_for_and_it_at_once(part, lab, cycles, tiny):
+    if part == "prunekit.evaluate":
+        (cycles / "dense.json").unlink()
+    hang = f'#!/bin/sh\ncase "$*" in *{part}*) touch hangs; exec sleep 60 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(lab.folder / "env/bin/python", hang)
+    process = lab.start("sparse_run.sh")
+    wait_for((lab.folder / "hangs").exists)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not lab.left()
 
 
 def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):
