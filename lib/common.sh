@@ -30,6 +30,7 @@ for argument in "$@"; do
     --overwrite) OVERWRITE=1 ;;
     --model | --model=*) die "--model: set MODEL=... instead, which is checked first and published last" ;;
     --output-dir | --output-dir=*) die "--output_dir: set OUTPUT=... instead; the run's own folder is \$OUTPUT.run" ;;
+    --*=[!-]*) remaining+=("${argument%%=*}" "${argument#*=}") ;; # one form for all that reads them
     *) if [ "$flag" = --external-plugins ]; then USER_PLUGINS+=("$argument"); else remaining+=("$argument"); fi ;;
   esac
 done
@@ -387,7 +388,7 @@ preflight() {
       FREE_PORTS) FREE_PORTS=$value ;;
     esac
   done <<< "$found"
-  if [[ " ${LINE[*]} " == *" --vllm_mode colocate "* && " ${LINE[*]//-/_} " != *" __vllm_max_model_len"* && -n $ENGINE_LENGTH ]]; then
+  if [[ " ${LINE[*]//-/_} " == *" __vllm_mode colocate "* && " ${LINE[*]//-/_} " != *" __vllm_max_model_len"* && -n $ENGINE_LENGTH ]]; then
     LINE+=(--vllm_max_model_len "$ENGINE_LENGTH")
   fi
   [ "$kind" = export ] || tell_memory

@@ -69,7 +69,12 @@ def test_without_deepspeed_weights_are_float32_under_bfloat16_autocast(settle, e
 @pytest.mark.parametrize("gpus", ["0", "0,1"])
 @pytest.mark.parametrize(
     "flags",
-    [["--optimizer", "head_rates"], ["--optimizer", "active_heads"], ["--callbacks", "dynamic_sparsity"]],
+    [
+        ["--optimizer", "head_rates"],
+        ["--optimizer=active_heads"],
+        ["--callbacks", "dynamic_sparsity"],
+        ["--callbacks=dynamic_sparsity"],
+    ],
     ids=" ".join,
 )
 def test_what_deepspeed_cannot_do_runs_without_it_and_with_float32_weights(settle, flags, gpus):
