@@ -104,6 +104,16 @@ def parse(kind: str, line: list[str]) -> argparse.Namespace:
     return args
 
 
+def check_whole_names(kind: str, line: Iterable[str]) -> None:
+    """PruneKitError for a flag that is shortened: ms-swift takes it, and a launcher doesn't see that it is there."""
+    known = parser(kind)._option_string_actions
+    for word in line:
+        flag = word.partition("=")[0]
+        whole = [action.dest for name, action in known.items() if name.startswith(flag)]
+        if word.startswith("--") and flag not in known and whole:
+            raise PruneKitError(f"{show(flag)}: write the flag's whole name, --{whole[0]}")
+
+
 def _json(flag: str, text: str) -> dict[str, Any]:
     """A JSON object, or the content of a file that holds one."""
     try:

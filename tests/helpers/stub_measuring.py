@@ -2,8 +2,8 @@
 
 A sitecustomize.py calls `main` in every Python process. It records their command lines beside ms-swift's (STUB_CALLS,
 event "python") and does on disk what the real ones do: cuts by the weights alone, scores from STUB_SCORES, JSON with
-{"end of a model's path": token_acc}, else 0.9; the loss is 1 - token_acc. STUB_BREAK names what ends with exit code 3: a
-script, or a folder that it would write.
+{"end of a model's path": token_acc}, else 0.9; the loss is 1 - token_acc. STUB_BREAK names what ends with exit code
+3: a script, or a folder that it would write.
 """
 
 import json

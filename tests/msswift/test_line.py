@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
 from prunekit.msswift import line as swift_line
-from prunekit.msswift.line import CLASSES, check_line, parse, parser
+from prunekit.msswift.line import CLASSES, check_line, check_whole_names, parse, parser
 
 GRPO = ["--rlhf_type", "grpo", "--per_device_train_batch_size", "8"]
 
@@ -154,6 +154,15 @@ def test_a_bad_line_is_refused_in_one_line(line, message):
     with pytest.raises(PruneKitError, match=message) as error:
         check("sft", *line.split())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"), [("--per-device-train-b 2", "per_device_train_batch_size"), ("--lmb=0", "lmbda")]
+)
+def test_a_shortened_flag_is_refused_by_its_whole_name(line, flag):
+    with pytest.raises(PruneKitError, match=rf"^--[a-z-]+: write the flag's whole name, --{flag}$"):
+        check_whole_names("rlhf", line.split())
+    check_whole_names("rlhf", ["--lmbda=0", "--per-device-train-batch-size", "2", "--system", "--be brief"])
 
 
 @pytest.mark.parametrize(
