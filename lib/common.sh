@@ -260,7 +260,7 @@ choose_deepspeed() {
 # the devices need, what makes it fast, the launcher's own ARGS, the batch (MOST rows at once), and last the user's.
 # KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model.
 settle() {
-  local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention
+  local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention word epochs=''
   local -a device speed=()
   shift 2
   local -a all=("$@" "${USER_ARGS[@]}")
@@ -329,8 +329,14 @@ settle() {
     fi
     echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
   fi
+  for word in "${USER_ARGS[@]}"; do # the trainer goes by steps where it is told both
+    case ${word//-/_} in __num_train_epochs) epochs=1 ;; __max_steps) epochs='' ;; esac
+  done
   plugin_list
-  LINE=(--external_plugins "${EXTERNAL[@]}" "${device[@]}" "${RUN_ARGS[@]}" "$@" "${speed[@]}" "${BATCH_ARGS[@]}" "${USER_ARGS[@]}")
+  LINE=(
+    --external_plugins "${EXTERNAL[@]}" "${device[@]}" "${RUN_ARGS[@]}" "$@" "${speed[@]}" "${BATCH_ARGS[@]}" "${USER_ARGS[@]}"
+    ${epochs:+--max_steps -1}
+  )
   refuse_lost_steps "$full"
   DISK_FACTOR=1.1
   # Three checkpoints exist while one is saved. DeepSpeed's have weights, a 16-bit and a 32-bit copy and two moments.

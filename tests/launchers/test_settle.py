@@ -172,6 +172,17 @@ def test_the_users_own_accumulation_comes_last(settle):
     assert line["gradient_accumulation_steps"] == "7"
 
 
+@pytest.mark.parametrize(
+    ("user", "steps"),
+    [(["--num_train_epochs", 3], "-1"), (["--max_steps", 9, "--num-train-epochs=3"], "-1"),
+     (["--num_train_epochs", 3, "--max_steps", 9], "9"), ([], "12000")],
+    ids=str,
+)  # fmt: skip
+def test_epochs_that_a_user_names_count_in_place_of_steps(settle, user, steps):
+    """Where both are there, the trainer goes by steps."""
+    assert settle("sft", *FULL, "--max_steps", 12000, user=user)["max_steps"] == steps
+
+
 @pytest.mark.parametrize(("memory", "batch"), [("81559", 4), ("24564", 1)])
 def test_small_gpus_get_one_row_at_once(settle, memory, batch):
     assert rows(settle("sft", *FULL, GPUS="0", STUB_MEMORY=memory))[0] == batch
