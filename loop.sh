@@ -62,14 +62,15 @@ for word in "$@"; do
   if [ "${word//_/-}" = --dry-run ]; then DRY_RUN=1; else words+=("$word"); fi
 done
 set -- "${words[@]}"
-read -ra recover_args <<< "$RECOVER_ARGS"
-read -ra distil_args <<< "$DISTIL_ARGS"
-read -ra evaluate_args <<< "$EVALUATE_ARGS"
-read -ra speed_args <<< "$SPEED_ARGS"
-read -ra lora_args <<< "$LORA_ARGS"
-read -ra rl_args <<< "$RL_ARGS"
-read -ra card_args <<< "$CARD_ARGS"
-read -ra on_nodes <<< "$ON_NODES"
+# To the end, which read calls a failure: of several lines, too
+read -rd "" -a recover_args <<< "$RECOVER_ARGS" || true
+read -rd "" -a distil_args <<< "$DISTIL_ARGS" || true
+read -rd "" -a evaluate_args <<< "$EVALUATE_ARGS" || true
+read -rd "" -a speed_args <<< "$SPEED_ARGS" || true
+read -rd "" -a lora_args <<< "$LORA_ARGS" || true
+read -rd "" -a rl_args <<< "$RL_ARGS" || true
+read -rd "" -a card_args <<< "$CARD_ARGS" || true
+read -rd "" -a on_nodes <<< "$ON_NODES" || true
 read -ra end_stages <<< "$END"
 
 # --- refuse what can be refused -----------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ kind='(layers|experts|heads|neurons|kv|vocabulary)'
 need CUTS "$kind( +$kind)*" "choose from layers, experts, heads, neurons, kv and vocabulary"
 [ -n "$TARGET_PARAMS$TARGET_BYTES$TARGET_KV$TARGET_SPEED" ] ||
   die "no target: set TARGET_PARAMS, TARGET_BYTES, TARGET_KV or TARGET_SPEED"
-[[ $METRIC != reward || " $EVALUATE_ARGS " == *" --rewards "* ]] ||
+[[ $METRIC != reward || " ${evaluate_args[*]} " == *" --rewards "* ]] ||
   die "METRIC=reward: of which rewards? EVALUATE_ARGS='--rewards ocr_cer --plugins plugins/ocr_rewards.py'"
 case $METRIC in
   token_acc | loss) [[ $EVALUATE_ARGS =~ --(no-generate|rewards) ]] || evaluate_args+=(--no-generate) ;;

@@ -261,6 +261,13 @@ def test_a_dry_run_prints_the_lines_and_writes_nothing(loop):
     assert sorted(loop.folder.rglob("*")) == before
 
 
+def test_flags_of_stages_may_be_on_several_lines(loop):
+    result = loop.run("loop.sh", "--dry-run", RECOVER_ARGS="--learning_rate 3e-5\n  --max_length 99\n")
+    assert result.returncode == 0, result.stderr
+    [line, *_] = [line for line in result.stdout.splitlines() if "full_run.sh" in line]
+    assert "--learning_rate 3e-5 --max_length 99" in line
+
+
 def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
     shutil.copytree(loop.env["MODEL"], loop.out)
     result = loop.run("loop.sh")
