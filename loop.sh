@@ -114,12 +114,6 @@ result=distilled
 [ "$DISTIL_STEPS" -gt 0 ] || result=recovered
 out=$OUTPUT
 [ -z "$DRY_RUN" ] || OUTPUT=$OUTPUT.dry-run # that is never made, nor is anything of a loop that runs touched
-if [ "$result" = distilled ]; then
-  USER_ARGS=("${distil_args[@]}" "$@")
-  settle gkd 4 --rlhf_type gkd --teacher_model "$MODEL" --dataset "$DATASET" --val_dataset "$VAL_DATASET" \
-    "${FULL_ARGS[@]}" >/dev/null
-  preflight rlhf --teacher "$MODEL"
-fi
 USER_ARGS=("${recover_args[@]}" "$@")
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" >/dev/null
 # Of the model's size: a training's checkpoints; the round's cuts, trials and results; what stays of rounds, and OUTPUT.
@@ -129,10 +123,15 @@ megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors 2>/dev/null | tail -n
 used=$(du -smL --apparent-size "${out%/}.loop" 2>/dev/null | cut -f1 || true) # by this loop, before it was interrupted
 more=$((disk - ${used:-0} / (megabytes > 0 ? megabytes : 1)))
 preflight sft --disk-factor "$((more > DISK_FACTOR ? more : DISK_FACTOR))"
-# check LAUNCHER ARGS...: have it refuse what it would, of what there is by now: the base stands for what it will get.
+# check LAUNCHER ARGS...: have it refuse what it would, of what there is by now: the base stands for what it will get. And
+# have it say its memory.
 check() {
-  env CHECK=1 MODEL="$MODEL" OUTPUT="${out%/}.checked" bash "$ROOT/$1" --external_plugins "${USER_PLUGINS[@]}" "${@:2}" >/dev/null
+  env CHECK=1 MODEL="$MODEL" OUTPUT="${out%/}.checked" bash "$ROOT/$1" --external_plugins "${USER_PLUGINS[@]}" "${@:2}" |
+    { grep '^memory: ' || true; }
 }
+# The port may be held by what an interrupted round left behind
+[ "$result" != distilled ] || DATASET=$DATASET VAL_DATASET=$VAL_DATASET GPUS=$GPUS TEACHER=$MODEL ROLLOUT_PORT='' \
+  check distil.sh "${distil_args[@]}" "$@"
 [[ " $END " != *" lora "* ]] || DATASET=$LORA_DATASET VAL_DATASET=$VAL_DATASET check lora.sh "${lora_args[@]}"
 [[ " $END " != *" rl "* ]] || DATASET=$RL_DATASET VAL_DATASET='' check rl_run.sh "${rl_args[@]}"
 [[ " $END " != *" kv "* ]] || python "$ROOT/kv_cut.py" --model "$MODEL" --kv-heads "$END_KV" --dry-run >/dev/null

@@ -290,6 +290,8 @@ def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
         ({"CUTS": "layers vocabulary"}, "tokenizer.json"),
         ({"CUTS": "layers experts"}, "CUTS has experts: {model}: qwen3_vl without a mixture of experts"),
         ({"MAX_ROUNDS": "99999999"}, "GB free, out may need"),
+        ({"DISTIL_STEPS": "9", "GPUS": "0,1", "STUB_GPUS": "2", "ROLLOUT_GPUS": "9"}, "there is no GPU 9 here"),
+        ({"DISTIL_STEPS": "9", "CACHE": "cache", "LMBDA": "1"}, "leave one out"),
         pytest.param({"END": "kv", "END_KV": "3"}, "kv-heads 3", marks=pytest.mark.slow),
         pytest.param({"END": "lora", "LORA_DATASET": "absent.jsonl"}, "absent.jsonl is not", marks=pytest.mark.slow),
         ({"END": "rl", "RL_DATASET": "train.jsonl", "RL_ARGS": "--reward_funcs ocr_cer"}, "--reward_weights gives 4"),
