@@ -355,6 +355,8 @@ def main() -> None:
     check_names(model_type, template, plugins)
     if get("teacher_model"):
         args.teacher = Path(swift.teacher_model)
+    if args.adapter and swift.adapters:
+        args.adapter = Path(swift.adapters[0])
 
     checkpoint = open_here(args.model)
     teacher = open_here(args.teacher) if args.teacher else checkpoint

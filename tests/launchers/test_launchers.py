@@ -229,6 +229,14 @@ def test_data_and_rewards_of_the_command_line_are_checked_in_place_of_the_settin
     assert values(call["argv"], "--reward_funcs") == ["ocr_length", "format"]
 
 
+def test_an_adapter_of_the_command_line_is_checked_in_place_of_the_setting(lab):
+    shutil.copytree(lab.folder / "adapter", lab.folder / "mine")
+    result = lab.run("export_lora.sh", "--adapters", "mine", GPUS="", ADAPTER="absent")
+    assert result.returncode == 0, result.stderr
+    result = lab.run("export_lora.sh", "--adapters", ".", GPUS="", OUTPUT="ckpt/other")
+    assert result.returncode == 2 and result.stderr.startswith("error: . holds no adapter"), result.stderr
+
+
 # --- devices --------------------------------------------------------------------------------------------------
 
 
