@@ -312,6 +312,13 @@ def test_rl_steps_are_four_prompts_and_four_of_them_a_rollout(lab, gpus, batch, 
     assert values(call["argv"], "--steps_per_generation") == [str(4 * accumulation)]
 
 
+def test_a_generation_batch_that_a_user_names_takes_the_place_of_steps(lab):
+    """ms-swift takes one of the two."""
+    lab.run("rl_run.sh", "--generation_batch_size", 64, GPUS="0", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert "--steps_per_generation" not in call["argv"]
+
+
 @pytest.mark.parametrize("gpus", ["0", "0,1,2"])
 def test_rl_evaluates_whole_groups(lab, gpus):
     lab.run("rl_run.sh", GPUS=gpus, STUB_FAIL_AT=1)
