@@ -35,6 +35,7 @@ for argument in "$@"; do
   esac
 done
 set -- "${remaining[@]}"
+while [[ ${OUTPUT:-} == ?*/ ]]; do OUTPUT=${OUTPUT%/}; done # $OUTPUT.run lies beside it
 USER_ARGS=("$@") # of ms-swift: they come last, so that they count
 command -v swift >/dev/null || die "ms-swift is not installed: run 'bash lib/setup.sh'"
 unset TQDM_DISABLE # ms-swift's evaluation writes to the training's bar, and fails where there is none
@@ -365,7 +366,7 @@ refuse_lost_steps() {
 # positions, and names a LoRA's targets there that all-linear passes over. What an interrupted run of this OUTPUT left running is ended here: it may hold the port or the GPUs.
 # Where rows are texts, {"text": ...}, TEXT_ARGS and their plugin join LINE.
 preflight() {
-  OUTPUT=${OUTPUT%/}
+  OUTPUT=${OUTPUT%/} # a launcher's own default
   local kind=$1 found name value overwrite=$OVERWRITE
   local -a targets
   shift

@@ -78,8 +78,9 @@ def test_overwrite_replaces_a_finished_checkpoint(lab, tiny, how):
     assert history(lab.out)
 
 
-def test_a_trailing_slash_of_output_is_no_matter(lab):
-    result = lab.run("full_run.sh", GPUS="", OUTPUT="ckpt/out/")
+@pytest.mark.parametrize("slashes", ["/", "//"])
+def test_a_trailing_slash_of_output_is_no_matter(slashes, lab):
+    result = lab.run("full_run.sh", GPUS="", OUTPUT=f"ckpt/out{slashes}")
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in lab.out.parent.iterdir()) == ["out"]
 

@@ -66,6 +66,14 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(slurm, lab):
     assert len(lab.calls("sft")) == 2
 
 
+def test_a_job_that_goes_on_in_its_output_is_not_taken_for_done(slurm, lab):
+    """knockout_check.sh writes there from the beginning."""
+    (lab.out / "trained").mkdir(parents=True)
+    lab.work.mkdir()
+    said = finish(slurm("train.sbatch", "knockout_check.sh", OUTPUT="ckpt/out/", CHECK="1"))
+    assert "is there already" not in said and "rows a step" in said
+
+
 def test_a_loop_on_several_nodes_trains_on_all_cuts_on_the_first_and_scans_on_a_cluster(slurm):
     settings = {"TARGET_PARAMS": "0.75", "CUTS": "layers", "DISTIL_STEPS": "9", "CARD": ""}
     settings |= {"RAY_ADDRESS": "first:6379", "HEAL": "0"}
