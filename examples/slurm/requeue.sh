@@ -9,9 +9,12 @@ PRUNEKIT=${PRUNEKIT:-${SLURM_SUBMIT_DIR:-$PWD}}
 until_done() {
   local child code=0
   while [[ ${OUTPUT:?set OUTPUT} == ?*/ ]]; do OUTPUT=${OUTPUT%/}; done
-  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT.run" ]; then
-    echo "$OUTPUT is there already"
-    return
+  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    unset RESTART # it was for the first turn
+    if [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT.run" ]; then
+      echo "$OUTPUT is there already"
+      return
+    fi
   fi
   "$@" &
   child=$!

@@ -69,6 +69,13 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(slurm, lab):
     assert len(lab.calls("sft")) == 3, "a first turn is told what to do"
 
 
+def test_a_job_that_was_to_restart_does_so_in_its_first_turn_only(slurm, lab):
+    lab.run("full_run.sh", "--learning_rate", 1, GPUS="", STUB_FAIL_AT=3)
+    for turn, env in enumerate(({"STUB_FAIL_AT": "3"}, {})):
+        slurm("train.sbatch", "full_run.sh", RESTART="1", SLURM_RESTART_COUNT=turn, **env).communicate(timeout=120)
+    assert ["--resume_from_checkpoint" in call["argv"] for call in lab.calls("sft")] == [False, False, True]
+
+
 def test_a_job_that_goes_on_in_its_output_is_not_taken_for_done(slurm, lab):
     """knockout_check.sh writes there from the beginning."""
     (lab.out / "trained").mkdir(parents=True)
