@@ -589,6 +589,10 @@ run_swift() {
     [ -n "$same" ] ||
       die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
     resume=$(python -m prunekit.training.publish --run "$WORK" --find-resume)
+    if [ "$resume" = done ]; then
+      echo "all steps are taken, in $WORK"
+      return
+    fi
   fi
   if is_main_node; then
     sed -n 's/^MADE_FROM=//p' <<< "$found" > "$WORK/made_from.json.new"

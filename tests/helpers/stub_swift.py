@@ -83,7 +83,7 @@ def train():
             folder = run / f"checkpoint-{step}"
             save_model(folder)
             (folder / "optimizer.pt").write_bytes(b"junk")
-            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": steps}))
         if str(step) == os.environ.get("STUB_FAIL_AT"):
             print("RuntimeError: CUDA out of memory", file=sys.stderr)
             sys.exit(3)

@@ -124,6 +124,16 @@ def test_a_failing_trainer_leaves_no_output_and_the_same_command_resumes(lab):
     assert not lab.work.exists()
 
 
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_a_stage_killed_before_publishing_takes_no_other_step(checkpoint, lab):
+    """The trainer would take one more before it sees that it has taken all."""
+    lab.run("full_run.sh", GPUS="", KEEP_RUN=1, CHECKPOINT=checkpoint)
+    shutil.rmtree(lab.out)
+    result = lab.run("full_run.sh", GPUS="", CHECKPOINT=checkpoint)
+    assert result.returncode == 0, result.stderr
+    assert len(lab.calls()) == 1 and lab.out.exists() and not lab.work.exists()
+
+
 def test_a_half_written_checkpoint_is_not_resumed_from(lab):
     lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=4)
     (lab.work / "checkpoint-4/trainer_state.json").write_text('{"global_step": 4, "log_his')
