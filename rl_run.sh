@@ -128,7 +128,7 @@ if [ -n "$VAL_DATASET" ]; then DATA_ARGS=(--dataset "$DATASET" --val_dataset "$V
 # try_rewards: stop before the first step where the rewards have faults. A run that goes on was tried when it began.
 try_rewards() {
   local code=0
-  [ -n "$TRYOUT" ] && [ ! -e "$OUTPUT.run/command.sh" ] || return 0
+  [ -n "$TRYOUT" ] && { [ -n "$RESTART" ] || [ ! -e "$OUTPUT.run/command.sh" ]; } || return 0
   [ -z "$REUSE" ] || [ ! -e "$OUTPUT" ] || return 0
   python -m prunekit.tryout --swift "${TRYOUT_ARGS[@]}" -- "${LINE[@]}" || code=$?
   [ "$code" -ne 3 ] || die "the rewards have faults (above): mend them, or go on as they are by TRYOUT=0"

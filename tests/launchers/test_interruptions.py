@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,15 @@ def test_restart_forgets_the_interrupted_run(lab):
     assert "--resume_from_checkpoint" not in lab.calls()[-1]["argv"]
     steps = [json.loads(line).get("global_step/max_steps") for line in (lab.out / "logging.jsonl").open()]
     assert steps == ["1/4", "2/4", "3/4", "4/4", None]
+
+
+def test_rewards_are_tried_where_a_run_is_forgotten_too(lab):
+    lab.run("rl_run.sh", GPUS="", STUB_FAIL_AT=3)
+    faulty = f'#!/bin/sh\ncase "$*" in *prunekit.tryout*) exit 3 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(lab.folder / "env/bin/python", faulty)
+    result = lab.run("rl_run.sh", GPUS="", TRYOUT=1, RESTART=1)
+    assert result.returncode == 2 and "the rewards have faults" in result.stderr
+    assert (lab.work / "checkpoint-2").exists()
 
 
 def test_a_stage_killed_after_publishing_is_only_cleaned_up(lab):
