@@ -15,6 +15,7 @@
 #   MODEL=Qwen3-VL-8B-Instruct TARGET_SPEED=2 END='kv rl' RL_DATASET=data/rl.jsonl bash loop.sh
 # The same command goes on with what is there, and with folders that you put in their places.
 source "$(dirname "$0")/lib/common.sh"
+PATIENCE=200 # with launchers, which have theirs with a trainer and a server
 
 MODEL=${MODEL:-checkpoints/base}
 DATASET=${DATASET:-data/train.jsonl}

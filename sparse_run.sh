@@ -8,6 +8,7 @@
 # What is there of an interrupted run isn't made again: neither a cycle that is done nor the steps of the one that isn't.
 CHECKPOINT=${CHECKPOINT:-best}      # of each cycle's training: best, or last
 source "$(dirname "$0")/lib/common.sh"
+PATIENCE=200 # with launchers, which have theirs with a trainer and a server
 
 MODEL=${MODEL:-checkpoints/base}
 DATASET=${DATASET:-data/train.jsonl}

@@ -424,10 +424,11 @@ setup_wandb() {
   fi
 }
 
-# end_group PGID: ask a process group to stop, then make it.
+# end_group PGID: ask a process group to stop, then, after PATIENCE tenths of a second, make it.
+PATIENCE=50
 end_group() {
   kill -TERM -- "-$1" 2>/dev/null || kill -TERM "$1" 2>/dev/null || return 0 # just started, it has no group yet
-  for _ in $(seq 50); do
+  for _ in $(seq "$PATIENCE"); do
     # its dead don't count: in a container nobody may collect them
     grep -qsE "\) [^ZX] [0-9]+ $1 " /proc/[0-9]*/stat || return 0
     sleep 0.1
@@ -589,7 +590,7 @@ run_swift() {
     [ -n "$same" ] ||
       die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
     resume=$(python -m prunekit.training.publish --run "$WORK" --find-resume)
-    if [ "$resume" = done ]; then
+    if [ "$resume" = ended ]; then
       echo "all steps are taken, in $WORK"
       return
     fi

@@ -6,7 +6,7 @@
 --run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
 published lies elsewhere (as `swift export` writes it). A LoRA's adapter is published as an adapter folder. If --run
 holds a made_from.json (prunekit.checkpoint.provenance), the base must be the model that is in it. With --find-resume
-nothing is written: the checkpoint that an interrupted run can resume from is printed, if there is one; or "done", if
+nothing is written: the checkpoint that an interrupted run can resume from is printed, if there is one; or "ended", if
 its training has ended.
 """
 
@@ -221,7 +221,7 @@ def main() -> None:
     run = arguments.run
     if arguments.find_resume:
         whole = whole_checkpoints(run)
-        print("" if not whole else "done" if has_ended(run, whole[max(whole)]) else whole[max(whole)])
+        print("" if not whole else "ended" if has_ended(run, whole[max(whole)]) else whole[max(whole)])
         return
     if not (arguments.base and arguments.out and arguments.stage):
         parser.error("--base, --out and --stage are needed to publish")

@@ -99,6 +99,14 @@ def test_a_signal_ends_what_the_launcher_waits_for_and_it_at_once(part, lab, cyc
     assert not lab.left()
 
 
+@pytest.mark.slow
+def test_a_signal_ends_a_trainer_that_ignores_it_behind_a_launcher_behind_this_one(lab, cycles):
+    process = lab.until_hanging("sparse_run.sh", STUB_HANG_AT=1, STUB_STUBBORN=1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not lab.left()
+
+
 def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 3.5, 3.0)
     result = lab.run("sparse_run.sh")
