@@ -79,8 +79,8 @@ for number in 1 2 3; do
   running=''
   [ -z "$CHECK" ] || continue
   input=$output
-  # The first node publishes
-  until is_main_node || [ "$number" = 3 ] || { [ -e "$output" ] && { [ -n "$KEEP_RUN" ] || [ ! -e "$output.run" ]; }; }; do
-    sleep 1
-  done
+  if ! is_main_node && [ "$number" != 3 ]; then
+    echo "waiting for $output, which the first node publishes"
+    until [ -e "$output" ] && { [ -n "$KEEP_RUN" ] || [ ! -e "$output.run" ]; }; do sleep 1; done
+  fi
 done
