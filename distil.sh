@@ -35,8 +35,14 @@ ROLLOUT_DEADLINE=${ROLLOUT_DEADLINE:-900} # seconds until the server must answer
 
 need_switch REFILL
 case $CACHE in *://* | '['*) die "CACHE=$CACHE: give a folder; a teacher's server is --teacher_model_server" ;; esac
+value_of teacher_model_server "${USER_ARGS[@]}"
+SERVED=$VALUE
+[ -z "$CACHE" ] || [ -z "$SERVED" ] || die "CACHE=$CACHE: --teacher_model_server $SERVED is another teacher: leave one out"
+TEACHER_ARGS=() FOLDER=(--teacher "$TEACHER")
 if [ -n "$CACHE" ]; then
   TEACHER_ARGS=(--teacher_model_server "$CACHE" --gkd_logits_topk 8)
+elif [ -n "$SERVED" ]; then
+  FOLDER=()
 else
   TEACHER_ARGS=(--teacher_model "$TEACHER")
 fi
@@ -83,8 +89,8 @@ else
 fi
 
 settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"
-preflight rlhf --teacher "$TEACHER" --disk-factor "$DISK_FACTOR" --free-ports 2 ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
-[ -n "$CACHE" ] || LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
+preflight rlhf "${FOLDER[@]}" --disk-factor "$DISK_FACTOR" --free-ports 2 ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
+[ -n "$CACHE$SERVED" ] || LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
 
 if [ -n "$ROLLOUT_GPUS" ]; then
   ROLLOUT_PORT=${ROLLOUT_PORT:-${FREE_PORTS%,*}}

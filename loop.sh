@@ -15,6 +15,7 @@
 #   MODEL=Qwen3-VL-8B-Instruct TARGET_SPEED=2 END='kv rl' RL_DATASET=data/rl.jsonl bash loop.sh
 # The same command goes on with what is there, and with folders that you put in their places.
 source "$(dirname "$0")/lib/common.sh"
+PATIENCE=200 # with launchers, which have theirs with a trainer and a server
 
 MODEL=${MODEL:-checkpoints/base}
 DATASET=${DATASET:-data/train.jsonl}
@@ -62,14 +63,15 @@ for word in "$@"; do
   if [ "${word//_/-}" = --dry-run ]; then DRY_RUN=1; else words+=("$word"); fi
 done
 set -- "${words[@]}"
-read -ra recover_args <<< "$RECOVER_ARGS"
-read -ra distil_args <<< "$DISTIL_ARGS"
-read -ra evaluate_args <<< "$EVALUATE_ARGS"
-read -ra speed_args <<< "$SPEED_ARGS"
-read -ra lora_args <<< "$LORA_ARGS"
-read -ra rl_args <<< "$RL_ARGS"
-read -ra card_args <<< "$CARD_ARGS"
-read -ra on_nodes <<< "$ON_NODES"
+# To the end, which read calls a failure: of several lines, too
+read -rd "" -a recover_args <<< "$RECOVER_ARGS" || true
+read -rd "" -a distil_args <<< "$DISTIL_ARGS" || true
+read -rd "" -a evaluate_args <<< "$EVALUATE_ARGS" || true
+read -rd "" -a speed_args <<< "$SPEED_ARGS" || true
+read -rd "" -a lora_args <<< "$LORA_ARGS" || true
+read -rd "" -a rl_args <<< "$RL_ARGS" || true
+read -rd "" -a card_args <<< "$CARD_ARGS" || true
+read -rd "" -a on_nodes <<< "$ON_NODES" || true
 read -ra end_stages <<< "$END"
 
 # --- refuse what can be refused -----------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ kind='(layers|experts|heads|neurons|kv|vocabulary)'
 need CUTS "$kind( +$kind)*" "choose from layers, experts, heads, neurons, kv and vocabulary"
 [ -n "$TARGET_PARAMS$TARGET_BYTES$TARGET_KV$TARGET_SPEED" ] ||
   die "no target: set TARGET_PARAMS, TARGET_BYTES, TARGET_KV or TARGET_SPEED"
-[[ $METRIC != reward || " $EVALUATE_ARGS " == *" --rewards "* ]] ||
+[[ $METRIC != reward || " ${evaluate_args[*]} " == *" --rewards "* ]] ||
   die "METRIC=reward: of which rewards? EVALUATE_ARGS='--rewards ocr_cer --plugins plugins/ocr_rewards.py'"
 case $METRIC in
   token_acc | loss) [[ $EVALUATE_ARGS =~ --(no-generate|rewards) ]] || evaluate_args+=(--no-generate) ;;
@@ -113,12 +115,6 @@ result=distilled
 [ "$DISTIL_STEPS" -gt 0 ] || result=recovered
 out=$OUTPUT
 [ -z "$DRY_RUN" ] || OUTPUT=$OUTPUT.dry-run # that is never made, nor is anything of a loop that runs touched
-if [ "$result" = distilled ]; then
-  USER_ARGS=("${distil_args[@]}" "$@")
-  settle gkd 4 --rlhf_type gkd --teacher_model "$MODEL" --dataset "$DATASET" --val_dataset "$VAL_DATASET" \
-    "${FULL_ARGS[@]}" >/dev/null
-  preflight rlhf --teacher "$MODEL"
-fi
 USER_ARGS=("${recover_args[@]}" "$@")
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" >/dev/null
 # Of the model's size: a training's checkpoints; the round's cuts, trials and results; what stays of rounds, and OUTPUT.
@@ -128,10 +124,15 @@ megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors 2>/dev/null | tail -n
 used=$(du -smL --apparent-size "${out%/}.loop" 2>/dev/null | cut -f1 || true) # by this loop, before it was interrupted
 more=$((disk - ${used:-0} / (megabytes > 0 ? megabytes : 1)))
 preflight sft --disk-factor "$((more > DISK_FACTOR ? more : DISK_FACTOR))"
-# check LAUNCHER ARGS...: have it refuse what it would, of what there is by now: the base stands for what it will get.
+# check LAUNCHER ARGS...: have it refuse what it would, of what there is by now: the base stands for what it will get. And
+# have it say its memory.
 check() {
-  env CHECK=1 MODEL="$MODEL" OUTPUT="${out%/}.checked" bash "$ROOT/$1" --external_plugins "${USER_PLUGINS[@]}" "${@:2}" >/dev/null
+  env CHECK=1 MODEL="$MODEL" OUTPUT="${out%/}.checked" bash "$ROOT/$1" --external_plugins "${USER_PLUGINS[@]}" "${@:2}" |
+    { grep '^memory: ' || true; }
 }
+# The port may be held by what an interrupted round left behind
+[ "$result" != distilled ] || DATASET=$DATASET VAL_DATASET=$VAL_DATASET GPUS=$GPUS TEACHER=$MODEL ROLLOUT_PORT='' \
+  check distil.sh "${distil_args[@]}" "$@"
 [[ " $END " != *" lora "* ]] || DATASET=$LORA_DATASET VAL_DATASET=$VAL_DATASET check lora.sh "${lora_args[@]}"
 [[ " $END " != *" rl "* ]] || DATASET=$RL_DATASET VAL_DATASET='' check rl_run.sh "${rl_args[@]}"
 [[ " $END " != *" kv "* ]] || python "$ROOT/kv_cut.py" --model "$MODEL" --kv-heads "$END_KV" --dry-run >/dev/null
@@ -270,7 +271,8 @@ make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
       fitting "${words[0]}"
       trial=trials/${words[1]#--}-${words[2]}
       if [ -z "$DRY_RUN" ] && [ "$number" -eq 1 ] && [ ${#words[@]} -eq 3 ] && have "$trial"; then
-        mv "$here/$trial" "$output" # that very cut, made already
+        # That very cut, made already. Where another follows, which may break, the choice reads it again
+        if [ "$number" -eq ${#lines[@]} ]; then mv "$here/$trial" "$output"; else output=$here/$trial; fi
       else
         run python "$ROOT/${words[0]}" --model "$input" --out "$output" "${words[@]:1}" "${FIT[@]}" ||
           stop "${words[0]}"
@@ -307,11 +309,13 @@ if [ -n "$DRY_RUN" ]; then
   "${BEGIN[@]}" --into "$state"
 else
   claim_work
-  if is_published; then # killed while cleaning up
+  if [ -z "$RESTART" ] && is_published; then # killed while cleaning up
+    [ ! -e "$folder/loop.json" ] || "${BEGIN[@]}" --into "$folder"
+    code=$(cat "$WORK/code" 2>/dev/null || echo 0)
     make_card
     remove_work
     echo "$OUTPUT is there already"
-    exit 0
+    exit "$code"
   fi
   [ -z "$RESTART" ] || rm -rf "$folder"
   if [ ! -e "$folder/loop.json" ]; then
@@ -454,10 +458,11 @@ while [ -n "$END" ]; do
   echo "behind the last round: $stage, from $from"
   end_stage "$stage" "$@"
 done
-{ stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing"
+begin_publishing
 code=0
 python -m prunekit.loop publish --into "$folder" --out "$OUTPUT" --max-rounds "$MAX_ROUNDS" ${OVERWRITE:+--overwrite} || code=$?
 [ "$code" -ne 2 ] || exit 1
+echo "$code" > "$WORK/code"
 make_card
 remove_work
 exit "$code"

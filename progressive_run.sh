@@ -64,18 +64,23 @@ trap 'trap "" INT TERM HUP; if [ -n "$running" ]; then kill -TERM "$running" 2>/
 
 input=$MODEL
 for number in 1 2 3; do
-  output=$OUTPUT reuse=''
-  [ "$number" = 3 ] || { output=$OUTPUT-phase$number reuse=1; }
+  output=$OUTPUT reuse='' overwrite=$OVERWRITE
+  [ "$number" = 3 ] || { output=$OUTPUT-phase$number reuse=1 overwrite=''; }
   declare -n phase=PHASE$number
   rates=${HEAD_RATES:-}
   if [ "$number$TRAIN1" = 1heads ]; then rates=weak_share=$(awk -v share="$HEADS1" 'BEGIN { print 1 - share }'); fi
   echo "phase $number: $input -> $output"
   times=$([ "$number" = 3 ] && echo 4 || echo 1)
-  HEAD_RATES=$rates MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$OVERWRITE REUSE=$reuse \
+  HEAD_RATES=$rates MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$overwrite REUSE=$reuse \
     GLOBAL_BATCH=${GLOBAL_BATCH:+$((times * GLOBAL_BATCH))} DEFAULT_BATCH=$((times * DEFAULT_BATCH)) \
     bash "$ROOT/full_run.sh" --external_plugins "${USER_PLUGINS[@]}" "${phase[@]}" "$@" &
   running=$!
   wait "$running"
   running=''
+  [ -z "$CHECK" ] || continue
   input=$output
+  if ! is_main_node && [ "$number" != 3 ]; then
+    echo "waiting for $output, which the first node publishes"
+    until [ -e "$output" ] && { [ -n "$KEEP_RUN" ] || [ ! -e "$output.run" ]; }; do sleep 1; done
+  fi
 done

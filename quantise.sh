@@ -49,6 +49,7 @@ case $METHOD in
       ARGS+=(--calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"})
     fi
     export PYTHONPATH=$ROOT/.venv-llm-compressor${PYTHONPATH:+:$PYTHONPATH}
-    python -m prunekit.quantise "${ARGS[@]}" ${OVERWRITE:+--overwrite} "${USER_ARGS[@]}"
+    # In this process's place: a signal ends it at once
+    exec python -m prunekit.quantise "${ARGS[@]}" ${OVERWRITE:+--overwrite} ${CHECK:+--dry-run} "${USER_ARGS[@]}"
     ;;
 esac

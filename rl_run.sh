@@ -128,7 +128,7 @@ if [ -n "$VAL_DATASET" ]; then DATA_ARGS=(--dataset "$DATASET" --val_dataset "$V
 # try_rewards: stop before the first step where the rewards have faults. A run that goes on was tried when it began.
 try_rewards() {
   local code=0
-  [ -n "$TRYOUT" ] && [ ! -e "$OUTPUT.run/command.sh" ] || return 0
+  [ -n "$TRYOUT" ] && { [ -n "$RESTART" ] || [ ! -e "$OUTPUT.run/command.sh" ]; } || return 0
   [ -z "$REUSE" ] || [ ! -e "$OUTPUT" ] || return 0
   python -m prunekit.tryout --swift "${TRYOUT_ARGS[@]}" -- "${LINE[@]}" || code=$?
   [ "$code" -ne 3 ] || die "the rewards have faults (above): mend them, or go on as they are by TRYOUT=0"
@@ -139,7 +139,8 @@ DEFAULT_BATCH=32 # answers of an optimizer step, to 4 prompts
 if [ $((DEFAULT_BATCH % WORLD)) -ne 0 ]; then DEFAULT_BATCH=$((8 * WORLD)); fi # whole groups on three GPUs, too
 share_batch 8 >/dev/null
 # Four steps a rollout: with one, no ratio ever leaves 1, and nothing is clipped. It counts the accumulated ones.
-if [ "$ALGORITHM" != CHORD ]; then ALGORITHM_ARGS+=(--steps_per_generation $((4 * ACCUMULATION))); fi
+value_of generation_batch_size "${USER_ARGS[@]}"
+if [ "$ALGORITHM" != CHORD ] && [ -z "$VALUE" ]; then ALGORITHM_ARGS+=(--steps_per_generation $((4 * ACCUMULATION))); fi
 settle grpo 8 --rlhf_type grpo "${DATA_ARGS[@]}" "${FULL_ARGS[@]}" "${ALGORITHM_ARGS[@]}" "${ARGS[@]}"
 preflight rlhf --needed-columns "${REWARD_COLUMNS[@]}" --disk-factor "$DISK_FACTOR"
 if [ "$ALGORITHM" = OPD ]; then LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}"); fi

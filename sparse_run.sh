@@ -8,6 +8,7 @@
 # What is there of an interrupted run isn't made again: neither a cycle that is done nor the steps of the one that isn't.
 CHECKPOINT=${CHECKPOINT:-best}      # of each cycle's training: best, or last
 source "$(dirname "$0")/lib/common.sh"
+PATIENCE=200 # with launchers, which have theirs with a trainer and a server
 
 MODEL=${MODEL:-checkpoints/base}
 DATASET=${DATASET:-data/train.jsonl}
@@ -58,6 +59,15 @@ claim_work
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
   --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
 
+finish() {
+  python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
+  remove_work
+}
+if [ -z "$RESTART" ] && is_published; then # killed while cleaning up
+  finish
+  exit 0
+fi
+
 settings=()
 for name in MODEL DATASET VAL_DATASET OUTPUT SPARSITY START CYCLES SCHEDULE MODULES SCORE REFIT WORSE CHECKPOINT; do
   settings+=("$name=${!name}")
@@ -68,8 +78,8 @@ printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT
 evaluate() { # JSON MODEL...: their loss and token_acc on VAL_DATASET
   local json=$1
   shift
-  CUDA_VISIBLE_DEVICES=${GPUS%%,*} python -m prunekit.evaluate --model "$@" --dataset "$VAL_DATASET" --no-generate \
-    --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} --json "$json.new"
+  run_to_end env CUDA_VISIBLE_DEVICES="${GPUS%%,*}" python -m prunekit.evaluate --model "$@" --dataset "$VAL_DATASET" \
+    --no-generate --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} --json "$json.new"
   mv "$json.new" "$json"
 }
 
@@ -80,7 +90,7 @@ for level in $levels; do
   here=$folder/$cycle
   if [ ! -e "$here.json" ]; then
     if [ ! -e "$here.sparse" ] && [ ! -e "$here" ]; then
-      python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
+      run_to_end python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
     fi
     if [ ! -e "$here" ] || [ -d "$here.run" ]; then
       run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
@@ -101,7 +111,7 @@ for level in $levels; do
   [ "$good" -eq 0 ] || exit "$good"
   previous=$here
 done
+begin_publishing
 python -m prunekit.training.cycles publish --cycles "$folder" --base "$MODEL" --out "$OUTPUT" --worse "$WORSE" \
   ${OVERWRITE:+--overwrite}
-python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
-remove_work
+finish

@@ -30,10 +30,12 @@ for argument in "$@"; do
     --overwrite) OVERWRITE=1 ;;
     --model | --model=*) die "--model: set MODEL=... instead, which is checked first and published last" ;;
     --output-dir | --output-dir=*) die "--output_dir: set OUTPUT=... instead; the run's own folder is \$OUTPUT.run" ;;
+    --*=[!-]*) remaining+=("${argument%%=*}" "${argument#*=}") ;; # one form for all that reads them
     *) if [ "$flag" = --external-plugins ]; then USER_PLUGINS+=("$argument"); else remaining+=("$argument"); fi ;;
   esac
 done
 set -- "${remaining[@]}"
+while [[ ${OUTPUT:-} == ?*/ ]]; do OUTPUT=${OUTPUT%/}; done # $OUTPUT.run lies beside it
 USER_ARGS=("$@") # of ms-swift: they come last, so that they count
 command -v swift >/dev/null || die "ms-swift is not installed: run 'bash lib/setup.sh'"
 unset TQDM_DISABLE # ms-swift's evaluation writes to the training's bar, and fails where there is none
@@ -259,7 +261,7 @@ choose_deepspeed() {
 # the devices need, what makes it fast, the launcher's own ARGS, the batch (MOST rows at once), and last the user's.
 # KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model.
 settle() {
-  local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention
+  local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention word epochs=''
   local -a device speed=()
   shift 2
   local -a all=("$@" "${USER_ARGS[@]}")
@@ -328,8 +330,14 @@ settle() {
     fi
     echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
   fi
+  for word in "${USER_ARGS[@]}"; do # the trainer goes by steps where it is told both
+    case ${word//-/_} in __num_train_epochs) epochs=1 ;; __max_steps) epochs='' ;; esac
+  done
   plugin_list
-  LINE=(--external_plugins "${EXTERNAL[@]}" "${device[@]}" "${RUN_ARGS[@]}" "$@" "${speed[@]}" "${BATCH_ARGS[@]}" "${USER_ARGS[@]}")
+  LINE=(
+    --external_plugins "${EXTERNAL[@]}" "${device[@]}" "${RUN_ARGS[@]}" "$@" "${speed[@]}" "${BATCH_ARGS[@]}" "${USER_ARGS[@]}"
+    ${epochs:+--max_steps -1}
+  )
   refuse_lost_steps "$full"
   DISK_FACTOR=1.1
   # Three checkpoints exist while one is saved. DeepSpeed's have weights, a 16-bit and a 32-bit copy and two moments.
@@ -359,13 +367,13 @@ refuse_lost_steps() {
 # OUTPUT left running is ended here: it may hold the port or the GPUs. Where rows are texts, {"text": ...}, TEXT_ARGS and
 # their plugin join LINE.
 preflight() {
-  OUTPUT=${OUTPUT%/}
+  OUTPUT=${OUTPUT%/} # a launcher's own default
   local kind=$1 found name value overwrite=$OVERWRITE
   local -a targets
   shift
   if [ -d "$OUTPUT.run" ]; then
     claim_work
-    is_published && overwrite=1
+    [ -n "$RESTART" ] || ! is_published || overwrite=1
   fi
   [ -z "$REUSE" ] || overwrite=1 # run_swift looks at what is there
   found=$(python -m prunekit.training.preflight --model "$MODEL" --out "$OUTPUT" ${overwrite:+--overwrite} --checkpoint "$CHECKPOINT" \
@@ -388,7 +396,7 @@ preflight() {
       FREE_PORTS) FREE_PORTS=$value ;;
     esac
   done <<< "$found"
-  if [[ " ${LINE[*]} " == *" --vllm_mode colocate "* && " ${LINE[*]//-/_} " != *" __vllm_max_model_len"* && -n $ENGINE_LENGTH ]]; then
+  if [[ " ${LINE[*]//-/_} " == *" __vllm_mode colocate "* && " ${LINE[*]//-/_} " != *" __vllm_max_model_len"* && -n $ENGINE_LENGTH ]]; then
     LINE+=(--vllm_max_model_len "$ENGINE_LENGTH")
   fi
   [ "$kind" = export ] || tell_memory
@@ -417,10 +425,11 @@ setup_wandb() {
   fi
 }
 
-# end_group PGID: ask a process group to stop, then make it.
+# end_group PGID: ask a process group to stop, then, after PATIENCE tenths of a second, make it.
+PATIENCE=50
 end_group() {
   kill -TERM -- "-$1" 2>/dev/null || kill -TERM "$1" 2>/dev/null || return 0 # just started, it has no group yet
-  for _ in $(seq 50); do
+  for _ in $(seq "$PATIENCE"); do
     # its dead don't count: in a container nobody may collect them
     grep -qsE "\) [^ZX] [0-9]+ $1 " /proc/[0-9]*/stat || return 0
     sleep 0.1
@@ -563,7 +572,7 @@ run_swift() {
   fi
   [ -z "$REUSE" ] || OVERWRITE=1
   if [ -z "$RESTART" ] && [ -n "$same" ] && is_published; then # killed while cleaning up
-    clean_up
+    if is_main_node; then clean_up; fi
     exit 0
   elif is_published; then
     [ -n "$OVERWRITE" ] || die "$OUTPUT: exists; choose another OUTPUT or pass --overwrite"
@@ -571,7 +580,8 @@ run_swift() {
   fi
   if [ -n "$RESTART" ]; then
     if is_main_node; then
-      find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' -exec rm -rf {} +
+      empty_work
+      rm -f "$WORK"/{publishing,command.sh,made_from.json}
     fi
   else
     [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
@@ -581,6 +591,10 @@ run_swift() {
     [ -n "$same" ] ||
       die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
     resume=$(python -m prunekit.training.publish --run "$WORK" --find-resume)
+    if [ "$resume" = ended ]; then
+      echo "all steps are taken, in $WORK"
+      return
+    fi
   fi
   if is_main_node; then
     sed -n 's/^MADE_FROM=//p' <<< "$found" > "$WORK/made_from.json.new"
@@ -627,10 +641,14 @@ publish() {
 
 # publish_with ARGS...: the same, by Python with these arguments.
 publish_with() {
-  { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
-  mv "$WORK/publishing.new" "$WORK/publishing"
+  begin_publishing
   python "$@" ${OVERWRITE:+--overwrite}
   clean_up
+}
+
+begin_publishing() {
+  { stat -c %i "$OUTPUT" 2>/dev/null || echo none; } > "$WORK/publishing.new"
+  mv "$WORK/publishing.new" "$WORK/publishing"
 }
 
 # is_published: is $OUTPUT another folder than when this run began to publish?
@@ -646,7 +664,14 @@ clean_up() {
   echo "$STAGE: wrote $OUTPUT"
 }
 
+# empty_work: remove all that is large from $WORK. Were this killed, what is left would still say whose it was.
+empty_work() {
+  find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' ! -name publishing ! -name command.sh \
+    ! -name made_from.json -exec rm -rf {} +
+}
+
 remove_work() {
+  empty_work
   exec 9>&- # NFS keeps a file that is open, and its folder
   rm -rf "$WORK"
 }

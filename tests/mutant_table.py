@@ -433,6 +433,8 @@ TRAINING_RUN = [
     Mutant("if isinstance(record, dict):", "if True:"),
     Mutant("if REAL.holds(v)}", "if isinstance(v, int | float)}"),
     Mutant('if (run / "config.json").exists():', "if False:"),
+    Mutant("taken >= wanted and", "True and"),
+    Mutant("and Path(str(named)).name == last.name", ""),
 ]
 
 PUBLISH = [
@@ -443,7 +445,7 @@ PUBLISH = [
     Mutant("base.tensors[twin].dtype if twin and not dtype else common", "common"),
     Mutant("    config[key] = dtype\n", ""),
     Mutant("                part[key] = dtype\n", "                pass\n"),
-    Mutant('print(whole[max(whole)] if whole else "")', 'print(whole[min(whole)] if whole else "")'),
+    Mutant("whole[max(whole)]) else whole[max(whole)])", "whole[max(whole)]) else whole[min(whole)])"),
     Mutant("dtype=arguments.dtype,", "dtype=None,"),
     Mutant("        overwrite=arguments.overwrite,", "        overwrite=True,"),
     Mutant("layers_only=new_head is not None", "layers_only=True"),

@@ -8,9 +8,13 @@ PRUNEKIT=${PRUNEKIT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # up (--signal): then it is ended, and the job put into the queue again, where the same command goes on.
 until_done() {
   local child code=0
-  if [ -e "${OUTPUT:?set OUTPUT}" ] && [ ! -e "$OUTPUT.run" ]; then
-    echo "$OUTPUT is there already"
-    return
+  while [[ ${OUTPUT:?set OUTPUT} == ?*/ ]]; do OUTPUT=${OUTPUT%/}; done
+  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    unset RESTART # it was for the first turn
+    if [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT.run" ]; then
+      echo "$OUTPUT is there already"
+      return
+    fi
   fi
   "$@" &
   child=$!

@@ -56,7 +56,7 @@ def check_out(
         raise PruneKitError(f"{out}: is where a disk is mounted; choose a folder in it")
     if out.is_dir() and not any(out.iterdir()):
         if out.is_symlink() and not overwrite:
-            raise PruneKitError(f"{out}: is a link to an empty folder; give that by its own name, or another OUT")
+            raise PruneKitError(f"{out}: is a link; give the folder that it leads to, {os.path.realpath(out)}")
         return out
     if out.exists() or out.is_symlink():
         if not overwrite:

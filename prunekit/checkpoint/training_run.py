@@ -93,6 +93,14 @@ def find_checkpoint(run: Path, which: str = "last") -> tuple[Path, str]:
     return best, "the best"
 
 
+def has_ended(run: Path, last: Path) -> bool:
+    """Whether a training has taken all its steps and told so: resumed from its last checkpoint, it takes another."""
+    state = _read_object(last / "trainer_state.json") or {}
+    taken, wanted = state.get("global_step"), state.get("max_steps")
+    named = (read_log(run) or [{}])[-1].get("last_model_checkpoint")
+    return type(taken) is type(wanted) is int and taken >= wanted and Path(str(named)).name == last.name
+
+
 def training_settings(folder: Path) -> dict[str, Any]:
     """What ms-swift's own files in a checkpoint-N say of its training: steps, rate, batch, dtype, ..., few of many."""
     state, found = _read_object(folder / "trainer_state.json"), _read_object(folder / "args.json") or {}

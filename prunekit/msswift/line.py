@@ -104,6 +104,16 @@ def parse(kind: str, line: list[str]) -> argparse.Namespace:
     return args
 
 
+def check_whole_names(kind: str, line: Iterable[str]) -> None:
+    """PruneKitError for a flag that is shortened: ms-swift takes it, and a launcher doesn't see that it is there."""
+    known = parser(kind)._option_string_actions
+    for word in line:
+        flag = word.partition("=")[0]
+        whole = [action.dest for name, action in known.items() if name.startswith(flag)]
+        if word.startswith("--") and flag not in known and whole:
+            raise PruneKitError(f"{show(flag)}: write the flag's whole name, --{whole[0]}")
+
+
 def _json(flag: str, text: str) -> dict[str, Any]:
     """A JSON object, or the content of a file that holds one."""
     try:
@@ -161,6 +171,8 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
         return
     if args.use_vllm and not args.vllm_mode or args.vllm_mode and not args.use_vllm:
         raise PruneKitError("--use_vllm true and --vllm_mode server or colocate belong together: give both or neither")
+    if args.teacher_model and args.teacher_model_server:
+        raise PruneKitError("--teacher_model and --teacher_model_server exclude each other: leave one out")
     if args.rlhf_type == "gkd" and args.gkd_logits_topk and args.use_liger_kernel:
         raise PruneKitError("--gkd_logits_topk and --use_liger_kernel exclude each other: leave one out")
     if args.rlhf_type == "gkd" and args.seq_kd:
@@ -176,8 +188,13 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
             f"--reward_weights gives {len(args.reward_weights)} for {rewards} rewards: give one for each of "
             f"--reward_funcs"
         )
-    steps = args.steps_per_generation or args.gradient_accumulation_steps or 1
-    batch = args.generation_batch_size or args.per_device_train_batch_size * processes * steps
+    each, batch = args.per_device_train_batch_size * processes, args.generation_batch_size
+    if batch and batch != each * (args.steps_per_generation or batch // each):
+        raise PruneKitError(
+            f"--generation_batch_size {batch}: give {each} (--per_device_train_batch_size x processes) times "
+            "--steps_per_generation, which may be left out"
+        )
+    batch = batch or each * (args.steps_per_generation or args.gradient_accumulation_steps or 1)
     if batch % args.num_generations:
         raise PruneKitError(
             f"--num_generations {args.num_generations}: a generation batch of {batch} "

@@ -48,7 +48,7 @@ from prunekit.data.rows import ROWS_CHECKED, check_row, is_text, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX, positions
-from prunekit.msswift.line import check_line, parse
+from prunekit.msswift.line import check_line, check_whole_names, parse
 from prunekit.msswift.names import check_names, check_rewards
 
 from .lengths import PROMPT, Lengths, check_engine, choose_lengths
@@ -345,6 +345,7 @@ def main() -> None:
     flags, line = split_arguments()
     args = parser.parse_args(flags)
     swift = parse(args.swift, line)
+    check_whole_names(args.swift, line)
     get = vars(swift).get
     check_line(args.swift, swift, check_environment())
     if args.checkpoint == "best" and args.swift != "export" and not args.reuse_out:
@@ -354,6 +355,8 @@ def main() -> None:
     check_names(model_type, template, plugins)
     if get("teacher_model"):
         args.teacher = Path(swift.teacher_model)
+    if args.adapter and swift.adapters:
+        args.adapter = Path(swift.adapters[0])
 
     checkpoint = open_here(args.model)
     teacher = open_here(args.teacher) if args.teacher else checkpoint

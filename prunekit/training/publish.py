@@ -6,7 +6,8 @@
 --run is an ms-swift output folder with its checkpoint-N folders, or one checkpoint folder; --weights, if what is to be
 published lies elsewhere (as `swift export` writes it). A LoRA's adapter is published as an adapter folder. If --run
 holds a made_from.json (prunekit.checkpoint.provenance), the base must be the model that is in it. With --find-resume
-nothing is written: the checkpoint that an interrupted run can resume from is printed, if there is one.
+nothing is written: the checkpoint that an interrupted run can resume from is printed, if there is one; or "ended", if
+its training has ended.
 """
 
 import copy
@@ -46,6 +47,7 @@ from prunekit.checkpoint.records import COMMAND, LOG, ZEROS
 from prunekit.checkpoint.training_run import (
     final_metrics,
     find_checkpoint,
+    has_ended,
     log_until,
     read_log,
     training_settings,
@@ -219,7 +221,7 @@ def main() -> None:
     run = arguments.run
     if arguments.find_resume:
         whole = whole_checkpoints(run)
-        print(whole[max(whole)] if whole else "")
+        print("" if not whole else "ended" if has_ended(run, whole[max(whole)]) else whole[max(whole)])
         return
     if not (arguments.base and arguments.out and arguments.stage):
         parser.error("--base, --out and --stage are needed to publish")

@@ -2,7 +2,8 @@
 
 A sitecustomize.py calls `main` in every Python process. It records their command lines beside ms-swift's (STUB_CALLS,
 event "python") and does on disk what the real ones do: cuts by the weights alone, scores from STUB_SCORES, JSON with
-{"end of a model's path": token_acc}, else 0.9; the loss is 1 - token_acc. STUB_BREAK names what ends with exit code 3.
+{"end of a model's path": token_acc}, else 0.9; the loss is 1 - token_acc. STUB_BREAK names what ends with exit code
+3: a script, or a folder that it would write.
 """
 
 import json
@@ -22,7 +23,7 @@ def main() -> None:
         return
     with Path(os.environ["STUB_CALLS"]).open("a") as calls:
         calls.write(json.dumps({"event": "python", "argv": argv}) + "\n")
-    if os.environ.get("STUB_BREAK") == name:
+    if os.environ.get("STUB_BREAK") in (name, *(Path(out).name for out in given(argv, "--out"))):
         print(f"{name}: CUDA out of memory", file=sys.stderr)
         sys.stderr.flush()
         os._exit(3)

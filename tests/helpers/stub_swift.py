@@ -5,7 +5,7 @@ Like the real command it is a wrapper that starts the trainer as a child and wai
   STUB_CALLS        file to which a JSON line per call is added: argv, env, pid of the trainer, pid of its child
   STUB_STEPS        steps to train (4); a checkpoint every 2
   STUB_FAIL_AT      step after which training fails, with exit code 3
-  STUB_HANG_AT      step after which it hangs, beside a child process of its own
+  STUB_HANG_AT      step after which it hangs, beside a child process of its own; export: before its config is written
   STUB_STUBBORN     it ignores SIGTERM
   STUB_SERVER       rollout: ok, dead (ends at once) or silent (never answers)
   STUB_CACHE        what it writes as cache.json where it fills a teacher's cache
@@ -44,7 +44,9 @@ def hang():
 def meet():
     calls = Path(os.environ["STUB_CALLS"])
     ranks = {str(rank) for rank in range(int(os.environ["NNODES"]))}
-    while ranks - {json.loads(line)["env"].get("NODE_RANK") for line in calls.read_text().splitlines()}:
+    while ranks:
+        started = [json.loads(line) for line in calls.read_text().splitlines()]
+        ranks -= {call["env"].get("NODE_RANK") for call in started if flag("--output_dir") in call["argv"]}
         time.sleep(0.05)
 
 
@@ -81,7 +83,7 @@ def train():
             folder = run / f"checkpoint-{step}"
             save_model(folder)
             (folder / "optimizer.pt").write_bytes(b"junk")
-            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": steps}))
         if str(step) == os.environ.get("STUB_FAIL_AT"):
             print("RuntimeError: CUDA out of memory", file=sys.stderr)
             sys.exit(3)
@@ -120,6 +122,17 @@ def serve():
     http.server.HTTPServer(("127.0.0.1", int(flag("--port"))), Health).serve_forever()
 
 
+def export():
+    folder = Path(flag("--output_dir"))
+    save_model(folder)
+    if os.environ.get("STUB_HANG_AT") == "export":
+        hang()
+    if "--quant_method" in sys.argv:
+        config = json.loads((folder / "config.json").read_text())
+        method = {"bnb": "bitsandbytes"}.get(flag("--quant_method"), flag("--quant_method"))
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+
+
 if "STUB_INNER" not in os.environ:
     result = subprocess.run([sys.executable, "-SE", *sys.argv], env={**os.environ, "STUB_INNER": "1"})
     sys.exit(result.returncode)
@@ -130,6 +143,6 @@ match sys.argv[1]:
     case "sft" | "rlhf":
         train()
     case "export":
-        save_model(Path(flag("--output_dir")))
+        export()
     case "rollout":
         serve()

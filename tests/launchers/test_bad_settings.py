@@ -94,6 +94,10 @@ def test_gpus_of_a_machine_without_any_are_refused(lab):
     refused(lab, "full_run.sh", "GPUS=0: there is no GPU here", GPUS="0")
 
 
+def test_a_flag_that_launchers_would_not_see_is_refused(lab):
+    refused(lab, "full_run.sh", "the flag's whole name, --per_device_train_batch_size", "--per_device_train_b", 2)
+
+
 def test_what_is_refused_late_leaves_nothing_either(lab):
     """The plan of a cycle's sparsity is refused when the run's folder is there already."""
     folder = lab.out.with_name("out.cycles")

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,9 @@ def test_overwrite_replaces_a_finished_checkpoint(lab, tiny, how):
     assert history(lab.out)
 
 
-def test_a_trailing_slash_of_output_is_no_matter(lab):
-    result = lab.run("full_run.sh", GPUS="", OUTPUT="ckpt/out/")
+@pytest.mark.parametrize("slashes", ["/", "//"])
+def test_a_trailing_slash_of_output_is_no_matter(slashes, lab):
+    result = lab.run("full_run.sh", GPUS="", OUTPUT=f"ckpt/out{slashes}")
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in lab.out.parent.iterdir()) == ["out"]
 
@@ -123,6 +125,16 @@ def test_a_failing_trainer_leaves_no_output_and_the_same_command_resumes(lab):
     assert not lab.work.exists()
 
 
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_a_stage_killed_before_publishing_takes_no_other_step(checkpoint, lab):
+    """The trainer would take one more before it sees that it has taken all."""
+    lab.run("full_run.sh", GPUS="", KEEP_RUN=1, CHECKPOINT=checkpoint)
+    shutil.rmtree(lab.out)
+    result = lab.run("full_run.sh", GPUS="", CHECKPOINT=checkpoint)
+    assert result.returncode == 0, result.stderr
+    assert len(lab.calls()) == 1 and lab.out.exists() and not lab.work.exists()
+
+
 def test_a_half_written_checkpoint_is_not_resumed_from(lab):
     lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=4)
     (lab.work / "checkpoint-4/trainer_state.json").write_text('{"global_step": 4, "log_his')
@@ -139,6 +151,15 @@ def test_restart_forgets_the_interrupted_run(lab):
     assert steps == ["1/4", "2/4", "3/4", "4/4", None]
 
 
+def test_rewards_are_tried_where_a_run_is_forgotten_too(lab):
+    lab.run("rl_run.sh", GPUS="", STUB_FAIL_AT=3)
+    faulty = f'#!/bin/sh\ncase "$*" in *prunekit.tryout*) exit 3 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(lab.folder / "env/bin/python", faulty)
+    result = lab.run("rl_run.sh", GPUS="", TRYOUT=1, RESTART=1)
+    assert result.returncode == 2 and "the rewards have faults" in result.stderr
+    assert (lab.work / "checkpoint-2").exists()
+
+
 def test_a_stage_killed_after_publishing_is_only_cleaned_up(lab):
     lab.run("full_run.sh", GPUS="", KEEP_RUN=1)
     (lab.work / "publishing").write_text("none\n")  # as written before the first publishing
@@ -149,6 +170,31 @@ def test_a_stage_killed_after_publishing_is_only_cleaned_up(lab):
     assert again.returncode == 0, again.stderr
     assert len(lab.calls()) == 1
     assert not lab.work.exists()
+
+
+RM = """#!/bin/sh
+[ -n "$STUB_RM_DIES" ] || exec /bin/rm "$@"
+shift
+find "$@" -maxdepth 1 -type f -delete
+exit 1
+"""  # it begins with what is small
+
+
+def test_a_stage_killed_while_its_folder_is_removed_is_only_cleaned_up(lab):
+    executable(lab.folder / "env/bin/rm", RM)
+    assert lab.run("full_run.sh", GPUS="", STUB_RM_DIES=1).returncode == 1
+    assert lab.out.exists() and lab.work.exists()
+    again = lab.run("full_run.sh", GPUS="")
+    assert again.returncode == 0, again.stderr
+    assert len(lab.calls()) == 1 and not lab.work.exists()
+
+
+def test_a_restart_killed_while_it_forgets_is_not_taken_for_a_run_of_its_settings(lab):
+    lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
+    executable(lab.folder / "env/bin/rm", RM)
+    assert lab.run("full_run.sh", "--learning_rate", "1", GPUS="", RESTART=1, STUB_RM_DIES=1).returncode == 1
+    again = lab.run("full_run.sh", "--learning_rate", "1", GPUS="")
+    assert again.returncode == 2 and "other settings" in again.stderr
 
 
 def test_other_settings_with_overwrite_after_publishing_train_anew(lab):

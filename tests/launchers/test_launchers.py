@@ -208,6 +208,17 @@ def test_the_teacher_keeps_its_own_architecture(lab, tiny):
     assert values(call["argv"], "--teacher_model_type") == ["qwen3_vl_moe"]
 
 
+def test_a_teachers_server_takes_the_place_of_a_teacher(lab):
+    flags = ("--teacher_model_server", "http://localhost:8000", "--gkd_logits_topk", 8, "--temperature", 1)
+    result = lab.run("distil.sh", *flags, GPUS="", TEACHER="absent", STUB_FAIL_AT=1)
+    assert result.returncode == 1, result.stderr
+    [call] = lab.calls()
+    assert not {"--teacher_model", "--teacher_model_type"} & set(call["argv"])
+    assert values(call["argv"], "--teacher_model_server") == ["http://localhost:8000"]
+    result = lab.run("distil.sh", *flags, GPUS="", CACHE="cache")
+    assert result.returncode == 2 and "leave one out" in result.stderr
+
+
 def test_the_users_plugins_come_beside_ours_and_not_in_their_place(lab):
     plugin = lab.folder / "mine.py"
     plugin.touch()
@@ -227,6 +238,14 @@ def test_data_and_rewards_of_the_command_line_are_checked_in_place_of_the_settin
     [call] = lab.calls()
     assert values(call["argv"], "--dataset") == ["more.jsonl", "more.jsonl#1"]
     assert values(call["argv"], "--reward_funcs") == ["ocr_length", "format"]
+
+
+def test_an_adapter_of_the_command_line_is_checked_in_place_of_the_setting(lab):
+    shutil.copytree(lab.folder / "adapter", lab.folder / "mine")
+    result = lab.run("export_lora.sh", "--adapters", "mine", GPUS="", ADAPTER="absent")
+    assert result.returncode == 0, result.stderr
+    result = lab.run("export_lora.sh", "--adapters", ".", GPUS="", OUTPUT="ckpt/other")
+    assert result.returncode == 2 and result.stderr.startswith("error: . holds no adapter"), result.stderr
 
 
 # --- devices --------------------------------------------------------------------------------------------------
@@ -293,7 +312,7 @@ def test_secrets_are_neither_printed_nor_written(lab):
         KEEP_RUN=1,
     )
     assert result.returncode == 0, result.stderr
-    assert lab.calls()[0]["argv"].count(secret) == 1, "the trainer gets it"
+    assert lab.calls()[0]["argv"].count(secret) == 2, "the trainer gets it"
     assert secret not in result.stdout + result.stderr
     for file in lab.out.parent.rglob("*"):
         assert not file.is_file() or secret.encode() not in file.read_bytes(), file

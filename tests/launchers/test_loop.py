@@ -202,6 +202,31 @@ def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_comman
     assert scripts(loop).count(stage) >= 2
 
 
+@pytest.mark.slow
+def test_a_loop_killed_while_its_card_is_made_ends_as_it_would_have(loop):
+    executable(loop.folder / "env/bin/rm", '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    assert loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5").returncode == 1 and loop.out.exists()
+    (loop.folder / "env/bin/rm").unlink()
+    for other, message in (({"TARGET_PARAMS": "0.6"}, "another targets"), ({"RESTART": 1}, "exists; choose")):
+        result = loop.run("loop.sh", **{"MAX_ROUNDS": 1, "TARGET_PARAMS": "0.5"} | other)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    result = loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5")
+    assert result.returncode == 3 and "is there already" in result.stdout, result.stderr
+    assert not loop.work.exists()
+
+
+@pytest.mark.slow
+def test_a_cut_of_two_kinds_that_broke_in_the_second_goes_on_there(loop):
+    settings = {"CUTS": "neurons kv", "TARGET_PARAMS": "0.9", "TARGET_KV": "0.5", "MAX_ROUNDS": "1"}
+    result = loop.run("loop.sh", **settings, STUB_BREAK="cut")
+    assert result.returncode == 1 and "stopped: kv_cut.py's messages" in result.stderr, result.stderr
+    before = scripts(loop)
+    result = loop.run("loop.sh", **settings)
+    assert result.returncode in (0, 3), result.stderr
+    assert scripts(loop)[len(before) :] == ["kv_cut.py", "sft", "prunekit.evaluate"]
+    assert [entry["stage"] for entry in history(loop.out)] == ["width_cut", "kv_cut", "full_run", "loop"]
+
+
 def test_a_loop_goes_on_with_a_folder_that_a_person_put_in_place(loop):
     here = loop.folder / "ckpt/out.loop/1"
     assert loop.run("loop.sh", STUB_BREAK="prunekit.scan").returncode == 1
@@ -236,6 +261,13 @@ def test_a_dry_run_prints_the_lines_and_writes_nothing(loop):
     assert sorted(loop.folder.rglob("*")) == before
 
 
+def test_flags_of_stages_may_be_on_several_lines(loop):
+    result = loop.run("loop.sh", "--dry-run", RECOVER_ARGS="--learning_rate 3e-5\n  --max_length 99\n")
+    assert result.returncode == 0, result.stderr
+    [line, *_] = [line for line in result.stdout.splitlines() if "full_run.sh" in line]
+    assert "--learning_rate 3e-5 --max_length 99" in line
+
+
 def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
     shutil.copytree(loop.env["MODEL"], loop.out)
     result = loop.run("loop.sh")
@@ -258,6 +290,8 @@ def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
         ({"CUTS": "layers vocabulary"}, "tokenizer.json"),
         ({"CUTS": "layers experts"}, "CUTS has experts: {model}: qwen3_vl without a mixture of experts"),
         ({"MAX_ROUNDS": "99999999"}, "GB free, out may need"),
+        ({"DISTIL_STEPS": "9", "GPUS": "0,1", "STUB_GPUS": "2", "ROLLOUT_GPUS": "9"}, "there is no GPU 9 here"),
+        ({"DISTIL_STEPS": "9", "CACHE": "cache", "LMBDA": "1"}, "leave one out"),
         pytest.param({"END": "kv", "END_KV": "3"}, "kv-heads 3", marks=pytest.mark.slow),
         pytest.param({"END": "lora", "LORA_DATASET": "absent.jsonl"}, "absent.jsonl is not", marks=pytest.mark.slow),
         ({"END": "rl", "RL_DATASET": "train.jsonl", "RL_ARGS": "--reward_funcs ocr_cer"}, "--reward_weights gives 4"),

@@ -1,12 +1,14 @@
 """Recovery in three phases: what each is told, what is repeated, and what was cut last."""
 
 import re
+import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 from helpers.cuts import cut_width
-from helpers.lab import check_flags, values, wait_for
+from helpers.lab import check_flags, executable, values, wait_for
 from helpers.tiny_models import FAMILIES, load
 
 from prunekit.checkpoint import attending, history, open_checkpoint
@@ -114,6 +116,40 @@ def test_finished_phases_are_not_repeated_and_a_finished_output_is_refused(narro
     done = narrow.run("progressive_run.sh", GPUS="")
     assert done.stdout.count("is there already") == 2 and done.returncode == 0
     assert len(narrow.calls()) == 1 + 3 + 1
+
+
+def test_a_run_that_overwrites_goes_on_in_its_phase_too(narrow):
+    shutil.copytree(narrow.env["MODEL"], narrow.out)
+    in_the_way = narrow.out.with_name("out-phase2")
+    in_the_way.touch()
+    assert narrow.run("progressive_run.sh", "--overwrite", GPUS="").returncode == 2
+    in_the_way.unlink()
+    result = narrow.run("progressive_run.sh", "--overwrite", GPUS="")
+    assert result.returncode == 0, result.stderr
+    models = [values(call["argv"], "--model")[0].rpartition("/")[2] for call in narrow.calls()]
+    assert models == ["narrow", "out-phase1", "out-phase2"]
+    assert history(narrow.out)[-1]["stage"] == "progressive_run-3"
+
+
+@pytest.mark.slow
+def test_a_node_that_publishes_nothing_waits_for_the_phase_that_another_does(narrow):
+    slow = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) sleep 5 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(narrow.folder / "env/bin/python", slow)
+    nodes = [
+        narrow.start("progressive_run.sh", GPUS="", NNODES=2, NODE_RANK=rank, MASTER_ADDR="a", STUB_MEET=1)
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        _, err = node.communicate(timeout=120)
+        assert node.returncode == 0, err
+    assert len(narrow.calls()) == 6 and history(narrow.out)[-1]["stage"] == "progressive_run-3"
+
+
+def test_a_check_of_phases_is_of_all_three_and_writes_nothing(narrow):
+    before = sorted(narrow.folder.rglob("*"))
+    result = narrow.run("progressive_run.sh", GPUS="", CHECK=1)
+    assert result.returncode == 0, result.stderr
+    assert sorted(narrow.folder.rglob("*")) == before and not narrow.calls()
 
 
 def test_a_model_that_wasnt_cut_is_refused_in_one_line(lab):

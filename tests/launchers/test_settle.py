@@ -69,7 +69,12 @@ def test_without_deepspeed_weights_are_float32_under_bfloat16_autocast(settle, e
 @pytest.mark.parametrize("gpus", ["0", "0,1"])
 @pytest.mark.parametrize(
     "flags",
-    [["--optimizer", "head_rates"], ["--optimizer", "active_heads"], ["--callbacks", "dynamic_sparsity"]],
+    [
+        ["--optimizer", "head_rates"],
+        ["--optimizer=active_heads"],
+        ["--callbacks", "dynamic_sparsity"],
+        ["--callbacks=dynamic_sparsity"],
+    ],
     ids=" ".join,
 )
 def test_what_deepspeed_cannot_do_runs_without_it_and_with_float32_weights(settle, flags, gpus):
@@ -165,6 +170,17 @@ def test_the_users_own_batch_counts(settle, flag):
 def test_the_users_own_accumulation_comes_last(settle):
     line = settle("sft", *FULL, user=["--gradient_accumulation_steps", "7"], GPUS="0", GLOBAL_BATCH=5)
     assert line["gradient_accumulation_steps"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("user", "steps"),
+    [(["--num_train_epochs", 3], "-1"), (["--max_steps", 9, "--num-train-epochs=3"], "-1"),
+     (["--num_train_epochs", 3, "--max_steps", 9], "9"), ([], "12000")],
+    ids=str,
+)  # fmt: skip
+def test_epochs_that_a_user_names_count_in_place_of_steps(settle, user, steps):
+    """Where both are there, the trainer goes by steps."""
+    assert settle("sft", *FULL, "--max_steps", 12000, user=user)["max_steps"] == steps
 
 
 @pytest.mark.parametrize(("memory", "batch"), [("81559", 4), ("24564", 1)])
@@ -294,6 +310,13 @@ def test_rl_steps_are_four_prompts_and_four_of_them_a_rollout(lab, gpus, batch, 
     assert values(call["argv"], "--per_device_train_batch_size") == [str(batch)]
     assert values(call["argv"], "--gradient_accumulation_steps") == [str(accumulation)]
     assert values(call["argv"], "--steps_per_generation") == [str(4 * accumulation)]
+
+
+def test_a_generation_batch_that_a_user_names_takes_the_place_of_steps(lab):
+    """ms-swift takes one of the two."""
+    lab.run("rl_run.sh", "--generation_batch_size", 64, GPUS="0", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert "--steps_per_generation" not in call["argv"]
 
 
 @pytest.mark.parametrize("gpus", ["0", "0,1,2"])

@@ -62,8 +62,26 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(slurm, lab):
     wait_for(lambda: not lab.left())
     finish(slurm("train.sbatch", "full_run.sh"))
     assert "--resume_from_checkpoint" in lab.calls("sft")[1]["argv"] and lab.out.exists()
-    assert "is there already" in finish(slurm("train.sbatch", "full_run.sh")), "a turn too many does no harm"
+    again = slurm("train.sbatch", "full_run.sh", SLURM_RESTART_COUNT="1")
+    assert "is there already" in finish(again), "a turn too many does no harm"
     assert len(lab.calls("sft")) == 2
+    finish(slurm("train.sbatch", "full_run.sh", "--overwrite"))
+    assert len(lab.calls("sft")) == 3, "a first turn is told what to do"
+
+
+def test_a_job_that_was_to_restart_does_so_in_its_first_turn_only(slurm, lab):
+    lab.run("full_run.sh", "--learning_rate", 1, GPUS="", STUB_FAIL_AT=3)
+    for turn, env in enumerate(({"STUB_FAIL_AT": "3"}, {})):
+        slurm("train.sbatch", "full_run.sh", RESTART="1", SLURM_RESTART_COUNT=turn, **env).communicate(timeout=120)
+    assert ["--resume_from_checkpoint" in call["argv"] for call in lab.calls("sft")] == [False, False, True]
+
+
+def test_a_job_that_goes_on_in_its_output_is_not_taken_for_done(slurm, lab):
+    """knockout_check.sh writes there from the beginning."""
+    (lab.out / "trained").mkdir(parents=True)
+    lab.work.mkdir()
+    said = finish(slurm("train.sbatch", "knockout_check.sh", OUTPUT="ckpt/out/", CHECK="1", SLURM_RESTART_COUNT="1"))
+    assert "is there already" not in said and "rows a step" in said
 
 
 def test_a_loop_on_several_nodes_trains_on_all_cuts_on_the_first_and_scans_on_a_cluster(slurm):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from helpers.cuts import sparsify
+from helpers.lab import executable, wait_for
 from safetensors.torch import load_file
 
 from prunekit.checkpoint import history
@@ -66,6 +67,44 @@ def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny
     assert again.returncode == 0, again.stderr
     assert "--max_steps 7" in command and (lab.out / "command.sh").read_text() == command
     assert history(lab.out)[-1]["settings"] == history(lab.folder / "first")[-1]["settings"]
+
+
+def test_a_run_killed_after_publishing_is_only_cleaned_up_and_refused_with_other_settings(lab, cycles, tiny):
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
+    done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 2.1)
+    rm = lab.folder / "env/bin/rm"
+    executable(rm, '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    assert lab.run("sparse_run.sh").returncode == 1
+    assert lab.out.exists() and lab.work.exists()
+    rm.unlink()
+    for other, message in (({"WORSE": "0.2", "CYCLES": "1"}, "other settings"), ({"RESTART": "1"}, "exists; choose")):
+        result = lab.run("sparse_run.sh", **other)
+        assert result.returncode == 2 and message in result.stderr
+    inode = lab.out.stat().st_ino
+    result = lab.run("sparse_run.sh")
+    assert result.returncode == 0, result.stderr
+    assert lab.out.stat().st_ino == inode and not lab.work.exists()
+
+
+@pytest.mark.parametrize("part", ["sparsify.py", "prunekit.evaluate"])
+def test_a_signal_ends_what_the_launcher_waits_for_and_it_at_once(part, lab, cycles, tiny):
+    if part == "prunekit.evaluate":
+        (cycles / "dense.json").unlink()
+    hang = f'#!/bin/sh\ncase "$*" in *{part}*) touch hangs; exec sleep 60 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(lab.folder / "env/bin/python", hang)
+    process = lab.start("sparse_run.sh")
+    wait_for((lab.folder / "hangs").exists)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not lab.left()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_trainer_that_ignores_it_behind_a_launcher_behind_this_one(lab, cycles):
+    process = lab.until_hanging("sparse_run.sh", STUB_HANG_AT=1, STUB_STUBBORN=1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not lab.left()
 
 
 def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
 from prunekit.msswift import line as swift_line
-from prunekit.msswift.line import CLASSES, check_line, parse, parser
+from prunekit.msswift.line import CLASSES, check_line, check_whole_names, parse, parser
 
 GRPO = ["--rlhf_type", "grpo", "--per_device_train_batch_size", "8"]
 
@@ -157,6 +157,15 @@ def test_a_bad_line_is_refused_in_one_line(line, message):
 
 
 @pytest.mark.parametrize(
+    ("line", "flag"), [("--per-device-train-b 2", "per_device_train_batch_size"), ("--lmb=0", "lmbda")]
+)
+def test_a_shortened_flag_is_refused_by_its_whole_name(line, flag):
+    with pytest.raises(PruneKitError, match=rf"^--[a-z-]+: write the flag's whole name, --{flag}$"):
+        check_whole_names("rlhf", line.split())
+    check_whole_names("rlhf", ["--lmbda=0", "--per-device-train-batch-size", "2", "--system", "--be brief"])
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("--rlhf_type gpo", r"--rlhf_type: invalid choice: 'gpo'"),
@@ -168,6 +177,7 @@ def test_a_bad_line_is_refused_in_one_line(line, message):
             r"--teacher_model_type qwen3vl is unknown: .*qwen3_vl",
         ),
         ("--rlhf_type gkd --gkd_logits_topk 8 --use_liger_kernel true", r"exclude each other"),
+        ("--rlhf_type gkd --teacher_model a --teacher_model_server b", r"exclude each other"),
         ("--rlhf_type gkd --teacher_deepspeed zero9", r"--teacher_deepspeed zero9: no such file"),
     ],
 )
@@ -187,6 +197,8 @@ def test_a_bad_line_of_rlhf_is_refused_in_one_line(line, message):
         ),
         ("--reward_funcs format --reward_weights 1 2", 1, r"--reward_weights gives 2 for 1 rewards"),
         ("--num_generations 1", 1, r"--num_generations 1: .*give 2 or more"),
+        ("--generation_batch_size 12", 1, r"--generation_batch_size 12: give 8 \(.*\) times"),
+        ("--generation_batch_size 64 --steps_per_generation 4", 1, r"--generation_batch_size 64: give 8 \(.*\) times"),
         ("--num_generations 3", 1, r"--num_generations 3: a generation batch of 8"),
         (
             "--num_generations 16 --steps_per_generation 2 --val_dataset v",
@@ -205,6 +217,7 @@ def test_batches_that_grpo_takes_pass():
     check("rlhf", *GRPO, "--val_dataset", "v", processes=8)
     check("rlhf", *GRPO, "--val_dataset", "v", "--per_device_eval_batch_size", "8", processes=3)
     check("rlhf", *GRPO, "--num_generations", "16", processes=2)
+    check("rlhf", *GRPO, "--generation_batch_size", "32", "--steps_per_generation", "2", processes=2)
 
 
 @pytest.mark.parametrize(

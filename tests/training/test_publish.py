@@ -9,7 +9,7 @@ from helpers.tiny_models import build, load, logits
 from safetensors.torch import load_file, save_file
 
 from prunekit.checkpoint import HISTORY, append_history, history, open_checkpoint
-from prunekit.checkpoint.training_run import final_metrics, find_checkpoint, read_log, whole_checkpoints
+from prunekit.checkpoint.training_run import final_metrics, find_checkpoint, has_ended, read_log, whole_checkpoints
 from prunekit.errors import PruneKitError
 from prunekit.training import publish as publishing
 from prunekit.training.publish import publish
@@ -138,6 +138,22 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(run, monkeypatch, capsys, 
     command(monkeypatch, "--run", run, "--find-resume")
     command(monkeypatch, "--run", tmp_path / "nothing", "--find-resume")
     assert capsys.readouterr().out.splitlines() == [str(run / "checkpoint-20"), ""]
+
+
+@pytest.mark.parametrize(
+    ("state", "named", "ended"),
+    [
+        ({"global_step": 20, "max_steps": 20}, "a/checkpoint-20", True),
+        ({"global_step": 20, "max_steps": 30}, "a/checkpoint-20", False),  # it failed, which writes that line, too
+        ({"global_step": 20, "max_steps": 20}, "a/checkpoint-10", False),
+        ({"global_step": 20, "max_steps": 20}, None, False),  # killed before it could tell which is the best
+        ({}, "a/checkpoint-20", False),
+    ],
+)
+def test_a_training_has_ended_that_took_all_steps_and_told_its_last_checkpoint(state, named, ended, run):
+    (run / "checkpoint-20/trainer_state.json").write_text(json.dumps(state))
+    (run / "logging.jsonl").write_text(json.dumps({"last_model_checkpoint": named}) + "\n")
+    assert has_ended(run, run / "checkpoint-20") == ended
 
 
 def test_one_checkpoint_of_a_run_can_be_published_in_another_dtype(run, base, tmp_path, monkeypatch):
