@@ -290,7 +290,7 @@ settle() {
     )
     if [ "$WORLD" -gt 1 ]; then device+=(--ddp_backend gloo); fi
   elif [ -z "$PLAIN" ]; then
-    found=" $(python -m prunekit.training.speedups) "
+    found=" $(python -m prunekit.training.speedups "$MODEL") "
     value_of attn_impl "${all[@]}"
     attention=$VALUE
     if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
@@ -299,7 +299,7 @@ settle() {
     fi
     if [ "$kind" = sft ]; then
       # Rows of a batch one behind the other instead of padded: as many rows a step as without, unlike packing.
-      if [[ $attention == flash* ]]; then
+      if [[ $attention == flash* && $found == *" padding_free "* ]]; then
         speed+=(--padding_free true)
       elif ! is_multimodal; then
         speed+=(--group_by_length true) # ms-swift would decode all images beforehand
