@@ -322,10 +322,11 @@ settle() {
     fi
     if [ -n "$colocate" ]; then
       speed+=(--sleep_level 2) # training sends new weights before each rollout: none need be kept in the host's memory
-      if [[ $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all of them are gathered at once
     else
       export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows of all lengths fragment it
     fi
+    value_of vllm_mode "${all[@]}"
+    if [[ -n $VALUE && $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
     echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
   fi
   plugin_list

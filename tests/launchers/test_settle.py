@@ -260,10 +260,11 @@ def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
     assert "use_liger_kernel" not in settle("gkd", *FULL, "--max_completion_length", "512")
 
 
-def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle):
-    colocate = ("--use_vllm", "true", "--vllm_mode", "colocate")
-    assert settle("grpo", *FULL, *colocate, DEEPSPEED="zero3")["move_model_batches"] == "16"
-    assert "move_model_batches" not in settle("grpo", *FULL, *colocate)
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle, mode):
+    vllm = ("--use_vllm", "true", "--vllm_mode", mode)
+    assert settle("grpo", *FULL, *vllm, DEEPSPEED="zero3")["move_model_batches"] == "16"
+    assert "move_model_batches" not in settle("grpo", *FULL, *vllm)
 
 
 @pytest.mark.parametrize(
