@@ -121,6 +121,7 @@ if [ "$result" = distilled ]; then
 fi
 USER_ARGS=("${recover_args[@]}" "$@")
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" >/dev/null
+ENVIRONMENT=() # of its stages, each of which settles its own
 # Of the model's size: a training's checkpoints; the round's cuts, trials and results; what stays of rounds, and OUTPUT.
 disk=$((DISK_FACTOR + 9 + $([ "$KEEP_ROUNDS" = last ] && echo 1 || echo "$MAX_ROUNDS") + ${#end_stages[@]}))
 [ "$KEEP_ROUNDS" != all ] || disk=$((disk + 3 * MAX_ROUNDS + 2 * ${#end_stages[@]}))

@@ -257,7 +257,9 @@ choose_deepspeed() {
 
 # settle KIND MOST ARGS...: sets LINE, all of a training's flags for ms-swift but those that name the model and the output: what
 # the devices need, what makes it fast, the launcher's own ARGS, the batch (MOST rows at once), and last the user's.
-# KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model.
+# KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model, and ENVIRONMENT,
+# NAME=VALUE for what is run.
+ENVIRONMENT=()
 settle() {
   local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention
   local -a device speed=()
@@ -295,6 +297,8 @@ settle() {
     attention=$VALUE
     if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
       attention=flash_attention_2
+      # Its kernel lies in the hub's cache, and yet the hub is asked about it wherever that isn't forbidden.
+      [ -n "${HF_HUB_OFFLINE:-}" ] || ENVIRONMENT+=(HF_HUB_OFFLINE=1)
       speed+=(--attn_impl "$attention")
     fi
     if [ "$kind" = sft ]; then
@@ -322,8 +326,8 @@ settle() {
     fi
     if [ -n "$colocate" ]; then
       speed+=(--sleep_level 2) # training sends new weights before each rollout: none need be kept in the host's memory
-    else
-      export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows of all lengths fragment it
+    elif [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+      ENVIRONMENT+=(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) # rows of all lengths fragment it
     fi
     value_of vllm_mode "${all[@]}"
     if [[ -n $VALUE && $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
@@ -430,10 +434,10 @@ end_group() {
 }
 
 # run_group COMMAND...: run in a process group of its own, so that ending it ends all of it: the swift command is
-# only a wrapper, and the trainer behind it would outlive it. Sets GROUP_PID.
+# only a wrapper, and the trainer behind it would outlive it. In ENVIRONMENT. Sets GROUP_PID.
 groups=()
 run_group() {
-  env "$RUN_MARK" setsid "$@" 9>&- &
+  env "$RUN_MARK" "${ENVIRONMENT[@]}" setsid "$@" 9>&- &
   GROUP_PID=$!
   groups+=("$GROUP_PID")
 }

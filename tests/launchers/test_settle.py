@@ -319,6 +319,16 @@ def test_colocated_weights_are_dropped_while_training(lab):
         assert "PYTORCH_CUDA_ALLOC_CONF" not in lab.calls()[-1]["env"], "vLLM's sleep refuses it"
 
 
+@pytest.mark.parametrize(
+    ("env", "offline"), [({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0"), ({"PLAIN": "1"}, None)], ids=str
+)
+def test_the_hub_is_not_asked_about_a_kernel_that_is_here(lab, env, offline):
+    (lab.folder / "packages/flash_attn").mkdir()
+    lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1, **env)
+    [call] = lab.calls()
+    assert call["env"].get("HF_HUB_OFFLINE") == offline
+
+
 def test_training_alone_on_a_gpu_may_grow_its_segments(lab):
     lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1)
     [call] = lab.calls()
