@@ -315,8 +315,9 @@ settle() {
         --per_device_eval_batch_size "$(at_most 4 "$most")"
       )
     elif [ "$kind" = gkd ]; then
-      # Its evaluation generates: in batches, and not often.
-      speed+=(--per_device_eval_batch_size 16)
+      # Its evaluation generates: in batches, and not often. If not, whole rows of the data are answers, as long as they are.
+      value_of lmbda "${all[@]}"
+      speed+=(--per_device_eval_batch_size "$([[ $VALUE =~ ^[0.]+$ ]] && at_most 4 "$most" || echo 16)")
       value_of max_completion_length "${all[@]}"
       # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
       if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&

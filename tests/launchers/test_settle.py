@@ -250,6 +250,12 @@ def test_without_flash_attention_rows_of_text_are_grouped_by_length_and_images_n
     assert ("group_by_length" in settle("sft", *FULL, MODEL=tiny(family))) == grouped
 
 
+@pytest.mark.parametrize(("lmbda", "memory", "batch"), [("1", 81559, "16"), ("0", 81559, "4"), ("0.0", 24000, "1")])
+def test_a_distillation_is_judged_in_large_batches_only_where_its_answers_are_generated(settle, lmbda, memory, batch):
+    line = settle("gkd", *FULL, "--lmbda", lmbda, GPUS="0", STUB_MEMORY=memory)
+    assert line["per_device_eval_batch_size"] == batch
+
+
 def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
     packages("liger_kernel")
     assert "use_liger_kernel" not in settle("sft", *FULL, DEEPSPEED="zero3")
