@@ -322,7 +322,8 @@ settle() {
       # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
       if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&
         ! [[ " ${all[*]//-/_} " == *" __gkd_logits_topk"* || " ${all[*]//-/_} " == *" __sft_alpha"* ]]; then
-        speed+=(--use_liger_kernel true)
+        value_of teacher_model "${all[@]}" # whose head ours fills up where it is shorter; Liger's doesn't
+        if [ "$(vocabulary "${VALUE:-$MODEL}")" = "$(vocabulary "$MODEL")" ]; then speed+=(--use_liger_kernel true); fi
       fi
     fi
     if [ -n "$colocate" ]; then
@@ -346,6 +347,7 @@ settle() {
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
+vocabulary() { grep -so '"vocab_size": *[0-9]*' "$1/config.json" | sort -u || true; }
 is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
 
 # refuse_lost_steps FULL: refuse full training of 16-bit weights without a float32 copy, at a rate whose steps they'd round away.

@@ -266,6 +266,17 @@ def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
     assert "use_liger_kernel" not in settle("gkd", *FULL, "--max_completion_length", "512")
 
 
+def test_liger_does_without_a_teacher_whose_head_is_padded_to_another_size(lab, settle, packages, tiny):
+    packages("liger_kernel")
+    long = ("--max_completion_length", "4096", "--teacher_model")
+    teacher = lab.folder / "padded"
+    teacher.mkdir()
+    config = (tiny("qwen3") / "config.json").read_text()
+    (teacher / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 192'))
+    assert "use_liger_kernel" in settle("gkd", *FULL, *long, tiny("qwen3"), MODEL=tiny("qwen3"))
+    assert "use_liger_kernel" not in settle("gkd", *FULL, *long, teacher, MODEL=tiny("qwen3"))
+
+
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle, mode):
     vllm = ("--use_vllm", "true", "--vllm_mode", mode)
