@@ -233,9 +233,12 @@ gpu_memory() {
   echo "${least:-0}"
 }
 
+# weight_of FOLDER: MB of its weights, or nothing.
+weight_of() { du -cmL --apparent-size "$1"/*.safetensors 2>/dev/null | tail -n 1 | cut -f1 || true; }
+
 # choose_deepspeed ARGS...: sets ZERO to the DeepSpeed configuration of a run with these flags, or to nothing.
 choose_deepspeed() {
-  local megabytes
+  local megabytes teacher
   value_of deepspeed "${USER_ARGS[@]}"
   ZERO=${VALUE:-$DEEPSPEED}
   [ "$ZERO" = auto ] || return 0
@@ -249,9 +252,12 @@ choose_deepspeed() {
   ZERO=zero2
   if [ -z "$PLAIN" ] && [ "$WORLD" -gt 1 ] && [ "$ACCUMULATION" -gt 1 ] && [ "$VALUE" = full ]; then
     # ZeRO-2 sends all gradients at each of the accumulated steps, ZeRO-1 once at the end; it keeps them whole for that:
-    # weights and gradients in 16 bits, a share of 12 bytes a parameter, and 40% left for activations and vLLM.
-    megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors 2>/dev/null | tail -n 1 | cut -f1 || true)
-    if [ -n "$megabytes" ] && [ $((megabytes * (2 * WORLD + 6) * 10)) -lt $(($(gpu_memory) * WORLD * 6)) ]; then ZERO=zero1; fi
+    # weights and gradients in 16 bits, a share of 12 bytes a parameter, a whole teacher, and 40% left for activations and vLLM.
+    megabytes=$(weight_of "$MODEL")
+    value_of teacher_model "$@"
+    teacher=$(weight_of "${VALUE:-none}")
+    if [ -n "$megabytes" ] &&
+      [ $(((megabytes * (2 * WORLD + 6) + ${teacher:-0} * WORLD) * 10)) -lt $(($(gpu_memory) * WORLD * 6)) ]; then ZERO=zero1; fi
   fi
 }
 

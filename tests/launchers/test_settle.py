@@ -122,6 +122,8 @@ def test_gradients_are_kept_whole_where_they_fit(lab, settle, megabytes, zero):
     line = settle("sft", *FULL, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=64, MODEL=model)
     assert line["deepspeed"] == zero
     assert settle("sft", *FULL, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=32, MODEL=model)["deepspeed"] == "zero2"
+    taught = settle("gkd", *FULL, "--teacher_model", model, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=64, MODEL=model)
+    assert taught["deepspeed"] == "zero2", "each GPU has the whole teacher, too"
 
 
 def rows(line):
