@@ -44,7 +44,7 @@ def _attends_linearly(model: str) -> bool:
         return False
 
 
-def installed(model: str) -> list[str]:
+def installed(model: str = ".") -> list[str]:
     """Names of what is there for training it: flash_attention_2, liger, padding_free."""
     found = []
     # transformers 5.16 to 5.19 take kernels 0.17 only (its import_utils.py)
