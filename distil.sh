@@ -78,6 +78,12 @@ elif [[ $GPUS == *,* ]] && [ -n "$ROLLOUT_GPUS" ]; then
   [ "$ROLLOUT_GPUS" != auto ] || ROLLOUT_GPUS=$(tr , '\n' <<< "$GPUS" | tail -n "$servers" | paste -sd,)
   training_gpus=$(tr , '\n' <<< "$GPUS" | grep -vxFf <(tr , '\n' <<< "$ROLLOUT_GPUS") | paste -sd, || true)
   [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer"
+  engines=$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)
+  value_of vllm_tensor_parallel_size "${USER_ARGS[@]}" # GPUs of an engine
+  if [[ $VALUE =~ ^[1-9][0-9]{0,3}$ ]]; then
+    [ $((engines % VALUE)) -eq 0 ] || die "--vllm_tensor_parallel_size $VALUE: ROLLOUT_GPUS=$ROLLOUT_GPUS can't be shared out by so many: name others"
+    engines=$((engines / VALUE))
+  fi
   ARGS+=(--use_vllm true --vllm_mode server --vllm_server_host 127.0.0.1)
   if is_main_node; then use_gpus "$training_gpus"; else use_gpus "$GPUS"; fi
   WORLD=$(($(tr , '\n' <<< "$training_gpus" | wc -l) + count * (NNODES - 1)))
@@ -97,7 +103,7 @@ if [ -n "$ROLLOUT_GPUS" ]; then
   PORTS=(--vllm_server_port "$ROLLOUT_PORT" --vllm_server_group_port "${FREE_PORTS#*,}") # the latter brings the weights
   ROLLOUT_ARGS=(
     --torch_dtype "$COMPUTE"
-    --vllm_data_parallel_size "$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)"
+    --vllm_data_parallel_size "$engines"
     --vllm_gpu_memory_utilization 0.9
     ${ENGINE_LENGTH:+--vllm_max_model_len "$ENGINE_LENGTH"}
   )

@@ -117,10 +117,11 @@ out=$OUTPUT
 [ -z "$DRY_RUN" ] || OUTPUT=$OUTPUT.dry-run # that is never made, nor is anything of a loop that runs touched
 USER_ARGS=("${recover_args[@]}" "$@")
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" >/dev/null
+ENVIRONMENT=() # of its stages, each of which settles its own
 # Of the model's size: a training's checkpoints; the round's cuts, trials and results; what stays of rounds, and OUTPUT.
 disk=$((DISK_FACTOR + 9 + $([ "$KEEP_ROUNDS" = last ] && echo 1 || echo "$MAX_ROUNDS") + ${#end_stages[@]}))
 [ "$KEEP_ROUNDS" != all ] || disk=$((disk + 3 * MAX_ROUNDS + 2 * ${#end_stages[@]}))
-megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors 2>/dev/null | tail -n 1 | cut -f1 || true)
+megabytes=$(weight_of "$MODEL")
 used=$(du -smL --apparent-size "${out%/}.loop" 2>/dev/null | cut -f1 || true) # by this loop, before it was interrupted
 more=$((disk - ${used:-0} / (megabytes > 0 ? megabytes : 1)))
 preflight sft --disk-factor "$((more > DISK_FACTOR ? more : DISK_FACTOR))"

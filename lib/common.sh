@@ -235,9 +235,12 @@ gpu_memory() {
   echo "${least:-0}"
 }
 
+# weight_of FOLDER: MB of its weights, or nothing.
+weight_of() { du -cmL --apparent-size "$1"/*.safetensors 2>/dev/null | tail -n 1 | cut -f1 || true; }
+
 # choose_deepspeed ARGS...: sets ZERO to the DeepSpeed configuration of a run with these flags, or to nothing.
 choose_deepspeed() {
-  local megabytes
+  local megabytes teacher
   value_of deepspeed "${USER_ARGS[@]}"
   ZERO=${VALUE:-$DEEPSPEED}
   [ "$ZERO" = auto ] || return 0
@@ -251,15 +254,20 @@ choose_deepspeed() {
   ZERO=zero2
   if [ -z "$PLAIN" ] && [ "$WORLD" -gt 1 ] && [ "$ACCUMULATION" -gt 1 ] && [ "$VALUE" = full ]; then
     # ZeRO-2 sends all gradients at each of the accumulated steps, ZeRO-1 once at the end; it keeps them whole for that:
-    # weights and gradients in 16 bits, a share of 12 bytes a parameter, and 40% left for activations and vLLM.
-    megabytes=$(du -cmL --apparent-size "$MODEL"/*.safetensors 2>/dev/null | tail -n 1 | cut -f1 || true)
-    if [ -n "$megabytes" ] && [ $((megabytes * (2 * WORLD + 6) * 10)) -lt $(($(gpu_memory) * WORLD * 6)) ]; then ZERO=zero1; fi
+    # weights and gradients in 16 bits, a share of 12 bytes a parameter, a whole teacher, and 40% left for activations and vLLM.
+    megabytes=$(weight_of "$MODEL")
+    value_of teacher_model "$@"
+    teacher=$(weight_of "${VALUE:-none}")
+    if [ -n "$megabytes" ] &&
+      [ $(((megabytes * (2 * WORLD + 6) + ${teacher:-0} * WORLD) * 10)) -lt $(($(gpu_memory) * WORLD * 6)) ]; then ZERO=zero1; fi
   fi
 }
 
 # settle KIND MOST ARGS...: sets LINE, all of a training's flags for ms-swift but those that name the model and the output: what
 # the devices need, what makes it fast, the launcher's own ARGS, the batch (MOST rows at once), and last the user's.
-# KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model.
+# KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model, and ENVIRONMENT,
+# NAME=VALUE for what is run.
+ENVIRONMENT=()
 settle() {
   local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention word epochs=''
   local -a device speed=()
@@ -292,16 +300,18 @@ settle() {
     )
     if [ "$WORLD" -gt 1 ]; then device+=(--ddp_backend gloo); fi
   elif [ -z "$PLAIN" ]; then
-    found=" $(python -m prunekit.training.speedups) "
+    found=" $(python -m prunekit.training.speedups "$MODEL") "
     value_of attn_impl "${all[@]}"
     attention=$VALUE
     if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
       attention=flash_attention_2
+      # Its kernel lies in the hub's cache, and yet the hub is asked about it wherever that isn't forbidden.
+      [ -n "${HF_HUB_OFFLINE:-}" ] || ENVIRONMENT+=(HF_HUB_OFFLINE=1)
       speed+=(--attn_impl "$attention")
     fi
     if [ "$kind" = sft ]; then
       # Rows of a batch one behind the other instead of padded: as many rows a step as without, unlike packing.
-      if [[ $attention == flash* ]]; then
+      if [[ $attention == flash* && $found == *" padding_free "* ]]; then
         speed+=(--padding_free true)
       elif ! is_multimodal; then
         speed+=(--group_by_length true) # ms-swift would decode all images beforehand
@@ -313,21 +323,24 @@ settle() {
         --per_device_eval_batch_size "$(at_most 4 "$most")"
       )
     elif [ "$kind" = gkd ]; then
-      # Its evaluation generates: in batches, and not often.
-      speed+=(--per_device_eval_batch_size 16)
+      # Its evaluation generates: in batches, and not often. If not, whole rows of the data are answers, as long as they are.
+      value_of lmbda "${all[@]}"
+      speed+=(--per_device_eval_batch_size "$([[ $VALUE =~ ^[0.]+$ ]] && at_most 4 "$most" || echo 16)")
       value_of max_completion_length "${all[@]}"
       # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
       if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&
         ! [[ " ${all[*]//-/_} " == *" __gkd_logits_topk"* || " ${all[*]//-/_} " == *" __sft_alpha"* ]]; then
-        speed+=(--use_liger_kernel true)
+        value_of teacher_model "${all[@]}" # whose head ours fills up where it is shorter; Liger's doesn't
+        if [ "$(vocabulary "${VALUE:-$MODEL}")" = "$(vocabulary "$MODEL")" ]; then speed+=(--use_liger_kernel true); fi
       fi
     fi
     if [ -n "$colocate" ]; then
       speed+=(--sleep_level 2) # training sends new weights before each rollout: none need be kept in the host's memory
-      if [[ $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all of them are gathered at once
-    else
-      export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} # rows of all lengths fragment it
+    elif [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
+      ENVIRONMENT+=(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) # rows of all lengths fragment it
     fi
+    value_of vllm_mode "${all[@]}"
+    if [[ -n $VALUE && $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
     echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
   fi
   for word in "${USER_ARGS[@]}"; do # the trainer goes by steps where it is told both
@@ -348,6 +361,7 @@ settle() {
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
+vocabulary() { grep -so '"vocab_size": *[0-9]*' "$1/config.json" | sort -u || true; }
 is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
 
 # refuse_lost_steps FULL: refuse full training of 16-bit weights without a float32 copy, at a rate whose steps they'd round away.
@@ -438,10 +452,10 @@ end_group() {
 }
 
 # run_group COMMAND...: run in a process group of its own, so that ending it ends all of it: the swift command is
-# only a wrapper, and the trainer behind it would outlive it. Sets GROUP_PID.
+# only a wrapper, and the trainer behind it would outlive it. In ENVIRONMENT. Sets GROUP_PID.
 groups=()
 run_group() {
-  env "$RUN_MARK" setsid "$@" 9>&- &
+  env "$RUN_MARK" "${ENVIRONMENT[@]}" setsid "$@" 9>&- &
   GROUP_PID=$!
   groups+=("$GROUP_PID")
 }

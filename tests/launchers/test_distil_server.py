@@ -33,6 +33,17 @@ def test_a_rollout_server_takes_some_gpus_and_training_the_others(lab, gpus, rol
     assert lab.out.exists()
 
 
+def test_an_engine_of_several_gpus_takes_them_from_those_of_the_server(lab):
+    split = ("--vllm_tensor_parallel_size", "2")
+    lab.run("distil.sh", *split, GPUS="0,1,2,3,10", ROLLOUT_GPUS="1,2,3,10", STUB_FAIL_AT=1)
+    [server] = lab.calls("rollout")
+    assert values(server["argv"], "--vllm_tensor_parallel_size") == ["2"]
+    assert values(server["argv"], "--vllm_data_parallel_size") == ["2"], "more than there are GPUs end the server"
+    result = lab.run("distil.sh", *split, GPUS="0,1,2,3", OUTPUT=lab.folder / "another")
+    assert result.returncode == 2
+    assert "--vllm_tensor_parallel_size 2: ROLLOUT_GPUS=3 can't be shared out" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [

@@ -51,6 +51,14 @@ def scripts(lab):
 
 
 @pytest.mark.slow
+def test_what_one_training_needs_around_it_is_not_handed_to_the_next(loop):
+    loop.run("loop.sh", GPUS="0", MAX_ROUNDS=1, RECOVER_STEPS=4, DISTIL_STEPS=4)
+    [recovery], [distillation] = loop.calls("sft"), loop.calls("rlhf")
+    assert recovery["env"]["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "colocate" in distillation["argv"] and "PYTORCH_CUDA_ALLOC_CONF" not in distillation["env"]
+
+
+@pytest.mark.slow
 def test_rounds_go_on_until_the_target_is_reached_and_the_last_one_is_published(loop):
     result = loop.run("loop.sh", TARGET_PARAMS="0.8", ROUND_SHARE="0.15", DISTIL_STEPS=9)
     assert result.returncode == 0, result.stderr

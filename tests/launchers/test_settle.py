@@ -127,6 +127,8 @@ def test_gradients_are_kept_whole_where_they_fit(lab, settle, megabytes, zero):
     line = settle("sft", *FULL, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=64, MODEL=model)
     assert line["deepspeed"] == zero
     assert settle("sft", *FULL, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=32, MODEL=model)["deepspeed"] == "zero2"
+    taught = settle("gkd", *FULL, "--teacher_model", model, GPUS="0,1,2,3,4,5,6,7", GLOBAL_BATCH=64, MODEL=model)
+    assert taught["deepspeed"] == "zero2", "each GPU has the whole teacher, too"
 
 
 def rows(line):
@@ -252,11 +254,24 @@ def test_nothing_is_unpadded_without_flash_attention(settle, packages):
     assert not {"padding_free", "attn_impl"} & settle("sft", *FULL, DTYPE="float32").keys()
 
 
+@pytest.mark.parametrize(("more", "unpadded"), [([], False), (["fla"], True)], ids=str)
+def test_layers_of_linear_attention_read_unpadded_rows_only_by_fla(settle, packages, tiny, more, unpadded):
+    packages("flash_attn", *more)
+    line = settle("sft", *FULL, MODEL=tiny("qwen3_5"))
+    assert line["attn_impl"] == "flash_attention_2" and ("padding_free" in line) == unpadded
+
+
 @pytest.mark.parametrize(("family", "grouped"), [("qwen3", True), ("qwen3_vl", False)])
 def test_without_flash_attention_rows_of_text_are_grouped_by_length_and_images_not_decoded_beforehand(
     settle, tiny, family, grouped
 ):
     assert ("group_by_length" in settle("sft", *FULL, MODEL=tiny(family))) == grouped
+
+
+@pytest.mark.parametrize(("lmbda", "memory", "batch"), [("1", 81559, "16"), ("0", 81559, "4"), ("0.0", 24000, "1")])
+def test_a_distillation_is_judged_in_large_batches_only_where_its_answers_are_generated(settle, lmbda, memory, batch):
+    line = settle("gkd", *FULL, "--lmbda", lmbda, GPUS="0", STUB_MEMORY=memory)
+    assert line["per_device_eval_batch_size"] == batch
 
 
 def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
@@ -269,10 +284,22 @@ def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
     assert "use_liger_kernel" not in settle("gkd", *FULL, "--max_completion_length", "512")
 
 
-def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle):
-    colocate = ("--use_vllm", "true", "--vllm_mode", "colocate")
-    assert settle("grpo", *FULL, *colocate, DEEPSPEED="zero3")["move_model_batches"] == "16"
-    assert "move_model_batches" not in settle("grpo", *FULL, *colocate)
+def test_liger_does_without_a_teacher_whose_head_is_padded_to_another_size(lab, settle, packages, tiny):
+    packages("liger_kernel")
+    long = ("--max_completion_length", "4096", "--teacher_model")
+    teacher = lab.folder / "padded"
+    teacher.mkdir()
+    config = (tiny("qwen3") / "config.json").read_text()
+    (teacher / "config.json").write_text(config.replace('"vocab_size": 128', '"vocab_size": 192'))
+    assert "use_liger_kernel" in settle("gkd", *FULL, *long, tiny("qwen3"), MODEL=tiny("qwen3"))
+    assert "use_liger_kernel" not in settle("gkd", *FULL, *long, teacher, MODEL=tiny("qwen3"))
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_weights_that_zero3_shares_out_go_to_vllm_layer_by_layer(settle, mode):
+    vllm = ("--use_vllm", "true", "--vllm_mode", mode)
+    assert settle("grpo", *FULL, *vllm, DEEPSPEED="zero3")["move_model_batches"] == "16"
+    assert "move_model_batches" not in settle("grpo", *FULL, *vllm)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +322,10 @@ def test_flash_attention_is_a_package_or_a_kernel_that_no_training_has_to_fetch(
             f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.17.2\n"
         )
     result = subprocess.run(
-        [sys.executable, "-m", "prunekit.training.speedups"], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "prunekit.training.speedups", str(tmp_path)], capture_output=True, text=True, check=True,
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{ROOT}"} | env,
     )  # fmt: skip
-    assert result.stdout.strip() == found
+    assert result.stdout.split() == [*found.split(), "padding_free"]
 
 
 @pytest.mark.parametrize(
@@ -332,6 +359,16 @@ def test_colocated_weights_are_dropped_while_training(lab):
         lab.run("rl_run.sh", GPUS="0", STUB_FAIL_AT=1, RESTART="1", **env)
         assert values(lab.calls()[-1]["argv"], "--sleep_level") == [level]
         assert "PYTORCH_CUDA_ALLOC_CONF" not in lab.calls()[-1]["env"], "vLLM's sleep refuses it"
+
+
+@pytest.mark.parametrize(
+    ("env", "offline"), [({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0"), ({"PLAIN": "1"}, None)], ids=str
+)
+def test_the_hub_is_not_asked_about_a_kernel_that_is_here(lab, env, offline):
+    (lab.folder / "packages/flash_attn").mkdir()
+    lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1, **env)
+    [call] = lab.calls()
+    assert call["env"].get("HF_HUB_OFFLINE") == offline
 
 
 def test_training_alone_on_a_gpu_may_grow_its_segments(lab):
