@@ -13,12 +13,11 @@ import tempfile
 from pathlib import Path
 
 from prunekit.arguments import positive_int
-from prunekit.checkpoint import scratch_folder, statistics
+from prunekit.checkpoint import scratch_folder
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
-from prunekit.inspect import comparison
 from prunekit.surgery.experts import SCORES, plan_experts
-from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
 
 
 def main() -> None:
@@ -41,7 +40,7 @@ def main() -> None:
 
     checkpoint = open_input(arguments)
     plan = plan_experts(checkpoint, arguments.experts)
-    print(*plan.notes, comparison(statistics(checkpoint), statistics(plan.outline)), sep="\n")
+    show_plan(checkpoint, plan.outline, arguments, plan.notes)
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "expert_cut")) as scratch:
         model, data = model_and_calibration(checkpoint, arguments, scratch)
         # torch: seconds, after all that can be checked without it

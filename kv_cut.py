@@ -14,12 +14,11 @@ import tempfile
 from pathlib import Path
 
 from prunekit.arguments import natural, positive_int
-from prunekit.checkpoint import scratch_folder, statistics
+from prunekit.checkpoint import scratch_folder
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
-from prunekit.inspect import comparison
 from prunekit.surgery.kv import METHODS, KVCut, KVPlan, cut_kv, plan_kv
-from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
 
 
 def fit(plan: KVPlan, arguments: argparse.Namespace) -> KVCut:
@@ -64,7 +63,7 @@ def main() -> None:
 
     checkpoint = open_input(arguments)
     plan = plan_kv(checkpoint, arguments.kv_heads, method)
-    print(*plan.notes, comparison(statistics(checkpoint), statistics(plan.outline)), sep="\n")
+    show_plan(checkpoint, plan.outline, arguments, plan.notes)
     save(fit(plan, arguments) if arguments.calib else cut_kv(plan), arguments)
 
 

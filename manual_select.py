@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 
 from prunekit.arguments import positive_int, share
-from prunekit.checkpoint import Checkpoint, statistics
+from prunekit.checkpoint import Checkpoint
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import PruneKitError, run_script
-from prunekit.inspect import comparison
 from prunekit.knockout.ranking import choose_from_ranking, read_ranking
 from prunekit.surgery.layers import cautions, check_healable, cut_layers, parse_numbers, plan_layers, say_seam
-from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
 
 
 def choose(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[list[int], list[int]]:
@@ -69,7 +68,7 @@ def main() -> None:
     taps = None if arguments.taps is None else parse_numbers(arguments.taps)
     plan = plan_layers(checkpoint, text, vision, taps, parse_numbers(arguments.drop_taps))
     removed = [f"{stack}: removes {', '.join(map(str, numbers))}" for stack, numbers in plan.removed.items()]
-    print(*removed, *plan.notes, comparison(statistics(checkpoint), statistics(plan.result)), sep="\n")
+    show_plan(checkpoint, plan.result, arguments, [*removed, *plan.notes])
     cut = cut_layers(plan)
     if arguments.heal:
         check_healable(plan)

@@ -11,11 +11,9 @@ and a teacher that is to teach it has to be cut by the same command. No weights 
 """
 
 from prunekit.arguments import positive_int, share
-from prunekit.checkpoint import statistics
 from prunekit.data.batches import read_calibration
 from prunekit.errors import run_script
-from prunekit.inspect import comparison
-from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
 from prunekit.surgery.vocabulary import MULTIPLE, plan_vocabulary
 from prunekit.surgery.vocabulary_fit import fit_vocabulary
 
@@ -44,7 +42,7 @@ def main() -> None:
     checkpoint = open_input(arguments)
     plan = plan_vocabulary(checkpoint, arguments.size, arguments.keep_share, arguments.multiple)
     data = [read_calibration(file) for file in arguments.calib]
-    print(*plan.notes, comparison(statistics(checkpoint), statistics(plan.outline)), sep="\n")
+    show_plan(checkpoint, plan.outline, arguments, plan.notes)
     cut = fit_vocabulary(plan, data)
     print("tokens a byte of held-out rows: {tokens_per_byte_before:.4f} -> {tokens_per_byte:.4f}".format(**cut.metrics))
     for name in (name for name, content in cut.result.files.items() if content is None):

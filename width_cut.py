@@ -18,13 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from prunekit.arguments import positive_int, share
-from prunekit.checkpoint import statistics
 from prunekit.checkpoint.records import HEADS
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
-from prunekit.inspect import comparison
 from prunekit.model.load import load_model
-from prunekit.surgery.script import NOTHING_WRITTEN, open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import NOTHING_WRITTEN, open_input, parse_surgery, save, show_plan, surgery_parser
 from prunekit.surgery.width import SCORES, cut_width, plan_width
 
 
@@ -70,9 +68,7 @@ def main() -> None:
     checkpoint = open_input(arguments)
     numbers = (arguments.heads, arguments.head_share, arguments.neurons, arguments.neuron_share)
     plan = plan_width(checkpoint, *numbers, arguments.kv_groups, arguments.mask, arguments.across_layers)
-    for note in plan.notes:
-        print(note)
-    print(comparison(statistics(checkpoint), statistics(plan.outline)))
+    show_plan(checkpoint, plan.outline, arguments, plan.notes)
     if arguments.calib:
         model, data = model_and_calibration(checkpoint, arguments)
         from prunekit.surgery.width_fit import fit_width  # torch: seconds, after all that can be checked without it

@@ -6,7 +6,7 @@ them.
 """
 
 from .agreement import Heads, attending, heads, layer_numbers
-from .atomic import check_out, new_folder, scratch_folder, write_json
+from .atomic import check_out, check_room, new_folder, scratch_folder, write_json
 from .card import HISTORY
 from .folder import INDEX, fingerprint, open_checkpoint, read_config
 from .format import (
@@ -39,6 +39,7 @@ __all__ = [
     "append_history",
     "attending",
     "check_out",
+    "check_room",
     "fingerprint",
     "float_bytes",
     "heads",

@@ -197,6 +197,17 @@ def scratch_folder(out: str | Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def check_room(out: str | Path, need_bytes: int) -> None:
+    """PruneKitError if fewer bytes are free where OUT is to be. What killed processes left for OUT is removed."""
+    out = Path(out)
+    _remove_leftovers(out)
+    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
+    if free < need_bytes:
+        raise PruneKitError(
+            f"{out}: needs {_size(need_bytes)}, {_size(free)} are free; make room or choose another disk"
+        )
+
+
 @contextlib.contextmanager
 def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0, **kind: Any) -> Iterator[Path]:
     """Write a folder that is either whole or absent.
@@ -208,11 +219,7 @@ def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0, **
     """
     out = check_out(out, overwrite=overwrite, **kind)
     with scratch_folder(out) as partial:
-        free = shutil.disk_usage(out.parent).free
-        if free < need_bytes:
-            raise PruneKitError(
-                f"{out}: needs {_size(need_bytes)}, {_size(free)} are free; make room or choose another disk"
-            )
+        check_room(out, need_bytes)
         yield partial
         _sync(partial)
         _swap_in(partial, out, overwrite)

@@ -1,10 +1,12 @@
 """What all surgery scripts take from a user: a checkpoint to read, OUT, and how OUT is written."""
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from prunekit.arguments import Parser, positive_float
-from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint
+from prunekit.checkpoint import Checkpoint, Outline, check_out, check_room, history, open_checkpoint, statistics
+from prunekit.inspect import comparison
 
 from .cut import Cut, write_cut
 
@@ -41,6 +43,13 @@ def open_input(arguments: argparse.Namespace) -> Checkpoint:
     if arguments.out:
         check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
     return checkpoint
+
+
+def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace, notes: Iterable[str] = ()) -> None:
+    """Print notes and sizes. PruneKitError if OUT's disk has no room: to say so behind a fit of hours would be late."""
+    print(*notes, comparison(statistics(before), statistics(after)), sep="\n")
+    if not arguments.dry_run:
+        check_room(arguments.out, after.nbytes)
 
 
 def save(cut: Cut, arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -1,11 +1,13 @@
 """What all cuts have in common: an outline is not to be written; a cut is, with its account, whole or not at all."""
 
+import importlib
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import pytest
-from helpers.calibration import PADDED
+from helpers.calibration import PADDED, write_texts
 from helpers.checkpoints import assert_same_weights
+from helpers.paths import TINY_VL
 
 from prunekit import errors
 from prunekit.checkpoint import HISTORY, Checkpoint, fingerprint, history, open_checkpoint, statistics, write_checkpoint
@@ -209,3 +211,27 @@ def test_settings_say_which_rows_a_cut_was_fitted_on_and_how_many_tokens():
     settings = {"calibration_data": [data.record], "calibration_tokens": 38}
     assert calibrated_on(data) == {"calib": "rows.jsonl"} | settings
     assert calibrated_on(data, "heal") == {"heal": "rows.jsonl"} | settings
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kv_cut --kv-heads 1",
+        "width_cut --head-share 0.5",
+        "manual_select --text 1 --heal",
+        "sparsify --sparsity 0.5 --refit",
+        "vocab_cut --keep-share 0.9",
+    ],
+)
+def test_a_disk_without_room_is_refused_before_a_fit(line, tmp_path, monkeypatch):
+    name, *words = line.split()
+    script = importlib.import_module(name)
+    for work in ("model_and_calibration", "fit", "fit_vocabulary"):
+        monkeypatch.setattr(script, work, lambda *_: pytest.fail("it went to work"), raising=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=1000))
+    data = tmp_path / "texts.jsonl"
+    files = ["--model", TINY_VL, "--out", tmp_path / "new/out", "--calib", write_texts(data)]
+    monkeypatch.setattr("sys.argv", [name, *map(str, files), *words])
+    with pytest.raises(PruneKitError, match=r"new/out: needs .* MB, 0\.0 MB are free"):
+        script.main()
+    assert [*tmp_path.iterdir()] == [data]
