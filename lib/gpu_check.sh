@@ -12,7 +12,7 @@ GPUS=${GPUS-${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,n
 RUN=${RUN:-runs/gpu_check}
 MINUTES=${MINUTES:-10} # that a row may take
 for name in "$@"; do
-  [[ ' cuda plain full_run ddp zero2 zero3 zero2_offload distil_colocate distil_server rl scan ' == *" $name "* ]] ||
+  [[ ' cuda plain full_run ddp zero2 zero3 zero2_offload distil_colocate distil_server distil_cache rl scan heal kv evaluate ' == *" $name "* ]] ||
     { echo "error: $name: no row of the check (see docs/gpu.md)" >&2; exit 2; }
 done
 [ -n "$GPUS" ] || { echo "error: no GPU here (nvidia-smi names none): nothing to check" >&2; exit 2; }
@@ -99,8 +99,14 @@ row distil_colocate env OUTPUT="$RUN/distil_colocate" GPUS="$one" bash "$root/di
 if [[ $GPUS == *,* ]]; then
   row distil_server env OUTPUT="$RUN/distil_server" bash "$root/distil.sh" "${answers[@]}"
 fi
+row distil_cache env OUTPUT="$RUN/distil_cache" CACHE="$RUN/cache" bash "$root/distil.sh" "${short[@]}"
 row rl env OUTPUT="$RUN/rl" DATASET="${RL_DATASET:-$DATASET}" VAL_DATASET= bash "$root/rl_run.sh" "${answers[@]}"
 row scan env OUTPUT="$RUN/scan" MODE=scan GREEDY=2 bash "$root/knockout_check.sh"
+on_one() { row "$1" env CUDA_VISIBLE_DEVICES="$one" python "${@:2}"; }
+calib=(--calib "$DATASET" --calib-tokens 2048)
+on_one heal "$root/manual_select.py" --model "$MODEL" --out "$RUN/healed" --text 1 --heal "${calib[@]}"
+on_one kv "$root/kv_cut.py" --model "$MODEL" --out "$RUN/merged" --kv-heads 1 --refine 5 "${calib[@]}"
+on_one evaluate -m prunekit.evaluate --model "$MODEL" --dataset "$VAL_DATASET" --limit 16
 echo
 echo "the table: $RUN/table.txt"
 exit "$failed"

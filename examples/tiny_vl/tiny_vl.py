@@ -690,7 +690,7 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0)
         if name == "data":
             command.add_argument("--share", type=share, default=1.0, help="of every data set's rows (default: all)")
-    command.add_argument("--steps", type=int, default=10000, help="optimizer steps (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=15000, help="optimizer steps (default: %(default)s)")
     command.add_argument(
         "--micro-batches",
         type=int,

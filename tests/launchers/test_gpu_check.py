@@ -59,3 +59,11 @@ def test_a_row_that_fails_names_its_log_and_the_others_run_on(check, lab):
     assert done.returncode == 1
     [log] = re.findall(r"^distil_server .* (/\S+)$", done.stdout, re.MULTILINE)
     assert "no room for the KV cache" in Path(log).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_rows_that_cut_and_judge_run_here_too(check, lab):
+    done = check("heal", "kv", "evaluate", MODEL="", DATASET="", VAL_DATASET="")
+    assert rows(done.stdout) == {"heal": "ok", "kv": "ok", "evaluate": "ok"}, done.stdout + done.stderr
+    assert "held-out loss" in (lab.folder / "check/kv.log").read_text()
