@@ -181,7 +181,7 @@ have() { # NAME...: is any of these in the round's folder?
   return 1
 }
 
-NAMES=(--model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"})
+NAMES=(--model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} ${DTYPE:+--dtype "$DTYPE"})
 CALIB=(--calib "$DATASET" --calib-tokens "$CALIB_TOKENS" "${NAMES[@]}")
 
 evaluate() { # JSON ARGS...: measure models on VAL_DATASET

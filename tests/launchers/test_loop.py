@@ -276,6 +276,15 @@ def test_flags_of_stages_may_be_on_several_lines(loop):
     assert "--learning_rate 3e-5 --max_length 99" in line
 
 
+def test_what_a_loop_computes_in_is_said_to_all_that_computes(loop):
+    result = loop.run("loop.sh", "--dry-run", DTYPE="bfloat16", END="kv", CARD=1)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("+ ")]
+    for name in ("evaluate", "scan", "card", "kv_cut.py"):
+        assert [line for line in lines if name in line], name
+        assert all("--dtype bfloat16" in line for line in lines if name in line and "vocab" not in line), lines
+
+
 def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
     shutil.copytree(loop.env["MODEL"], loop.out)
     result = loop.run("loop.sh")
