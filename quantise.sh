@@ -48,7 +48,7 @@ case $METHOD in
     if [ "$METHOD" = gptq ]; then
       ARGS+=(--calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"})
     fi
-    export PYTHONPATH=$ROOT/.venv-llm-compressor${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$ROOT/.venv-llm-compressor
     # In this process's place: a signal ends it at once
     exec python -m prunekit.quantise "${ARGS[@]}" ${OVERWRITE:+--overwrite} ${CHECK:+--dry-run} "${USER_ARGS[@]}"
     ;;

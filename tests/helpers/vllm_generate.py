@@ -30,7 +30,9 @@ def generate(folder, prompts):
         if "image" in prompt:
             prompt["multi_modal_data"] = {"image": Image.open(prompt.pop("image"))}
     bare = not (Path(folder) / "tokenizer.json").exists()
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=bare)
+    quantised = "quantization_config" in json.loads((Path(folder) / "config.json").read_text())
+    dtype = "bfloat16" if quantised else "float32"  # its INT8 kernel for AMX takes no float32
+    engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=128, skip_tokenizer_init=bare)
     return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, GREEDY, use_tqdm=False)]
 
 
