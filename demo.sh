@@ -99,18 +99,18 @@ MODEL=$RUN/recovered TEACHER=$BASE CACHE=$RUN/cache DATASET=$DATASET#$DISTIL_ROW
 
 # In one go: for the same steps in all, cutting to 2 heads first and recovering in between came out no better (docs/kv.md).
 stage mqa "$RUN/mqa" python kv_cut.py --model "$RUN/distilled" --out "$RUN/mqa" --kv-heads 1 \
-  --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 200)"
+  --calib "$RUN/data/train.jsonl" --calib-tokens "$HEAL_TOKENS" --refine "$(steps 160)"
 # Half of the tokens, which these data hardly use: 3% of the parameters for nothing that would be seen (docs/vocabulary.md).
 stage vocabulary "$RUN/vocabulary" python vocab_cut.py --model "$RUN/mqa" --out "$RUN/vocabulary" --keep-share 0.5 \
   --calib "$RUN/data/train.jsonl" "$RUN/data/lora_train.jsonl"
-recover mqa-recovered vocabulary 600 4e-4
+recover mqa-recovered vocabulary 560 4e-4
 
 MODEL=$RUN/mqa-recovered OUTPUT=$RUN/lora DATASET=$RUN/data/lora_train.jsonl VAL_DATASET=$RUN/data/cyrillic_val.jsonl \
   stage lora "$RUN/lora" bash lora.sh "${TINY[@]}" $(lasting 200) --learning_rate 1e-3 --lora_dropout 0
 MODEL=$RUN/mqa-recovered ADAPTER=$RUN/lora OUTPUT=$RUN/merged stage merged "$RUN/merged" bash export_lora.sh
 
-MODEL=$RUN/merged DATASET=$RUN/data/rl_train.jsonl VAL_DATASET='' OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \
-  "${TINY[@]}" --max_steps "$(steps 30)" --save_steps "$(steps 30)" --learning_rate 1e-4 --max_completion_length 16
+MODEL=$RUN/merged DATASET=$RUN/data/rl_mixed.jsonl VAL_DATASET='' OUTPUT=$RUN/rl stage rl "$RUN/rl" bash rl_run.sh \
+  "${TINY[@]}" --max_steps "$(steps 60)" --save_steps "$(steps 60)" --learning_rate 1e-4 --max_completion_length 16
 
 # Two measurements side by side, one a core.
 measure() {

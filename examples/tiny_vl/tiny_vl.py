@@ -128,6 +128,7 @@ def make_data(out: Path, seed: int, part: float = 1.0) -> None:
         known, cyrillic = rows_of["train"], rows_of["cyrillic_train"]
         rows_of["train"] = known + cyrillic[: len(cyrillic) // 4]
         rows_of["lora_train"] = cyrillic + known[: len(cyrillic) * 3 // 2]
+        rows_of["rl_mixed"] = rows_of["rl_train"] + cyrillic[: len(rows_of["rl_train"]) // 3]
         write_rows(folder, rows_of)
 
 
