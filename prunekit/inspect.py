@@ -14,17 +14,6 @@ from prunekit.checkpoint.card import ROWS
 from prunekit.errors import run_script
 
 
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """A table of two `statistics`, with the change in per cent where there is one."""
-    lines = [f"{'':16}{'before':>16}{'after':>16}"]
-    for label, key in ROWS.items():
-        old, new = before[key], after[key]
-        if old is not None:
-            change = f"{(new - old) / old:+9.1%}" if old and new != old else ""
-            lines.append(f"{label:16}{old:>16,}{new:>16,}{change}")
-    return "\n".join(lines)
-
-
 def describe(numbers: dict[str, Any], entries: list[dict[str, Any]]) -> str:
     """A table of one checkpoint's `statistics` and its history."""
     lines = [f"{label:16}{numbers[key]:>16,}" for label, key in ROWS.items() if numbers[key] is not None]

@@ -6,7 +6,7 @@ from typing import Any
 
 from prunekit.arguments import Parser, positive_float
 from prunekit.checkpoint import Checkpoint, Outline, check_out, check_room, history, open_checkpoint, statistics
-from prunekit.inspect import comparison
+from prunekit.checkpoint.card import ROWS
 
 from .cut import Cut, write_cut
 
@@ -45,9 +45,20 @@ def open_input(arguments: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
+def _comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """A table of two `statistics`, with the change in per cent where there is one."""
+    lines = [f"{'':16}{'before':>16}{'after':>16}"]
+    for label, key in ROWS.items():
+        old, new = before[key], after[key]
+        if old is not None:
+            change = f"{(new - old) / old:+9.1%}" if old and new != old else ""
+            lines.append(f"{label:16}{old:>16,}{new:>16,}{change}")
+    return "\n".join(lines)
+
+
 def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace, notes: Iterable[str] = ()) -> None:
     """Print notes and sizes. PruneKitError if OUT's disk has no room: to say so behind a fit of hours would be late."""
-    print(*notes, comparison(statistics(before), statistics(after)), sep="\n")
+    print(*notes, _comparison(statistics(before), statistics(after)), sep="\n")
     if not arguments.dry_run:
         check_room(arguments.out, after.nbytes)
 
