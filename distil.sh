@@ -25,10 +25,10 @@ CACHE=${CACHE:-}                    # a folder for what the teacher says, instea
 REFILL=${REFILL:-}                  # 1: look through all rows again, though CACHE was filled with these data: images changed
 # Share of steps on the student's own answers; 0: the data set's, and no server
 LMBDA=${LMBDA:-$([ -n "$CACHE" ] && echo 0 || echo 1)}
-# 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon. Off-policy forward KL learns more (docs/training.md)
 value_of lmbda --lmbda "$LMBDA" "${USER_ARGS[@]}"
 LMBDA=$VALUE
-BETA=${BETA:-$([[ $LMBDA =~ ^0*\.?0*$ ]] && echo 0 || echo 1)}
+# 1: reverse KL, 0: forward KL, between: generalised Jensen-Shannon. Off-policy forward KL learns more (docs/training.md)
+BETA=${BETA:-$(is_zero "$LMBDA" && echo 0 || echo 1)}
 ROLLOUT_GPUS=${ROLLOUT_GPUS-auto}   # auto: the last quarter of GPUS, with PLAIN=1 the last; empty: vLLM shares all of them
 ROLLOUT_PORT=${ROLLOUT_PORT:-}      # default: one that is free
 ROLLOUT_DEADLINE=${ROLLOUT_DEADLINE:-900} # seconds until the server must answer
@@ -67,7 +67,7 @@ ARGS=(
 need_number ROLLOUT_DEADLINE 1
 [ -z "$ROLLOUT_PORT" ] || need_number ROLLOUT_PORT 1 65535
 [ "$ROLLOUT_GPUS" = auto ] || need_gpus ROLLOUT_GPUS
-if [[ $LMBDA =~ ^[0.]*$ ]]; then # nothing is generated
+if is_zero "$LMBDA"; then # nothing is generated
   ROLLOUT_GPUS=''
 elif [ -n "$CACHE" ]; then
   die "CACHE=$CACHE has what the teacher says of the data's answers, and LMBDA=$LMBDA wants the student's own: leave one out"

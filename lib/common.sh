@@ -325,7 +325,7 @@ settle() {
     elif [ "$kind" = gkd ]; then
       # Its evaluation generates: in batches, and not often. If not, whole rows of the data are answers, as long as they are.
       value_of lmbda "${all[@]}"
-      speed+=(--per_device_eval_batch_size "$([[ $VALUE =~ ^[0.]+$ ]] && at_most 4 "$most" || echo 16)")
+      speed+=(--per_device_eval_batch_size "$(is_zero "$VALUE" && at_most 4 "$most" || echo 16)")
       value_of max_completion_length "${all[@]}"
       # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
       if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&
@@ -361,6 +361,7 @@ settle() {
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
+is_zero() { [[ $1 =~ ^0*\.?0*$ && $1 == *0* ]]; }
 vocabulary() { grep -so '"vocab_size": *[0-9]*' "$1/config.json" | sort -u || true; }
 is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
 
