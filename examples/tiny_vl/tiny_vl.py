@@ -296,6 +296,12 @@ def pick_skills(shares: dict[str, float], number: int, seed: int, step: int) -> 
     return [list(SIZES)[min(int(index), len(SIZES) - 1)] for index in np.searchsorted(ends / ends[-1], places, "right")]
 
 
+def places_of(rank: int, world: int, number: int) -> list[int]:
+    """Which of a step's micro-batches a process has: dealt to and fro, as the first are the dearest."""
+    turn = [*range(world), *reversed(range(world))]
+    return [place for place in range(number) if turn[place % len(turn)] == rank]
+
+
 def draw_batch(where: tuple[int, int, int], skill: str, level: int) -> tuple[list[Scene], np.ndarray | None]:
     """The micro-batch at `where` (seed, step, number): nothing else decides about chance."""
     rng, banned = np.random.default_rng([where[0], 3, *where[1:]]), held_out_keys(where[0])
@@ -431,7 +437,12 @@ class Optimizer:
         device = next(model.parameters()).device
         self.fast = torch.bfloat16 if has_bfloat16(device.type) else torch.float32
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        self.gradients = {name: torch.zeros_like(self.tensors[f"master.{name}"]) for name in self.live}
+        # One stretch of memory, stacks first: summed over processes, and each stack seen, without a copy.
+        order = [*(name for names in self.stacks for name in names), *self.others]
+        sizes = [self.live[name].numel() for name in order]
+        self.flat = torch.zeros(sum(sizes), device=device)
+        parts = zip(order, self.flat.split(sizes), strict=True)
+        self.gradients = {name: part.view(self.live[name].shape) for name, part in parts}
 
     def collect(self) -> None:
         """Add the model's gradients to ours and clear them: sums in bf16 would lose the small ones."""
@@ -442,33 +453,31 @@ class Optimizer:
 
     def step(self, number: int, micro_batches: int, rate: float) -> None:
         """The step of this number, from the sum over so many micro-batches, at a share of the full rate."""
-        import torch
         import torch.distributed as dist
 
-        flat = torch.cat([gradient.flatten() for gradient in self.gradients.values()])
         if self.world > 1:
-            dist.all_reduce(flat)
-        flat /= micro_batches
-        flat *= (1.0 / (flat.norm() + 1e-6)).clamp(max=1.0)
-        sizes = [gradient.numel() for gradient in self.gradients.values()]
-        parts = zip(self.gradients, flat.split(sizes), strict=True)
-        gradients = {name: part.view(self.gradients[name].shape) for name, part in parts}
+            dist.all_reduce(self.flat)
+        self.flat *= 1 / self.flat.norm().clamp(min=micro_batches)  # the mean, clipped to a norm of 1
+        start = 0
         for index, names in enumerate(self.stacks):
-            stack = torch.stack([gradients[name] for name in names])
+            size = len(names) * self.live[names[0]].numel()
+            stack = self.flat[start : start + size].view(len(names), *self.live[names[0]].shape)
+            start += size
             momentum = self.tensors[f"momentum.{index}"].lerp_(stack, 0.05)
-            updates = self._orthogonal(stack.lerp(momentum, 0.95))
+            share = math.ceil(len(stack) / self.world)
+            mine = slice(self.rank * share, (self.rank + 1) * share)
+            updates = self._gather(self._orthogonal(stack[mine].lerp(momentum[mine], 0.95)), share)
             speed = MUON_RATE * rate * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
-            for name, update in zip(names, updates, strict=True):
+            for name, update in zip(names, updates.float(), strict=False):
                 self.tensors[f"master.{name}"].mul_(1 - 0.01 * MUON_RATE * rate).sub_(update, alpha=speed)
         for name in self.others:
-            gradient, master = gradients[name], self.tensors[f"master.{name}"]
+            gradient, master = self.gradients[name], self.tensors[f"master.{name}"]
             mean = self.tensors[f"mean.{name}"].lerp_(gradient, 0.1)
             square = self.tensors[f"square.{name}"].lerp_(gradient.square(), 0.05)
             size = (square / (1 - 0.95 ** (number + 1))).sqrt_().add_(1e-8)
             master.mul_(1 - 0.01 * ADAMW_RATE * rate)
             master.addcdiv_(mean, size, value=-ADAMW_RATE * rate / (1 - 0.9 ** (number + 1)))
-        for gradient in self.gradients.values():
-            gradient.zero_()
+        self.flat.zero_()
         self.publish()
 
     def publish(self) -> None:
@@ -480,27 +489,30 @@ class Optimizer:
                 parameter.copy_(self.tensors[f"master.{name}"])
 
     def _orthogonal(self, stack):
-        """Newton-Schulz iterations; each process has its share of the stack. (matrices, rows, columns), fp32"""
+        """Newton-Schulz iterations. (matrices, rows, columns), fp32 to what is fast here"""
         import torch
-        import torch.distributed as dist
 
-        share = math.ceil(len(stack) / self.world)
-        mine = stack[self.rank * share : (self.rank + 1) * share].to(self.fast)
         flipped = stack.shape[1] > stack.shape[2]
-        mine = mine.mT if flipped else mine
+        mine = (stack.mT if flipped else stack).to(self.fast, memory_format=torch.contiguous_format)
         mine = mine / (mine.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(self.fast)
         for _ in range(5):
             square = mine @ mine.mT
             factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
             mine = torch.baddbmm(mine, factor, mine, beta=3.4445)
-        mine = (mine.mT if flipped else mine).float()
+        return mine.mT if flipped else mine
+
+    def _gather(self, mine, share: int):
+        """The processes' shares of a stack, one behind the other; what is missing at its end is zeros."""
+        import torch
+        import torch.distributed as dist
+
         if self.world == 1:
             return mine
-        padded = torch.zeros(share, *stack.shape[1:], device=stack.device)
+        padded = torch.zeros(share, *mine.shape[1:], dtype=mine.dtype, device=mine.device)
         padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        return torch.cat(parts)[: len(stack)]
+        whole = torch.empty(self.world * share, *mine.shape[1:], dtype=mine.dtype, device=mine.device)
+        dist.all_gather(list(whole.split(share)), padded)
+        return whole
 
 
 def halve(model) -> None:
@@ -580,6 +592,7 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
 
     out, steps, seed, workers = args.out, args.steps, args.seed, args.workers
     number = args.micro_batches * world  # micro-batches a step
+    places = places_of(rank, world, number)
     torch.manual_seed(seed)
     processor = build_processor()
     model = build_model(processor)
@@ -612,7 +625,7 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
         for first in range(story["step"], steps, REVIEW):
             here = range(first, min(first + REVIEW, steps))
             picked = {step: pick_skills(curriculum.shares(), number, seed, step) for step in here}
-            mine = [(step, place) for step in here for place in range(rank, number, world)]
+            mine = [(step, place) for step in here for place in places]
             which = [picked[step][place] for step, place in mine]
             jobs = (
                 [(seed, step, place) for step, place in mine],
@@ -622,7 +635,7 @@ def _train(args: argparse.Namespace, device, rank: int, world: int) -> None:
             drawn = pool.map(draw_batch, *jobs) if workers else map(draw_batch, *jobs)
             tallies = torch.zeros(3, len(SIZES), device=device)  # right, asked, loss by skill
             for step in here:
-                for skill in picked[step][rank::world]:
+                for skill in (picked[step][place] for place in places):
                     batch = batches(*next(drawn), turns_of(skill))
                     labels, owner = batch.pop("labels"), batch.pop("owner")
                     logits = network(**batch)
@@ -691,7 +704,7 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0)
         if name == "data":
             command.add_argument("--share", type=share, default=1.0, help="of every data set's rows (default: all)")
-    command.add_argument("--steps", type=int, default=15000, help="optimizer steps (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=11000, help="optimizer steps (default: %(default)s)")
     command.add_argument(
         "--micro-batches",
         type=int,

@@ -357,6 +357,12 @@ def test_skills_are_picked_as_often_as_their_shares_say():
     assert "cyrillic" not in many and all(abs(many.count(skill) - 250) < 50 for skill in skills.SKILLS)
 
 
+def test_processes_share_out_all_micro_batches_and_none_has_only_the_dearest():
+    shares = [tiny_vl.places_of(rank, 2, 8) for rank in range(2)]
+    assert shares == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    assert sorted(sum((tiny_vl.places_of(rank, 3, 6) for rank in range(3)), [])) == list(range(6))
+
+
 def test_the_rate_of_learning_warms_up_and_goes_down():
     rates = [tiny_vl.learning_rate(step, 6000, 1.0) for step in range(6000)]
     assert all(one < two for one, two in pairwise(rates[:60])) and rates[60] == pytest.approx(0.99, abs=1e-3)
