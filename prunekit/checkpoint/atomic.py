@@ -23,7 +23,7 @@ MANY = 1000  # files, from which on flushing each takes longer than flushing all
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as transformers does: two spaces, a line end. It is whole or as before, whatever happens."""
-    draft = path.with_name(f".{path.name}.new")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.new")  # of this process: another may write the same file
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON has them
     draft.replace(path)

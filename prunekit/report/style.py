@@ -1,5 +1,6 @@
 """Colours of all pictures, and how one is begun and written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def save_figure(figure, path: Path) -> None:
     """Write a PNG, which is whole or as before, and forget the figure."""
     import matplotlib.pyplot as plt
 
-    partial = path.with_name(f".{path.name}.new")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
     figure.savefig(partial, dpi=150, format="png")
     partial.replace(path)
     plt.close(figure)
