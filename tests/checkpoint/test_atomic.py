@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import shutil
@@ -43,6 +44,18 @@ def test_two_processes_that_write_the_same_file_do_not_write_into_each_others_dr
     write_json(tmp_path / "a.json", "mine")
     assert json.loads((tmp_path / "a.json").read_text()) == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_pipe_gets_json_and_is_not_replaced(tmp_path):
+    reading, writing = os.pipe()
+    write_json(Path(f"/dev/fd/{writing}"), {"a": 1})
+    assert json.loads(os.read(reading, 100)) == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    both = os.open(tmp_path / "pipe", os.O_RDWR)
+    write_json(tmp_path / "pipe", {"a": 1})
+    assert json.loads(os.read(both, 100)) == {"a": 1} and (tmp_path / "pipe").is_fifo()
+    for descriptor in (reading, writing, both):
+        os.close(descriptor)
 
 
 def test_an_exception_leaves_nothing(tmp_path):
