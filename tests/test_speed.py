@@ -18,7 +18,7 @@ def run(monkeypatch):
         times = {"prefill": seconds, "decode": seconds / 10}
         found = {"machine": "m", "dtype": "d", "load_seconds": 1, "peak_memory": 1, "batches": {"1": times}}
         if "gpt2" in job["folder"] and not job["parts"]:
-            raise RuntimeError("no memory")
+            raise PruneKitError("no memory")
         return found | ({"parts": {"decode": {"mlp": 0.75, "rest": 0.25}}} if job["parts"] else {})
 
     monkeypatch.setattr("prunekit.serving.measure.measure_once", once)

@@ -121,13 +121,15 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
 
 
 def measure_once(job: dict[str, Any], module: str = "prunekit.serving.run") -> dict[str, Any]:
-    """What a module says of a job, in a process of its own. RuntimeError with its last line if it fails."""
+    """What a module says of a job, in a process of its own. PruneKitError with its last line if that fails."""
     command = [sys.executable, "-m", module]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{job['folder']}: measuring failed (exit code {done.returncode}): {last}")
+        if done.returncode < 0:
+            last = f"signal {-done.returncode} ended it, for want of memory, perhaps"
+        raise PruneKitError(f"{job['folder']}: measuring failed (exit code {done.returncode}): {last}")
     return json.loads(done.stdout)
 
 

@@ -69,7 +69,7 @@ def measure_speed(folders: list[Path], pace: Pace, quiet: bool | None = None) ->
         job = {"folder": str(folders[number]), **asdict(pace), "dtype": dtype}
         try:
             found = measure_once(job, "prunekit.serving.speed")
-        except RuntimeError as error:
+        except PruneKitError as error:
             rows[number] = {"error": str(error)}
             continue
         row |= {key: found[key] for key in ("machine", "dtype")}

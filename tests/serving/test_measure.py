@@ -10,6 +10,7 @@ from prunekit.serving.measure import (
     Measuring,
     check_measurable,
     format_of,
+    measure_once,
     measure_served,
     served_table,
     where_zeros_save_nothing,
@@ -55,3 +56,17 @@ def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
     (row,) = measure_served([folder], Measuring(data, length=8, sizes=(1,), seconds=0.01, rounds=1), quiet=True)
     assert 3 < row["loss"] < 8  # random weights: about log(128)
     assert "LOSS" in served_table([row]).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "model: measuring failed .exit code -9.: signal 9 ended it, for want"),
+        ("raise MemoryError('too large')", "model: measuring failed .exit code 1.: MemoryError: too large"),
+    ],
+)
+def test_a_process_that_dies_while_it_measures_is_one_line(code, message, tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PruneKitError, match=message):
+        measure_once({"folder": "model"}, "dying")

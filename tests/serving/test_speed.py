@@ -70,7 +70,7 @@ def test_models_are_measured_by_turns_and_the_best_turn_counts(monkeypatch):
 def test_what_cannot_be_measured_says_so_and_the_rest_is_measured(monkeypatch):
     def once(job, module):
         if job["folder"] == "base":
-            raise RuntimeError("out of memory")
+            raise PruneKitError("out of memory")
         return {"machine": "m", "dtype": "d", "load_seconds": 1, "peak_memory": 1, "batches": {}}
 
     monkeypatch.setattr("prunekit.serving.measure.measure_once", once)
