@@ -114,6 +114,8 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in rows]
         job |= {"task": "loss", "rows": [row for row in ids if len(row) > 1]}
+        if not job["rows"]:
+            raise PruneKitError(f"{how.dataset}: no text is longer than one of {folder}'s tokens; give longer ones")
     stream = [token for row in ids for token in row]
     stream *= -(-how.length * max(how.sizes) // len(stream))
     timed = [stream[n * how.length : (n + 1) * how.length] for n in range(max(how.sizes))]
