@@ -86,8 +86,13 @@ def _row(where: str, words: list[str], tags: list[str]) -> Row:
 
 
 def labels_of(rows: Iterable[Row]) -> dict[int, str]:
-    """Names of the labels that these rows need, by number: O, then B and I of each type by its name."""
+    """Names of the labels that these rows need, by number: O, then B and I of each type by its name.
+
+    PruneKitError if all words are O.
+    """
     types = sorted({tag[2:] for row in rows for tag in row.tags} - {""})
+    if not types:
+        raise PruneKitError("all tags of the rows are O: a tagger needs entities to learn")
     return dict(enumerate(["O", *(f"{place}-{name}" for name in types for place in "BI")]))
 
 

@@ -349,6 +349,11 @@ def test_labels_of_rows_are_a_whole_scheme():
     assert labels_of([Row(["a"], ["I-B"]), Row(["a"], ["B-A"])]) == dict(enumerate(["O", "B-A", "I-A", "B-B", "I-B"]))
 
 
+def test_rows_without_an_entity_need_no_head():
+    with pytest.raises(PruneKitError, match="all tags of the rows are O"):
+        labels_of([Row(["a"], ["O"])])
+
+
 def test_predictions_go_back_to_their_words_through_batches(tagger, rows):
     folder, tokenizer = tagger("bert"), load_tokenizer(tagger("bert"))
     data = Data(*encode(read_rows(rows), tokenizer, LABELS, 8), LABELS)
