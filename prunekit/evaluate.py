@@ -62,9 +62,9 @@ def judge_by(
         if left_out := len(rows) - len(judged.rows):
             print(f"{name}: {left_out} rows are {long}, and left out", file=sys.stderr)
             datasets[name] = judged.rows
-        if judged.cut:
+        if cut := sum(judged.cut):
             print(
-                f"warning: {name}: {judged.cut} of {len(judged.rows)} answers of {model} were cut at "
+                f"warning: {name}: {cut} of {len(judged.rows)} answers of {model} were cut at "
                 f"{args.max_new_tokens} tokens: if right ones are as long, raise --max-new-tokens",
                 file=sys.stderr,
             )
