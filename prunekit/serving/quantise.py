@@ -100,14 +100,15 @@ def plan_quantise(checkpoint: Checkpoint, method: str, group: int | None = None)
             )
         group = dividing[0]
     ignore = [*(["re:.*visual\\..*"] if checkpoint.family.vision else []), "re:.*embed_tokens$", "re:.*lm_head$"]
+    ignore += [f"re:{checkpoint.family.drafts}"] if checkpoint.family.drafts else []
     known, nbytes = set(modules), checkpoint.nbytes
     for name, tensor in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if module in known:
             scales = math.prod(tensor.shape) // group if group else tensor.shape[0]
             nbytes += math.prod(tensor.shape) * (4 if four else 8) // 8 + scales * SCALE_BYTES - tensor.nbytes
-        elif module != name and len(tensor.shape) == 2 and (within := checkpoint.family.text.within(name)):
-            ignore.append(f"re:.*\\.{re.escape(within[1].removesuffix('.weight'))}$")  # a router, say
+        elif module != name and len(tensor.shape) > 1 and (within := checkpoint.family.text.within(name)):
+            ignore.append(f"re:.*\\.{re.escape(within[1].removesuffix('.weight'))}$")  # a router, or a convolution
     plan = QuantisePlan(checkpoint, method, tuple(modules), tuple(dict.fromkeys(ignore)), group, nbytes)
     if wrong := [name for name in modules if any(re.match(pattern[3:], name) for pattern in plan.ignore)]:
         raise ValueError(f"{wrong[0]} would be left as it is")
