@@ -171,7 +171,7 @@ def adopt(written: Path, source: Checkpoint, folder: Path) -> Checkpoint:
     for file in weights:
         shutil.move(file, folder / file.name)
         (folder / file.name).chmod(0o644)  # llm-compressor's are for their owner alone
-    if len(weights) > 1:
+    if [file.name for file in weights] != ["model.safetensors"]:  # by any other name transformers asks for an index
         shutil.move(written / INDEX, folder / INDEX)
     write_json(folder / "config.json", source.config | {"quantization_config": found})
     for file in side_files(source.path):

@@ -8,7 +8,7 @@ import pytest
 from helpers.quantised import write_fp8
 
 from prunekit import quantise as command
-from prunekit.checkpoint import Tensor, history, new_folder, open_checkpoint
+from prunekit.checkpoint import INDEX, Tensor, history, new_folder, open_checkpoint, read_header
 from prunekit.errors import PruneKitError
 from prunekit.serving.lines import serving_lines
 from prunekit.serving.memory import fits
@@ -88,6 +88,17 @@ def test_a_published_folder_tells_what_it_is(tiny, tmp_path, pruned):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert config == source.config
+
+
+def test_a_single_file_of_another_name_keeps_its_index(pruned, tmp_path):
+    written = write_fp8(pruned, tmp_path / "written")
+    names = read_header(written / "model.safetensors")
+    (written / "model.safetensors").rename(written / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (written / INDEX).write_text(json.dumps(index))
+    with new_folder(tmp_path / "out") as folder:
+        publish_quantised(open_checkpoint(pruned), written, folder, {})
+    assert json.loads((tmp_path / "out" / INDEX).read_text()) == index
 
 
 def test_what_is_none_of_its_quantised_forms_is_not_published(tiny, tmp_path, pruned):
