@@ -33,6 +33,7 @@ from prunekit.checkpoint import (
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError
 from prunekit.families import spot_of
+from prunekit.surgery.drafts import draft_tensors, drop_drafts
 
 SCHEMES = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16", "gptq": "W4A16"}  # compressed-tensors' names
 SWIFT = ("bnb", "block-fp8")  # what `swift export` writes
@@ -185,7 +186,12 @@ def publish_quantised(
     """`adopt`, with history and card; returns the new entry. `extra_files` are records of the run: its command."""
     result = adopt(written, source, folder)
     before, after = statistics(source), statistics(result)
-    if before["parameters"] != after["parameters"]:
+    drafts = [] if draft_tensors(result) else draft_tensors(source)  # which transformers leaves out
+    if drafts:
+        drop_drafts(source, result.config, {})
+        write_json(folder / "config.json", result.config)
+    left_out = sum(math.prod(source.tensors[name].shape) for name in drafts)
+    if before["parameters"] - left_out != after["parameters"]:
         raise PruneKitError(
             f"{written}: has {after['parameters']:,} parameters, {source.path} {before['parameters']:,}: it is none of "
             "its quantised forms"

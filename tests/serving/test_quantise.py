@@ -5,7 +5,9 @@ import re
 import sys
 
 import pytest
+import torch
 from helpers.quantised import write_fp8
+from safetensors.torch import load_file, save_file
 
 from prunekit import quantise as command
 from prunekit.checkpoint import INDEX, Tensor, history, new_folder, open_checkpoint, read_header
@@ -99,6 +101,21 @@ def test_a_single_file_of_another_name_keeps_its_index(pruned, tmp_path):
     with new_folder(tmp_path / "out") as folder:
         publish_quantised(open_checkpoint(pruned), written, folder, {})
     assert json.loads((tmp_path / "out" / INDEX).read_text()) == index
+
+
+def test_what_transformers_left_out_while_it_quantised_is_left_out(own, tmp_path):
+    folder = own("qwen3_5")
+    bare = write_fp8(folder, tmp_path / "bare")
+    tensors = load_file(folder / "model.safetensors") | {"mtp.fc.weight": torch.ones(32, 64)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with new_folder(tmp_path / "out") as out:
+        entry = publish_quantised(open_checkpoint(folder), bare, out, {})
+    assert entry["parameters_before"] - entry["parameters"] == 32 * 64
+    published = json.loads((tmp_path / "out/config.json").read_text())
+    assert published["text_config"]["mtp_num_hidden_layers"] == 0
 
 
 def test_what_is_none_of_its_quantised_forms_is_not_published(tiny, tmp_path, pruned):
