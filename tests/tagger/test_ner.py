@@ -257,6 +257,8 @@ def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, scrip
     [
         (["--hard-share", 2], "--hard-share 2: choose 0 to 1"),
         (["--temperature", 0], "--temperature 0: choose"),
+        (["--hidden-weight", 1], "--hidden-weight 1: is of what a teacher says; name one"),
+        (["--hard-share", 0], "--hard-share 0: is of what a teacher says"),
         (["--max-length", 65], "--max-length 65: choose 8 to 64"),
         (["--no_such_flag", 1], "--no_such_flag: neither"),
         (["--save_strategy", "no"], "--save_strategy no"),
