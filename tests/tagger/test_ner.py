@@ -161,6 +161,14 @@ def test_labels_are_learned(tagger, rows, tmp_path, ner_run):
     assert evaluate(tagger("distilbert"), unseen)["f1"] < 0.3 < 0.75 < evaluate(tmp_path / "out", unseen)["f1"]
 
 
+def test_scores_are_those_of_what_is_published_where_the_best_epoch_is_not_asked_for(tagger, rows, tmp_path, ner_run):
+    ner_run("--model", tagger("distilbert"), "--out", tmp_path / "out", "--dataset", rows, "--val-dataset", rows,
+            "--load_best_model_at_end", "false", "--metric_for_best_model", "loss", "--greater_is_better", "true",
+            "--num_train_epochs", 10, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
+    f1 = evaluate(tmp_path / "out", read_rows(rows))["f1"]
+    assert f1 > 0.3 and history(tmp_path / "out")[-1]["metrics"]["f1"] == pytest.approx(f1)
+
+
 def test_zeros_are_kept_where_they_are(tagger, rows, tmp_path, ner_run):
     folder = drop_layers(tagger("bert"), tmp_path / "sparse")
     weights = load_file(folder / "model.safetensors")
