@@ -25,6 +25,7 @@ def new_figure(columns: int, width: float, height: float, rows: int = 1, **layou
             "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
             "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "axes.titleweight": "bold",
             "axes.titlelocation": "left", "axes.titlesize": 10,
+            "text.parse_math": False,  # what lies between two dollars of a name is no formula
         }
     )  # fmt: skip
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", gridspec_kw=layout)
