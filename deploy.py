@@ -58,8 +58,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dataset:
         parser.error("--out or --dataset is needed")
-    if arguments.require and not arguments.dataset:
-        parser.error("--require and --min-f1 are of what is measured: give --dataset")
+    if arguments.format and not arguments.out:
+        parser.error("--format is that of the folder to write: give --out")
+    if (arguments.require or arguments.json) and not arguments.dataset:
+        parser.error("--require, --min-f1 and --json are of what is measured: give --dataset")
 
     how = None
     if arguments.dataset:

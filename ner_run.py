@@ -170,6 +170,8 @@ def main() -> None:
     for name, low, high in (("temperature", 0.01, 100), ("hard_share", 0, 1), ("hidden_weight", 0, 1e6)):
         if not low <= (value := getattr(arguments, name)) <= high:
             raise PruneKitError(f"--{name.replace('_', '-')} {value:g}: choose {low:g} to {high:g}")
+        if not teacher and value != parser.get_default(name):
+            raise PruneKitError(f"--{name.replace('_', '-')} {value:g}: is of what a teacher says; name one: --teacher")
     if arguments.lora_alpha and not arguments.lora_rank:
         raise PruneKitError("--lora-alpha is of a LoRA: give --lora-rank, too")
     if arguments.lora_rank and arguments.keep_zeros:

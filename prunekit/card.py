@@ -270,8 +270,8 @@ def main() -> None:
     speed = None
     if pace:  # before this process takes anything of the GPU
         speed = {"pace": asdict(pace), "rows": measure_speed([checkpoint.path for checkpoint in checkpoints], pace)}
+    serving = [serving_lines(checkpoint, args.check_serving) for checkpoint in checkpoints[1:]]  # before it, too
     judged = judge_all(paths, templates, datasets, args) if datasets else {}
-    serving = [serving_lines(checkpoint, args.check_serving) for checkpoint in checkpoints[1:]]
     with new_folder(args.out, args.overwrite, **REPLACED) as folder:
         write_report(folder, checkpoints, ways, judged, speed, serving, loop, args)
     print(f"wrote {args.out / 'report.html'}, report.md and report.json")

@@ -25,7 +25,8 @@ def critical_parameters(checkpoint: Checkpoint) -> str:
     family, row = checkpoint.family, checkpoint.family.text
     cuts: list[dict[str, Any]] = []
     for entry in history(checkpoint.path):
-        cuts = [*cuts, entry] if entry.get("removed") else []
+        if entry.get("stage") not in ("pack", "unpack"):  # which change nothing
+            cuts = [*cuts, entry] if entry.get("removed") else []
     if not cuts:
         raise PruneKitError(
             f"{checkpoint.path}: nothing was cut from it since it was trained; recover it by full_run.sh"

@@ -62,9 +62,9 @@ def judge_by(
         if left_out := len(rows) - len(judged.rows):
             print(f"{name}: {left_out} rows are {long}, and left out", file=sys.stderr)
             datasets[name] = judged.rows
-        if judged.cut:
+        if cut := sum(judged.cut):
             print(
-                f"warning: {name}: {judged.cut} of {len(judged.rows)} answers of {model} were cut at "
+                f"warning: {name}: {cut} of {len(judged.rows)} answers of {model} were cut at "
                 f"{args.max_new_tokens} tokens: if right ones are as long, raise --max-new-tokens",
                 file=sys.stderr,
             )
@@ -140,6 +140,9 @@ def prepare(
     datasets = read_datasets(args.dataset, args.limit)
     if not datasets and not tasks:
         return {}, []
+    names = [*datasets, *(tasks or Tasks()).lm_eval, *(tasks or Tasks()).evalscope]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PruneKitError(f"{twice[0]}: two of this name are asked for, and scores have one place by it: ask for one")
     if len({is_text(rows[0]) for rows in datasets.values()}) > 1:
         raise PruneKitError('--dataset: some have rows {"text": ...}, some messages: evaluate one kind at a time')
     texts = {is_text(rows[0]) for rows in datasets.values()} == {True}

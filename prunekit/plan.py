@@ -18,7 +18,7 @@ the target, and the lines that cut it.
 
 from pathlib import Path
 
-from prunekit.arguments import Parser, positive_float, share
+from prunekit.arguments import Parser, new_file, positive_float, share
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.errors import PruneKitError, quoted, run_script
 from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--most", type=share, default=0.25, help="of MODEL's parameters that may go (default: 0.25)")
     parser.add_argument("--ranking", nargs="*", default=[], type=Path, metavar="JSON", help="with a greedy path")
     parser.add_argument("--trials", nargs="*", default=[], type=Path, metavar="JSON", help="of prunekit.evaluate")
-    parser.add_argument("--json", type=Path, help="also write the choice here")
+    parser.add_argument("--json", type=new_file, help="also write the choice here")
     args = parser.parse_args()
     if (args.target_speed is None) != (args.speed is None):
         parser.error("--target-speed and --speed need each other")

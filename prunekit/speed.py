@@ -5,7 +5,7 @@
 
 Random tokens are read, and further ones decoded with a KV cache, by transformers: text alone. Each model runs in
 processes of its own; of its turns the best counts. --parts also says which share of the time attention, MLPs, the rest
-of the text layers and the output head take.
+of the text layers and the output head take. Exit code 2 if one can't be measured.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def pace_of(checkpoints: list[Checkpoint], args: argparse.Namespace, parts: bool
     return choose_pace(checkpoints, args.prompt_tokens, args.decode_tokens, parts=parts, **how)
 
 
-def main() -> None:
+def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument(
         "models", nargs="+", type=Path, metavar="MODEL", help="the first is what others are held against"
@@ -66,6 +66,7 @@ def main() -> None:
             print(f"  of {what}: {', '.join(f'{part} {share:.0%}' for part, share in parts.items())}")
     if args.json:
         write_json(args.json, {"pace": asdict(pace), "models": found})
+    return 2 if any("error" in row for row in found) else 0  # loop.sh would take its file for a measurement
 
 
 if __name__ == "__main__":

@@ -206,6 +206,15 @@ def test_a_picture_of_a_lost_row_is_drawn_beside_the_answer(models, tmp_path, mo
     assert (tmp_path / "out/report.html").read_text().count('src="data:image/png;base64,') == 3
 
 
+def test_engines_are_tried_before_a_model_takes_this_processs_part_of_a_gpu(models, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(card, "prepare", lambda *_: ({"rows": []}, []))
+    monkeypatch.setattr(card, "serving_lines", lambda *_: done.append("serving") or [])
+    monkeypatch.setattr(card, "judge_all", lambda *_: done.append("quality") or {})
+    run(models / "first", "--base", models / "base", "--no-speed", "--out", tmp_path / "out")
+    assert done == ["serving", "quality"]
+
+
 def _forced():
     import numpy as np
 

@@ -348,6 +348,11 @@ def test_a_bad_argument_is_refused_in_one_line(refused, arguments):
     assert value[:15] in refused(*arguments)
 
 
+@pytest.mark.parametrize("arguments", [("--tasks", "rows"), ("--tasks", "gsm8k", "--benchmarks", "gsm8k")])
+def test_a_task_is_not_called_like_a_data_set_or_another_task(refused, arguments):
+    assert f"{arguments[-1]}: two of this name are asked for" in refused(*arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"), [((), "f1"), ((), "reward"), ((), "groups.x.cer"), (("--no-generate",), "exact_match")]
 )

@@ -18,20 +18,21 @@ def run(monkeypatch):
         times = {"prefill": seconds, "decode": seconds / 10}
         found = {"machine": "m", "dtype": "d", "load_seconds": 1, "peak_memory": 1, "batches": {"1": times}}
         if "gpt2" in job["folder"] and not job["parts"]:
-            raise RuntimeError("no memory")
+            raise PruneKitError("no memory")
         return found | ({"parts": {"decode": {"mlp": 0.75, "rest": 0.25}}} if job["parts"] else {})
 
     monkeypatch.setattr("prunekit.serving.measure.measure_once", once)
 
     def go(*arguments):
         monkeypatch.setattr(sys, "argv", ["speed", *map(str, arguments)])
-        speed.main()
+        return speed.main()
 
     return go
 
 
 def test_each_model_is_held_against_the_first(run, tiny, tmp_path, capsys):
-    run(tiny("qwen3_moe"), tiny("llama"), "--batches", 1, "--json", tmp_path / "speed.json", "--parts")
+    given = (tiny("qwen3_moe"), tiny("llama"), "--batches", 1, "--json", tmp_path / "speed.json", "--parts")
+    assert run(*given) == 0
     said = capsys.readouterr().out
     assert "decode 0.5 s a token (1.80 times as fast)" in said and said.count("times as fast") == 2
     assert "of decode: mlp 75%, rest 25%" in said
@@ -40,8 +41,8 @@ def test_each_model_is_held_against_the_first(run, tiny, tmp_path, capsys):
     assert found["models"][0]["parts"]["decode"]["mlp"] == 0.75 and found["pace"]["sizes"] == [1]
 
 
-def test_what_cannot_be_measured_says_so(run, tiny, capsys):
-    run(tiny("llama"), tiny("gpt2"))
+def test_what_cannot_be_measured_says_so_and_ends_it_with_a_code(run, tiny, capsys):
+    assert run(tiny("llama"), tiny("gpt2")) == 2
     assert f"{tiny('gpt2')}: no memory" in capsys.readouterr().out
 
 

@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--threads", type=positive_int, help="of the model (default: all cores)")
     parser.add_argument("--device", type=device, default="cpu", help="of what torch runs (default: cpu)")
     args = parser.parse_args()
+    if args.port > 65535:
+        parser.error(f"--port {args.port}: the last one is 65535")
     tagger = Tagger(args.model, args.threads, args.device)
     tagger.tag([Text.of("a first text, which takes longest")])
     uvicorn.run(make_app(tagger, args.log), host=args.host, port=args.port, log_level="warning")

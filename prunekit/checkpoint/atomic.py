@@ -22,11 +22,18 @@ MANY = 1000  # files, from which on flushing each takes longer than flushing all
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as transformers does: two spaces, a line end. It is whole or as before, whatever happens."""
-    draft = path.with_name(f".{path.name}.new")
+    """Write a JSON file as transformers does: two spaces, a line end. It is whole or as before, whatever happens.
+
+    What is no file (/dev/stdout, a pipe) gets the text and stays: root could replace it for all of the machine.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.new")  # of this process: another may write the same file
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates, as JSON has them
-    draft.replace(path)
+    special = path.parent == Path("/dev") or path.exists() and not path.is_file()
+    target, mode = (path, "a") if special else (draft, "w")
+    with target.open(mode, encoding="utf-8", errors="backslashreplace") as file:  # lone surrogates, as JSON has them
+        file.write(text)
+    if not special:
+        draft.replace(path)
 
 
 def _is_checkpoint_like(folder: Path) -> bool:

@@ -134,10 +134,10 @@ def float_bytes(array, dtype: str, name: str = "") -> memoryview:
     return out.data.cast("B")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content; PruneKitError if it can't be read or parsed."""
+def read_json(path: Path, **how: Any) -> Any:
+    """A JSON file's content; PruneKitError if it can't be read or parsed. `how` goes to json.loads."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), **how)
     except (OSError, ValueError, RecursionError) as error:
         raise PruneKitError(f"{path}: can't be read as JSON ({error})") from error
 

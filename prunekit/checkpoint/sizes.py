@@ -29,8 +29,8 @@ def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:
     Returns parameters (tied weights counted once), parameters_by_component (text: the layers; vision: the whole tower;
     embedding: token embeddings and output head; other), bytes (of weights), num_hidden_layers, vision_depth (None
     without a vision tower), num_attention_heads, num_key_value_heads, head_dim, neurons (of an MLP, or of each expert),
-    and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes, of the layers that have a cache which
-    grows. The last counts bf16/fp16 whatever the weights' dtype, so that stages compare; for encoders it is 0.
+    and kv_bytes_per_token: 2 (K and V) * layers * KV heads * head_dim * 2 bytes, of the layers that attend, with a
+    sliding window or without. It counts bf16/fp16 whatever the weights' dtype, so that stages compare; 0 for encoders.
     vocab_size is of the embedding's rows, num_experts of a mixture's (None where there is none). Quantised weights
     count as parameters as before, their scales don't.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .format import read_json
 
 __all__ = ["claim_folder", "fingerprint"]  # which settings hold, as what they depend on
 
-OWN = {"lock", "settings.json", ".settings.json.new"}  # all that a claim by itself writes
+OWN = re.compile(r"lock|settings\.json|\.settings\.json\.(?:\d+\.)?new")  # all that a claim by itself writes
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def claim_folder(out: Path, settings: dict[str, Any], what: str) -> Iterator[Non
         try:
             yield
         except PruneKitError:
-            if out.exists() and {path.name for path in out.iterdir()} <= OWN:
+            if out.exists() and all(OWN.fullmatch(path.name) for path in out.iterdir()):
                 for path in out.iterdir():
                     path.unlink()
                 with contextlib.suppress(OSError):  # a parent that others use by now
@@ -56,5 +57,5 @@ def _check_settings(out: Path, settings: dict[str, Any], what: str) -> None:
             raise PruneKitError(
                 f"{out}: holds a {what} of another model, other data or other settings; choose another OUT or remove it"
             )
-    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - OWN):
+    elif out.exists() and not (out.is_dir() and all(OWN.fullmatch(path.name) for path in out.iterdir())):
         raise PruneKitError(f"{out}: is in use, and no {what}; choose another OUT")

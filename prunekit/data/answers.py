@@ -91,8 +91,8 @@ def generate(
     batch_size: int = 64,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-) -> tuple[list[str], int]:
-    """Answers to the rows' messages without their answer, white space at the ends stripped; how many were cut.
+) -> tuple[list[str], list[bool]]:
+    """Answers to the rows' messages without their answer, white space at the ends stripped; which of them were cut.
 
     They are greedy at temperature 0. An answer is cut that has `max_new_tokens` tokens, and none that ends it.
     """
@@ -107,7 +107,7 @@ def generate(
     found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]
     eos = engine.generation_config.eos_token_id
     ends = {engine.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    cut = sum(choice.finish_reason == "length" and choice.token_ids[-1] not in ends for choice in found)
+    cut = [choice.finish_reason == "length" and choice.token_ids[-1] not in ends for choice in found]
     return [choice.message.content.strip() for choice in found], cut
 
 
@@ -184,14 +184,15 @@ class Judged:
     rows: Rows
     figures: Figures
     answers: list[str] = field(default_factory=list)  # none where nothing was generated
-    cut: int = 0  # of them, as `generate` says
+    cut: list[bool] = field(default_factory=list)  # of each of them, as `generate` says
 
     def among(self, rows: Rows) -> "Judged":
         """The same of some of these rows, in their order."""
         places = {id(row): place for place, row in enumerate(self.rows)}
         index = [places[id(row)] for row in rows]
         answers = [self.answers[place] for place in index] if self.answers else []
-        return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers)
+        cut = [self.cut[place] for place in index] if self.cut else []
+        return replace(self, rows=rows, figures=chosen(self.figures, index), answers=answers, cut=cut)
 
     def scores(self, by: str | None = None) -> dict[str, Any]:
         """Means over all rows, and the answers' `tokens`. Of texts the loss is said as perplexity, too.
@@ -207,7 +208,7 @@ class Judged:
         if "loss" in self.figures:
             scores["tokens"] = int(self.figures["loss"][1].sum())
         if self.answers:
-            scores |= {"n_cut": self.cut, "cut_share": self.cut / len(self.rows)}
+            scores |= {"n_cut": sum(self.cut), "cut_share": sum(self.cut) / len(self.rows)}
         if by:
             scores["groups"] = {
                 group: of(chosen(self.figures, places)) | {"samples": len(places)}

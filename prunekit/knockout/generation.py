@@ -11,8 +11,8 @@ from .removal import Removal
 from .scanner import Job, encoder_for, finite, load_scanner, rows_of
 
 
-def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) -> tuple[list[str], int]:
-    """Greedy answers to some of the data set's first rows without some layers, and how many were cut.
+def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) -> tuple[list[str], list[bool]]:
+    """Greedy answers to some of the data set's first rows without some layers, and which of them were cut.
 
     Item: job, layers, rows, tokens of an answer at most, and which of how many equal shares of the rows.
     """
@@ -21,7 +21,7 @@ def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) ->
     job, gone, rows, tokens, share_, shares = item
     scanner, mine = load_scanner(job), rows_of(job)[:rows][share_::shares]
     if not mine:
-        return [], 0
+        return [], []
     template = copy.copy(encoder_for(job).template)
     template.max_length = None  # which rows are scored goes by it; of these all are answered
     with scanner.without(gone):
@@ -29,7 +29,7 @@ def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) ->
         return generate(engine, mine, max_new_tokens=tokens)
 
 
-def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[list[str], int]]) -> dict[str, Any]:
+def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[list[str], list[bool]]]) -> dict[str, Any]:
     """Exact match and character error rate of what `answer_without` gave for all shares of the rows, in their order."""
     samples = rows_of(job)[:rows]
     answers = [""] * len(samples)
@@ -42,6 +42,6 @@ def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[lis
         return {key: finite(value) for key, value in found.items()} | {"samples": len(mine)}
 
     groups = sorted({group_of(row, job.by) for row in samples}) if job.by else []
-    cut = sum(part for _, part in parts)
+    cut = sum(sum(part) for _, part in parts)
     by_group = {"groups": {group: scored(group) for group in groups}} if groups else {}
     return scored() | {"n_cut": cut, "max_new_tokens": tokens} | by_group

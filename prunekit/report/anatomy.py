@@ -44,11 +44,11 @@ def draw_anatomy(anatomy: Anatomy, path: Path) -> None:
     if cut_tokens:
         _draw_tokens(axis, anatomy, bottoms["text"])
     axis.set_xlim(-2.2 - 0.01 * widest, widest + 0.1 + 1.6 * cut_tokens)
-    notes = "; ".join(anatomy.notes).replace("$", r"\$")
+    notes = "; ".join(anatomy.notes)
     axis.set_ylim(-0.55 if notes else -0.3, height - GAP + 0.15)
     axis.text(0, -0.42, notes, va="center", fontsize=8, color=MUTED)
     axis.set_axis_off()
-    axis.set_title(anatomy.title.replace("$", r"\$"), fontsize=11, pad=10)
+    axis.set_title(anatomy.title, fontsize=11, pad=10)
     _explain(figure, anatomy)
     save_figure(figure, path)
 

@@ -1,5 +1,6 @@
 """Colours of all pictures, and how one is begun and written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def new_figure(columns: int, width: float, height: float, rows: int = 1, **layou
             "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
             "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True, "axes.titleweight": "bold",
             "axes.titlelocation": "left", "axes.titlesize": 10,
+            "text.parse_math": False,  # what lies between two dollars of a name is no formula
         }
     )  # fmt: skip
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", gridspec_kw=layout)
@@ -33,7 +35,7 @@ def save_figure(figure, path: Path) -> None:
     """Write a PNG, which is whole or as before, and forget the figure."""
     import matplotlib.pyplot as plt
 
-    partial = path.with_name(f".{path.name}.new")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
     figure.savefig(partial, dpi=150, format="png")
     partial.replace(path)
     plt.close(figure)

@@ -25,11 +25,11 @@ def draw_way(measured: list[dict[str, Any]], logged: list[dict[str, Any]], metri
             if "low" in point:
                 axis.plot([point[key]] * 2, [point["low"], point["high"]], color=colour, linewidth=3, alpha=0.35)
             axis.plot(point[key], point["quality"], marker="D", markersize=6, color=colour, linestyle="none",
-                      label=point["name"].replace("$", r"\$"))  # fmt: skip
+                      label=point["name"])  # fmt: skip
         axis.set_xlabel(f"{label}, share of the base's", color=INK)
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.invert_xaxis()
         axis.margins(0.12)
-    axes[0][0].set_title(f"{metric} against size".replace("$", r"\$"))
+    axes[0][0].set_title(f"{metric} against size")
     axes[0][1].legend(frameon=False, fontsize=8, loc="best")
     save_figure(figure, path)

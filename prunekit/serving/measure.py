@@ -114,6 +114,8 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in rows]
         job |= {"task": "loss", "rows": [row for row in ids if len(row) > 1]}
+        if not job["rows"]:
+            raise PruneKitError(f"{how.dataset}: no text is longer than one of {folder}'s tokens; give longer ones")
     stream = [token for row in ids for token in row]
     stream *= -(-how.length * max(how.sizes) // len(stream))
     timed = [stream[n * how.length : (n + 1) * how.length] for n in range(max(how.sizes))]
@@ -121,13 +123,15 @@ def _job(folder: Path, how: Measuring) -> tuple[dict[str, Any], Any]:
 
 
 def measure_once(job: dict[str, Any], module: str = "prunekit.serving.run") -> dict[str, Any]:
-    """What a module says of a job, in a process of its own. RuntimeError with its last line if it fails."""
+    """What a module says of a job, in a process of its own. PruneKitError with its last line if that fails."""
     command = [sys.executable, "-m", module]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{job['folder']}: measuring failed (exit code {done.returncode}): {last}")
+        if done.returncode < 0:
+            last = f"signal {-done.returncode} ended it, for want of memory, perhaps"
+        raise PruneKitError(f"{job['folder']}: measuring failed (exit code {done.returncode}): {last}")
     return json.loads(done.stdout)
 
 

@@ -33,6 +33,7 @@ from prunekit.checkpoint import (
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError
 from prunekit.families import spot_of
+from prunekit.surgery.drafts import draft_tensors, drop_drafts
 
 SCHEMES = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "int4": "W4A16", "gptq": "W4A16"}  # compressed-tensors' names
 SWIFT = ("bnb", "block-fp8")  # what `swift export` writes
@@ -100,14 +101,15 @@ def plan_quantise(checkpoint: Checkpoint, method: str, group: int | None = None)
             )
         group = dividing[0]
     ignore = [*(["re:.*visual\\..*"] if checkpoint.family.vision else []), "re:.*embed_tokens$", "re:.*lm_head$"]
+    ignore += [f"re:{checkpoint.family.drafts}"] if checkpoint.family.drafts else []
     known, nbytes = set(modules), checkpoint.nbytes
     for name, tensor in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if module in known:
             scales = math.prod(tensor.shape) // group if group else tensor.shape[0]
             nbytes += math.prod(tensor.shape) * (4 if four else 8) // 8 + scales * SCALE_BYTES - tensor.nbytes
-        elif module != name and len(tensor.shape) == 2 and (within := checkpoint.family.text.within(name)):
-            ignore.append(f"re:.*\\.{re.escape(within[1].removesuffix('.weight'))}$")  # a router, say
+        elif module != name and len(tensor.shape) > 1 and (within := checkpoint.family.text.within(name)):
+            ignore.append(f"re:.*\\.{re.escape(within[1].removesuffix('.weight'))}$")  # a router, or a convolution
     plan = QuantisePlan(checkpoint, method, tuple(modules), tuple(dict.fromkeys(ignore)), group, nbytes)
     if wrong := [name for name in modules if any(re.match(pattern[3:], name) for pattern in plan.ignore)]:
         raise ValueError(f"{wrong[0]} would be left as it is")
@@ -170,7 +172,7 @@ def adopt(written: Path, source: Checkpoint, folder: Path) -> Checkpoint:
     for file in weights:
         shutil.move(file, folder / file.name)
         (folder / file.name).chmod(0o644)  # llm-compressor's are for their owner alone
-    if len(weights) > 1:
+    if [file.name for file in weights] != ["model.safetensors"]:  # by any other name transformers asks for an index
         shutil.move(written / INDEX, folder / INDEX)
     write_json(folder / "config.json", source.config | {"quantization_config": found})
     for file in side_files(source.path):
@@ -184,7 +186,12 @@ def publish_quantised(
     """`adopt`, with history and card; returns the new entry. `extra_files` are records of the run: its command."""
     result = adopt(written, source, folder)
     before, after = statistics(source), statistics(result)
-    if before["parameters"] != after["parameters"]:
+    drafts = [] if draft_tensors(result) else draft_tensors(source)  # which transformers leaves out
+    if drafts:
+        drop_drafts(source, result.config, {})
+        write_json(folder / "config.json", result.config)
+    left_out = sum(math.prod(source.tensors[name].shape) for name in drafts)
+    if before["parameters"] - left_out != after["parameters"]:
         raise PruneKitError(
             f"{written}: has {after['parameters']:,} parameters, {source.path} {before['parameters']:,}: it is none of "
             "its quantised forms"

@@ -16,7 +16,8 @@ import numpy as np
 
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
-from prunekit.families import positions
+from prunekit.families import family_of, positions, text_value
+from prunekit.surgery.vocabulary_files import ids_in
 
 from .run import answer, peak_memory
 
@@ -69,7 +70,7 @@ def measure_speed(folders: list[Path], pace: Pace, quiet: bool | None = None) ->
         job = {"folder": str(folders[number]), **asdict(pace), "dtype": dtype}
         try:
             found = measure_once(job, "prunekit.serving.speed")
-        except RuntimeError as error:
+        except PruneKitError as error:
             rows[number] = {"error": str(error)}
             continue
         row |= {key: found[key] for key in ("machine", "dtype")}
@@ -88,12 +89,9 @@ def measure_speed(folders: list[Path], pace: Pace, quiet: bool | None = None) ->
 
 
 def _words(config: dict[str, Any], size: int, length: int) -> np.ndarray:
-    """Random token ids (size, length), none of them one that the config names: those may stand for an image."""
-    from prunekit.families import text_value
-
+    """Random token ids (size, length), none of them one that the config or its family names, for an image, say."""
     vocabulary = text_value(config, "vocab_size") or config.get("vocab_size") or 100
-    named = {value for part in (config, config.get("text_config") or {}) for key, value in part.items()
-             if key.endswith("_token_id") and isinstance(value, int)}  # fmt: skip
+    named = ids_in(config) | set(family_of(config).token_ids.values())
     plain = [token for token in range(min(vocabulary, 20_000)) if token not in named]
     return np.random.default_rng(0).choice(plain, size=(size, length))
 

@@ -58,10 +58,10 @@ def _is_record(record: Any) -> bool:
 
 
 def by_type(labels: Mapping[str, int]) -> Counter[str]:
-    """Counts of types (and O) that there are, of counts of labels: B-PER and I-PER are PER."""
+    """Counts of types (and O) that there are, of counts of labels: B-PER and I-PER (E-, S-, ...) are PER."""
     counts: Counter[str] = Counter()
     for label, count in labels.items():
-        counts[label[2:] if label[:2] in ("B-", "I-") else label] += count
+        counts[label[2:] if label[1:2] == "-" else label] += count
     return +counts
 
 

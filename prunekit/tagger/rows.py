@@ -17,6 +17,7 @@ from prunekit.errors import PruneKitError
 from prunekit.rules import short
 
 TAG = re.compile(r"O|[BI]-\S+")
+PLACED = re.compile(r"O|[A-Z]-.+")  # models' labels that say where in an entity a word is: B-, I-, some E-, S-, L-, U-
 
 TOKEN_CLASSIFIER, TEXT_CLASSIFIER = "ForTokenClassification", "ForSequenceClassification"
 
@@ -86,13 +87,21 @@ def _row(where: str, words: list[str], tags: list[str]) -> Row:
 
 
 def labels_of(rows: Iterable[Row]) -> dict[int, str]:
-    """Names of the labels that these rows need, by number: O, then B and I of each type by its name."""
+    """Names of the labels that these rows need, by number: O, then B and I of each type by its name.
+
+    PruneKitError if all words are O.
+    """
     types = sorted({tag[2:] for row in rows for tag in row.tags} - {""})
+    if not types:
+        raise PruneKitError("all tags of the rows are O: a tagger needs entities to learn")
     return dict(enumerate(["O", *(f"{place}-{name}" for name in types for place in "BI")]))
 
 
 def model_labels(config: dict[str, Any], kind: str = TOKEN_CLASSIFIER) -> dict[int, str]:
-    """A classifier's labels by number; PruneKitError if the config is none's of this kind."""
+    """A classifier's labels by number; PruneKitError if the config is none's of this kind.
+
+    Of tokens a label that is a type alone (PER) is I-PER: seqeval would take its first letter for the place.
+    """
     names = config.get("id2label")
     if not str((config.get("architectures") or [""])[0]).endswith(kind):
         what = "token" if kind == TOKEN_CLASSIFIER else "text"
@@ -101,7 +110,10 @@ def model_labels(config: dict[str, Any], kind: str = TOKEN_CLASSIFIER) -> dict[i
         )
     if not isinstance(names, dict) or names.keys() != {str(number) for number in range(len(names))}:
         raise PruneKitError('config.json: "id2label" does not number the labels from 0; mend it')
-    return {number: names[str(number)] for number in range(len(names))}
+    labels = {number: names[str(number)] for number in range(len(names))}
+    if kind == TEXT_CLASSIFIER:
+        return labels
+    return {number: name if PLACED.fullmatch(name) else f"I-{name}" for number, name in labels.items()}
 
 
 def tag_numbers(labels: dict[int, str]) -> dict[str, int]:

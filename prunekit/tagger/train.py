@@ -217,8 +217,8 @@ def train(
 ) -> tuple[Path, dict[str, Any]]:
     """Train `model` in place, resuming from the last whole checkpoint in `arguments.output_dir`.
 
-    Returns the checkpoint-N folder to publish, the one of the best F1 if there is `validation`, and its metrics: loss
-    and scores on the validation rows, or the mean training loss.
+    Returns the checkpoint-N folder to publish, the one of the best F1 if there is `validation` (the last without
+    load_best_model_at_end), and its metrics: loss and scores on the validation rows, or the mean training loss.
     """
     from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
@@ -249,12 +249,13 @@ def train(
     if whole:
         print(f"resuming from {whole[max(whole)]}")
     result = trainer.train(resume_from_checkpoint=str(whole[max(whole)]) if whole else None)
-    best = trainer.state.best_model_checkpoint
-    if not validation or not best:
-        whole = whole_checkpoints(run)
-        return whole[max(whole)], {"train_loss": result.training_loss}
-    loss = trainer.evaluate()["eval_loss"]
-    return Path(best), {"loss": loss, **scores}
+    whole = whole_checkpoints(run)
+    last = whole[max(whole)]
+    if not validation:
+        return last, {"train_loss": result.training_loss}
+    best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint
+    loss = trainer.evaluate()["eval_loss"]  # of what is in memory: that, or the last
+    return Path(best or last), {"loss": loss, **scores}
 
 
 def check_teacher(

@@ -4,20 +4,58 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers.checkpoints import assert_same_weights, copy_whole, entry, write_raw
 from helpers.paths import ROOT
 from helpers.tiny_models import load
 
-from prunekit.checkpoint import HISTORY, atomic, check_out, history, new_folder, open_checkpoint, scratch_folder
+from prunekit.checkpoint import (
+    HISTORY,
+    atomic,
+    check_out,
+    history,
+    new_folder,
+    open_checkpoint,
+    scratch_folder,
+    write_json,
+)
 from prunekit.errors import PruneKitError
+
+
+def test_two_processes_that_write_the_same_file_do_not_write_into_each_others_draft(tmp_path, monkeypatch):
+    def as_another(draft, target):
+        """The other process writes all of its own before this one's draft takes the file's place."""
+        monkeypatch.undo()
+        monkeypatch.setattr("os.getpid", lambda: 4711)
+        write_json(target, "another's")
+        monkeypatch.undo()
+        return draft.replace(target)
+
+    monkeypatch.setattr(Path, "replace", as_another)
+    write_json(tmp_path / "a.json", "mine")
+    assert json.loads((tmp_path / "a.json").read_text()) == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_pipe_gets_json_and_is_not_replaced(tmp_path):
+    reading, writing = os.pipe()
+    write_json(Path(f"/dev/fd/{writing}"), {"a": 1})
+    assert json.loads(os.read(reading, 100)) == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    both = os.open(tmp_path / "pipe", os.O_RDWR)
+    write_json(tmp_path / "pipe", {"a": 1})
+    assert json.loads(os.read(both, 100)) == {"a": 1} and (tmp_path / "pipe").is_fifo()
+    for descriptor in (reading, writing, both):
+        os.close(descriptor)
 
 
 def test_an_exception_leaves_nothing(tmp_path):

@@ -63,10 +63,11 @@ def test_a_file_in_its_place_is_refused(tmp_path):
         pass
 
 
-def test_what_a_claim_killed_at_its_start_left_is_taken_over(tmp_path):
+@pytest.mark.parametrize("draft", [".settings.json.new", ".settings.json.4711.new"])
+def test_what_a_claim_killed_at_its_start_left_is_taken_over(draft, tmp_path):
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    (tmp_path / ".settings.json.new").write_text("{")
+    (tmp_path / draft).write_text("{")
     with claim_folder(tmp_path, {"x": 1}, "scan"):
         pass
     assert json.loads((tmp_path / "settings.json").read_text()) == {"x": 1}

@@ -11,7 +11,7 @@ from helpers.cuts import cut_width
 from helpers.lab import check_flags, executable, values, wait_for
 from helpers.tiny_models import FAMILIES, load
 
-from prunekit.checkpoint import attending, history, open_checkpoint
+from prunekit.checkpoint import append_history, attending, history, open_checkpoint
 from prunekit.critical import critical_parameters
 from prunekit.errors import PruneKitError
 from prunekit.surgery.cut import write_cut
@@ -191,6 +191,14 @@ def test_the_layers_beside_removed_ones_are_trained_by_their_new_numbers(tiny, t
     names = trained_by(tmp_path / "two")
     layers = {tuple(re.search(r"(language_model|visual)\.(?:layers|blocks)\.(\d+)", name).groups()) for name in names}
     assert layers == {("language_model", "0"), ("language_model", "1"), ("visual", "4")}
+
+
+def test_what_was_packed_and_unpacked_is_as_critical_as_before(tiny, tmp_path):
+    write_cut(cut_layers(plan_layers(open_checkpoint(tiny("llama")), text=[2])), tmp_path / "cut")
+    before = critical_parameters(open_checkpoint(tmp_path / "cut"))
+    for stage in ("pack", "unpack"):
+        append_history(tmp_path / "cut", {"stage": stage, "removed": None})
+    assert critical_parameters(open_checkpoint(tmp_path / "cut")) == before
 
 
 def test_a_training_in_between_ends_what_is_critical(tiny, tmp_path):

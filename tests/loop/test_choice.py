@@ -1,11 +1,13 @@
 """What a round cuts: within its budget, no further than the target, cheapest first; what is kept of the base."""
 
 import math
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prunekit import plan
 from prunekit.errors import PruneKitError
 from prunekit.loop.choice import (
     DEAR,
@@ -161,3 +163,9 @@ def test_the_table_shows_all_and_marks_what_is_chosen():
     lines = table(cuts, cuts[1:2], {"params": 10.0}).splitlines()
     assert [line[0] for line in lines[1:]] == ["*", " ", " "] and lines[1].endswith("neurons 10")
     assert list(SIZES) == ["params", "bytes", "kv"]
+
+
+def test_a_choice_that_could_not_be_written_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan", "--model", "no/model", "--json", "no/folder/x.json"])
+    with pytest.raises(PruneKitError, match="--json: no/folder is no folder that you may write to"):
+        plan.main()

@@ -1,6 +1,7 @@
 """What a cut costs on rows: lost rows and their order, groups, pictures beside answers."""
 
 import base64
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,12 @@ def test_without_generation_no_row_is_lost(tmp_path):
 def test_what_a_model_said_is_kept_of_the_rows_that_all_models_take():
     among = BASE.among(Rows("data.jsonl", [ROWS[2], ROWS[0]]))
     assert among.answers == ["three", "one"] and among.scores()["exact_match"] == 1
+
+
+def test_answers_that_were_cut_are_counted_among_the_rows_that_all_models_take():
+    among = replace(BASE, cut=[True, True, False, False]).among(Rows("data.jsonl", [ROWS[2], ROWS[0]]))
+    scores = among.scores()
+    assert (scores["n_cut"], scores["cut_share"]) == (1, 0.5)
 
 
 # --- pictures

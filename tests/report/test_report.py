@@ -7,7 +7,15 @@ from PIL import Image
 
 from prunekit.errors import PruneKitError
 from prunekit.knockout.ranking import build_ranking, finalists
-from prunekit.report import draw_curves, draw_greedy, draw_knockout_curves, draw_ranking, draw_stages, knockout
+from prunekit.report import (
+    draw_curves,
+    draw_f1,
+    draw_greedy,
+    draw_knockout_curves,
+    draw_ranking,
+    draw_stages,
+    knockout,
+)
 from prunekit.report.training import _series
 from prunekit.summary import groups_table, summarise, table
 
@@ -78,6 +86,12 @@ def test_ranking_figure_of_trained_knockouts_alone_is_drawn_though_one_failed(tm
     runs = [run(None, None, 0.8), run("text", 0, 0.76), run("vision", 0, None, "out of memory")]
     draw_ranking(build_ranking(None, runs, "base", {}), tmp_path / "ranking.png")
     assert (tmp_path / "ranking.png").read_bytes().startswith(PNG)
+
+
+def test_dollars_in_names_of_models_and_groups_are_no_formula(tmp_path):
+    scores = {"f1": 0.5, "entities": {r"$\no$": {"f1": 0.5, "support": 1}}}
+    draw_f1([(r"a$\b$", scores)], tmp_path / "f1.png")
+    assert (tmp_path / "f1.png").read_bytes().startswith(PNG)
 
 
 def texts(axis):

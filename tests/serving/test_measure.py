@@ -1,5 +1,6 @@
 """What can be measured of a served folder, and what the numbers say."""
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from prunekit.serving.measure import (
     Measuring,
     check_measurable,
     format_of,
+    measure_once,
     measure_served,
     served_table,
     where_zeros_save_nothing,
@@ -55,3 +57,28 @@ def test_decoders_are_measured_by_their_loss(tiny, tmp_path, monkeypatch):
     (row,) = measure_served([folder], Measuring(data, length=8, sizes=(1,), seconds=0.01, rounds=1), quiet=True)
     assert 3 < row["loss"] < 8  # random weights: about log(128)
     assert "LOSS" in served_table([row]).splitlines()[0]
+
+
+def test_texts_of_one_token_are_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "llama")
+    save_tokenizer(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "a"}\n' * 6)
+    with pytest.raises(PruneKitError, match="texts.jsonl: no text is longer than one of .*llama's tokens"):
+        measure_served([folder], Measuring(data, length=8, sizes=(1,), seconds=0.01, rounds=1), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "model: measuring failed .exit code -9.: signal 9 ended it, for want"),
+        ("raise MemoryError('too large')", "model: measuring failed .exit code 1.: MemoryError: too large"),
+    ],
+)
+def test_a_process_that_dies_while_it_measures_is_one_line(code, message, tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PruneKitError, match=message):
+        measure_once({"folder": "model"}, "dying")

@@ -5,10 +5,12 @@ import re
 import sys
 
 import pytest
+import torch
 from helpers.quantised import write_fp8
+from safetensors.torch import load_file, save_file
 
 from prunekit import quantise as command
-from prunekit.checkpoint import history, new_folder, open_checkpoint
+from prunekit.checkpoint import INDEX, Tensor, history, new_folder, open_checkpoint, read_header
 from prunekit.errors import PruneKitError
 from prunekit.serving.lines import serving_lines
 from prunekit.serving.memory import fits
@@ -21,15 +23,18 @@ def run(*arguments):
         command.main()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_vl", "qwen2_vl", "qwen3_moe", "gemma3_text"])
-def test_every_matrix_is_a_projection_of_a_text_layer_or_named_as_one_that_stays(family, tiny):
+@pytest.mark.parametrize("family", ["llama", "qwen3_vl", "qwen2_vl", "qwen3_moe", "qwen3_5", "gemma3_text"])
+def test_every_weight_is_a_projection_of_a_text_layer_or_named_as_one_that_stays(family, tiny):
     checkpoint = open_checkpoint(tiny(family))
+    if family == "qwen3_5":  # as Qwen's own folders have
+        draft, norm = Tensor("F32", (32, 64), tiny(family), 0), Tensor("F32", (32,), tiny(family), 0)
+        checkpoint.tensors.update({"mtp.fc.weight": draft, "mtp.pre_fc_norm_hidden.weight": norm})
     plan = plan_quantise(checkpoint, "fp8")
-    of_layers = re.compile(r".*layers\.\d+\.(?:self_attn|mlp)\..*_proj")
+    of_layers = re.compile(r".*layers\.\d+\.(?:self_attn|linear_attn|mlp)\..*_proj(?:_qkv|_z)?")
     assert all(of_layers.fullmatch(name) and "visual" not in name for name in plan.modules)
-    for name, tensor in checkpoint.tensors.items():
+    for name in checkpoint.tensors:
         module = name.removesuffix(".weight")
-        if len(tensor.shape) == 2 and module != name:
+        if module != name and not module.endswith("norm"):  # which llm-compressor passes over
             stays = any(re.match(pattern.removeprefix("re:"), module) for pattern in plan.ignore)
             assert stays != (module in plan.modules), name
 
@@ -85,6 +90,32 @@ def test_a_published_folder_tells_what_it_is(tiny, tmp_path, pruned):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert config == source.config
+
+
+def test_a_single_file_of_another_name_keeps_its_index(pruned, tmp_path):
+    written = write_fp8(pruned, tmp_path / "written")
+    names = read_header(written / "model.safetensors")
+    (written / "model.safetensors").rename(written / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (written / INDEX).write_text(json.dumps(index))
+    with new_folder(tmp_path / "out") as folder:
+        publish_quantised(open_checkpoint(pruned), written, folder, {})
+    assert json.loads((tmp_path / "out" / INDEX).read_text()) == index
+
+
+def test_what_transformers_left_out_while_it_quantised_is_left_out(own, tmp_path):
+    folder = own("qwen3_5")
+    bare = write_fp8(folder, tmp_path / "bare")
+    tensors = load_file(folder / "model.safetensors") | {"mtp.fc.weight": torch.ones(32, 64)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with new_folder(tmp_path / "out") as out:
+        entry = publish_quantised(open_checkpoint(folder), bare, out, {})
+    assert entry["parameters_before"] - entry["parameters"] == 32 * 64
+    published = json.loads((tmp_path / "out/config.json").read_text())
+    assert published["text_config"]["mtp_num_hidden_layers"] == 0
 
 
 def test_what_is_none_of_its_quantised_forms_is_not_published(tiny, tmp_path, pruned):

@@ -14,6 +14,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 from helpers.paths import ROOT
 
+from prunekit.errors import PruneKitError
 from prunekit.serving.tag import Tagger, Text
 from prunekit.serving.watch import read_log
 
@@ -21,13 +22,24 @@ APP = ROOT / "examples/tagger_service/app.py"
 
 
 @pytest.fixture
-def client(tagger, tmp_path):
-    from fastapi.testclient import TestClient
-
+def service():
     spec = spec_from_file_location("tagger_service", APP)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return TestClient(module.make_app(Tagger(tagger("bert")), tmp_path / "log"))
+    return module
+
+
+@pytest.fixture
+def client(service, tagger, tmp_path):
+    from fastapi.testclient import TestClient
+
+    return TestClient(service.make_app(Tagger(tagger("bert")), tmp_path / "log"))
+
+
+def test_a_port_that_is_none_is_refused_before_the_model_is_loaded(service, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model", "nowhere", "--port", "70000"])
+    with pytest.raises(PruneKitError, match="--port 70000: the last one is 65535"):
+        service.main()
 
 
 def test_it_answers_as_the_tagger_does_and_logs_each_text(client, tagger, tmp_path):

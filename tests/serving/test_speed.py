@@ -45,10 +45,14 @@ def test_the_time_is_shared_out_among_the_parts(family, tiny):
     assert "parts" not in measure(job)
 
 
-def test_random_words_are_none_that_stand_for_an_image(tiny):
+def test_random_words_are_none_that_a_config_or_its_family_names(tiny):
     config = open_checkpoint(tiny("qwen3_vl")).config
-    words = speed._words(config, 50, 50)
-    assert not {config[key] for key in config if key.endswith("_token_id")} & set(words.ravel().tolist())
+    config |= {"vision_config": config["vision_config"] | {"pad_token_id": 9}, "stop_token_ids": [7, [8]]}
+    ids = {config[key] for key in config if key.endswith("_token_id")} | {7, 8, 9}
+    assert not ids & set(speed._words(config, 50, 50).ravel().tolist())
+    config = open_checkpoint(tiny("llama")).config
+    config.pop("bos_token_id", None)  # transformers takes 1
+    assert 1 not in speed._words(config, 50, 50)
 
 
 def test_models_are_measured_by_turns_and_the_best_turn_counts(monkeypatch):
@@ -70,7 +74,7 @@ def test_models_are_measured_by_turns_and_the_best_turn_counts(monkeypatch):
 def test_what_cannot_be_measured_says_so_and_the_rest_is_measured(monkeypatch):
     def once(job, module):
         if job["folder"] == "base":
-            raise RuntimeError("out of memory")
+            raise PruneKitError("out of memory")
         return {"machine": "m", "dtype": "d", "load_seconds": 1, "peak_memory": 1, "batches": {}}
 
     monkeypatch.setattr("prunekit.serving.measure.measure_once", once)

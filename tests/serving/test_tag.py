@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +78,15 @@ def test_entities_lie_where_they_are_said_to_lie_in_every_format(served):
     assert len(long.labels) == 100 and set(long.labels) == {"B-PER"}  # in several pieces
     for each in (first, accents, long):
         assert all(each.text[e["start"] : e["end"]] == e["text"] for e in each.entities)
+
+
+def test_labels_that_are_types_alone_keep_their_first_letter(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "plain")
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] |= {"1": "LOC", "3": "PER"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (tagged,) = Tagger(folder).tag([Text.of("ana in nice rome")])
+    assert [(each["label"], each["text"]) for each in tagged.entities] == [("PER", "ana"), ("LOC", "nice rome")]
 
 
 def test_a_score_is_the_softmax_of_the_models_logits(trained):

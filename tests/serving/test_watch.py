@@ -43,6 +43,7 @@ def test_the_index_is_that_of_a_case_worked_by_hand():
 
 def test_begins_and_insides_are_of_one_type():
     assert by_type({"O": 4, "B-PER": 2, "I-PER": 1, "I-B-X": 1, "B-Y": 0}) == {"O": 4, "PER": 3, "B-X": 1}
+    assert by_type({"S-PER": 2, "B-PER": 1, "E-PER": 1}) == {"PER": 4}  # of a model that marks ends, too
 
 
 def test_a_summary_counts_all_texts(log):

@@ -161,6 +161,14 @@ def test_labels_are_learned(tagger, rows, tmp_path, ner_run):
     assert evaluate(tagger("distilbert"), unseen)["f1"] < 0.3 < 0.75 < evaluate(tmp_path / "out", unseen)["f1"]
 
 
+def test_scores_are_those_of_what_is_published_where_the_best_epoch_is_not_asked_for(tagger, rows, tmp_path, ner_run):
+    ner_run("--model", tagger("distilbert"), "--out", tmp_path / "out", "--dataset", rows, "--val-dataset", rows,
+            "--load_best_model_at_end", "false", "--metric_for_best_model", "loss", "--greater_is_better", "true",
+            "--num_train_epochs", 10, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
+    f1 = evaluate(tmp_path / "out", read_rows(rows))["f1"]
+    assert f1 > 0.3 and history(tmp_path / "out")[-1]["metrics"]["f1"] == pytest.approx(f1)
+
+
 def test_zeros_are_kept_where_they_are(tagger, rows, tmp_path, ner_run):
     folder = drop_layers(tagger("bert"), tmp_path / "sparse")
     weights = load_file(folder / "model.safetensors")
@@ -257,6 +265,8 @@ def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, scrip
     [
         (["--hard-share", 2], "--hard-share 2: choose 0 to 1"),
         (["--temperature", 0], "--temperature 0: choose"),
+        (["--hidden-weight", 1], "--hidden-weight 1: is of what a teacher says; name one"),
+        (["--hard-share", 0], "--hard-share 0: is of what a teacher says"),
         (["--max-length", 65], "--max-length 65: choose 8 to 64"),
         (["--no_such_flag", 1], "--no_such_flag: neither"),
         (["--save_strategy", "no"], "--save_strategy no"),
@@ -347,6 +357,11 @@ def test_two_names_beside_each_other_are_none_that_a_model_without_b_labels_find
 
 def test_labels_of_rows_are_a_whole_scheme():
     assert labels_of([Row(["a"], ["I-B"]), Row(["a"], ["B-A"])]) == dict(enumerate(["O", "B-A", "I-A", "B-B", "I-B"]))
+
+
+def test_rows_without_an_entity_need_no_head():
+    with pytest.raises(PruneKitError, match="all tags of the rows are O"):
+        labels_of([Row(["a"], ["O"])])
 
 
 def test_predictions_go_back_to_their_words_through_batches(tagger, rows):
