@@ -152,6 +152,8 @@ class DistillationTrainer(GKDTrainer):
             student, teacher = student[:, :common], teacher[:, :common]
             if self.gkd_logits_topk is not None:
                 teacher = top_k(teacher, teacher_rows, self.gkd_logits_topk, self.temperature)
+        if isinstance(teacher, TopK):
+            teacher = teacher.within(student.shape[-1])
         total = distillation_loss(student, rows, teacher, teacher_rows, self.beta, self.temperature)
         if not total.isfinite():
             batch, length, _ = student_logits.shape

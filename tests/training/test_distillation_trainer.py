@@ -88,6 +88,21 @@ def test_a_longer_padded_vocabulary_is_left_out(trainer_module):
     assert losses[:2] == losses[2:]
 
 
+def test_of_a_teachers_top_k_tokens_that_the_student_has_not_are_left_out(trainer_module):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    from prunekit.training.distillation_loss import top_k
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    longer = torch.cat([teacher, torch.full((2, 12, 7), 50.0)], -1)  # of a head that is padded to more rows
+    losses = []
+    for logits, k in ((teacher, 1), (longer, 8)):
+        cached = top_k(logits.flatten(0, 1), torch.tensor([2, 3, 22]), k)
+        output = TeacherOutput(topk_logprobs=cached, topk_indices=cached.indices, labels=labels)
+        losses.append(trainer_module.DistillationTrainer._compute_jsd_loss(trainer(), student, output, labels).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_another_ms_swift_is_refused(trainer_module, monkeypatch):
     def renamed(self, student_logits, teacher_output, labels, chunk_size):
         pass
