@@ -544,7 +544,7 @@ ZEROS_TESTS = (
 REWARD_CALLS = [
     Mutant("if inspect.iscoroutine(found):", "if False:"),
     Mutant("if len(values) != len(completions):", "if len(values) < len(completions):"),
-    Mutant("not math.isfinite(value)]", "math.isnan(value)]"),
+    Mutant("not abs(value) <= LARGEST]", "value != value]"),
     Mutant("value[number : number + 1] if", "value[:1] if"),
     Mutant("values.append(None)", "values.append(0.0)"),
     Mutant("self.failed += len(problems)", "self.failed = len(problems)"),

@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from .rows import question_of
 
 Reward = Callable[..., Any]
 SHOWN = 60  # characters of a completion in a message
+LARGEST = 2.0**127  # ms-swift keeps rewards in fp32
 
 
 class BadValues(Exception):
@@ -36,7 +36,7 @@ def call_reward(reward: Reward, completions: list[str], columns: dict[str, Any])
         raise BadValues(f"returns {shown(found)}, where one number for each completion is wanted") from error
     if len(values) != len(completions):
         raise BadValues(f"returns {len(values)} values for {len(completions)} completions")
-    if wrong := [value for value in values if value is not None and not math.isfinite(value)]:
+    if wrong := [value for value in values if value is not None and not abs(value) <= LARGEST]:
         raise BadValues(f"returns {wrong[0]}")
     return values
 

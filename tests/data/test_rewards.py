@@ -31,6 +31,10 @@ def infinite(completions, **columns):
     return [float("inf") if completion == "bb" else 1.0 for completion in completions]
 
 
+def huge(completions, **columns):
+    return [1e39 if completion == "bb" else 1.0 for completion in completions]  # infinite in fp32
+
+
 def never(completions, **columns):
     raise KeyError("label")
 
@@ -41,8 +45,13 @@ def test_a_sound_reward_says_what_it_says_without_a_guard():
 
 @pytest.mark.parametrize(
     ("reward", "values"),
-    [(inverse, [2.0, 0.5, None, 1.25]), (infinite, [1.0, None, 1.0, 1.0]), (fewer, [1.0, 2.0, 0.0, 4.0])],
-    ids=["raises", "infinite", "too few"],
+    [
+        (inverse, [2.0, 0.5, None, 1.25]),
+        (infinite, [1.0, None, 1.0, 1.0]),
+        (huge, [1.0, None, 1.0, 1.0]),
+        (fewer, [1.0, 2.0, 0.0, 4.0]),
+    ],
+    ids=["raises", "infinite", "huge", "too few"],
 )
 def test_only_rows_that_fail_alone_go_without_it(reward, values):
     guarded = guard(reward, "mine")
