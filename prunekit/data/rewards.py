@@ -9,7 +9,7 @@ from typing import Any
 
 from prunekit.errors import CONTROLS, PruneKitError
 
-from .rows import question_of
+from .rows import images_of, question_of
 
 Reward = Callable[..., Any]
 SHOWN = 60  # characters of a completion in a message
@@ -52,6 +52,9 @@ def columns_for(rows: Sequence[dict[str, Any]]) -> Callable[[list[str], list[int
         made = []
         for place, (completion, number) in enumerate(zip(completions, numbers, strict=True)):
             row = copy.deepcopy(rows[number])
+            if row.get("images"):
+                images = (image if isinstance(image, dict) else {"path": image} for image in images_of(row))
+                row["images"] = [{"bytes": None} | image for image in images]
             row["messages"] = [*question_of(row["messages"]), {"role": "assistant", "content": completion}]
             # A model's tokens are not known here: characters are about as many.
             tokens = {"response_token_ids": [ord(letter) for letter in completion]}

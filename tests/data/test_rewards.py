@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prunekit.data.rewards import BadValues, call_reward, guard
+from prunekit.data.rewards import BadValues, call_reward, columns_for, guard
 from prunekit.errors import PruneKitError
 
 SAID = ["a", "bb", "", "dddd"]
@@ -97,3 +97,16 @@ def test_an_async_reward_stays_one_and_is_guarded():
 def test_what_is_no_list_of_numbers_is_named(found, words):
     with pytest.raises(BadValues, match=words):
         call_reward(lambda completions: found, ["a"], {})
+
+
+def test_images_are_given_to_rewards_as_ms_swift_gives_them():
+    from swift.dataset import RowPreprocessor
+
+    messages = [{"role": "user", "content": "<image>?"}]
+    for images in ("a.png", ["a.png", "b.png"], {"path": "a.png"}, [{"path": "a.png"}]):
+        row = {"messages": messages, "images": images}
+        given = columns_for([row])(["x"], [0])["images"]
+        theirs = {"images": images.copy() if isinstance(images, list) else images}
+        RowPreprocessor._cast_mm_data(theirs)
+        # a column of its data set has both keys for all
+        assert given == [[{"bytes": None} | image for image in theirs["images"]]] and row["images"] == images
