@@ -110,3 +110,15 @@ def test_images_are_given_to_rewards_as_ms_swift_gives_them():
         RowPreprocessor._cast_mm_data(theirs)
         # a column of its data set has both keys for all
         assert given == [[{"bytes": None} | image for image in theirs["images"]]] and row["images"] == images
+
+
+def test_a_gyms_reward_is_one_more_name_without_a_function(monkeypatch):
+    from prunekit.training.reinforcement_trainer import GRPOTrainer, GuardedGRPOTrainer
+
+    def prepare(trainer):
+        trainer.reward_funcs, trainer.reward_func_names = [length], ["length", "gym_reward"]
+
+    monkeypatch.setattr(GRPOTrainer, "_prepare_rewards", prepare)
+    trainer = GuardedGRPOTrainer.__new__(GuardedGRPOTrainer)
+    trainer._prepare_rewards()
+    assert [each.name for each in trainer.reward_funcs] == ["length"]
