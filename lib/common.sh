@@ -600,7 +600,7 @@ run_swift() {
     fi
   else
     [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
-    if [[ " $line " == *" --deepspeed zero"* ]] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
+    if [ -n "${ZERO:-}" ] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
       die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"
     fi
     [ -n "$same" ] ||
@@ -618,7 +618,8 @@ run_swift() {
     mv "$WORK/command.sh.new" "$WORK/command.sh"
     echo "$WORLD" > "$WORK/world"
   fi
-  if [[ " $line " == *_offload" "* ]]; then # a build that was killed leaves a lock on which the next would wait for ever
+  # Offloading builds an optimizer for the CPU; a build that was killed leaves a lock on which the next would wait for ever.
+  if ! [[ ${ZERO:-} =~ ^(zero[0-3])?$ ]]; then
     python -m prunekit.training.stale_locks
   fi
   if [ ${#SERVER[@]} -gt 0 ]; then start_server "${SERVER[@]}"; fi

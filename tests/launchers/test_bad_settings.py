@@ -114,13 +114,15 @@ def test_a_refusal_leaves_an_interrupted_run_alone(lab):
     assert lab.run("full_run.sh", GPUS="").returncode == 0
 
 
-def test_a_build_that_was_killed_does_not_hold_up_the_next(lab):
+@pytest.mark.parametrize("deepspeed", ["zero2_offload", "mine.json"])
+def test_a_build_that_was_killed_does_not_hold_up_the_next(lab, deepspeed):
+    (lab.folder / "mine.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
     lock = lab.folder / ".cache/torch_extensions/py311_cu130/cpu_adam/lock"
     lock.parent.mkdir(parents=True)
     for age, left in ((60, True), (3600, False)):
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
-        lab.run("full_run.sh", GPUS="0", DEEPSPEED="zero2_offload", STUB_FAIL_AT=1, RESTART=1)
+        lab.run("full_run.sh", GPUS="0", DEEPSPEED=deepspeed, STUB_FAIL_AT=1, RESTART=1)
         assert lock.exists() == left, "one that is being built must stay"
 
 
