@@ -125,7 +125,7 @@ fill_cache() {
   [ ! -e "$mark" ] || [ -n "$REFILL" ] || return 0
   claim_work
   FLAGS=("${LINE[@]}")
-  [[ $ZERO == *zero3* ]] || flags_of '!(deepspeed)' "${LINE[@]}" # no other ZeRO has a model answer that isn't trained
+  is_zero3 || flags_of '!(deepspeed)' "${LINE[@]}" # no other ZeRO has a model answer that isn't trained
   run_to_end env PRUNEKIT_FILL_CACHE="$CACHE" swift rlhf --model "$TEACHER" --model_type "$TEACHER_TYPE" \
     ${TEMPLATE:+--template "$TEMPLATE"} "${FLAGS[@]}" --report_to none --output_dir "$WORK/filling" ||
     fail "CACHE=$CACHE isn't filled (exit code $?): the messages are above; the same command goes on"

@@ -317,7 +317,7 @@ settle() {
         speed+=(--group_by_length true) # ms-swift would decode all images beforehand
       fi
       # Fuses the vocabulary's projection and its loss. Not with ZeRO-3: it reads a weight that may not be there.
-      if [[ $found == *" liger "* && $ZERO != *zero3* ]]; then speed+=(--use_liger_kernel true); fi
+      if [[ $found == *" liger "* ]] && ! is_zero3; then speed+=(--use_liger_kernel true); fi
       speed+=(
         --dataloader_num_workers "$(at_most 8 $(($(nproc) / PROCESSES)))" # images are decoded and resized there
         --per_device_eval_batch_size "$(at_most 4 "$most")"
@@ -328,7 +328,7 @@ settle() {
       speed+=(--per_device_eval_batch_size "$(is_zero "$VALUE" && at_most 4 "$most" || echo 16)")
       value_of max_completion_length "${all[@]}"
       # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
-      if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&
+      if [[ $found == *" liger "* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] && ! is_zero3 &&
         ! [[ " ${all[*]//-/_} " == *" __gkd_logits_topk"* || " ${all[*]//-/_} " == *" __sft_alpha"* ]]; then
         value_of teacher_model "${all[@]}" # whose head ours fills up where it is shorter; Liger's doesn't
         if [ "$(vocabulary "${VALUE:-$MODEL}")" = "$(vocabulary "$MODEL")" ]; then speed+=(--use_liger_kernel true); fi
@@ -340,7 +340,7 @@ settle() {
       ENVIRONMENT+=(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) # rows of all lengths fragment it
     fi
     value_of vllm_mode "${all[@]}"
-    if [[ -n $VALUE && $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
+    if [ -n "$VALUE" ] && is_zero3; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
     echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
   fi
   for word in "${USER_ARGS[@]}"; do # the trainer goes by steps where it is told both
@@ -362,6 +362,12 @@ plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PL
 
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
 is_zero() { [[ $1 =~ ^0*\.?0*$ && $1 == *0* ]]; }
+# is_zero3: does ZERO, a name, a file or JSON, split the weights up?
+is_zero3() {
+  local said=$ZERO
+  [ ! -f "$ZERO" ] || said=$(< "$ZERO")
+  [[ $said == zero3* || $said =~ \"stage\"[[:space:]]*:[[:space:]]*3 ]]
+}
 vocabulary() { grep -so '"vocab_size": *[0-9]*' "$1/config.json" | sort -u || true; }
 is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
 
