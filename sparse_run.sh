@@ -46,6 +46,7 @@ need WORSE '[0-9]{0,6}\.?[0-9]+' "give a positive share, as 0.15"
 need SCHEDULE 'exponential|cubic' "choose exponential or cubic"
 need SCORE 'magnitude|wanda|gradient' "choose magnitude, wanda or gradient"
 one_node "cycles run on one node; its GPUs all take part"
+refuse_data_flags "$@"
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}"
 preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
 folder=$OUTPUT.cycles

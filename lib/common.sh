@@ -197,6 +197,15 @@ flags_of() {
   done
 }
 
+# refuse_data_flags ARGS...: refuse data as flags, where more than a training reads them.
+refuse_data_flags() {
+  local name
+  for name in dataset val_dataset; do
+    value_of "$name" "$@"
+    [ -z "$VALUE" ] || die "--$name: set ${name^^}=... instead, which is what models are fitted and measured on, too"
+  done
+}
+
 # share_batch MOST: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless the user's
 # flags say otherwise. Sets ACCUMULATION and BATCH_ARGS. If GLOBAL_BATCH isn't set, the nearest to DEFAULT_BATCH is taken.
 DEFAULT_BATCH=${DEFAULT_BATCH:-16}

@@ -74,6 +74,14 @@ def test_bad_settings_are_refused_by_the_shell_alone(lab, env, launcher):
     refused(lab, launcher, f"{list(env)[-1]}=", STUB_GPUS="4", **env)
 
 
+@pytest.mark.parametrize("launcher", ["loop.sh", "sparse_run.sh", "knockout_check.sh"])
+@pytest.mark.parametrize("flags", [["--dataset", "train.jsonl"], ["--val-dataset=val.jsonl"]], ids=" ".join)
+def test_data_that_only_trainings_would_see_are_refused_as_flags(lab, launcher, flags):
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    name = flags[0].partition("=")[0].removeprefix("--").replace("-", "_")
+    refused(lab, launcher, f"--{name}: set {name.upper()}=", *flags, TARGET_PARAMS="0.9")
+
+
 @pytest.mark.parametrize("launcher", EVERY)
 def test_a_setting_is_never_run_as_a_command(lab, launcher):
     source = (ROOT / launcher).read_text()
