@@ -82,6 +82,11 @@ def test_data_that_only_trainings_would_see_are_refused_as_flags(lab, launcher, 
     refused(lab, launcher, f"--{name}: set {name.upper()}=", *flags, TARGET_PARAMS="0.9")
 
 
+def test_cycles_without_keep_zeros_are_refused(lab):
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    refused(lab, "sparse_run.sh", "--callbacks lisa: name keep_zeros, too", "--callbacks", "lisa")
+
+
 @pytest.mark.parametrize("launcher", EVERY)
 def test_a_setting_is_never_run_as_a_command(lab, launcher):
     source = (ROOT / launcher).read_text()
