@@ -51,13 +51,13 @@ flags_of callbacks "$@"
 [[ ${#FLAGS[@]} -eq 0 || " ${FLAGS[*]} " == *" keep_zeros "* ]] ||
   die "${FLAGS[*]}: name keep_zeros, too, without which a cycle would train its zeros away"
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}"
-preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
-folder=$OUTPUT.cycles
 PLAN=(
   python -m prunekit.training.cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
   --cycles "$CYCLES" --schedule "$SCHEDULE" ${MODULES:+--modules "$MODULES"} --worse "$WORSE"
 )
 "${PLAN[@]}" >/dev/null
+preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
+folder=$OUTPUT.cycles
 claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \

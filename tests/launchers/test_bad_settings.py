@@ -87,6 +87,10 @@ def test_cycles_without_keep_zeros_are_refused(lab):
     refused(lab, "sparse_run.sh", "--callbacks lisa: name keep_zeros, too", "--callbacks", "lisa")
 
 
+def test_the_check_of_cycles_knows_their_plan(lab):
+    refused(lab, "sparse_run.sh", "0 < start <= sparsity < 1", CHECK="1", START="0.9")
+
+
 @pytest.mark.parametrize("launcher", EVERY)
 def test_a_setting_is_never_run_as_a_command(lab, launcher):
     source = (ROOT / launcher).read_text()
