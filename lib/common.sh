@@ -30,6 +30,7 @@ for argument in "$@"; do
     --overwrite) OVERWRITE=1 ;;
     --model | --model=*) die "--model: set MODEL=... instead, which is checked first and published last" ;;
     --output-dir | --output-dir=*) die "--output_dir: set OUTPUT=... instead; the run's own folder is \$OUTPUT.run" ;;
+    --add-version | --add-version=*) die "--add_version: leave it out: the run's own folder is \$OUTPUT.run, and no other" ;;
     --*=[!-]*) remaining+=("${argument%%=*}" "${argument#*=}") ;; # one form for all that reads them
     *) if [ "$flag" = --external-plugins ]; then USER_PLUGINS+=("$argument"); else remaining+=("$argument"); fi ;;
   esac

@@ -348,8 +348,11 @@ def main() -> None:
     check_whole_names(args.swift, line)
     get = vars(swift).get
     check_line(args.swift, swift, check_environment())
-    if args.checkpoint == "best" and args.swift != "export" and not args.reuse_out:
-        check_best(swift)
+    if args.swift != "export" and not args.reuse_out:
+        if swift.save_strategy == "no":
+            raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+        if args.checkpoint == "best":
+            check_best(swift)
     plugins = [Path(plugin) for plugin in swift.external_plugins]
     model_type, template = swift.model_type or args.model_type, swift.template or args.template
     check_names(model_type, template, plugins)

@@ -91,6 +91,10 @@ def test_the_check_of_cycles_knows_their_plan(lab):
     refused(lab, "sparse_run.sh", "0 < start <= sparsity < 1", CHECK="1", START="0.9")
 
 
+def test_another_folder_for_a_run_is_refused(lab):
+    refused(lab, "full_run.sh", "--add_version: leave it out", "--add_version", "true")
+
+
 @pytest.mark.parametrize("launcher", EVERY)
 def test_a_setting_is_never_run_as_a_command(lab, launcher):
     source = (ROOT / launcher).read_text()

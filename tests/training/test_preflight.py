@@ -164,6 +164,11 @@ def test_a_bad_swift_line_is_refused_in_one_line_before_the_model_is_read(prefli
     assert result.stderr == "error: --max_lenght: `swift sft` has no such flag: did you mean --max_length?\n"
 
 
+def test_a_training_that_would_keep_nothing_is_refused(preflight, tiny):
+    result = preflight("--model", tiny("gpt2"), "--swift", "sft", "--", "--save_strategy", "no")
+    assert result.returncode == 2 and "--save_strategy no: what is trained is published from" in result.stderr
+
+
 def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
     line = ["--rlhf_type", "gkd", "--lmbda", "1", "--max_length", "100", "--max_completion_length", "16"]
     found = answers(preflight("--model", tiny("gpt2"), "--swift", "rlhf", "--", *line))
