@@ -42,7 +42,7 @@ TEACHER_ARGS=() FOLDER=(--teacher "$TEACHER")
 if [ -n "$CACHE" ]; then
   TEACHER_ARGS=(--teacher_model_server "$CACHE" --gkd_logits_topk 8)
 elif [ -n "$SERVED" ]; then
-  FOLDER=()
+  TEACHER_ARGS=(--gkd_logits_topk 8) FOLDER=()
 else
   TEACHER_ARGS=(--teacher_model "$TEACHER")
 fi
@@ -52,7 +52,7 @@ ARGS=(
   --val_dataset "$VAL_DATASET"
   --lmbda "$LMBDA"
   --beta "$BETA"
-  --temperature 0.9
+  --temperature "$([ -n "$SERVED" ] && echo 1 || echo 0.9)" # 1 is what a server answers at
   --max_length 4096                 # of a prompt
   --truncation_strategy delete      # another row in its place: cut from the left, an image would lose its tokens
   --max_completion_length 512

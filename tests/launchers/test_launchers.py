@@ -210,12 +210,13 @@ def test_the_teacher_keeps_its_own_architecture(lab, tiny):
 
 
 def test_a_teachers_server_takes_the_place_of_a_teacher(lab):
-    flags = ("--teacher_model_server", "http://localhost:8000", "--gkd_logits_topk", 8, "--temperature", 1)
+    flags = ("--teacher_model_server", "http://localhost:8000")
     result = lab.run("distil.sh", *flags, GPUS="", TEACHER="absent", STUB_FAIL_AT=1)
     assert result.returncode == 1, result.stderr
     [call] = lab.calls()
     assert not {"--teacher_model", "--teacher_model_type"} & set(call["argv"])
     assert values(call["argv"], "--teacher_model_server") == ["http://localhost:8000"]
+    assert (values(call["argv"], "--gkd_logits_topk"), values(call["argv"], "--temperature")) == (["8"], ["1"])
     result = lab.run("distil.sh", *flags, GPUS="", CACHE="cache")
     assert result.returncode == 2 and "leave one out" in result.stderr
 
