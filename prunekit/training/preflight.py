@@ -352,6 +352,8 @@ def main() -> None:
     if args.swift != "export" and not args.reuse_out:
         if swift.save_strategy == "no":
             raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+        if swift.fp16 and swift.use_cpu:
+            raise PruneKitError("DTYPE=float16: nothing trains in it on a CPU; choose bfloat16 or float32")
         if args.checkpoint == "best":
             check_best(swift)
     plugins = [Path(plugin) for plugin in swift.external_plugins]

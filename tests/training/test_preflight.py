@@ -188,9 +188,16 @@ def test_what_a_plugin_would_refuse_is_refused_before_it_is_loaded(
         main()
 
 
-def test_a_training_that_would_keep_nothing_is_refused(preflight, tiny):
-    result = preflight("--model", tiny("gpt2"), "--swift", "sft", "--", "--save_strategy", "no")
-    assert result.returncode == 2 and "--save_strategy no: what is trained is published from" in result.stderr
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--save_strategy no", "--save_strategy no: what is trained is published from a checkpoint"),
+        ("--fp16 true --use_cpu true", "DTYPE=float16: nothing trains in it on a CPU"),
+    ],
+)
+def test_a_training_that_would_fail_or_keep_nothing_is_refused(preflight, tiny, line, message):
+    result = preflight("--model", tiny("gpt2"), "--swift", "sft", "--", *line.split())
+    assert result.returncode == 2 and message in result.stderr
 
 
 def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
