@@ -95,6 +95,9 @@ else
 fi
 
 settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"
+if [ -n "$CHECK" ] && [ -n "$CACHE" ]; then # a check ends before fill_cache would refuse it
+  python -m prunekit.training.teacher_cache "$CACHE" --teacher "$TEACHER" -- "${LINE[@]}" >/dev/null
+fi
 preflight rlhf "${FOLDER[@]}" --disk-factor "$DISK_FACTOR" --free-ports 2 ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
 [ -n "$CACHE$SERVED" ] || LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
 
