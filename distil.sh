@@ -42,7 +42,7 @@ TEACHER_ARGS=() FOLDER=(--teacher "$TEACHER")
 if [ -n "$CACHE" ]; then
   TEACHER_ARGS=(--teacher_model_server "$CACHE" --gkd_logits_topk 8)
 elif [ -n "$SERVED" ]; then
-  FOLDER=()
+  TEACHER_ARGS=(--gkd_logits_topk 8) FOLDER=()
 else
   TEACHER_ARGS=(--teacher_model "$TEACHER")
 fi
@@ -52,7 +52,7 @@ ARGS=(
   --val_dataset "$VAL_DATASET"
   --lmbda "$LMBDA"
   --beta "$BETA"
-  --temperature 0.9
+  --temperature "$([ -n "$SERVED" ] && echo 1 || echo 0.9)" # 1 is what a server answers at
   --max_length 4096                 # of a prompt
   --truncation_strategy delete      # another row in its place: cut from the left, an image would lose its tokens
   --max_completion_length 512
@@ -95,6 +95,9 @@ else
 fi
 
 settle gkd 4 --rlhf_type gkd "${FULL_ARGS[@]}" "${ARGS[@]}"
+if [ -n "$CHECK" ] && [ -n "$CACHE" ]; then # a check ends before fill_cache would refuse it
+  python -m prunekit.training.teacher_cache "$CACHE" --teacher "$TEACHER" -- "${LINE[@]}" >/dev/null
+fi
 preflight rlhf "${FOLDER[@]}" --disk-factor "$DISK_FACTOR" --free-ports 2 ${ROLLOUT_PORT:+--port "$ROLLOUT_PORT"}
 [ -n "$CACHE$SERVED" ] || LINE=(--teacher_model_type "$TEACHER_TYPE" "${LINE[@]}")
 
@@ -125,7 +128,7 @@ fill_cache() {
   [ ! -e "$mark" ] || [ -n "$REFILL" ] || return 0
   claim_work
   FLAGS=("${LINE[@]}")
-  [[ $ZERO == *zero3* ]] || flags_of '!(deepspeed)' "${LINE[@]}" # no other ZeRO has a model answer that isn't trained
+  is_zero3 || flags_of '!(deepspeed)' "${LINE[@]}" # no other ZeRO has a model answer that isn't trained
   run_to_end env PRUNEKIT_FILL_CACHE="$CACHE" swift rlhf --model "$TEACHER" --model_type "$TEACHER_TYPE" \
     ${TEMPLATE:+--template "$TEMPLATE"} "${FLAGS[@]}" --report_to none --output_dir "$WORK/filling" ||
     fail "CACHE=$CACHE isn't filled (exit code $?): the messages are above; the same command goes on"

@@ -9,9 +9,12 @@ MODEL=${MODEL:-checkpoints/recovered}
 ADAPTER=${ADAPTER:-checkpoints/lora}
 OUTPUT=${OUTPUT:-checkpoints/merged}
 
+# Merged as precisely as the base is kept: GPUs' bfloat16 would round every weight of a float32 or float16 one.
+dtype=$(grep -so '"\(torch_\)\?dtype": *"[a-z0-9]*"' "$MODEL/config.json" | head -n 1 | cut -d '"' -f 4 || true)
+[[ -z $DTYPE && -n $GPUS && $dtype =~ ^float(16|32)$ ]] || dtype=$COMPUTE
 ARGS=(
   --adapters "$ADAPTER"
-  --torch_dtype "$COMPUTE"
+  --torch_dtype "$dtype"
   --merge_lora true
   --safe_serialization true
 )

@@ -68,6 +68,7 @@ need GATE 'mean|worst' "choose mean or worst"
 [ "$GATE" = mean ] || [ -n "$BY" ] || die "GATE=$GATE: worst of which groups? Set BY to a column of the rows"
 [ "$GATE" = mean ] || [ -z "$RACE" ] || die "GATE=$GATE: needs every removal scored on every row; leave out RACE"
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
+refuse_data_flags "$@"
 processes=$PROCESSES
 if [ -n "${RAY_ADDRESS:-}" ]; then
   tasks=''

@@ -111,6 +111,8 @@ case $METRIC in
   *) [[ $EVALUATE_ARGS != *--no-generate* ]] || die "METRIC=$METRIC: is of answers, and EVALUATE_ARGS has --no-generate" ;;
 esac
 
+refuse_data_flags "$@"
+
 result=distilled
 [ "$DISTIL_STEPS" -gt 0 ] || result=recovered
 out=$OUTPUT

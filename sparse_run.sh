@@ -46,14 +46,18 @@ need WORSE '[0-9]{0,6}\.?[0-9]+' "give a positive share, as 0.15"
 need SCHEDULE 'exponential|cubic' "choose exponential or cubic"
 need SCORE 'magnitude|wanda|gradient' "choose magnitude, wanda or gradient"
 one_node "cycles run on one node; its GPUs all take part"
+refuse_data_flags "$@"
+flags_of callbacks "$@"
+[[ ${#FLAGS[@]} -eq 0 || " ${FLAGS[*]} " == *" keep_zeros "* ]] ||
+  die "${FLAGS[*]}: name keep_zeros, too, without which a cycle would train its zeros away"
 settle sft 4 --dataset "$DATASET" --val_dataset "$VAL_DATASET" "${FULL_ARGS[@]}" "${ARGS[@]}"
-preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
-folder=$OUTPUT.cycles
 PLAN=(
   python -m prunekit.training.cycles plan --model "$MODEL" --sparsity "$SPARSITY" ${START:+--start "$START"}
   --cycles "$CYCLES" --schedule "$SCHEDULE" ${MODULES:+--modules "$MODULES"} --worse "$WORSE"
 )
 "${PLAN[@]}" >/dev/null
+preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
+folder=$OUTPUT.cycles
 claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \

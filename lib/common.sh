@@ -30,6 +30,7 @@ for argument in "$@"; do
     --overwrite) OVERWRITE=1 ;;
     --model | --model=*) die "--model: set MODEL=... instead, which is checked first and published last" ;;
     --output-dir | --output-dir=*) die "--output_dir: set OUTPUT=... instead; the run's own folder is \$OUTPUT.run" ;;
+    --add-version | --add-version=*) die "--add_version: leave it out: the run's own folder is \$OUTPUT.run, and no other" ;;
     --*=[!-]*) remaining+=("${argument%%=*}" "${argument#*=}") ;; # one form for all that reads them
     *) if [ "$flag" = --external-plugins ]; then USER_PLUGINS+=("$argument"); else remaining+=("$argument"); fi ;;
   esac
@@ -197,6 +198,15 @@ flags_of() {
   done
 }
 
+# refuse_data_flags ARGS...: refuse data as flags, where more than a training reads them.
+refuse_data_flags() {
+  local name
+  for name in dataset val_dataset; do
+    value_of "$name" "$@"
+    [ -z "$VALUE" ] || die "--$name: set ${name^^}=... instead, which is what models are fitted and measured on, too"
+  done
+}
+
 # share_batch MOST: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless the user's
 # flags say otherwise. Sets ACCUMULATION and BATCH_ARGS. If GLOBAL_BATCH isn't set, the nearest to DEFAULT_BATCH is taken.
 DEFAULT_BATCH=${DEFAULT_BATCH:-16}
@@ -317,7 +327,7 @@ settle() {
         speed+=(--group_by_length true) # ms-swift would decode all images beforehand
       fi
       # Fuses the vocabulary's projection and its loss. Not with ZeRO-3: it reads a weight that may not be there.
-      if [[ $found == *" liger "* && $ZERO != *zero3* ]]; then speed+=(--use_liger_kernel true); fi
+      if [[ $found == *" liger "* ]] && ! is_zero3; then speed+=(--use_liger_kernel true); fi
       speed+=(
         --dataloader_num_workers "$(at_most 8 $(($(nproc) / PROCESSES)))" # images are decoded and resized there
         --per_device_eval_batch_size "$(at_most 4 "$most")"
@@ -328,7 +338,7 @@ settle() {
       speed+=(--per_device_eval_batch_size "$(is_zero "$VALUE" && at_most 4 "$most" || echo 16)")
       value_of max_completion_length "${all[@]}"
       # The whole vocabulary's logits of long answers don't fit: Liger's loss makes them in chunks.
-      if [[ $found == *" liger "* && $ZERO != *zero3* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] &&
+      if [[ $found == *" liger "* && $VALUE =~ ^[0-9]{4,6}$ && $VALUE -gt 1024 ]] && ! is_zero3 &&
         ! [[ " ${all[*]//-/_} " == *" __gkd_logits_topk"* || " ${all[*]//-/_} " == *" __sft_alpha"* ]]; then
         value_of teacher_model "${all[@]}" # whose head ours fills up where it is shorter; Liger's doesn't
         if [ "$(vocabulary "${VALUE:-$MODEL}")" = "$(vocabulary "$MODEL")" ]; then speed+=(--use_liger_kernel true); fi
@@ -340,7 +350,7 @@ settle() {
       ENVIRONMENT+=(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True) # rows of all lengths fragment it
     fi
     value_of vllm_mode "${all[@]}"
-    if [[ -n $VALUE && $ZERO == *zero3* ]]; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
+    if [ -n "$VALUE" ] && is_zero3; then speed+=(--move_model_batches 16); fi # else all weights are gathered at once
     echo "for speed: ${speed[*]} (PLAIN=1 leaves it out)"
   fi
   for word in "${USER_ARGS[@]}"; do # the trainer goes by steps where it is told both
@@ -362,6 +372,12 @@ plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PL
 
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
 is_zero() { [[ $1 =~ ^0*\.?0*$ && $1 == *0* ]]; }
+# is_zero3: does ZERO, a name, a file or JSON, split the weights up?
+is_zero3() {
+  local said=$ZERO
+  [ ! -f "$ZERO" ] || said=$(< "$ZERO")
+  [[ $said == zero3* || $said =~ \"stage\"[[:space:]]*:[[:space:]]*3 ]]
+}
 vocabulary() { grep -so '"vocab_size": *[0-9]*' "$1/config.json" | sort -u || true; }
 is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
 
@@ -600,7 +616,7 @@ run_swift() {
     fi
   else
     [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
-    if [[ " $line " == *" --deepspeed zero"* ]] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
+    if [ -n "${ZERO:-}" ] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
       die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"
     fi
     [ -n "$same" ] ||
@@ -618,7 +634,8 @@ run_swift() {
     mv "$WORK/command.sh.new" "$WORK/command.sh"
     echo "$WORLD" > "$WORK/world"
   fi
-  if [[ " $line " == *_offload" "* ]]; then # a build that was killed leaves a lock on which the next would wait for ever
+  # Offloading builds an optimizer for the CPU; a build that was killed leaves a lock on which the next would wait for ever.
+  if ! [[ ${ZERO:-} =~ ^(zero[0-3])?$ ]]; then
     python -m prunekit.training.stale_locks
   fi
   if [ ${#SERVER[@]} -gt 0 ]; then start_server "${SERVER[@]}"; fi

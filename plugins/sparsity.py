@@ -10,20 +10,11 @@ of `Gradual` and `Dynamic` in prunekit/training/zeros_settings.py. What happened
 output folder, and in W&B.
 """
 
-import os
-
 from swift.callbacks import callbacks_map
 
 from prunekit.training.zeros import DynamicSparsity, GradualPruning, KeepZeros
-from prunekit.training.zeros_settings import Dynamic, Gradual, parse_settings
-
-
-def settings(kind: type, variable: str):
-    return parse_settings(kind, os.environ.get(variable, ""), variable)
-
+from prunekit.training.zeros_settings import settings_of
 
 callbacks_map["keep_zeros"] = lambda args, trainer: KeepZeros()
-callbacks_map["gradual_pruning"] = lambda args, trainer: GradualPruning(settings(Gradual, "PRUNEKIT_GRADUAL"), trainer)
-callbacks_map["dynamic_sparsity"] = lambda args, trainer: DynamicSparsity(
-    settings(Dynamic, "PRUNEKIT_DYNAMIC"), trainer
-)
+callbacks_map["gradual_pruning"] = lambda args, trainer: GradualPruning(settings_of("gradual_pruning"), trainer)
+callbacks_map["dynamic_sparsity"] = lambda args, trainer: DynamicSparsity(settings_of("dynamic_sparsity"), trainer)

@@ -48,6 +48,8 @@ def defaults(stage: str, gpus: int, flags: list[str]) -> list[str]:
         rows = 8 * processes
     batch = next(count for count in range(most, 0, -1) if count == 1 or rows % (count * processes) == 0)
     given = {flag.partition("=")[0].replace("-", "_").replace("__", "--", 1) for flag in flags if flag.startswith("--")}
+    if "--teacher_model_server" in given and not any("://" in word for word in flags):
+        line = [*line, "--lmbda", "0"]  # a cache
     zero = [] if not gpus or (stage == "lora" and gpus == 1) else ["--deepspeed", "zero2"]
     plain = "--deepspeed" in given and parse(STAGES[stage][0], flags).deepspeed in (None, "", "none")
     master = stage != "lora" and (plain or not zero)

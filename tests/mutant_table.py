@@ -284,8 +284,8 @@ HEAD_RATES = [
     Mutant('"others": 0.0, "weak_share"', '"others": 1.0, "weak_share"'),
     Mutant('"others": 0.0, "weak": 0.0', '"others": 1.0, "weak": 0.0'),
     Mutant('"weak": 0.0, "weak_share": 0.5', '"weak": 0.0, "weak_share": 0.0'),
-    Mutant("if trainer.is_deepspeed_enabled or", "if"),
-    Mutant('if self.args.tuner_type != "full":', "if False:"),
+    Mutant("trainer.is_deepspeed_enabled or ", ""),
+    Mutant("self.args.tuner_type)", '"full")'),
     Mutant("settings, known_scores(checkpoint), ", "settings, None, "),
     Mutant("if not settings.others:", "if settings.others:"),
     Mutant("        rates.attach(optimizer)\n", ""),
@@ -298,9 +298,8 @@ KNOCKOUT = [
 ]
 
 SPARSITY_PLUGIN = [
-    Mutant('settings(Gradual, "PRUNEKIT_GRADUAL")', 'settings(Gradual, "PRUNEKIT_DYNAMIC")'),
-    Mutant('settings(Dynamic, "PRUNEKIT_DYNAMIC"), trainer', 'settings(Dynamic, "PRUNEKIT_DYNAMIC")'),
-    Mutant('os.environ.get(variable, "")', '""'),
+    Mutant('settings_of("gradual_pruning")', 'settings_of("dynamic_sparsity")'),
+    Mutant('settings_of("dynamic_sparsity"), trainer', 'settings_of("dynamic_sparsity")'),
 ]
 
 EXTEND = [
@@ -544,7 +543,7 @@ ZEROS_TESTS = (
 REWARD_CALLS = [
     Mutant("if inspect.iscoroutine(found):", "if False:"),
     Mutant("if len(values) != len(completions):", "if len(values) < len(completions):"),
-    Mutant("not math.isfinite(value)]", "math.isnan(value)]"),
+    Mutant("not abs(value) <= LARGEST]", "value != value]"),
     Mutant("value[number : number + 1] if", "value[:1] if"),
     Mutant("values.append(None)", "values.append(0.0)"),
     Mutant("self.failed += len(problems)", "self.failed = len(problems)"),

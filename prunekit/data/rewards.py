@@ -3,17 +3,17 @@
 import asyncio
 import copy
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from prunekit.errors import CONTROLS, PruneKitError
 
-from .rows import question_of
+from .rows import images_of, question_of
 
 Reward = Callable[..., Any]
 SHOWN = 60  # characters of a completion in a message
+LARGEST = 2.0**127  # ms-swift keeps rewards in fp32
 
 
 class BadValues(Exception):
@@ -36,7 +36,7 @@ def call_reward(reward: Reward, completions: list[str], columns: dict[str, Any])
         raise BadValues(f"returns {shown(found)}, where one number for each completion is wanted") from error
     if len(values) != len(completions):
         raise BadValues(f"returns {len(values)} values for {len(completions)} completions")
-    if wrong := [value for value in values if value is not None and not math.isfinite(value)]:
+    if wrong := [value for value in values if value is not None and not abs(value) <= LARGEST]:
         raise BadValues(f"returns {wrong[0]}")
     return values
 
@@ -52,6 +52,9 @@ def columns_for(rows: Sequence[dict[str, Any]]) -> Callable[[list[str], list[int
         made = []
         for place, (completion, number) in enumerate(zip(completions, numbers, strict=True)):
             row = copy.deepcopy(rows[number])
+            if row.get("images"):
+                images = (image if isinstance(image, dict) else {"path": image} for image in images_of(row))
+                row["images"] = [{"bytes": None} | image for image in images]
             row["messages"] = [*question_of(row["messages"]), {"role": "assistant", "content": completion}]
             # A model's tokens are not known here: characters are about as many.
             tokens = {"response_token_ids": [ord(letter) for letter in completion]}

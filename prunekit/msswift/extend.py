@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from prunekit.errors import PruneKitError
+
 MODELS = ("gpt2",)  # model types that ms-swift hasn't
 
 
@@ -35,10 +37,16 @@ def take_image_tokens_from_tokenizers() -> None:
 
 
 def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
-    """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does."""
+    """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does.
+
+    PruneKitError names a plugin that can't be imported.
+    """
     from swift.utils import import_external_file
 
     register_gpt2()
     take_image_tokens_from_tokenizers()
     for plugin in plugins:
-        import_external_file(str(plugin))
+        try:
+            import_external_file(str(plugin))
+        except Exception as error:
+            raise PruneKitError(f"plugin {plugin} can't be loaded: {type(error).__name__} ({error})") from error

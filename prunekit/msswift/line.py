@@ -173,6 +173,10 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
         raise PruneKitError("--use_vllm true and --vllm_mode server or colocate belong together: give both or neither")
     if args.teacher_model and args.teacher_model_server:
         raise PruneKitError("--teacher_model and --teacher_model_server exclude each other: leave one out")
+    if args.rlhf_type == "gkd" and "://" in (args.teacher_model_server or "") and args.temperature != 1:
+        raise PruneKitError(
+            f"--temperature {args.temperature:g}: a teacher's server answers at temperature 1: leave it out"
+        )
     if args.rlhf_type == "gkd" and args.gkd_logits_topk and args.use_liger_kernel:
         raise PruneKitError("--gkd_logits_topk and --use_liger_kernel exclude each other: leave one out")
     if args.rlhf_type == "gkd" and args.seq_kd:

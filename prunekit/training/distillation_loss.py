@@ -36,6 +36,13 @@ class TopK(NamedTuple):
         tail = -log_probs.float().logsumexp(-1).expm1()
         return cls(indices, log_probs.float(), tail.clamp(min=SMALLEST_TAIL).log())
 
+    def within(self, vocabulary: int) -> "TopK":
+        """As if there were no ids from `vocabulary` on, which a student with a shorter, less padded head hasn't."""
+        known = self.indices < vocabulary
+        both = torch.cat([self.log_probs.masked_fill(~known, -torch.inf), self.log_tail[:, None]], -1)
+        both = both - both.logsumexp(-1, keepdim=True)
+        return TopK(self.indices.where(known, 0), both[:, :-1], both[:, -1])
+
 
 def _pieces(rows: Tensor, vocabulary: int) -> list[Tensor]:
     return list(rows.split(max(1, ELEMENTS // vocabulary))) if len(rows) else []

@@ -55,6 +55,12 @@ def _encode(trainer: GKDTrainer, samples) -> list[dict]:
     return encoded
 
 
+def _place_of(trainer: GKDTrainer, messages: list[dict]) -> str:
+    """Which row of a training's data sets asks this."""
+    line = json.loads((Path(trainer.args.output_dir) / "args.json").read_bytes())
+    return find_question([*line["dataset"], *line["val_dataset"]], messages) or f"row {str(messages)[:200]}"
+
+
 def _numbers_of(teacher: TopK | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return teacher.log_probs if isinstance(teacher, TopK) else teacher[rows]
 
@@ -80,7 +86,8 @@ class CacheFiller(GKDTrainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         template, device = self.template, self.accelerator.device
-        rows = _encode(self, self.to_samples(inputs))
+        samples = self.to_samples(inputs)
+        rows = _encode(self, samples)
         limit = template.max_length if template.truncation_strategy == "raise" else None  # longer ones aren't learnt
         taken = [number for number, row in enumerate(rows) if not limit or row["length"] <= limit]
         keys = [row_key(row) for row in rows]
@@ -102,6 +109,9 @@ class CacheFiller(GKDTrainer):
                 self.cache.settings.temperature,
             )
             for number, part in zip(missing, zip(*(each.split(counts) for each in top), strict=True)):
+                if part[1].isnan().any():
+                    where = _place_of(self, samples[number].messages)
+                    raise PruneKitError(f"NaN of the teacher, in {where}: look at it, or compute in another DTYPE")
                 self.cache.add(keys[number], TopK(*part))
         return None, None, None
 
@@ -152,6 +162,8 @@ class DistillationTrainer(GKDTrainer):
             student, teacher = student[:, :common], teacher[:, :common]
             if self.gkd_logits_topk is not None:
                 teacher = top_k(teacher, teacher_rows, self.gkd_logits_topk, self.temperature)
+        if isinstance(teacher, TopK):
+            teacher = teacher.within(student.shape[-1])
         total = distillation_loss(student, rows, teacher, teacher_rows, self.beta, self.temperature)
         if not total.isfinite():
             batch, length, _ = student_logits.shape
@@ -178,9 +190,7 @@ class DistillationTrainer(GKDTrainer):
                 whose, owner = f": NaN of the {name}", bad[:1]
                 break
         alone = batch == len(self._samples)  # without padding all of them are one
-        messages = self._samples[int(owner) if alone else 0].messages
-        line = json.loads((Path(self.args.output_dir) / "args.json").read_bytes())
-        where = find_question([*line["dataset"], *line["val_dataset"]], messages) or f"row {str(messages)[:200]}"
+        where = _place_of(self, self._samples[int(owner) if alone else 0].messages)
         return (
             f"the loss of step {self.state.global_step + 1} is not finite{whose}, in {where}"
             f"{'' if alone else ' or one beside it'}: look at it, lower --learning_rate, or compute in another DTYPE"

@@ -42,6 +42,14 @@ class Rates:
         if self.others not in (0, 1):
             raise PruneKitError(f"HEAD_RATES: others={self.others}: give 1 (trained as ever) or 0 (frozen)")
 
+    @staticmethod
+    def check_training(optimizer: str, sharded: bool, tuner: str) -> None:
+        """PruneKitError for a training that would undo rates: by DeepSpeed or FSDP (`sharded`), or of an adapter."""
+        if sharded:
+            raise PruneKitError(f"--optimizer {optimizer}: works with plain DDP only; set DEEPSPEED= (empty)")
+        if tuner != "full":
+            raise PruneKitError(f"--optimizer {optimizer}: works with --tuner_type full only")
+
     def check_dtype(self, dtype: str) -> None:
         """PruneKitError for weights of 16 bits, which round most of a weak head's small steps away."""
         if dtype in ("bfloat16", "float16") and 0 < self.weak < 1 and (self.weak_share or self.weak_below):

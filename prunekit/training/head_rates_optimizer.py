@@ -6,7 +6,6 @@ from swift.optimizers import OptimizerCallback
 from swift.utils import is_master
 
 from prunekit.checkpoint import open_checkpoint
-from prunekit.errors import PruneKitError
 
 from .head_rates import HeadRates, Rates, freeze_others, known_scores
 
@@ -23,10 +22,7 @@ class HeadRatesOptimizer(OptimizerCallback):
     def create_optimizer(self, model=None):
         trainer, name = self.trainer, self.args.optimizer
         settings = Rates.parse(os.environ.get("HEAD_RATES", ""), **PRESETS[name])
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise PruneKitError(f"--optimizer {name}: works with plain DDP only; set DEEPSPEED= (empty)")
-        if self.args.tuner_type != "full":
-            raise PruneKitError(f"--optimizer {name}: works with --tuner_type full only")
+        settings.check_training(name, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled, self.args.tuner_type)
         module = trainer.model if model is None else model
         checkpoint = open_checkpoint(trainer.model_info.model_dir)
         rates = HeadRates(module, checkpoint, settings, known_scores(checkpoint), self.say)

@@ -104,8 +104,8 @@ class Training:
         weights = compute if zero.stage else swift.torch_dtype or compute
         teacher = None if get("teacher_model_server") else get("teacher_model")
         share_zero3 = Zero.of(get("teacher_deepspeed"), 0).stage == 3 or zero.stage == 3
-        colocated = bool(get("use_vllm")) and get("vllm_mode") == "colocate"
         generates = kind == "grpo" or (kind == "gkd" and swift.lmbda > 0)
+        colocated = generates and bool(get("use_vllm")) and get("vllm_mode") == "colocate"
         accumulated = (swift.gradient_accumulation_steps or 1) > 1
         step = Step(
             kind=kind,

@@ -52,6 +52,7 @@ from prunekit.msswift.line import check_line, check_whole_names, parse
 from prunekit.msswift.names import check_names, check_rewards
 
 from .lengths import PROMPT, Lengths, check_engine, choose_lengths
+from .zeros_settings import SPLIT_UP, VARIABLES, settings_of
 
 DATA_FILES = {".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow"}
 ENVIRONMENT = (  # what ms-swift reads as whole numbers
@@ -348,8 +349,13 @@ def main() -> None:
     check_whole_names(args.swift, line)
     get = vars(swift).get
     check_line(args.swift, swift, check_environment())
-    if args.checkpoint == "best" and args.swift != "export" and not args.reuse_out:
-        check_best(swift)
+    if args.swift != "export" and not args.reuse_out:
+        if swift.save_strategy == "no":
+            raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+        if swift.fp16 and swift.use_cpu:
+            raise PruneKitError("DTYPE=float16: nothing trains in it on a CPU; choose bfloat16 or float32")
+        if args.checkpoint == "best":
+            check_best(swift)
     plugins = [Path(plugin) for plugin in swift.external_plugins]
     model_type, template = swift.model_type or args.model_type, swift.template or args.template
     check_names(model_type, template, plugins)
@@ -384,8 +390,16 @@ def main() -> None:
         from .head_rates import Rates  # torch: seconds
 
         settings = Rates.parse(os.environ.get("HEAD_RATES", ""))
+        settings.check_training(swift.optimizer, bool(swift.deepspeed or swift.fsdp), swift.tuner_type)
         if swift.optimizer == "head_rates":
             settings.check_dtype(str(swift.torch_dtype))
+    sparse = {"keep_zeros", *VARIABLES} & {*(get("callbacks") or ())}
+    for callback in sparse & VARIABLES.keys():
+        settings_of(callback)
+    if sparse and (swift.fsdp or str(swift.deepspeed).startswith("zero3")):
+        raise PruneKitError(SPLIT_UP)
+    if "dynamic_sparsity" in sparse and swift.deepspeed:
+        raise PruneKitError("--callbacks dynamic_sparsity: works with plain DDP only; set DEEPSPEED= (empty)")
     for port in args.port:
         check_port(port)
     if not args.reuse_out:

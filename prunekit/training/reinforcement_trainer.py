@@ -21,7 +21,7 @@ class GuardedGRPOTrainer(GRPOTrainer):
         super()._prepare_rewards(*args, **kwargs)
         self.reward_funcs = [
             reward if isinstance(reward, torch.nn.Module) else guard(reward, name)
-            for reward, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+            for reward, name in zip(self.reward_funcs, self.reward_func_names)  # behind them: a gym's, no function
         ]
 
     def _compute_rewards_per_func(self, samples):

@@ -25,7 +25,7 @@ from prunekit.surgery.zeros_pick import Cut, find_cuts, sort_keys
 from prunekit.surgery.zeros_weights import chooser
 
 from .zeros_lora import mask_lora
-from .zeros_settings import Dynamic, Gradual
+from .zeros_settings import SPLIT_UP, Dynamic, Gradual
 
 MASKS = "zero_masks.safetensors"
 
@@ -38,7 +38,7 @@ def weight_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if getattr(parameter, "ds_numel", parameter.numel()) > parameter.numel() or hasattr(
                 parameter, "placements"
             ):
-                raise PruneKitError("ZeRO-3 and FSDP split weights up: train sparse models with DEEPSPEED=zero2 or DDP")
+                raise PruneKitError(SPLIT_UP)
             if parameter.dim() > 1:
                 yield name, parameter
 

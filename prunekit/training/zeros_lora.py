@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from prunekit.errors import PruneKitError
 
+from .zeros_settings import SPLIT_UP
+
 
 class MaskedLora(LoraVariant):
     """What a `Linear` of peft's (also one around transformers' Conv1D) does for an adapter, with the base's zeros."""
@@ -68,7 +70,7 @@ def mask_lora(model: nn.Module) -> int:
         weight: Any = getattr(module.get_base_layer(), "weight", None)
         plain = isinstance(module, Linear) and weight is not None and weight.is_floating_point()
         if plain and (getattr(weight, "ds_numel", weight.numel()) > weight.numel() or hasattr(weight, "placements")):
-            raise PruneKitError("ZeRO-3 and FSDP split weights up: train sparse models with DEEPSPEED=zero2 or DDP")
+            raise PruneKitError(SPLIT_UP)
         zeros = int((weight == 0).sum()) if plain else 0
         if not plain or (zeros and module.lora_variant and not _only_masked(module)):
             raise PruneKitError(

@@ -1,6 +1,7 @@
 """What a user can say of sparsity in training: when it deepens, when zeros move. No torch: launchers read it, too."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 
 from prunekit.errors import PruneKitError
@@ -102,3 +103,13 @@ def parse_settings(kind: type, text: str, variable: str):
         raise PruneKitError(f"{variable}: {error}") from None
     except TypeError:
         raise PruneKitError(f"{variable}: say how sparse it shall be, like sparsity=0.7") from None
+
+
+SPLIT_UP = "ZeRO-3 and FSDP split weights up: train sparse models with DEEPSPEED=zero2 or DDP"
+VARIABLES = {"gradual_pruning": (Gradual, "PRUNEKIT_GRADUAL"), "dynamic_sparsity": (Dynamic, "PRUNEKIT_DYNAMIC")}
+
+
+def settings_of(callback: str):
+    """What the environment says for a callback of plugins/sparsity.py; PruneKitError as `parse_settings`."""
+    kind, variable = VARIABLES[callback]
+    return parse_settings(kind, os.environ.get(variable, ""), variable)

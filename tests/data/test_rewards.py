@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prunekit.data.rewards import BadValues, call_reward, guard
+from prunekit.data.rewards import BadValues, call_reward, columns_for, guard
 from prunekit.errors import PruneKitError
 
 SAID = ["a", "bb", "", "dddd"]
@@ -31,6 +31,10 @@ def infinite(completions, **columns):
     return [float("inf") if completion == "bb" else 1.0 for completion in completions]
 
 
+def huge(completions, **columns):
+    return [1e39 if completion == "bb" else 1.0 for completion in completions]  # infinite in fp32
+
+
 def never(completions, **columns):
     raise KeyError("label")
 
@@ -41,8 +45,13 @@ def test_a_sound_reward_says_what_it_says_without_a_guard():
 
 @pytest.mark.parametrize(
     ("reward", "values"),
-    [(inverse, [2.0, 0.5, None, 1.25]), (infinite, [1.0, None, 1.0, 1.0]), (fewer, [1.0, 2.0, 0.0, 4.0])],
-    ids=["raises", "infinite", "too few"],
+    [
+        (inverse, [2.0, 0.5, None, 1.25]),
+        (infinite, [1.0, None, 1.0, 1.0]),
+        (huge, [1.0, None, 1.0, 1.0]),
+        (fewer, [1.0, 2.0, 0.0, 4.0]),
+    ],
+    ids=["raises", "infinite", "huge", "too few"],
 )
 def test_only_rows_that_fail_alone_go_without_it(reward, values):
     guarded = guard(reward, "mine")
@@ -88,3 +97,28 @@ def test_an_async_reward_stays_one_and_is_guarded():
 def test_what_is_no_list_of_numbers_is_named(found, words):
     with pytest.raises(BadValues, match=words):
         call_reward(lambda completions: found, ["a"], {})
+
+
+def test_images_are_given_to_rewards_as_ms_swift_gives_them():
+    from swift.dataset import RowPreprocessor
+
+    messages = [{"role": "user", "content": "<image>?"}]
+    for images in ("a.png", ["a.png", "b.png"], {"path": "a.png"}, [{"path": "a.png"}]):
+        row = {"messages": messages, "images": images}
+        given = columns_for([row])(["x"], [0])["images"]
+        theirs = {"images": images.copy() if isinstance(images, list) else images}
+        RowPreprocessor._cast_mm_data(theirs)
+        # a column of its data set has both keys for all
+        assert given == [[{"bytes": None} | image for image in theirs["images"]]] and row["images"] == images
+
+
+def test_a_gyms_reward_is_one_more_name_without_a_function(monkeypatch):
+    from prunekit.training.reinforcement_trainer import GRPOTrainer, GuardedGRPOTrainer
+
+    def prepare(trainer):
+        trainer.reward_funcs, trainer.reward_func_names = [length], ["length", "gym_reward"]
+
+    monkeypatch.setattr(GRPOTrainer, "_prepare_rewards", prepare)
+    trainer = GuardedGRPOTrainer.__new__(GuardedGRPOTrainer)
+    trainer._prepare_rewards()
+    assert [each.name for each in trainer.reward_funcs] == ["length"]

@@ -74,6 +74,27 @@ def test_bad_settings_are_refused_by_the_shell_alone(lab, env, launcher):
     refused(lab, launcher, f"{list(env)[-1]}=", STUB_GPUS="4", **env)
 
 
+@pytest.mark.parametrize("launcher", ["loop.sh", "sparse_run.sh", "knockout_check.sh"])
+@pytest.mark.parametrize("flags", [["--dataset", "train.jsonl"], ["--val-dataset=val.jsonl"]], ids=" ".join)
+def test_data_that_only_trainings_would_see_are_refused_as_flags(lab, launcher, flags):
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    name = flags[0].partition("=")[0].removeprefix("--").replace("-", "_")
+    refused(lab, launcher, f"--{name}: set {name.upper()}=", *flags, TARGET_PARAMS="0.9")
+
+
+def test_cycles_without_keep_zeros_are_refused(lab):
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    refused(lab, "sparse_run.sh", "--callbacks lisa: name keep_zeros, too", "--callbacks", "lisa")
+
+
+def test_the_check_of_cycles_knows_their_plan(lab):
+    refused(lab, "sparse_run.sh", "0 < start <= sparsity < 1", CHECK="1", START="0.9")
+
+
+def test_another_folder_for_a_run_is_refused(lab):
+    refused(lab, "full_run.sh", "--add_version: leave it out", "--add_version", "true")
+
+
 @pytest.mark.parametrize("launcher", EVERY)
 def test_a_setting_is_never_run_as_a_command(lab, launcher):
     source = (ROOT / launcher).read_text()
@@ -114,13 +135,15 @@ def test_a_refusal_leaves_an_interrupted_run_alone(lab):
     assert lab.run("full_run.sh", GPUS="").returncode == 0
 
 
-def test_a_build_that_was_killed_does_not_hold_up_the_next(lab):
+@pytest.mark.parametrize("deepspeed", ["zero2_offload", "mine.json"])
+def test_a_build_that_was_killed_does_not_hold_up_the_next(lab, deepspeed):
+    (lab.folder / "mine.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
     lock = lab.folder / ".cache/torch_extensions/py311_cu130/cpu_adam/lock"
     lock.parent.mkdir(parents=True)
     for age, left in ((60, True), (3600, False)):
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
-        lab.run("full_run.sh", GPUS="0", DEEPSPEED="zero2_offload", STUB_FAIL_AT=1, RESTART=1)
+        lab.run("full_run.sh", GPUS="0", DEEPSPEED=deepspeed, STUB_FAIL_AT=1, RESTART=1)
         assert lock.exists() == left, "one that is being built must stay"
 
 

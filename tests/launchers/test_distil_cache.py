@@ -95,6 +95,13 @@ def test_a_cache_of_other_settings_is_refused(lab, flag, value, what):
     assert len(lab.calls("rlhf")) == 2 and not (lab.folder / "ckpt/other.run").exists()
 
 
+def test_a_check_refuses_a_cache_of_other_settings_too(lab):
+    (lab.folder / "cache").mkdir()
+    (lab.folder / "cache/cache.json").write_text(lab.env["STUB_CACHE"].replace('"top_k": 8', '"top_k": 4'))
+    result = lab.run("distil.sh", CHECK="1", **CACHE)
+    assert result.returncode == 2 and "filled with another top k" in result.stderr
+
+
 def test_another_teachers_cache_is_refused(lab):
     lab.run("distil.sh", **CACHE | {"STUB_CACHE": lab.env["STUB_CACHE"].replace('teacher": "', 'teacher": "f')})
     result = lab.run("distil.sh", OUTPUT="ckpt/other", **CACHE)

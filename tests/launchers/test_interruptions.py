@@ -43,14 +43,17 @@ def test_a_lora_is_published_as_an_adapter(lab):
     assert not lab.work.exists()
 
 
-@pytest.mark.parametrize(("before", "after"), [("0,1", "0"), ("0", "0,1,2")])
-def test_deepspeed_resumes_with_as_many_gpus_only_and_it_is_said(lab, before, after):
+@pytest.mark.parametrize(
+    ("before", "after", "deepspeed"), [("0,1", "0", "zero2"), ("0", "0,1,2", "zero2"), ("0,1", "0", "mine.json")]
+)
+def test_deepspeed_resumes_with_as_many_gpus_only_and_it_is_said(lab, before, after, deepspeed):
+    (lab.folder / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
     flags = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1]
-    lab.run("full_run.sh", *flags, GPUS=before, DEEPSPEED="zero2", STUB_FAIL_AT=3)
-    other = lab.run("full_run.sh", *flags, GPUS=after, DEEPSPEED="zero2")
+    lab.run("full_run.sh", *flags, GPUS=before, DEEPSPEED=deepspeed, STUB_FAIL_AT=3)
+    other = lab.run("full_run.sh", *flags, GPUS=after, DEEPSPEED=deepspeed)
     assert other.returncode == 2
     assert f"a run of {len(before.split(','))} processes" in other.stderr and "RESTART=1" in other.stderr
-    again = lab.run("full_run.sh", *flags, GPUS=before, DEEPSPEED="zero2")
+    again = lab.run("full_run.sh", *flags, GPUS=before, DEEPSPEED=deepspeed)
     assert again.returncode == 0, again.stderr
 
 

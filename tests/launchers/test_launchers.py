@@ -3,6 +3,7 @@
 Their flags are held against the argument classes of the installed ms-swift, so that a renamed one fails here.
 """
 
+import json
 import os
 import re
 import shutil
@@ -209,12 +210,13 @@ def test_the_teacher_keeps_its_own_architecture(lab, tiny):
 
 
 def test_a_teachers_server_takes_the_place_of_a_teacher(lab):
-    flags = ("--teacher_model_server", "http://localhost:8000", "--gkd_logits_topk", 8, "--temperature", 1)
+    flags = ("--teacher_model_server", "http://localhost:8000")
     result = lab.run("distil.sh", *flags, GPUS="", TEACHER="absent", STUB_FAIL_AT=1)
     assert result.returncode == 1, result.stderr
     [call] = lab.calls()
     assert not {"--teacher_model", "--teacher_model_type"} & set(call["argv"])
     assert values(call["argv"], "--teacher_model_server") == ["http://localhost:8000"]
+    assert (values(call["argv"], "--gkd_logits_topk"), values(call["argv"], "--temperature")) == (["8"], ["1"])
     result = lab.run("distil.sh", *flags, GPUS="", CACHE="cache")
     assert result.returncode == 2 and "leave one out" in result.stderr
 
@@ -275,6 +277,27 @@ def test_devices_decide_processes_and_flags(lab, env, visible, processes):
     assert ("--use_cpu" in call["argv"]) == (not visible)
     assert ("--ddp_backend" in call["argv"]) == bool(not visible and processes)
     assert values(call["argv"], "--torch_dtype") == ["bfloat16" if visible else "float32"]
+
+
+@pytest.mark.parametrize(
+    ("base", "env", "merged"),
+    [
+        ("float32", {"GPUS": "0"}, "float32"),
+        ("float16", {"GPUS": "0"}, "float16"),
+        ("bfloat16", {"GPUS": "0"}, "bfloat16"),
+        ("float16", {"GPUS": "0", "DTYPE": "bfloat16"}, "bfloat16"),
+        ("bfloat16", {"GPUS": ""}, "float32"),
+    ],
+)
+def test_an_adapter_is_merged_no_less_precisely_than_its_base_is_kept(lab, own, base, env, merged):
+    model = own("qwen3_vl")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": base} | {
+        part: config[part] | {"dtype": base} for part in ("text_config", "vision_config")
+    }))  # fmt: skip
+    lab.run("export_lora.sh", MODEL=str(model), STUB_FAIL_AT=1, **env)
+    [call] = lab.calls()
+    assert values(call["argv"], "--torch_dtype") == [merged]
 
 
 def test_an_active_environment_without_swift_gives_way_to_the_projects_own(tmp_path):

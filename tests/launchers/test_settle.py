@@ -274,9 +274,11 @@ def test_a_distillation_is_judged_in_large_batches_only_where_its_answers_are_ge
     assert line["per_device_eval_batch_size"] == batch
 
 
-def test_liger_stays_off_where_its_loss_does_not_fit(settle, packages):
+def test_liger_stays_off_where_its_loss_does_not_fit(lab, settle, packages):
     packages("liger_kernel")
-    assert "use_liger_kernel" not in settle("sft", *FULL, DEEPSPEED="zero3")
+    (lab.folder / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for deepspeed in ("zero3", "mine.json"):
+        assert "use_liger_kernel" not in settle("sft", *FULL, DEEPSPEED=deepspeed)
     long = ("--max_completion_length", "4096")
     assert "use_liger_kernel" in settle("gkd", *FULL, *long)
     assert "use_liger_kernel" not in settle("gkd", *FULL, *long, user=["--gkd-logits-topk=64"])

@@ -176,3 +176,11 @@ def test_the_ids_of_images_and_videos_are_those_of_the_models_own_tokenizer(swif
     template = object.__new__(swift.qwen_vl)
     template.processor = SimpleNamespace(image_token_id=3, video_token_id=4)
     assert (template.image_token_id, template.video_token_id) == (3, 4)
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
+    from prunekit.msswift.extend import load_plugins
+
+    (tmp_path / "broken.py").write_text("import a_package_that_is_not_there")
+    with pytest.raises(PruneKitError, match="plugin .*broken.py can't be loaded: ModuleNotFoundError"):
+        load_plugins([tmp_path / "broken.py"])

@@ -88,6 +88,21 @@ def test_a_longer_padded_vocabulary_is_left_out(trainer_module):
     assert losses[:2] == losses[2:]
 
 
+def test_of_a_teachers_top_k_tokens_that_the_student_has_not_are_left_out(trainer_module):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    from prunekit.training.distillation_loss import top_k
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    longer = torch.cat([teacher, torch.full((2, 12, 7), 50.0)], -1)  # of a head that is padded to more rows
+    losses = []
+    for logits, k in ((teacher, 1), (longer, 8)):
+        cached = top_k(logits.flatten(0, 1), torch.tensor([2, 3, 22]), k)
+        output = TeacherOutput(topk_logprobs=cached, topk_indices=cached.indices, labels=labels)
+        losses.append(trainer_module.DistillationTrainer._compute_jsd_loss(trainer(), student, output, labels).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_another_ms_swift_is_refused(trainer_module, monkeypatch):
     def renamed(self, student_logits, teacher_output, labels, chunk_size):
         pass
@@ -118,12 +133,31 @@ def test_a_cache_of_another_temperature_is_refused(trainer_module, tmp_path):
         one._check_temperature()
 
 
+@pytest.fixture
+def filler(trainer_module, tmp_path, monkeypatch):
+    """filler(rows): a CacheFiller to which these are the encoded rows of any batch, on one of two processes."""
+
+    def make(rows):
+        monkeypatch.setattr(trainer_module, "_encode", lambda *_: rows)
+        one = trainer_module.CacheFiller.__new__(trainer_module.CacheFiller)
+        one.cache = TeacherCache(tmp_path / "cache", Settings("0" * 16, 300, 8, 1.0))
+        one.accelerator = SimpleNamespace(device="cpu", gather=lambda counts: torch.cat([counts, torch.tensor([1])]))
+        one.template = SimpleNamespace(
+            truncation_strategy="raise", max_length=5,
+            data_collator=lambda given: {k: torch.tensor([row[k] for row in given]) for k in ("input_ids", "labels")},
+        )  # fmt: skip
+        for name in ("to_samples", "prepare_logits_to_keep"):
+            monkeypatch.setattr(one, name, lambda given: given, raising=False)
+        monkeypatch.setattr(one, "compute_loss_context_manager", contextlib.nullcontext, raising=False)
+        return one
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("lengths", "asked", "kept"), [((9, 3), [1], [1]), ((9, 9), [0], []), ((3, 3), [0, 1], [0, 1])]
 )
-def test_a_process_answers_with_the_others_though_its_rows_are_too_long(
-    trainer_module, tmp_path, monkeypatch, lengths, asked, kept
-):
+def test_a_process_answers_with_the_others_though_its_rows_are_too_long(trainer_module, filler, lengths, asked, kept):
     rows = [{"input_ids": [row] * n, "labels": [-100] + [row] * (n - 1), "length": n} for row, n in enumerate(lengths)]
     shown = []
 
@@ -131,20 +165,26 @@ def test_a_process_answers_with_the_others_though_its_rows_are_too_long(
         shown.extend(input_ids[:, 0].tolist())
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 300))
 
-    monkeypatch.setattr(trainer_module, "_encode", lambda *_: rows)
-    one = trainer_module.CacheFiller.__new__(trainer_module.CacheFiller)
-    one.cache = TeacherCache(tmp_path / "cache", Settings("0" * 16, 300, 8, 1.0))
-    one.accelerator = SimpleNamespace(device="cpu", gather=lambda counts: torch.cat([counts, torch.tensor([1])]))
-    one.template = SimpleNamespace(
-        truncation_strategy="raise", max_length=5,
-        data_collator=lambda given: {k: torch.tensor([row[k] for row in given]) for k in ("input_ids", "labels")},
-    )  # fmt: skip
-    for name in ("to_samples", "prepare_logits_to_keep"):
-        monkeypatch.setattr(one, name, lambda given: given, raising=False)
-    monkeypatch.setattr(one, "compute_loss_context_manager", contextlib.nullcontext, raising=False)
+    one = filler(rows)
     one.prediction_step(model, None)
     assert shown == asked
     assert [number for number, row in enumerate(rows) if trainer_module.row_key(row) in one.cache] == kept
+
+
+def test_nan_of_a_teacher_is_kept_in_no_cache_and_its_row_is_named(trainer_module, filler, tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (tmp_path / "args.json").write_text(json.dumps({"dataset": [str(tmp_path / "data.jsonl")], "val_dataset": []}))
+    one = filler([{"input_ids": [row] * 3, "labels": [-100, row, row], "length": 3} for row in range(2)])
+    one.args = SimpleNamespace(output_dir=str(tmp_path))
+
+    def model(input_ids):
+        logits = torch.zeros(*input_ids.shape, 300)
+        logits[1, 1, 7] = torch.nan
+        return SimpleNamespace(logits=logits)
+
+    with pytest.raises(trainer_module.PruneKitError, match="NaN of the teacher, in dataset .*data.jsonl line 2:"):
+        one.prediction_step(model, [SimpleNamespace(messages=row["messages"]) for row in QUESTIONS])
+    assert len(one.cache) == 1
 
 
 @pytest.fixture

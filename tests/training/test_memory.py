@@ -160,6 +160,16 @@ def test_a_rollout_engine_has_its_share_of_the_card_while_it_generates():
     assert (awake.when, awake.parts["rollout engine"]) == ("in a step", 4 * 10**11)
 
 
+def test_a_cached_teacher_needs_no_rollout_engine():
+    now = line("gkd", 1, "--teacher_model", str(EMBEDDED))
+    cached = vars(now) | alternatives(now, open_checkpoint(EMBEDDED).config, 1)["CACHE=runs/cache"]
+    assert line("gkd", 1, "--teacher_model_server", "runs/cache").lmbda == cached["lmbda"] == 0
+    engines = [
+        Training.of(type(now)(**values), open_checkpoint(EMBEDDED), 1, 10**12).engine for values in (vars(now), cached)
+    ]
+    assert engines == [3 * 10**11, 0]
+
+
 def test_rows_are_as_long_as_the_line_and_the_model_allow(monkeypatch):
     assert training().step.rows.tokens == open_checkpoint(EMBEDDED).config["text_config"]["max_position_embeddings"]
     assert training("sft", 4, "--max_length", "100").step.rows == Rows(4, 100, 50, 49)

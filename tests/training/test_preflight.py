@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.paths import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,41 @@ def test_a_bad_swift_line_is_refused_in_one_line_before_the_model_is_read(prefli
     result = preflight("--model", "absent", "--swift", "sft", "--", "--max_lenght", 5)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: --max_lenght: `swift sft` has no such flag: did you mean --max_length?\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "message"),
+    [
+        ("--optimizer head_rates --deepspeed zero2", "", "--optimizer head_rates: works with plain DDP only"),
+        ("--optimizer active_heads --tuner_type lora", "", "--optimizer active_heads: works with --tuner_type full"),
+        ("--callbacks gradual_pruning", "sparsity=0.7 evnts=5", "PRUNEKIT_GRADUAL: 'evnts=5' isn't one of"),
+        ("--callbacks keep_zeros --deepspeed zero3", "", "ZeRO-3 and FSDP split weights up"),
+        ("--callbacks dynamic_sparsity --deepspeed zero2", "", "dynamic_sparsity: works with plain DDP only"),
+    ],
+)
+def test_what_a_plugin_would_refuse_is_refused_before_it_is_loaded(
+    line, settings, message, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PRUNEKIT_GRADUAL", settings)
+    monkeypatch.setattr("prunekit.msswift.line.check_packages", lambda args: None)
+    plugins = [str(ROOT / f"plugins/{name}.py") for name in ("head_rates", "sparsity")]
+    words = ["--tuner_type", "full", "--torch_dtype", "float32", "--external_plugins", *plugins, *line.split()]
+    head = ["--model", str(tiny("gpt2")), "--out", str(tmp_path / "out"), "--swift", "sft"]
+    monkeypatch.setattr(sys, "argv", ["preflight", *head, "--", *words])
+    with pytest.raises(PruneKitError, match=message):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--save_strategy no", "--save_strategy no: what is trained is published from a checkpoint"),
+        ("--fp16 true --use_cpu true", "DTYPE=float16: nothing trains in it on a CPU"),
+    ],
+)
+def test_a_training_that_would_fail_or_keep_nothing_is_refused(preflight, tiny, line, message):
+    result = preflight("--model", tiny("gpt2"), "--swift", "sft", "--", *line.split())
+    assert result.returncode == 2 and message in result.stderr
 
 
 def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
