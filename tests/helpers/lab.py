@@ -21,6 +21,11 @@ NVIDIA_SMI = """#!/bin/sh
 [ -n "$STUB_GPUS" ] || { echo "NVIDIA-SMI has failed because it couldn't communicate with the driver"; exit 9; }
 for gpu in $(seq 0 $((STUB_GPUS - 1))); do echo "$gpu, ${STUB_MEMORY:-81559}"; done
 """
+# Pictures are half of what a launcher takes here: a lab draws them where STUB_DRAWS is set.
+PYTHON = f"""#!/bin/sh
+[ "$2" != prunekit.report ] || [ -n "$STUB_DRAWS" ] || exit 0
+exec {sys.executable} "$@"
+"""
 
 
 def executable(path: Path, text: str) -> None:
@@ -71,6 +76,7 @@ class Lab:
         self.out, self.work = folder / "ckpt" / "out", folder / "ckpt" / "out.run"
         executable(folder / "env/bin/swift", f'#!/bin/sh\nexec {sys.executable} -SE {STUB} "$@"\n')
         executable(folder / "env/bin/nvidia-smi", NVIDIA_SMI)
+        executable(folder / "env/bin/python", PYTHON)
         Image.new("RGB", (56, 28)).save(folder / "image.png")
         row = {
             "messages": [{"role": "user", "content": "<image>?"}],

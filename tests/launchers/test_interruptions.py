@@ -19,7 +19,7 @@ from prunekit.checkpoint import history, open_checkpoint
 
 @pytest.mark.parametrize("launcher", ["full_run.sh", "distil.sh", "rl_run.sh", "export_lora.sh"])
 def test_a_finished_stage_is_a_clean_checkpoint_with_its_history(lab, launcher):
-    result = lab.run(launcher, GPUS="")
+    result = lab.run(launcher, GPUS="", STUB_DRAWS=1)
     assert result.returncode == 0, result.stderr
     stage = launcher.removesuffix(".sh")
     assert open_checkpoint(lab.out).tensors.keys() == open_checkpoint(lab.env["MODEL"]).tensors.keys()
@@ -36,7 +36,7 @@ def test_a_finished_stage_is_a_clean_checkpoint_with_its_history(lab, launcher):
 
 
 def test_a_lora_is_published_as_an_adapter(lab):
-    assert lab.run("lora.sh", GPUS="").returncode == 0
+    assert lab.run("lora.sh", GPUS="", STUB_DRAWS=1).returncode == 0
     names = {file.name for file in lab.out.iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "command.sh", "curves.png"}
     assert "\nlibrary_name: peft\n" in (lab.out / "README.md").read_text()
