@@ -3,9 +3,12 @@
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.lab import executable
 from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_ocr import tiny_ocr
 from PIL import Image
@@ -13,6 +16,7 @@ from PIL import Image
 from prunekit.checkpoint import history
 
 pytestmark = pytest.mark.ci
+ALGORITHMS = ["DAPO", "DR_GRPO", "CISPO", "OPD", "CHORD"]
 PLUGIN = """
 from swift.rewards import ORM, orms
 
@@ -53,23 +57,53 @@ def data(tmp_path_factory):
     return folder
 
 
+def environment(data, out):
+    return os.environ | {
+        "GPUS": "", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "WANDB_DIR": str(out.parent),
+        "MODEL": str(EMBEDDED), "TEACHER": str(EMBEDDED), "DATASET": str(data / "rl.jsonl"), "VAL_DATASET": "",
+        "CHORD_DATASET": str(data / "answered.jsonl"), "OUTPUT": str(out), "GLOBAL_BATCH": "8",
+    }  # fmt: skip
+
+
 @pytest.fixture
 def train(data, tmp_path):
     """train(flags, settings): rl_run.sh on a CPU, and the folder that it makes."""
 
     def go(*flags, **settings):
-        env = os.environ | {
-            "GPUS": "", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path),
-            "MODEL": str(EMBEDDED), "TEACHER": str(EMBEDDED), "DATASET": str(data / "rl.jsonl"), "VAL_DATASET": "",
-            "CHORD_DATASET": str(data / "answered.jsonl"), "OUTPUT": str(tmp_path / "out"), "GLOBAL_BATCH": "8",
-        }  # fmt: skip
         done = subprocess.run(
             ["bash", "rl_run.sh", *QUICK, *map(str, flags)],
-            cwd=ROOT, env=env | settings, capture_output=True, text=True,
+            cwd=ROOT, env=environment(data, tmp_path / "out") | settings, capture_output=True, text=True,
         )  # fmt: skip
         return done, tmp_path / "out"
 
     return go
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """trained(algorithm): the folder where ms-swift trained by rl_run.sh's line, all of them in one process."""
+    root = tmp_path_factory.mktemp("algorithms")
+    executable(root / "env/bin/swift", f'#!/bin/sh\nprintf "%s\\n" "$@" > {root}/line\nexit 1\n')
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    lines = {}
+    for algorithm in ALGORITHMS:
+        settings = {"VIRTUAL_ENV": f"{root}/env", "PATH": path, "ALGORITHM": algorithm, "TRYOUT": "0"}
+        env = environment(data, root / algorithm) | settings
+        done = subprocess.run(["bash", "rl_run.sh", *QUICK], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert "rl_run failed (exit code 1)" in done.stderr, done.stdout + done.stderr
+        lines[algorithm] = [*(root / "line").read_text().splitlines(), "--report_to", "none"]  # one run a process
+    (root / "lines.json").write_text(json.dumps(lines))
+    command = [sys.executable, "tests/helpers/swift_rlhf.py", root / "lines.json", root / "errors.json"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    errors = json.loads((root / "errors.json").read_text())
+
+    def folder(algorithm):
+        assert not errors[algorithm], errors[algorithm]
+        return root / f"{algorithm}.run"
+
+    return folder
 
 
 def records(out):
@@ -91,12 +125,12 @@ def test_a_reward_that_fails_on_some_answers_ends_no_run_and_is_counted(train, d
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     failed = [record["rewards/Fragile/failed"] for record in records(out) if "rewards/Fragile/failed" in record]
     assert failed and sum(failed) > 0
+    assert history(out)[-1]["stage"] == "rl_run"
     assert all(record.get("rewards/ocr_cer/failed", 0) == 0 for record in records(out))
 
 
-@pytest.mark.parametrize("algorithm", ["DAPO", "DR_GRPO", "CISPO", "OPD", "CHORD"])
-def test_every_algorithm_trains_and_says_its_reward(train, algorithm):
-    done, out = train(ALGORITHM=algorithm, TRYOUT="0")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert history(out)[-1]["stage"] == "rl_run"
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_trains_and_says_its_reward(trained, algorithm):
+    out = trained(algorithm)
+    assert (out / "checkpoint-2/model.safetensors").exists()
     assert any(np.isfinite(record.get("reward", np.nan)) for record in records(out))
