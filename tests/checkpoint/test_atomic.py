@@ -216,10 +216,10 @@ def test_a_run_killed_at_any_moment_leaves_out_absent_or_whole_and_the_next_one_
     duration = max(cut(large, complete / str(layer), layer) for layer in (7, 8))
     old, new = contents(complete / "7"), contents(complete / "8")
     out, left_a_partial = tmp_path / "out", 0
-    for part in range(50):
+    for part in range(25):
         if used:
             cut(large, out, 7)
-        cut(large, out, 8, kill_after=(part + moments.random()) / 50 * duration)
+        cut(large, out, 8, kill_after=(part + moments.random()) / 25 * duration)
         left_a_partial += any(path != out for path in tmp_path.iterdir())
         if out.exists() or used:
             open_checkpoint(out)

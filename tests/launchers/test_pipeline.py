@@ -166,7 +166,7 @@ def test_a_second_demo_repeats_nothing(demo):
 def recover(demo: Path, output: Path) -> list[str]:
     return [
         "env", f"MODEL={demo / 'pruned'}", f"OUTPUT={output}", f"DATASET={demo / 'data' / 'train.jsonl'}",
-        f"VAL_DATASET={demo / 'data' / 'val.jsonl'}", "CPU_PROCESSES=2", "bash", "full_run.sh",
+        f"VAL_DATASET={demo / 'data' / 'val.jsonl'}", "bash", "full_run.sh",
         "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "150", "--max_steps", "8",
         "--gradient_accumulation_steps", "1", "--eval_steps", "4", "--save_steps", "4", "--logging_steps", "1",
     ]  # fmt: skip

@@ -133,7 +133,7 @@ def test_a_run_that_overwrites_goes_on_in_its_phase_too(narrow):
 
 @pytest.mark.slow
 def test_a_node_that_publishes_nothing_waits_for_the_phase_that_another_does(narrow):
-    slow = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) sleep 5 ;; esac\nexec {sys.executable} "$@"\n'
+    slow = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) sleep 2 ;; esac\nexec {sys.executable} "$@"\n'
     executable(narrow.folder / "env/bin/python", slow)
     nodes = [
         narrow.start("progressive_run.sh", GPUS="", NNODES=2, NODE_RANK=rank, MASTER_ADDR="a", STUB_MEET=1)

@@ -11,19 +11,21 @@ pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
 @pytest.fixture(scope="module", autouse=True)
 def reasoning_gym(clients):
-    if subprocess.run([clients / "python", "-c", "import reasoning_gym"], capture_output=True).returncode:
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('reasoning_gym') is None)"
+    if subprocess.run([clients / "python", "-c", code]).returncode:
         pytest.skip("reasoning-gym is not installed: lib/rehearsal.sh says why")
 
 
 @pytest.fixture(scope="module")
 def rows(clients, tmp_path_factory):
-    """rows(name): a folder with 48 rows to train on and 24 to judge by, two of each of the twelve tasks."""
+    """rows(name): a folder with 48 rows to train on and 24 to judge by, two of each of the twelve tasks. Read only."""
     root = tmp_path_factory.mktemp("reasoning")
 
     def make(name):
-        command = [clients / "python", "examples/reasoning/reasoning.py", "--out", root / name]
-        command += ["--rows", 48, "--val-rows", 24]
-        subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
+        if not (root / name).exists():
+            command = [clients / "python", "examples/reasoning/reasoning.py", "--out", root / name]
+            command += ["--rows", 48, "--val-rows", 24]
+            subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
         return root / name
 
     return make
@@ -43,7 +45,7 @@ def test_the_same_seed_makes_the_same_rows_and_none_twice(rows):
 def test_a_try_out_finds_the_rewards_sound_and_the_answers_right(rows, clients, tmp_path):
     command = [clients / "python", "-m", "prunekit.tryout", "--rewards", "reasoning_right", "reasoning_form"]
     command += ["--weights", 1, 0.1, "--plugins", "plugins/reasoning_rewards.py", "--limit", 24]
-    command += ["--data", rows("tried") / "val.jsonl", "--json", tmp_path / "found.json"]
+    command += ["--data", rows("one") / "val.jsonl", "--json", tmp_path / "found.json"]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     values = json.loads((tmp_path / "found.json").read_text())["values"]["reasoning_right"]
