@@ -34,7 +34,8 @@ def test_a_cache_is_filled_by_the_teacher_and_then_trained_from_without_it(lab):
 
 def test_the_lines_are_ms_swifts(lab, parsers):
     lab.run("distil.sh", **CACHE)
-    for call in lab.calls("rlhf"):
+    fill, train = lab.calls("rlhf")
+    for call in (fill, train):
         check_flags(parsers["rlhf"], call["argv"][1:])
 
 

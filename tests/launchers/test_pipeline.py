@@ -195,6 +195,7 @@ def test_a_training_killed_in_the_middle_ends_as_if_nothing_had_happened(demo, u
     assert not output.exists()
     finished = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "resuming from" in finished.stdout, "from the beginning it would end so, too"
     expected, resumed = (
         load_file(uninterrupted / "model.safetensors"),
         load_file(output / "model.safetensors"),

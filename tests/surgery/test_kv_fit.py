@@ -252,7 +252,7 @@ def test_of_gains_fitted_and_not_those_are_kept_that_leave_less(tiny, monkeypatc
         monkeypatch.setattr(kv_fit, "fit_output", missing)
         _, model = merge(tiny("qwen3"), 1)
         kept = [layer.self_attn.q_proj.weight for layer in model.model.layers]
-        assert all(torch.equal(one, two) for one, two in zip(kept, tried[0 if better else 1 :: 2]))
+        assert all(torch.equal(one, two) for one, two in zip(kept, tried[0 if better else 1 :: 2], strict=True))
 
 
 @torch.no_grad()

@@ -381,6 +381,8 @@ def test_ms_swift_trains_the_other_heads_and_leaves_pruned_ones_as_they_were(run
 @pytest.mark.ci
 @pytest.mark.slow
 def test_a_resumed_training_ends_as_the_uninterrupted_one(trained):
+    original, copied = (trained / run / "checkpoint-2/model.safetensors" for run in ("sft", "resumed"))
+    assert original.stat().st_mtime_ns == copied.stat().st_mtime_ns, "from the beginning it would write it again"
     one, two = (load_file(trained / run / "checkpoint-4/model.safetensors") for run in ("sft", "resumed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     states = [torch.load(trained / run / "checkpoint-4/optimizer.pt") for run in ("sft", "resumed")]
