@@ -197,6 +197,16 @@ def test_bytes_special_added_and_named_tokens_and_the_templates_words_stay(speak
     assert all(closure(plan.tokenizer, number, ()) <= plan.stays for number in plan.stays)
 
 
+def test_what_a_template_with_a_name_writes_stays(own):
+    folder = own("llama")
+    plan = plan_vocabulary(open_checkpoint(folder), 352, multiple=8)
+    number = max(number for number in plan.tokenizer.parts if number not in plan.stays)
+    word = plan.tokenizer.encoder().decode([number])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text(f"{{{{ '{word}' }}}}")
+    assert number in plan_vocabulary(open_checkpoint(folder), 352, multiple=8).stays
+
+
 def test_a_token_that_only_a_config_names_stays(own):
     folder = own("llama")
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
