@@ -17,7 +17,7 @@ KINDS = ("BPE", "WordPiece", "Unigram")
 ROLES = ("system", "user", "assistant", "tool")  # which rows bring, and a chat template writes
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # what SentencePiece writes a byte as that no token has
 # Vocabularies of other programs, with the old numbers: tokenizer.json says all that they say
-OTHERS = re.compile(r".*\.(?:model|tiktoken)$|tekken\.json$|encoder\.json$|vocab\.bpe$|dict\.txt$")
+OTHERS = re.compile(r".*\.(?:model(?:\.v\d\w*)?|tiktoken)$|tekken\.json$|encoder\.json$|vocab\.bpe$|dict\.txt$")
 
 Merge = tuple[str, str]
 
