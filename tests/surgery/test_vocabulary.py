@@ -352,6 +352,23 @@ def test_a_wordpieces_list_has_a_line_a_token(own, tmp_path):
     assert {token: number for number, token in enumerate(lines)} == read(out, "tokenizer.json")["model"]["vocab"]
 
 
+def test_padding_from_whose_number_on_positions_are_counted_keeps_it(own, tmp_path):
+    """CamemBERT's token 0 is one that nothing uses."""
+    folder = own("camembert")
+    content = read(folder, "tokenizer.json")
+    content["model"]["vocab"][0] = ["ssttss", -20.0]
+    content |= {"added_tokens": content["added_tokens"][1:], "post_processor": None}
+    put(folder, "tokenizer.json", content)
+    put(folder, "config.json", read(folder) | {"bos_token_id": 2})
+    few = len(plan_vocabulary(open_checkpoint(folder), 352, multiple=8).stays | {0}) + 9
+    write_cut(cut := cut_of(folder, few, multiple=1), tmp_path / "out")
+    assert read(tmp_path / "out")["pad_token_id"] == read(folder)["pad_token_id"] == 1
+    ids = [old for old in cut.kept if old > 4][:9]
+    one = load(folder)(torch.tensor([ids])).logits
+    other = load(tmp_path / "out")(torch.tensor([[cut.kept.index(old) for old in ids]])).logits
+    torch.testing.assert_close(other, one[..., cut.kept], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_that_transformers_takes_unsaid_are_known(family):
     config = CONFIG_MAPPING[family]().to_dict()
