@@ -19,11 +19,10 @@ those that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
 from pathlib import Path
 
 from prunekit.arguments import finite_float
-from prunekit.checkpoint import check_room
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.knockout.ranking import knockout_importance, read_ranking
-from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import need_room, open_input, parse_surgery, save, surgery_parser
 from prunekit.surgery.zeros import cut_zeros, plan_zeros, say_zeros, with_importance
 from prunekit.surgery.zeros_wish import IMPORTANCES, SCOPES, SCORES, wish_of
 
@@ -55,8 +54,7 @@ def main() -> None:
     if arguments.ranking:
         ranking = read_ranking(Path(arguments.ranking), checkpoint)
         plan = with_importance(plan, knockout_importance(checkpoint, ranking))
-    if not arguments.dry_run:
-        check_room(arguments.out, checkpoint.nbytes)
+    need_room(checkpoint, arguments)
     if arguments.calib:
         model, data = model_and_calibration(checkpoint, arguments)
         from prunekit.surgery.zeros_fit import fit_zeros  # torch: seconds, after all that can be checked without it

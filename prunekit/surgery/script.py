@@ -56,11 +56,16 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace, notes: Iterable[str] = ()) -> None:
-    """Print notes and sizes. PruneKitError if OUT's disk has no room: to say so behind a fit of hours would be late."""
-    print(*notes, _comparison(statistics(before), statistics(after)), sep="\n")
+def need_room(after: Outline, arguments: argparse.Namespace) -> None:
+    """PruneKitError if OUT's disk has no room for it: to say so behind a fit of hours would be late."""
     if not arguments.dry_run:
         check_room(arguments.out, after.nbytes)
+
+
+def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace, notes: Iterable[str] = ()) -> None:
+    """Print notes and sizes. Raises as `need_room`."""
+    print(*notes, _comparison(statistics(before), statistics(after)), sep="\n")
+    need_room(after, arguments)
 
 
 def save(cut: Cut, arguments: argparse.Namespace) -> dict[str, Any] | None:
