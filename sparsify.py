@@ -37,12 +37,8 @@ def main() -> None:
     parser.add_argument("--modules", metavar="REGEX", help="found in the names of the projections meant")
     parser.add_argument("--layer-importance", choices=IMPORTANCES)
     parser.add_argument("--ranking", metavar="JSON", help="ranking.json of knockout_check.sh, for knockout")
-    parser.add_argument(
-        "--power", type=finite_float, default=1.0, help="of importance: lower ones even out (default: 1)"
-    )
-    parser.add_argument(
-        "--max-sparsity", type=finite_float, default=0.95, metavar="S", help="of a layer (default: 0.95)"
-    )
+    parser.add_argument("--power", type=finite_float, help="of importance: lower ones even out (default: 1)")
+    parser.add_argument("--max-sparsity", type=finite_float, metavar="S", help="of a layer (default: 0.95)")
     parser.add_argument(
         "--refit", action="store_true", help="the weights that stay, so that each layer writes what it did"
     )
