@@ -73,6 +73,23 @@ def test_what_grows_begins_without_a_past_and_what_moves_is_counted(tmp_path):
     assert [event["moved"] for event in callback.history["events"]] == moves and min(moves) > 0
 
 
+def test_a_training_that_is_interrupted_before_zeros_first_move_goes_on(tmp_path):
+    settings, ends = Dynamic(interval=6, share=0.5, sparsity=0.6, until=1.0), []
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer_of(tmp_path, DynamicSparsity(settings), Stop()).train()
+    for folder, resume in (("whole", None), (".", str(tmp_path / "checkpoint-4"))):
+        callback = DynamicSparsity(settings)
+        trainer = trainer_of(tmp_path / folder, callback)
+        trainer.train(resume_from_checkpoint=resume)
+        assert [event["step"] for event in callback.history["events"]] == [6]
+        ends.append([weight.detach() for weight in trainer.model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
 def test_dynamic_sparsity_begins_with_one_threshold_for_all():
     callback = DynamicSparsity(Dynamic(sparsity=0.6))
     callback.weights = {"a": torch.tensor([[1.0, 2, 3]]), "b": torch.tensor([[4.0, 5.0]])}
