@@ -1,9 +1,13 @@
 """Zeros that move: as many as before, the smallest for the steepest."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
+from helpers.cuts import sparsify
 from helpers.sparse_trainings import Watch, trainer_of
+from helpers.tiny_models import load
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,6 +92,15 @@ def test_a_training_that_is_interrupted_before_zeros_first_move_goes_on(tmp_path
         assert [event["step"] for event in callback.history["events"]] == [6]
         ends.append([weight.detach() for weight in trainer.model.parameters()])
     assert all(map(torch.equal, *ends))
+
+
+def test_zeros_that_moved_are_drawn_without_a_quality_that_nobody_measured(tiny, tmp_path, script):
+    sparsify(tiny("llama"), tmp_path / "out", sparsity=0.5)
+    trainer_of(tmp_path / "run", DynamicSparsity(Dynamic(interval=2)), model=load(tmp_path / "out")).train()
+    shutil.copy(tmp_path / "run/sparsity.json", tmp_path / "out")
+    done = script("prunekit.report", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/sparsity.png").exists() and not (tmp_path / "out/quality.png").exists()
 
 
 def test_dynamic_sparsity_begins_with_one_threshold_for_all():
