@@ -23,19 +23,23 @@ from prunekit.knockout.ranking import choose_from_ranking, read_ranking
 from prunekit.surgery.layers import cautions, check_healable, cut_layers, parse_numbers, plan_layers, say_seam
 from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
 
+LIMITS = ("keep_above", "max_layers", "max_fraction", "independent")  # of what is taken of a ranking
+
 
 def choose(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[list[int], list[int]]:
     """(text layers, vision blocks) that the user names, or that the ranking finds cheap: then it says how cheap."""
     text, vision = parse_numbers(arguments.text), parse_numbers(arguments.vision)
+    limits = {name: value for name in LIMITS if (value := getattr(arguments, name)) not in (None, False)}
     if not arguments.from_ranking:
+        if limits:
+            raise PruneKitError(f"--{next(iter(limits)).replace('_', '-')}: is for --from-ranking; leave it out")
         return text, vision
     if text or vision:
         raise PruneKitError("--from-ranking chooses the layers; leave out --text and --vision")
     ranking = read_ranking(Path(arguments.from_ranking), checkpoint)
-    limits = (arguments.keep_above, arguments.max_layers, arguments.max_fraction, arguments.independent)
     path = None if arguments.independent else ranking.get("greedy")
     how = "with all above removed, too" if path else "when removed alone"
-    for gone, relative in choose_from_ranking(checkpoint, ranking, *limits):
+    for gone, relative in choose_from_ranking(checkpoint, ranking, **limits):
         print(f"{gone.stack:>8} {gone.layer:>3}  keeps {relative:.1%} of the baseline {how}")
         (text if gone.stack == "text" else vision).append(gone.layer)
     if path and path.get("healed") and not arguments.heal:
@@ -53,9 +57,9 @@ def main() -> None:
     parser.add_argument(
         "--independent", action="store_true", help="of a ranking, the cheapest alone, not its greedy path"
     )
-    parser.add_argument("--keep-above", type=share, default=0.95, help="of the baseline's token_acc (default: 0.95)")
-    parser.add_argument("--max-layers", type=positive_int, default=10, help="drop at most so many (default: 10)")
-    parser.add_argument("--max-fraction", type=share, default=0.25, help="of all parameters (default: 0.25)")
+    parser.add_argument("--keep-above", type=share, help="of the baseline's token_acc (default: 0.95)")
+    parser.add_argument("--max-layers", type=positive_int, help="drop at most so many (default: 10)")
+    parser.add_argument("--max-fraction", type=share, help="of all parameters (default: 0.25)")
     healing = parser.add_argument_group("healing")
     healing.add_argument("--heal", action="store_true", help="refit the layers around each seam (needs --calib)")
     add_calibration_arguments(healing)

@@ -19,11 +19,10 @@ those that went, layer by layer. Train on with the zeros kept: sparse_run.sh.
 from pathlib import Path
 
 from prunekit.arguments import finite_float
-from prunekit.checkpoint import check_room
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.knockout.ranking import knockout_importance, read_ranking
-from prunekit.surgery.script import open_input, parse_surgery, save, surgery_parser
+from prunekit.surgery.script import need_room, open_input, parse_surgery, save, surgery_parser
 from prunekit.surgery.zeros import cut_zeros, plan_zeros, say_zeros, with_importance
 from prunekit.surgery.zeros_wish import IMPORTANCES, SCOPES, SCORES, wish_of
 
@@ -38,12 +37,8 @@ def main() -> None:
     parser.add_argument("--modules", metavar="REGEX", help="found in the names of the projections meant")
     parser.add_argument("--layer-importance", choices=IMPORTANCES)
     parser.add_argument("--ranking", metavar="JSON", help="ranking.json of knockout_check.sh, for knockout")
-    parser.add_argument(
-        "--power", type=finite_float, default=1.0, help="of importance: lower ones even out (default: 1)"
-    )
-    parser.add_argument(
-        "--max-sparsity", type=finite_float, default=0.95, metavar="S", help="of a layer (default: 0.95)"
-    )
+    parser.add_argument("--power", type=finite_float, help="of importance: lower ones even out (default: 1)")
+    parser.add_argument("--max-sparsity", type=finite_float, metavar="S", help="of a layer (default: 0.95)")
     parser.add_argument(
         "--refit", action="store_true", help="the weights that stay, so that each layer writes what it did"
     )
@@ -55,8 +50,7 @@ def main() -> None:
     if arguments.ranking:
         ranking = read_ranking(Path(arguments.ranking), checkpoint)
         plan = with_importance(plan, knockout_importance(checkpoint, ranking))
-    if not arguments.dry_run:
-        check_room(arguments.out, checkpoint.nbytes)
+    need_room(checkpoint, arguments)
     if arguments.calib:
         model, data = model_and_calibration(checkpoint, arguments)
         from prunekit.surgery.zeros_fit import fit_zeros  # torch: seconds, after all that can be checked without it

@@ -216,7 +216,12 @@ _QWEN3_5 = Stack(
     gated=True,
     linear=("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
 )
-_QWEN3_5_MOE = replace(_QWEN3_5, experts="moe_intermediate_size", shared="mlp.shared_expert")
+_QWEN3_5_MOE = replace(
+    _QWEN3_5,
+    experts="moe_intermediate_size",
+    shared="mlp.shared_expert",
+    defaults=_QWEN3_5.defaults | {"num_experts_per_tok": 8},
+)
 _VISION_IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from helpers.tiny_models import FAMILIES, VISION, build
+from transformers import CONFIG_MAPPING
 
 from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
@@ -54,6 +55,15 @@ def test_kv_bytes_are_those_of_a_real_cache(family, tiny):
     grown = [layer for layer in cache.layers if hasattr(layer, "keys")]  # linear attention keeps a state of one size
     held = sum(layer.keys.numel() + layer.values.numel() for layer in grown)
     assert numbers["kv_bytes_per_token"] == 2 * held // 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_takes_where_a_key_is_missing_is_known(family):
+    config = CONFIG_MAPPING[family]().get_text_config()
+    row = ROWS[family].text
+    keys = [*row.defaults] + [row.experts_chosen] * bool(row.experts)
+    known = {key: getattr(config, key, row.defaults.get(key)) for key in dict.fromkeys(keys)}
+    assert known == row.defaults
 
 
 @pytest.mark.parametrize("family", VISION)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -316,6 +317,30 @@ def test_numbers_of_experts_are_scored_beside_layers_and_once(scan_here, tmp_pat
     assert scan_here(model, rows, *flags)["experts"] == found["experts"]
     assert (tmp_path / "out/records.jsonl").read_bytes() == before
     assert read_scan(tmp_path / "out/scan.json")["experts"] == found["experts"]
+
+
+def test_numbers_of_experts_scored_on_a_cluster_are_those_of_one_machine(scan_here, tmp_path, monkeypatch):
+    model, rows = save_speaking_and_rows("mixtral", tmp_path)
+    calib = write_texts(tmp_path / "calib.jsonl")
+    flags = ("--text", "none", "--experts", "5,3", "--calib", calib, "--calib-tokens", 600, "--tokens", 600)
+    here = scan_here(model, rows, *flags, "--batch-tokens", 200)
+    (tmp_path / "out").rename(tmp_path / "here")
+    done = []
+
+    def sent(value):
+        return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+    def run_tasks(function, items, *, gpus):
+        """As on other machines; what was begun first may end last."""
+        for item in reversed(items):
+            done.append(function.__name__)
+            yield item, sent(sent(function)(sent(item)))
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(cluster, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(cluster, "run_tasks", run_tasks)
+    assert scan_here(model, rows, *flags, "--batch-tokens", 200)["experts"] == here["experts"]
+    assert done.count("experts_that_go") == 1 and done.count("measure_batch") > 1
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ from .format import (
     read_json,
 )
 from .quantised import quantisation, weights_of
-from .records import append_history, history, history_entry, side_files, write_records
+from .records import CHAT_TEMPLATES, append_history, copy_files, history, history_entry, side_files, write_records
 from .sizes import BUFFERS, is_tied, statistics
 from .write import write_checkpoint, write_weights
 
 __all__ = [
     "BUFFERS",
+    "CHAT_TEMPLATES",
     "DTYPE_BYTES",
     "HISTORY",
     "INDEX",
@@ -40,6 +41,7 @@ __all__ = [
     "attending",
     "check_out",
     "check_room",
+    "copy_files",
     "fingerprint",
     "float_bytes",
     "heads",

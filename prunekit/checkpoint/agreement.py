@@ -41,7 +41,7 @@ def attending(checkpoint: Outline) -> list[int]:
     """The numbers of the text layers that have queries, keys and values: all but those of linear attention."""
     row = checkpoint.family.text
     pattern = re.compile(rf"{row.prefix}(\d{{1,9}})\.{re.escape(row.q)}\.weight")
-    return sorted(int(match[1]) for name in checkpoint.tensors if (match := pattern.fullmatch(name)))
+    return sorted(int(match[1]) for name in weights_of(checkpoint) if (match := pattern.fullmatch(name)))
 
 
 class Heads(NamedTuple):

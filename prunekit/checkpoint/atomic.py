@@ -206,8 +206,11 @@ def scratch_folder(out: str | Path) -> Iterator[Path]:
 
 def check_room(out: str | Path, need_bytes: int) -> None:
     """PruneKitError if fewer bytes are free where OUT is to be. What killed processes left for OUT is removed."""
-    out = Path(out)
-    _remove_leftovers(out)
+    _remove_leftovers(Path(out))
+    _check_free(Path(out), need_bytes)
+
+
+def _check_free(out: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
     if free < need_bytes:
         raise PruneKitError(
@@ -226,7 +229,7 @@ def new_folder(out: str | Path, overwrite: bool = False, need_bytes: int = 0, **
     """
     out = check_out(out, overwrite=overwrite, **kind)
     with scratch_folder(out) as partial:
-        check_room(out, need_bytes)
+        _check_free(out, need_bytes)
         yield partial
         _sync(partial)
         _swap_in(partial, out, overwrite)

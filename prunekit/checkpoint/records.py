@@ -3,6 +3,8 @@
 import contextlib
 import importlib.metadata
 import re
+import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ CURVES, SPARSITY, QUALITY, HEADS = "curves.png", "sparsity.png", "quality.png", 
 RECORDS = (LOG, COMMAND, MADE_FROM, ZEROS, CURVES, SPARSITY, QUALITY, HEADS)
 
 MAX_SIDE_FILE = 256 * 2**20
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those that have names
 NOT_CARRIED = re.compile(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|distcp)$|.*\.index\.json$|\..*|README\.md$"
     r"|config\.json$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
@@ -28,16 +31,24 @@ NOT_CARRIED = re.compile(
 )
 
 
-def side_files(folder: Path) -> list[Path]:
-    """Files that travel with the weights: tokenizer, processor, chat template, generation config, any other small one.
+def side_files(folder: Path) -> dict[str, Path]:
+    """Files that travel with the weights: tokenizer, processor, chat templates, generation config, other small ones.
 
-    Not: weights, pickles, subfolders, hidden files, a trainer's state, and what each stage writes anew.
+    By their names in the folder. Not: weights, pickles, other subfolders, hidden files, a trainer's state, and what
+    each stage writes anew.
     """
-    return sorted(
-        file
-        for file in folder.iterdir()
+    return {
+        str(file.relative_to(folder)): file
+        for file in sorted([*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)])
         if file.is_file() and not NOT_CARRIED.match(file.name) and file.stat().st_size <= MAX_SIDE_FILE
-    )
+    }
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy files, by what they shall be called in the folder."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
 
 
 _SIZES: dict[str, Any] = dict.fromkeys(ROWS.values(), whole(0, 2**63)) | dict.fromkeys(

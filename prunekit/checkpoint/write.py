@@ -5,7 +5,6 @@ import ctypes
 import errno
 import json
 import os
-import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from prunekit.errors import PruneKitError
 from .atomic import check_out, new_folder, write_json
 from .folder import INDEX
 from .format import DTYPE_BYTES, Checkpoint, Tensor
-from .records import history, side_files, write_records
+from .records import copy_files, history, side_files, write_records
 from .sizes import statistics
 
 WRITE_BYTES = 2**17  # larger writes made Linux 6.18's ext4 several times slower
@@ -143,7 +142,7 @@ def write_checkpoint(
     `checkpoint.path` is the folder that side files come from, but for what is anew in `checkpoint.files`; those missing
     there come from `fallback`, whose history is then the one that goes on. Raises PruneKitError as `new_folder` does.
     """
-    files = {file.name: file for folder in (fallback, checkpoint.path) if folder for file in side_files(folder)}
+    files = (side_files(fallback) if fallback else {}) | side_files(checkpoint.path)
     files |= {file.name: file for file in map(Path, extra_files)}
     files = {name: file for name, file in files.items() if name not in checkpoint.files}
     anew = {name: content for name, content in checkpoint.files.items() if content is not None}
@@ -155,8 +154,7 @@ def write_checkpoint(
     with new_folder(out, overwrite, need) as folder:
         write_weights(folder, checkpoint.tensors, max_shard_bytes)
         write_json(folder / "config.json", checkpoint.config)
-        for file in files.values():
-            shutil.copyfile(file, folder / file.name)
+        copy_files(files, folder)
         for name, content in anew.items():
             (folder / name).write_bytes(content)
         write_records(folder, checkpoint.config, numbers, entries)

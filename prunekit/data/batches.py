@@ -19,6 +19,7 @@ from .encode import Encoder, encoder_of
 from .rows import ROWS_CHECKED, Rows, check_row, is_text
 
 HELD_OUT = 5  # every fifth row only judges
+BESIDE_CALIB = ("calib_tokens", "max_length", "device", "dtype", "model_type", "template")  # flags of no use without it
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def main() -> None:
     if records:
         draw_sparsity(records[-1], folder / SPARSITY)
         drawn += 1
-    if (folder / ZEROS).is_file():
-        found = read_json(folder / ZEROS)
+    found = read_json(folder / ZEROS) if (folder / ZEROS).is_file() else {}
+    if not isinstance(found, dict) or "metric" in found:  # where zeros only moved, nothing was measured
         check(found, _record_of_sparsity(found), folder / ZEROS)
         if any(event.get("after") is not None for event in found["events"]):
             draw_quality(found["events"], found["metric"], folder / QUALITY)

@@ -1,7 +1,6 @@
 """What a checkpoint becomes for serving: ONNX, INT8."""
 
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from prunekit.checkpoint import (
     Checkpoint,
     check_out,
+    copy_files,
     history,
     history_entry,
     new_folder,
@@ -190,8 +190,7 @@ def deploy(checkpoint: Checkpoint, out: str | Path, form: str, overwrite: bool =
         else:
             quantise_torchao(checkpoint, folder, dynamic=form.endswith("dynamic"))
             compared = _compare(load_served(folder)(inputs), expected, inputs["attention_mask"])
-        for file in side_files(checkpoint.path):
-            shutil.copyfile(file, folder / file.name)
+        copy_files(side_files(checkpoint.path), folder)
         after = numbers | {"bytes": sum(file.stat().st_size for file in weight_files(folder))}
         entry = history_entry("deploy", checkpoint.path, numbers, after, metrics=compared, settings={"format": form})
         entries = [*history(checkpoint.path), entry]

@@ -19,6 +19,7 @@ from prunekit.checkpoint import (
     TORCH_DTYPES,
     Checkpoint,
     check_out,
+    copy_files,
     history,
     history_entry,
     new_folder,
@@ -175,8 +176,7 @@ def adopt(written: Path, source: Checkpoint, folder: Path) -> Checkpoint:
     if [file.name for file in weights] != ["model.safetensors"]:  # by any other name transformers asks for an index
         shutil.move(written / INDEX, folder / INDEX)
     write_json(folder / "config.json", source.config | {"quantization_config": found})
-    for file in side_files(source.path):
-        shutil.copyfile(file, folder / file.name)
+    copy_files(side_files(source.path), folder)
     return open_checkpoint(folder, quantised=True)
 
 

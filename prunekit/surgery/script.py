@@ -7,6 +7,7 @@ from typing import Any
 from prunekit.arguments import Parser, positive_float
 from prunekit.checkpoint import Checkpoint, Outline, check_out, check_room, history, open_checkpoint, statistics
 from prunekit.checkpoint.card import ROWS
+from prunekit.data.batches import BESIDE_CALIB
 
 from .cut import Cut, write_cut
 
@@ -31,6 +32,9 @@ def parse_surgery(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")
+    for name in BESIDE_CALIB if getattr(arguments, "calib", "") is None else ():
+        if getattr(arguments, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: is for --calib; give that, too, or leave it out")
     limit = arguments.max_shard_gb
     arguments.max_shard_bytes = None if limit is None else int(min(limit, 1e9) * 1e9)
     return arguments
@@ -56,11 +60,16 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace, notes: Iterable[str] = ()) -> None:
-    """Print notes and sizes. PruneKitError if OUT's disk has no room: to say so behind a fit of hours would be late."""
-    print(*notes, _comparison(statistics(before), statistics(after)), sep="\n")
+def need_room(after: Outline, arguments: argparse.Namespace) -> None:
+    """PruneKitError if OUT's disk has no room for it: to say so behind a fit of hours would be late."""
     if not arguments.dry_run:
         check_room(arguments.out, after.nbytes)
+
+
+def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace, notes: Iterable[str] = ()) -> None:
+    """Print notes and sizes. Raises as `need_room`."""
+    print(*notes, _comparison(statistics(before), statistics(after)), sep="\n")
+    need_room(after, arguments)
 
 
 def save(cut: Cut, arguments: argparse.Namespace) -> dict[str, Any] | None:

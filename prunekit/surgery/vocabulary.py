@@ -110,6 +110,7 @@ def plan_vocabulary(
         raise PruneKitError(f"{said}: the model has {before:,} tokens{rounded}; nothing to cut")
     config = _with_defaults(checkpoint)
     named = [ids_in(each) for each in (config, *side_configs(checkpoint.path).values())]
+    named.append(set(range(checkpoint.family.first_position)))  # positions are counted from padding's number on
     stays = staying(tokenizer, {number for each in named for number in each if 0 <= number < before})
     if len(stays) > rows:
         raise PruneKitError(

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint, read_json, side_files
+from prunekit.checkpoint import CHAT_TEMPLATES, Checkpoint, read_json, side_files
 from prunekit.errors import PruneKitError
 from prunekit.families import TOKEN_IDS
 
@@ -17,7 +17,7 @@ KINDS = ("BPE", "WordPiece", "Unigram")
 ROLES = ("system", "user", "assistant", "tool")  # which rows bring, and a chat template writes
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # what SentencePiece writes a byte as that no token has
 # Vocabularies of other programs, with the old numbers: tokenizer.json says all that they say
-OTHERS = re.compile(r".*\.(?:model|tiktoken)$|tekken\.json$|encoder\.json$|vocab\.bpe$|dict\.txt$")
+OTHERS = re.compile(r".*\.(?:model(?:\.v\d\w*)?|tiktoken)$|tekken\.json$|encoder\.json$|vocab\.bpe$|dict\.txt$")
 
 Merge = tuple[str, str]
 
@@ -188,7 +188,7 @@ def closure(tokenizer: Tokenizer, number: int, known: Collection[int]) -> set[in
 def templates(folder: Path) -> list[str]:
     """The folder's chat templates, wherever releases of transformers keep them."""
     found = []
-    for file in sorted(folder.glob("*.jinja")):
+    for file in [*sorted(folder.glob("*.jinja")), *sorted(folder.glob(CHAT_TEMPLATES))]:
         found.append(file.read_text(encoding="utf-8", errors="replace"))
     for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
         said = read_json(folder / name) if (folder / name).is_file() else None
@@ -244,7 +244,7 @@ def ids_in(value: Any) -> set[int]:
 def side_configs(folder: Path) -> dict[str, Any]:
     """The JSON files beside the weights that may name tokens by number, by name: of generation, chat and processors."""
     names = [file.name for file in folder.glob("*config.json")] + ["special_tokens_map.json"]
-    mine = {file.name: file for file in side_files(folder)}
+    mine = side_files(folder)
     return {name: read_json(mine[name]) for name in names if name in mine}
 
 
@@ -315,7 +315,7 @@ def changed_files(tokenizer: Tokenizer, after: Tokenizer, new: Mapping[int, int]
             changed["added_tokens_decoder"] = {str(number): each for number, each in pairs if number is not None}
         if changed != content:
             files[name] = _json(changed)
-    for file in side_files(folder):
+    for file in side_files(folder).values():
         if OTHERS.fullmatch(file.name):
             files[file.name] = None
         elif file.name in ("vocab.json", "added_tokens.json"):

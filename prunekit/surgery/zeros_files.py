@@ -10,7 +10,6 @@ value).
 
 import copy
 import math
-import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -27,6 +26,7 @@ from prunekit.checkpoint import (
     Checkpoint,
     Tensor,
     check_out,
+    copy_files,
     history,
     history_entry,
     new_folder,
@@ -107,8 +107,7 @@ def pack(checkpoint: Checkpoint, out: str | Path, overwrite: bool = False) -> di
             file.rename(file.with_suffix(SUFFIX))
         (folder / INDEX).unlink(missing_ok=True)
         write_json(folder / "config.json", checkpoint.config | marked)
-        for file in side_files(checkpoint.path):
-            shutil.copyfile(file, folder / file.name)
+        copy_files(side_files(checkpoint.path), folder)
         entries = [*history(checkpoint.path), entry]
         write_records(folder, checkpoint.config, numbers, entries, use=USE.format(command=COMMAND))
     return entry

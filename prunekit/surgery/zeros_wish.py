@@ -75,8 +75,12 @@ def wish_of(arguments: argparse.Namespace) -> Wish:
             if needed
             else "--calib: magnitudes and rankings need no data; leave it out"
         )
+    shared_out = {"power": arguments.power, "maximum": arguments.max_sparsity}
+    shared_out = {name: value for name, value in shared_out.items() if value is not None}
+    if shared_out and not arguments.layer_importance:
+        raise PruneKitError("--power, --max-sparsity: say how --layer-importance shares out; give it, too")
     pattern = parse_pattern(arguments.pattern) if arguments.pattern else None
     return Wish(
-        arguments.threshold, arguments.sparsity, pattern, scope, arguments.score, arguments.modules, arguments.power,
-        arguments.max_sparsity, arguments.layer_importance, arguments.ranking, arguments.refit,
+        arguments.threshold, arguments.sparsity, pattern, scope, arguments.score, arguments.modules,
+        importance=arguments.layer_importance, ranking=arguments.ranking, refit=arguments.refit, **shared_out,
     )  # fmt: skip

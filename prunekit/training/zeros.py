@@ -199,6 +199,7 @@ class MovingSparsity(KeepZeros):
                 )
             self.history["events"] = [e for e in self.history["events"] if e["step"] < state.global_step]
         super().on_train_begin(args, state, control, **kwargs)
+        self._write_history(args, state)  # what is resumed before its first event reads it, too
 
     def _write_history(self, args, state) -> None:
         if state.is_world_process_zero:

@@ -155,6 +155,14 @@ def test_a_file_system_without_locks_is_written_to_and_not_cleaned(tiny, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial-1"]
 
 
+def test_what_killed_processes_left_is_looked_for_once_a_folder(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(atomic, "_remove_leftovers", looked.append)
+    with new_folder(tmp_path / "out", need_bytes=1):
+        pass
+    assert looked == [tmp_path / "out"]
+
+
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(PruneKitError, match=r"needs 1,000,000,000,000\.0 MB, [\d,.]+ MB are free"):
         new_folder(tmp_path / "out", need_bytes=10**18).__enter__()

@@ -57,6 +57,17 @@ def test_packed_weights_have_the_shape_that_they_unpack_to():
     }  # fmt: skip
 
 
+def test_numbers_of_packed_weights_are_those_of_the_source(tiny):
+    source = open_checkpoint(tiny("qwen3"))
+    packed = {
+        name.replace("_proj.weight", "_proj.weight_packed"): Shape("I32", (tensor.shape[0], tensor.shape[1] // 8))
+        if name.endswith("_proj.weight") else tensor
+        for name, tensor in source.shapes().items()
+    }  # fmt: skip
+    found = statistics(Outline("x", source.config | {"quantization_config": PACKED}, packed))
+    assert found | {"bytes": 0} == statistics(source) | {"bytes": 0}
+
+
 def test_packed_weights_of_no_known_width_are_refused():
     for config in ({}, {"config_groups": {"a": {"weights": {"num_bits": 3}}}}):
         with pytest.raises(PruneKitError, match="of how many bits"):

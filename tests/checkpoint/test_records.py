@@ -4,6 +4,8 @@ import json
 
 import pytest
 from helpers.checkpoints import copy_whole
+from helpers.tiny_words import train
+from transformers import PreTrainedTokenizerFast
 
 from prunekit.checkpoint import HISTORY, append_history, history, history_entry, statistics
 from prunekit.checkpoint.records import RECORDS
@@ -33,6 +35,16 @@ def test_side_files_travel_and_a_trainers_traces_do_not(own, tmp_path):
         HISTORY,
         "README.md",
     }
+
+
+def test_chat_templates_that_have_names_travel_too(own, tmp_path):
+    """As transformers saves them: the default one in the folder, the others in a folder of their own."""
+    folder, templates = own("llama"), {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train("bytes"), chat_template=templates)
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates").is_dir()
+    out = copy_whole(copy_whole(folder, tmp_path / "one"), tmp_path / "two")
+    assert PreTrainedTokenizerFast.from_pretrained(out).chat_template == templates
 
 
 def test_history_grows_by_one_entry_a_stage(tiny, tmp_path):

@@ -11,6 +11,7 @@ def flags(tagger, model, ranking, rows, out) -> list[tuple]:
     """(script, good words, flag, values that are no good)."""
     surgery = ("--model", model, "--dry-run")
     ranked = (*surgery, "--text", "1")
+    shared_out = (*surgery, "--sparsity", "0.5", "--layer-importance", "knockout", "--ranking", ranking)
     measured = ("--model", tagger, "--dataset", rows)
     trained = ("--model", tagger, "--dataset", rows, "--out", out)
     return [
@@ -33,8 +34,8 @@ def flags(tagger, model, ranking, rows, out) -> list[tuple]:
         ("sparsify.py", surgery, "--sparsity", NUMBERS),
         ("sparsify.py", surgery, "--threshold", NUMBERS),
         ("sparsify.py", surgery, "--pattern", [*NUMBERS, "2:2", "0:4", "2:" + "9" * 5000]),
-        ("sparsify.py", (*surgery, "--sparsity", "0.5"), "--power", NUMBERS),
-        ("sparsify.py", (*surgery, "--sparsity", "0.5"), "--max-sparsity", NUMBERS),
+        ("sparsify.py", shared_out, "--power", NUMBERS),
+        ("sparsify.py", shared_out, "--max-sparsity", NUMBERS),
         ("sparsify.py", (*surgery, "--sparsity", "0.5"), "--modules", ["(", "[", "x" * 100_000, "zzz"]),
         ("prunekit.distributions", (model, "--out", out), "--sparsity", NUMBERS),
         ("prunekit.distributions", (model, "--out", out), "--threshold", NUMBERS),

@@ -203,6 +203,17 @@ def test_what_is_cut_is_never_replaced(own):
     assert statistics(source.path) == statistics(source) and history(source.path) == []
 
 
+@pytest.mark.parametrize("line", ["kv_cut --kv-heads 1", "manual_select --text 1", "sparsify --sparsity 0.5"])
+@pytest.mark.parametrize("flag", ["--calib-tokens 9", "--max-length 9", "--device cpu", "--dtype float16"])
+def test_what_is_said_of_calibration_is_refused_without_data(line, flag, tiny, tmp_path, monkeypatch):
+    name, *words = line.split()
+    files = ["--model", str(tiny("llama")), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [name, *files, *words, *flag.split()])
+    with pytest.raises(PruneKitError, match=f"{flag.split()[0]}: is for --calib; give that, too, or leave it out"):
+        importlib.import_module(name).main()
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import load
 
@@ -63,6 +64,15 @@ def test_script_ends_with_one_line_and_writes_nothing_on_bad_input(tiny, tmp_pat
     done = script("manual_select.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--text", "9")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --text 9: the model has text layers 0 to 4; number them as in the input\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--keep-above 0.9", "--max-layers 2", "--max-fraction 0.1", "--independent"])
+def test_what_says_how_much_of_a_ranking_is_taken_is_refused_without_one(flags, tiny, tmp_path, script):
+    line = ("--model", tiny("llama"), "--out", tmp_path / "out", "--text", "1", *flags.split())
+    done = script("manual_select.py", *line)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {flags.split()[0]}: is for --from-ranking; leave it out\n"
     assert list(tmp_path.iterdir()) == []
 
 

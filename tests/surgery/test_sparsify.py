@@ -10,6 +10,8 @@ from helpers.tiny_models import load
 
 from prunekit.checkpoint import history
 
+BY_RANKING = ("--layer-importance", "knockout", "--ranking", "absent")
+
 
 def test_the_script_writes_a_checkpoint_and_its_story(script, tiny, tmp_path):
     done = script("sparsify.py", "--model", tiny("camembert"), "--out", tmp_path / "out", "--sparsity", 0.15)
@@ -50,8 +52,10 @@ def test_a_dry_run_writes_nothing(script, tiny, tmp_path):
             "--scope layer",
         ),
         (["--sparsity", "0.5", "--score", "wanda", "--calib", "absent.jsonl"], "absent.jsonl is not there"),
-        (["--sparsity", "0.5", "--power", "0"], "--power 0.0: a positive number"),
-        (["--sparsity", "0.5", "--max-sparsity", "2"], "--max-sparsity 2.0: a share"),
+        (["--sparsity", "0.5", "--power", "0", *BY_RANKING], "--power 0.0: a positive number"),
+        (["--sparsity", "0.5", "--max-sparsity", "2", *BY_RANKING], "--max-sparsity 2.0: a share"),
+        (["--sparsity", "0.5", "--power", "2"], "--power, --max-sparsity: say how --layer-importance shares out"),
+        (["--sparsity", "0.5", "--max-sparsity", "0.8"], "--layer-importance shares out; give it, too"),
     ],
 )
 def test_bad_wishes_are_one_line_and_exit_2(arguments, message, tiny, tmp_path, monkeypatch, capsys):

@@ -197,6 +197,16 @@ def test_bytes_special_added_and_named_tokens_and_the_templates_words_stay(speak
     assert all(closure(plan.tokenizer, number, ()) <= plan.stays for number in plan.stays)
 
 
+def test_what_a_template_with_a_name_writes_stays(own):
+    folder = own("llama")
+    plan = plan_vocabulary(open_checkpoint(folder), 352, multiple=8)
+    number = max(number for number in plan.tokenizer.parts if number not in plan.stays)
+    word = plan.tokenizer.encoder().decode([number])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text(f"{{{{ '{word}' }}}}")
+    assert number in plan_vocabulary(open_checkpoint(folder), 352, multiple=8).stays
+
+
 def test_a_token_that_only_a_config_names_stays(own):
     folder = own("llama")
     tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
@@ -315,7 +325,8 @@ def test_a_tokenizers_other_files_say_the_same(own, tmp_path):
     put(folder, "added_tokens.json", {"<|im_end|>": number})
     decoder = {str(number): {"content": "<|im_end|>"}}
     put(folder, "tokenizer_config.json", read(folder, "tokenizer_config.json") | {"added_tokens_decoder": decoder})
-    for name in ("tokenizer.model", "qwen.tiktoken"):
+    others = ("tokenizer.model", "tokenizer.model.v3", "qwen.tiktoken")
+    for name in others:
         (folder / name).write_text("the old numbers")
     write_cut(cut_of(folder), out := tmp_path / "out")
     content = read(out, "tokenizer.json")
@@ -325,7 +336,7 @@ def test_a_tokenizers_other_files_say_the_same(own, tmp_path):
     assert read(out, "vocab.json") == content["model"]["vocab"]
     lines = (out / "merges.txt").read_text().splitlines()
     assert [line.split(" ") for line in lines if not line.startswith("#version")] == content["model"]["merges"]
-    assert not (out / "tokenizer.model").exists() and not (out / "qwen.tiktoken").exists()
+    assert not any((out / name).exists() for name in others)
 
 
 def test_a_wordpieces_list_has_a_line_a_token(own, tmp_path):
@@ -339,6 +350,23 @@ def test_a_wordpieces_list_has_a_line_a_token(own, tmp_path):
     write_cut(cut_of(folder), out := tmp_path / "out")
     lines = (out / "vocab.txt").read_text().removesuffix("\n").split("\n")
     assert {token: number for number, token in enumerate(lines)} == read(out, "tokenizer.json")["model"]["vocab"]
+
+
+def test_padding_from_whose_number_on_positions_are_counted_keeps_it(own, tmp_path):
+    """CamemBERT's token 0 is one that nothing uses."""
+    folder = own("camembert")
+    content = read(folder, "tokenizer.json")
+    content["model"]["vocab"][0] = ["ssttss", -20.0]
+    content |= {"added_tokens": content["added_tokens"][1:], "post_processor": None}
+    put(folder, "tokenizer.json", content)
+    put(folder, "config.json", read(folder) | {"bos_token_id": 2})
+    few = len(plan_vocabulary(open_checkpoint(folder), 352, multiple=8).stays | {0}) + 9
+    write_cut(cut := cut_of(folder, few, multiple=1), tmp_path / "out")
+    assert read(tmp_path / "out")["pad_token_id"] == read(folder)["pad_token_id"] == 1
+    ids = [old for old in cut.kept if old > 4][:9]
+    one = load(folder)(torch.tensor([ids])).logits
+    other = load(tmp_path / "out")(torch.tensor([[cut.kept.index(old) for old in ids]])).logits
+    torch.testing.assert_close(other, one[..., cut.kept], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,9 +1,13 @@
 """Zeros that move: as many as before, the smallest for the steepest."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
+from helpers.cuts import sparsify
 from helpers.sparse_trainings import Watch, trainer_of
+from helpers.tiny_models import load
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,6 +75,32 @@ def test_what_grows_begins_without_a_past_and_what_moves_is_counted(tmp_path):
         sum(int((later[name] & ~earlier[name]).sum()) for name in later) for earlier, later in zip(masks, masks[1:])
     ]
     assert [event["moved"] for event in callback.history["events"]] == moves and min(moves) > 0
+
+
+def test_a_training_that_is_interrupted_before_zeros_first_move_goes_on(tmp_path):
+    settings, ends = Dynamic(interval=6, share=0.5, sparsity=0.6, until=1.0), []
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer_of(tmp_path, DynamicSparsity(settings), Stop()).train()
+    for folder, resume in (("whole", None), (".", str(tmp_path / "checkpoint-4"))):
+        callback = DynamicSparsity(settings)
+        trainer = trainer_of(tmp_path / folder, callback)
+        trainer.train(resume_from_checkpoint=resume)
+        assert [event["step"] for event in callback.history["events"]] == [6]
+        ends.append([weight.detach() for weight in trainer.model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+def test_zeros_that_moved_are_drawn_without_a_quality_that_nobody_measured(tiny, tmp_path, script):
+    sparsify(tiny("llama"), tmp_path / "out", sparsity=0.5)
+    trainer_of(tmp_path / "run", DynamicSparsity(Dynamic(interval=2)), model=load(tmp_path / "out")).train()
+    shutil.copy(tmp_path / "run/sparsity.json", tmp_path / "out")
+    done = script("prunekit.report", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/sparsity.png").exists() and not (tmp_path / "out/quality.png").exists()
 
 
 def test_dynamic_sparsity_begins_with_one_threshold_for_all():
