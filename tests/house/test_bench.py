@@ -1,0 +1,25 @@
+"""The benches, but for what they measure: settings, files and folders, hours before they would matter."""
+
+import argparse
+import importlib
+import json
+
+import pytest
+from helpers.paths import ROOT
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench(name): the module."""
+    monkeypatch.setenv("WANDB_MODE", "offline")  # as some of them do for good
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module
+
+
+def test_a_file_of_results_is_made_sure_of_before_anything_is_measured(bench, tmp_path):
+    result_file = bench("materials").result_file
+    assert result_file(f"{tmp_path}/new/result.json").parent.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="no folder"):
+        result_file(f"{tmp_path}/file/result.json")
