@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import re
 
 import pytest
 from helpers.paths import ROOT
@@ -23,3 +24,10 @@ def test_a_file_of_results_is_made_sure_of_before_anything_is_measured(bench, tm
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match="no folder"):
         result_file(f"{tmp_path}/file/result.json")
+
+
+def test_rl_is_benched_as_the_demo_does_it():
+    demo, bench = ((ROOT / name).read_text() for name in ("demo.sh", "bench/rl.py"))
+    line = r"data/(\w+\.jsonl) VAL_DATASET='' [^\n]* bash rl_run.sh.*?steps (\d+)"
+    [(data, steps)] = re.findall(line, demo, re.DOTALL)
+    assert f"data/{data}" in bench and f'"--steps", type=int, default={steps},' in bench
