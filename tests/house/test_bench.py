@@ -4,6 +4,8 @@ import argparse
 import importlib
 import json
 import re
+import time
+from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
@@ -24,6 +26,27 @@ def test_a_file_of_results_is_made_sure_of_before_anything_is_measured(bench, tm
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match="no folder"):
         result_file(f"{tmp_path}/file/result.json")
+
+
+def test_the_time_that_filling_a_cache_took_is_of_the_method_that_filled_it(bench, monkeypatch, tmp_path):
+    training = bench("distil_training")
+
+    def run(*_, OUTPUT, CACHE, **__):
+        mark = Path(CACHE) / "filled-1"
+        if not mark.exists():
+            mark.parent.mkdir()
+            time.sleep(0.05)
+            mark.touch()
+        (tmp_path / f"{OUTPUT}.run" / "checkpoint-2").mkdir(parents=True)
+        Path(OUTPUT).mkdir()
+        (Path(OUTPUT) / "logging.jsonl").write_text('{"train_speed(s/it)": 1.0}\n')
+
+    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(training, "losses", lambda *_: {})
+    setting = {"steps": 2, "flags": [], "answer": 1, "teacher": "a", "train": "b", "tests": {"test": "c"}}
+    args = argparse.Namespace(points=1, test_tokens=1)
+    first, second = (training.train(tmp_path, name, setting, args) for name in ("cached", "cached forward"))
+    assert first["filling_seconds"] >= 0 and "filling_seconds" not in second
 
 
 def test_rl_is_benched_as_the_demo_does_it():
