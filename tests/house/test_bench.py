@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def test_the_time_that_filling_a_cache_took_is_of_the_method_that_filled_it(benc
     args = argparse.Namespace(points=1, test_tokens=1)
     first, second = (training.train(tmp_path, name, setting, args) for name in ("cached", "cached forward"))
     assert first["filling_seconds"] >= 0 and "filling_seconds" not in second
+
+
+def test_surgery_leaves_alone_what_lies_beside_a_model(bench, monkeypatch, tmp_path):
+    surgery, beside = bench("surgery"), tmp_path / "base-surgery" / "precious"
+    beside.mkdir(parents=True)
+    monkeypatch.setattr(surgery, "MERGEKIT", tmp_path)
+    monkeypatch.setattr(surgery, "measure", lambda model, work, *_: {"empty": not any(work.iterdir())})
+    monkeypatch.setattr(sys, "argv", ["surgery", str(tmp_path / "base"), "--json", str(tmp_path / "result.json")])
+    surgery.main()
+    assert beside.exists() and json.loads((tmp_path / "result.json").read_text())["models"] == {"base": {"empty": True}}
+    assert {each.name for each in tmp_path.iterdir()} == {"base-surgery", "result.json"}
 
 
 def test_rl_is_benched_as_the_demo_does_it():
