@@ -61,6 +61,14 @@ def test_surgery_leaves_alone_what_lies_beside_a_model(bench, monkeypatch, tmp_p
     assert {each.name for each in tmp_path.iterdir()} == {"base-surgery", "result.json"}
 
 
+def test_a_loop_that_goes_on_is_told_its_own_time_of_this_call(bench, tmp_path):
+    loop = bench("loop")
+    (tmp_path / "loop.json").write_text(json.dumps({"base": {}, "rounds": [], "settings": {}}))
+    (tmp_path / "seconds").write_text("1/scan 100 python -m prunekit.scan\n1 5 bash full_run.sh\n")
+    assert loop.summary(tmp_path, 110.0, 0)["seconds_of_stages"] == 105
+    assert loop.summary(tmp_path, 10.0, 1)["own_share"] == 0.5
+
+
 def test_rl_is_benched_as_the_demo_does_it():
     demo, bench = ((ROOT / name).read_text() for name in ("demo.sh", "bench/rl.py"))
     line = r"data/(\w+\.jsonl) VAL_DATASET='' [^\n]* bash rl_run.sh.*?steps (\d+)"
