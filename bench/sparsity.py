@@ -177,7 +177,7 @@ class Bench:
             report_to=[],
         )
         trainer = (Distillation if teacher else transformers.Trainer)(
-            model, settings, train_dataset=rows[start:], eval_dataset=rows[: args.eval_rows],
+            model, settings, train_dataset=rows[start : start + steps * args.rows], eval_dataset=rows[: args.eval_rows],
             data_collator=encoder.collate, callbacks=[callback] if callback else [],
         )  # fmt: skip
         trainer.teacher = teacher
