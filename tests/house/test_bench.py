@@ -7,9 +7,13 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.paths import ROOT
+
+from prunekit.errors import PruneKitError
 
 
 @pytest.fixture
@@ -27,6 +31,54 @@ def test_a_file_of_results_is_made_sure_of_before_anything_is_measured(bench, tm
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match="no folder"):
         result_file(f"{tmp_path}/file/result.json")
+
+
+def test_every_bench_makes_sure_of_its_file_of_results():
+    takes = {file.name: re.findall(r'add_argument\("--json", type=(\w+)', file.read_text()) for file in BENCHES}
+    assert {name: types for name, types in takes.items() if types not in ([], ["result_file"])} == {}
+    assert sum(map(len, takes.values())) > 10
+
+
+BENCHES = sorted((ROOT / "bench").glob("*.py"))
+
+
+def test_results_of_other_settings_are_neither_mixed_with_new_ones_nor_called_by_their_name(bench, tmp_path):
+    result, vocabulary = tmp_path / "result.json", bench("vocabulary")
+    given = {"json": result, "runs": tmp_path, "parts": [], "fresh": False, "rows": 16}
+    began = vocabulary.Bench(argparse.Namespace(**given))
+    began.keep(1, "untrained", "uncut")
+    assert vocabulary.Bench(argparse.Namespace(**given)).result == json.loads(result.read_text()) == began.result
+    with pytest.raises(PruneKitError, match="'rows': 16"):
+        vocabulary.Bench(argparse.Namespace(**given | {"rows": 60}))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("tasks", "--cases"), ("vocabulary", "--parts"), ("width", "--parts"), ("memory", "--cases")]
+)
+def test_a_part_that_isnt_there_is_refused_at_once(bench, monkeypatch, name, flag):
+    monkeypatch.setattr(sys, "argv", [name, flag, "999"])
+    with pytest.raises(SystemExit) as ended:
+        bench(name).main()
+    assert ended.value.code == 2
+
+
+def test_parts_that_need_another_ones_cuts_say_so_at_once(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["kv_merge", "recovery", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        bench("kv_merge").main()
+    assert ended.value.code == 2
+
+
+def test_texts_that_are_too_few_for_the_steps_are_an_error_before_the_first(bench, monkeypatch):
+    width = bench("width")
+    batch = {"input_ids": torch.zeros(1, 4)}
+    monkeypatch.setattr(width, "calibrate", lambda *_, **__: SimpleNamespace(fit=[batch, batch], held_out=[batch]))
+    short = object.__new__(width.Bench)
+    short.texts, short.args = Path("texts.jsonl"), argparse.Namespace(steps=3, length=4)
+    assert len(short.rows(None, None)) == 3
+    short.args.steps = 4
+    with pytest.raises(PruneKitError, match=r"texts.jsonl: 3 of .*--steps 4"):
+        short.rows(None, None)
 
 
 def test_the_time_that_filling_a_cache_took_is_of_the_method_that_filled_it(bench, monkeypatch, tmp_path):
