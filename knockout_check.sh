@@ -71,6 +71,9 @@ for name in RACE GREEDY TARGET_PARAMS HEAL GENERATE EXPERTS; do
 done
 [ "$GATE" = mean ] || [ -n "$BY" ] || die "GATE=$GATE: worst of which groups? Set BY to a column of the rows"
 [ "$GATE" = mean ] || [ -z "$RACE" ] || die "GATE=$GATE: needs every removal scored on every row; leave out RACE"
+for name in RACE GREEDY TARGET_PARAMS HEAL EXPERTS GENERATE; do
+  [[ $MODE != train || ${!name} =~ ^(|0|none)$ ]] || die "$name=${!name}: is of the scan, which MODE=train leaves out: set MODE=all, or leave it out"
+done
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
 refuse_data_flags "$@"
 processes=$PROCESSES

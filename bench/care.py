@@ -8,11 +8,12 @@ FutureMLS-Lab/CARE). As in its zero-shot evaluation full keys are rebuilt from t
 checkpoint that is written here holds these products, multiplied out: it shows what quality is left, and saves no cache.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
 
-from prunekit.checkpoint import open_checkpoint
+from prunekit.checkpoint import new_folder, open_checkpoint
 from prunekit.data.batches import Calibration, calibrate
 from prunekit.model.load import load_model
 from prunekit.model.scores import model_inputs
@@ -85,7 +86,8 @@ def decompose(folder: Path, out: Path, calib: Path, tokens: int, rank: int, adju
         for projection, decomposition, own in zip(projections, found, ranks, strict=True):
             projection.weight.data = decomposition.product(own).to(projection.weight.dtype)
         chosen.append(ranks)
-    model.save_pretrained(out)
-    for file in folder.glob("token*"):
-        (out / file.name).write_bytes(file.read_bytes())
+    with new_folder(out) as partial:
+        model.save_pretrained(partial)
+        for file in folder.glob("token*"):
+            shutil.copy(file, partial)
     return list(zip(*chosen, strict=True))

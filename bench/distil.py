@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
+from materials import EMBEDDED, MODELS, embedded_data, result_file, smollm2, write_texts
 from torch import Tensor
 
 from prunekit.checkpoint import open_checkpoint, write_json
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--counts", type=int, nargs="*", default=[3, 5], help="of layers to remove from SmolLM2")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="default: both")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
     cases = []
     for count in args.counts if "smollm2" in args.models else ():

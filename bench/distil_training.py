@@ -16,20 +16,18 @@ Prints JSON; takes an hour on two CPU cores. What earlier calls made in RUNS/dis
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from materials import EMBEDDED, MODELS, embedded_data, smollm2, texts_of, write_texts
+from materials import EMBEDDED, MODELS, embedded_data, result_file, run, smollm2, texts_of, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 
-ROOT = Path(__file__).resolve().parents[1]
 CUT = ["--text", "4", "6", "--vision", "5", "7", "--drop-taps", "1", "--heal"]  # as demo.sh has it
 ORDER = [17, 14, 13, 16, 18]  # SmolLM2's cheapest layers, by bench/heal.py
 METHODS = {
@@ -48,18 +46,6 @@ METHODS = {
 FLAGS = "--gradient_accumulation_steps 1 --warmup_ratio 0.05 --eval_strategy no --save_total_limit 20 --logging_steps 1"
 
 
-def run(words: list[object], log: Path, **environment: str) -> float:
-    """Run a command, its messages in a file; seconds."""
-    begun = time.perf_counter()
-    with log.open("w") as out:
-        code = subprocess.run(
-            [*map(str, words)], cwd=ROOT, env=os.environ | environment, stdout=out, stderr=subprocess.STDOUT
-        ).returncode
-    if code:
-        sys.exit(f"error: {' '.join(map(str, words))} ended with {code}: see {log}")
-    return time.perf_counter() - begun
-
-
 def conversations(texts: Path, target: Path, question: int = 300, answer: int = 900) -> Path:
     """Pieces of text as a beginning and what follows it, so many characters each."""
     pieces = texts_of(texts)
@@ -75,10 +61,10 @@ def embedded(args: argparse.Namespace, case: Path) -> dict[str, Any]:
     calib = ["--calib", data / "train.jsonl", "--calib-tokens", 12_000]
     if not (case / "pruned").exists():
         words = ["--model", EMBEDDED, "--out", case / "pruned", *CUT]
-        run([sys.executable, "manual_select.py", *words, *calib], case / "pruned.log")
+        run(sys.executable, "manual_select.py", *words, *calib, log=case / "pruned.log")
     if not (case / "student").exists():
         words = ["--out", case / "student", "--kv-heads", 1, *calib, "--refine", 120]
-        run([sys.executable, "kv_cut.py", "--model", case / "pruned", *words], case / "student.log")
+        run(sys.executable, "kv_cut.py", "--model", case / "pruned", *words, log=case / "student.log")
     tests = {"test": data / "test.jsonl", "cyrillic": data / "cyrillic_val.jsonl"}
     flags = ["--per_device_train_batch_size", 16, "--learning_rate", "4e-4", "--max_length", 512]
     return {"teacher": EMBEDDED, "train": data / "train.jsonl", "tests": tests, "answer": 16, "flags": flags}
@@ -88,7 +74,7 @@ def text(args: argparse.Namespace, case: Path) -> dict[str, Any]:
     teacher, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
     if not (case / "student").exists():
         words = ["--model", teacher, "--out", case / "student", "--text", *ORDER]
-        run([sys.executable, "manual_select.py", *words], case / "student.log")
+        run(sys.executable, "manual_select.py", *words, log=case / "student.log")
     tests = {name: conversations(texts[name], case / f"{name}.jsonl") for name in ("wikipedia-test", "docstrings")}
     train = conversations(texts["wikipedia-train"], case / "train.jsonl")
     flags = ["--per_device_train_batch_size", 4, "--learning_rate", "1e-4", "--max_length", 512]
@@ -106,14 +92,15 @@ def losses(folder: Path, tests: dict[str, Path], tokens: int) -> dict[str, dict[
 
 
 def train(case: Path, name: str, setting: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """A method's curve. Its checkpoints are in CASE/NAME.run."""
+    """A method's curve. Its checkpoints are in CASE/NAME-STEPS.run."""
     script, environment, more = METHODS[name]
-    steps, output = setting["steps"], case / name
+    steps = setting["steps"]
+    output = case / f"{name}-{steps}"
     environment = {key: value.format(case=case) for key, value in environment.items()}
     result: dict[str, Any] = {}
     if not output.exists():
         words = ["bash", script, *FLAGS.split(), *setting["flags"], *more]
-        words += ["--max_steps", steps, "--save_steps", steps // args.points]
+        words += ["--max_steps", steps, "--save_steps", max(1, steps // args.points)]
         if script == "distil.sh":
             words += ["--max_completion_length", setting["answer"]]
         settings = {
@@ -125,13 +112,15 @@ def train(case: Path, name: str, setting: dict[str, Any], args: argparse.Namespa
             "KEEP_RUN": "1",
         }
         begun = time.time()
-        run(words, case / f"{name}.log", **settings, **environment)
+        run(*words, log=case / f"{output.name}.log", **settings, **environment)
         if "CACHE" in environment:
-            marks = [file.stat().st_mtime for file in Path(environment["CACHE"]).glob("filled-*")]
-            result["filling_seconds"] = round(marks[0] - begun, 1)
+            filled = max(file.stat().st_mtime for file in Path(environment["CACHE"]).glob("filled-*"))
+            if filled > begun:  # or another method has filled it
+                result["filling_seconds"] = round(filled - begun, 1)
     log = [json.loads(line) for line in (output / "logging.jsonl").open()]
     result["seconds_a_step"] = [line["train_speed(s/it)"] for line in log if "train_speed(s/it)" in line][-1]
-    folders = sorted((case / f"{name}.run").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    work = output.with_name(f"{output.name}.run")
+    folders = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     result["curve"] = [
         {"step": int(folder.name.split("-")[1])} | losses(folder, setting["tests"], args.test_tokens)
         for folder in folders
@@ -148,16 +137,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[200, 60], help="of each model's runs (default: 200 60)")
     parser.add_argument("--points", type=int, default=4, help="checkpoints that are measured (default: 4)")
     parser.add_argument("--test-tokens", type=int, default=16_384, help="of each kind (default: 16384)")
-    parser.add_argument("--json", type=Path, help="also write the result here, beside what it has of other models")
+    parser.add_argument("--json", type=result_file, help="write the result here, too, beside other models'")
     args = parser.parse_args()
 
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"GPUS": "", "OMP_NUM_THREADS": "1", "CPU_PROCESSES": "2"}
     args.runs = args.runs.absolute()
     result = read_json(args.json) if args.json and args.json.exists() else {}
-    for model, steps in zip(MODELS, args.steps, strict=True):
-        if model not in args.models:
-            continue
+    wanted = {model: steps for model, steps in zip(MODELS, args.steps, strict=True) if model in args.models}
+    for model, steps in wanted.items():
+        if (known := result.setdefault(model, {"steps": steps})["steps"]) != steps:
+            parser.error(f"{args.json} has {known} steps of {model}, not {steps}: name those, or another --json")
+    for model, steps in wanted.items():
         case = args.runs / "distil" / model
         case.mkdir(parents=True, exist_ok=True)
         setting = CASES[model](args, case) | {"steps": steps}
@@ -166,7 +157,7 @@ def main() -> None:
             for name, folder in (("teacher", setting["teacher"]), ("student", case / "student"))
         }
         print(f"{model}: {rows}", file=sys.stderr, flush=True)
-        found = result.setdefault(model, {}) | rows | {"steps": setting["steps"]}
+        found = result[model] | rows
         for name in args.methods:
             found[name] = found.get(name, {}) | train(case, name, setting, args)
             result[model] = found

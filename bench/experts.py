@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 import torch
+from materials import known_result, result_file
 from tiny_moe import tiny_moe
 
-from prunekit.checkpoint import history, open_checkpoint, read_json, write_json
+from prunekit.checkpoint import history, open_checkpoint, write_json
 from prunekit.data.batches import Calibration, calibrate
+from prunekit.errors import run_script
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batch
 from prunekit.surgery.cut import write_cut
@@ -64,8 +66,9 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=32_768)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 12], help="that each layer keeps")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
+    known = {"cuts": {}} | known_result(args.json, {"tokens": args.tokens, "test_tokens": args.test_tokens})
     folder = tiny_moe(args.runs / "tiny-moe", args.minutes)
     base, work = open_checkpoint(folder / "model"), args.runs / "experts"
     model = load_model(base)
@@ -73,14 +76,13 @@ def main() -> None:
     tests = calibrate(model, base, folder / "test.jsonl", args.test_tokens)
     uncut = row_losses(base.path, tests)
     tokens = sum(count for _, count in uncut)
-    result = {
+    result = known | {
         "model": f"Qwen3-MoE of {sum(p.numel() for p in model.parameters()):,} parameters, fp32",
         "calibration_tokens": data.tokens,
         "test_tokens": tokens,
         "test_rows": len(uncut),
         "threads": torch.get_num_threads(),
         "uncut": sum(nats for nats, _ in uncut) / tokens,
-        "cuts": read_json(args.json)["cuts"] if args.json and args.json.exists() else {},
     }
     for count in args.experts:
         rows: dict[str, list[tuple[float, int]]] = {}
@@ -112,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,12 +19,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from materials import library_docstrings, small
+from materials import library_docstrings, result_file, small
 from width import Bench, time_models
 
 from prunekit.checkpoint import Checkpoint, heads, history, open_checkpoint, statistics
 from prunekit.data.batches import calibrate
-from prunekit.errors import PruneKitError
+from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import load_model
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.width import plan_width
@@ -50,7 +50,8 @@ class Heads(Bench):
     """One model's rows of the table."""
 
     def __init__(self, args: argparse.Namespace, base: Path, train: Path, test: Path):
-        super().__init__(args, base, train, test, args.runs / "heads" / base.name)
+        work = args.runs / "heads" / base.name / f"{args.score}-{args.tokens}-{args.length}"
+        super().__init__(args, base, train, test, work, texts=str(train), held_out=str(test))
         self.name = base.name
 
     def cuts(self) -> dict[str, dict]:
@@ -151,14 +152,17 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9, help="of timing (default: 9)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill (default: 512)")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode (default: 32)")
-    parser.add_argument("--json", type=Path, help="also write the result here, and a picture beside it")
+    parser.add_argument("--json", type=result_file, help="also write the result here, and a picture beside it")
     args = parser.parse_args()
     if bool(args.train) != bool(args.test) or bool(args.model) != bool(args.train):
         parser.error("--model, --train and --test belong together")
+    if twice := [model for model in args.model or () if [each.name for each in args.model].count(model.name) > 1]:
+        parser.error(f"--model {twice[0]}: another is called the same, and the table goes by names: rename a folder")
     train, test, models = args.train, args.test, args.model
     if not models:
         train, test = library_docstrings(args.runs).values()
-        models = [small(args.runs / f"small-{each}", each, train, args.small_steps) for each in ("gpt2", "llama")]
+        folders = {each: args.runs / f"small-{each}-{args.small_steps}" for each in ("gpt2", "llama")}
+        models = [small(folder, each, train, args.small_steps) for each, folder in folders.items()]
     result = {}
     for model in models:
         bench = Heads(args, model, train, test)
@@ -171,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

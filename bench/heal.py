@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from materials import smollm2, write_texts
+from materials import result_file, smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.data.batches import Calibration, calibrate
@@ -43,8 +43,10 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=16_384)
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 8], help="numbers of layers to remove")
     parser.add_argument("--layers", type=int, nargs="+", help="skip the scan: the cheapest, in this order")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
+    if args.layers and len(args.layers) < max(args.counts):
+        parser.error(f"--layers: are {len(args.layers)}, and --counts wants {max(args.counts)} of them: name more")
 
     checkpoint = open_checkpoint(smollm2(args.runs / "smollm2-bf16", "bfloat16"))
     texts = write_texts(args.runs)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from materials import docstrings
+from materials import docstrings, result_file
 
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.data.batches import Calibration
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, default=96, help="to fit on, a quarter as many to judge fits, as many to test"
     )
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=result_file, required=True)
     arguments = parser.parse_args()
     texts = docstrings()
     half = len(texts) * 3 // 4  # texts are in the order of their modules

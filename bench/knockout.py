@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
+from materials import EMBEDDED, MODELS, embedded_data, result_file, smollm2, write_texts
 from transformers import AutoModelForCausalLM
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
-from prunekit.data.batches import calibrate
+from prunekit.data.batches import calibrate, read_calibration
 from prunekit.knockout.removal import Removal, list_removals
 from prunekit.knockout.scanner import Job, load_scanner
 from prunekit.knockout.search import HealedScan, Scan, find_path
@@ -201,6 +201,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         1,
         SMOLLM2 + ["--max_steps", str(args.steps), "--eval_steps", str(args.steps)],
     )
+    if records[0]["error"]:
+        sys.exit(f"error: the training failed: {records[0]['error']}")
+    shutil.rmtree(args.runs / "speed-trained")
     seconds = records[0]["seconds"] * 100 / args.steps
     return result | {"trained_knockout_seconds": seconds, "trained_over_scan": seconds * len(runs) / scan}
 
@@ -341,7 +344,7 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     counts = (3, 5, 8)
     job = Job(str(folder), str(texts["wikipedia-train"]), args.choice_tokens, 256)
     candidates = list_removals(checkpoint, "all", "none")
-    scan = Scan(job, args.runs / "sets-records.jsonl")
+    scan = Scan(job, args.runs / f"sets-records-{args.choice_tokens}.jsonl")
     scan.measure([], candidates, range(scan.batches), "scan")
     removals = describe(scan, candidates, None, set(), "all")["removals"]
     chosen, seconds = {}, {}
@@ -353,8 +356,8 @@ def sets(args: argparse.Namespace) -> dict[str, Any]:
     log("greedy", chosen["greedy"])
     # Of the better third only, and on few tokens: each candidate is healed, and each set from the start
     hopeful = [k for k in candidates if k.layer in sorted(chosen["loss"][: len(candidates) // 3])]
-    calib = str(texts["wikipedia-train"])
-    healed = HealedScan(job, args.runs / "sets-records-healed.jsonl", calib, args.choice_tokens * 3 // 2)
+    records = args.runs / f"sets-records-{args.choice_tokens}-healed.jsonl"
+    healed = HealedScan(job, records, read_calibration(texts["wikipedia-train"]), args.choice_tokens * 3 // 2)
     seconds["greedy_healed"], path = timed(find_path, healed, hopeful, args.healed_layers, None, None)
     chosen["greedy_healed"] = [Removal.parse(name).layer for name in path[-1]["removed"]]
     log("greedy, healed", chosen["greedy_healed"])
@@ -462,7 +465,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=MODELS, help="of `predict`; the other's figures stay"
     )
-    parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
+    parser.add_argument("--json", type=result_file, help="also write the results here, beside those of other parts")
     args = parser.parse_args()
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -478,7 +481,6 @@ def main() -> None:
             write_json(args.json, result)
     if args.json and {"predict", "sets"} <= result.keys():
         draw(result, args.json.with_suffix(".png"))
-    shutil.rmtree(args.runs / "speed-trained", ignore_errors=True)
     print(json.dumps(result, indent=2))
 
 

@@ -9,8 +9,9 @@ refined; `ablation` switches each part of the method off in turn; `context` is w
 rows does at longer distances; `mixed` adds text of the other kind to the calibration set of `cut`; `recovery` counts
 the steps of SFT until the loss is within 0.3 of the base's; `embedded` cuts the embedded Qwen3-VL (QK-norm) from 4 to
 2 and to 1, untrained and after 50 steps; `steps` compares 4 to 2 to 1 with 4 to 1 for the same number of steps; `care`
-puts a peer's low-rank K and V (bench/care.py) beside ours, at as many cached numbers and on the ablation's tokens. What
-earlier calls wrote to RUNS/kv isn't made again. All of it takes an hour and a half on two quiet CPU cores.
+puts a peer's low-rank K and V (bench/care.py) beside ours, at as many cached numbers and on the ablation's tokens. They
+run in an order in which each finds what it needs of `cut`. What earlier calls with the same --tokens and --refine wrote
+to RUNS/kv isn't made again, but for `cut`, which is timed. All of it takes an hour and a half on two quiet CPU cores.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import psutil
 import torch
 from care import decompose
 from knockout import SMOLLM2, TINY, chat_rows, log
-from materials import EMBEDDED, MODELS, embedded_data, smollm2, write_texts
+from materials import EMBEDDED, MODELS, ROOT, embedded_data, result_file, run, smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
@@ -39,7 +40,6 @@ from prunekit.model.scores import score_batches
 from prunekit.surgery import kv_fit, kv_merge
 from prunekit.surgery.kv import plan_kv
 
-ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("wikipedia-test", "docstrings")
 
 
@@ -77,11 +77,11 @@ def cut(args: argparse.Namespace) -> dict[str, Any]:
     folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
     result = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
     result["base"] = losses(folder, texts, args.test_tokens)
-    load = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prunekit.data.batches import load_model; "
+    load = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from prunekit.model.load import load_model; "
     load += f"from prunekit.checkpoint import open_checkpoint; load_model(open_checkpoint({str(folder)!r}))"
     result["loading_the_model_mb"] = command("-c", load)[1]
     for way, flags in cut_flags(args, texts).items():
-        out = args.runs / "kv" / way
+        out = args.work / way
         seconds, peak = command("kv_cut.py", "--model", folder, "--out", out, "--kv-heads", 1, "--overwrite", *flags)
         result[way] = losses(out, texts, args.test_tokens) | {"seconds": seconds, "peak_mb": peak}
         add_excess(result, way)
@@ -222,14 +222,14 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     calib.write_text("".join(some[: rows - share] + random.Random(0).sample(others[:half], share)))
     judged.write_text("".join(others[half:]))
     flags = ["--calib-tokens", args.tokens, "--max-length", 512, "--refine", args.refine]
-    both = args.runs / "kv" / "mixed"
+    both = args.work / "mixed"
     if not both.exists():
         command("kv_cut.py", "--model", folder, "--out", both, "--kv-heads", 1, "--calib", calib, *flags)
     tests = texts | {"docstrings": judged}
     found = {
         "base": folder,
-        "mean": args.runs / "kv/mean",
-        "wikipedia": args.runs / "kv/refined",
+        "mean": args.work / "mean",
+        "wikipedia": args.work / "refined",
         "an eighth docstrings": both,
     }
     result: dict[str, Any] = {"calibration_tokens": args.tokens, "refine_steps": args.refine}
@@ -297,7 +297,7 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
         "--eval_strategy", "steps", "--eval_steps", "10", "--per_device_train_batch_size", "2", "--save_strategy", "no",
         "--optim", "adamw_torch", "--warmup_steps", "5",
     ]  # fmt: skip
-    base = train(folder, args.runs / "kv/recovery-base", 1, [*flags, "--learning_rate", "0", "--eval_steps", "1"])[-1]
+    base = train(folder, args.work / "recovery-base", 1, [*flags, "--learning_rate", "0", "--eval_steps", "1"])[-1]
     wanted = base["loss"] + 0.3
     result: dict[str, Any] = {
         "base": base,
@@ -306,7 +306,7 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
     }
     limit = args.recovery_steps
     for way in ("refined", "calibrated", "mean"):
-        curve = train(args.runs / "kv" / way, args.runs / f"kv/recovery-{way}", limit, flags, wanted)
+        curve = train(args.work / way, args.work / f"recovery-{way}-{args.recovery_rate}", limit, flags, wanted)
         reached = [row["step"] for row in curve if row["loss"] <= wanted]
         result[way] = {"steps": reached[0] if reached else None, "curve": curve}
         log(way, result[way]["steps"], curve[-1])
@@ -317,7 +317,7 @@ def recovery(args: argparse.Namespace) -> dict[str, Any]:
 
 def judge(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """token_acc, and exact match of real greedy generation, on 400 held-out questions of eight skills."""
-    file = args.runs / "kv/scores" / f"{model.parent.name}-{model.name}.json"
+    file = args.work / "scores" / f"{model.parent.name}-{model.name}.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         words = [
@@ -340,39 +340,19 @@ def judge(model: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def recovered(model: Path, steps: int, args: argparse.Namespace, rate: str = "1e-3") -> Path:
     """A checkpoint trained for some steps on the questions that the embedded model knows."""
-    out = args.runs / "kv" / f"{model.name}-{steps}-{rate}"
+    out = args.work / f"{model.name}-{steps}-{rate}"
     if not out.exists():
-        flags = [
-            *TINY,
-            "--learning_rate",
-            rate,
-            "--per_device_train_batch_size",
-            "16",
-            "--per_device_eval_batch_size",
-            "150",
-        ]
-        environment = {
-            "MODEL": str(model),
-            "OUTPUT": str(out),
-            "GPUS": "",
-            "DATASET": str(args.runs / "tiny_vl/train.jsonl"),
-        }
-        environment["VAL_DATASET"] = str(args.runs / "tiny_vl/val.jsonl")
-        flags += ["--max_steps", str(steps), "--save_steps", str(steps), "--eval_steps", str(steps)]
-        done = subprocess.run(
-            ["bash", "full_run.sh", *flags],
-            cwd=ROOT,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            sys.exit(f"error: full_run.sh ended with {done.returncode}: {done.stderr[-2000:]}")
+        data = embedded_data(args.runs / "tiny_vl")
+        flags = [*TINY, "--learning_rate", rate, "--max_steps", steps, "--save_steps", steps, "--eval_steps", steps]
+        flags += ["--per_device_train_batch_size", 16, "--per_device_eval_batch_size", 150]
+        settings = {"MODEL": model, "OUTPUT": out, "DATASET": data / "train.jsonl", "VAL_DATASET": data / "val.jsonl"}
+        environment = {name: str(path) for name, path in settings.items()}
+        run("bash", "full_run.sh", *flags, log=out.with_name(f"{out.name}.log"), GPUS="", **environment)
     return out
 
 
 def merged(model: Path, kv_heads: int, way: str, args: argparse.Namespace) -> Path:
-    out = args.runs / "kv" / f"{model.name}-{kv_heads}-{way}"
+    out = args.work / f"{model.name}-{kv_heads}-{way}"
     if not out.exists():
         calib = ["--calib", embedded_data(args.runs / "tiny_vl") / "train.jsonl", "--calib-tokens", args.tokens]
         flags = {"mean": [], "calibrated": calib, "refined": [*calib, "--refine", args.refine]}[way]
@@ -413,7 +393,7 @@ def care(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"calibration_tokens": tokens, "base": losses(folder, texts, args.test_tokens)}
     ways = {"uniform": None, "adjusted": None, "ours": [], "ours, refined": ["--refine", args.refine]}
     for way, more in ways.items():
-        out = args.runs / "kv-care" / way.replace(", ", "-")
+        out = args.work / f"care-{tokens}" / way.replace(", ", "-")
         if not out.exists():
             if more is None:
                 decompose(folder, out, calib, tokens, 64, way == "adjusted")
@@ -453,15 +433,19 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=MODELS, help="of `ablation`; the other's figures stay"
     )
-    parser.add_argument("--json", type=Path, help="also write the results here, beside those of other parts")
+    parser.add_argument("--json", type=result_file, help="also write the results here, beside those of other parts")
     args = parser.parse_args()
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_MODE", "offline")
     args.runs = args.runs.absolute()
+    args.work = args.runs / "kv" / f"{args.tokens}-{args.refine}"
+    args.work.mkdir(parents=True, exist_ok=True)
+    if {"mixed", "recovery"} & {*args.parts} and "cut" not in args.parts and not (args.work / "refined").exists():
+        parser.error(f"mixed and recovery need what cut makes in {args.work}: name it, too")
     result = read_json(args.json) if args.json and args.json.exists() else {}
     result |= {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
-    for part in args.parts:
+    for part in (part for part in PARTS if part in args.parts):
         args.known = result.get(part, {})
         result[part] = PARTS[part](args)
         if args.json:

@@ -13,6 +13,7 @@ cheapest set across kinds against the cheapest of each kind alone, at 80% and 65
 token_acc.
 
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
+Of a loop that goes on it is that of this call.
 With --log FILE it says this of a loop that has ended, whose last line there was "SECONDS s".
 """
 
@@ -26,11 +27,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from materials import ROOT, result_file
+from materials import run as run_command
+
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
 from prunekit.loop.choice import KINDS, choose, total
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "examples/tiny_vl/model"
 STEPS = {"RECOVER_STEPS": 40, "DISTIL_STEPS": 10, "LONGER_STEPS": 80}
 SETTINGS = {"MODEL": MODEL, "CALIB_TOKENS": "2000", "EVALUATE_ARGS": "--batch-size 96", "CARD": ""}
@@ -71,18 +74,24 @@ def run(args: argparse.Namespace) -> float:
     return time.monotonic() - begun
 
 
-def summary(folder: Path, seconds: float) -> dict[str, Any]:
-    """What a loop's folder tells: its rounds, and the seconds of its stages beside those of all."""
+def summary(folder: Path, seconds: float, known: int) -> dict[str, Any]:
+    """What a loop's folder tells: its rounds, and the seconds of its stages behind the `known` ones, beside all."""
     loop = read_json(folder / "loop.json")
     base, kept = loop["base"], ("round", "from", "share", "good", "kept", "sizes", "tries", "candidates")
-    lines = [line.split(maxsplit=2) for line in (folder / "seconds").read_text().splitlines()]
-    stages = sum(int(line[1]) for line in lines)
+    lines = [line.split(maxsplit=2) for line in stage_lines(folder)]
+    stages = sum(int(line[1]) for line in lines[known:])
     rounds = [{key: each[key] for key in kept if key in each} for each in loop["rounds"]]
     return {
         "settings": loop["settings"], "base": base, "rounds": rounds,
         "seconds": seconds, "seconds_of_stages": stages, "own_share": (seconds - stages) / seconds,
         "stages": [{"round": line[0], "seconds": int(line[1]), "what": what_of(line[2])} for line in lines],
     }  # fmt: skip
+
+
+def stage_lines(folder: Path) -> list[str]:
+    """A line of each stage that has run."""
+    file = folder / "seconds"
+    return file.read_text().splitlines() if file.exists() else []
 
 
 def what_of(line: str) -> str:
@@ -94,13 +103,12 @@ def what_of(line: str) -> str:
 def choice(data: Path, out: Path) -> dict[str, Any]:
     """Untrained: what the cheapest set across kinds and that of each kind cost, at each of TARGETS."""
     out.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     fit = ["--calib", str(data / "train.jsonl"), "--calib-tokens", SETTINGS["CALIB_TOKENS"]]
     val = ["--dataset", str(data / "val.jsonl")]
 
     def do(*words: object, result: Path) -> Path:
         if not result.exists():
-            subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, stdout=sys.stderr, check=True)
+            run_command(sys.executable, *words, OMP_NUM_THREADS="1")
         return result
 
     def cut(model: object, line: list[str], name: str) -> Path:
@@ -150,14 +158,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="whose steps a single cut gets")
     parser.add_argument("--choice", action="store_true", help="across kinds against each kind alone, untrained")
     parser.add_argument("--log", type=Path, help="of a loop that has ended there")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
     args.data = args.data.resolve()
     if args.choice:
         result = choice(args.data, args.out.resolve())
     else:
+        folder = args.out / "small.loop"
+        known = 0 if args.log else len(stage_lines(folder))
         seconds = float(re.findall(r"(\d+) s\s*$", args.log.read_text())[-1]) if args.log else run(args)
-        result = {"arm": args.arm} | summary(args.out / "small.loop", seconds)
+        result = {"arm": args.arm} | summary(folder, seconds, known)
     print(json.dumps(result, indent=2))
     if args.json:
         write_json(args.json, result)

@@ -11,28 +11,63 @@ those of the embedded model of eight skills.
 
 import argparse
 import bz2
+import contextlib
 import csv
 import importlib.util
 import json
+import os
 import random
 import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+from prunekit.arguments import new_file
+from prunekit.checkpoint import read_json
+from prunekit.errors import PruneKitError
+
 CHARACTERS = 2400  # a row of text: somewhat over 512 tokens
-TINY_VL = Path(__file__).resolve().parents[1] / "examples/tiny_vl"
+ROOT = Path(__file__).resolve().parents[1]
+TINY_VL = ROOT / "examples/tiny_vl"
 EMBEDDED = TINY_VL / "model"
 DOCUMENTED = ("torch", "numpy", "matplotlib", "datasets", "huggingface_hub")  # packages that .venv has anyway
 MODELS = ("embedded", "smollm2")  # what a bench can be run on
 
 
+def run(*words: object, log: Path | None = None, **environment: str) -> float:
+    """Run a command in the repository, and end where it fails; its seconds. It speaks on stderr, or into LOG."""
+    command, begun = [*map(str, words)], time.perf_counter()
+    with log.open("w") if log else contextlib.nullcontext(sys.stderr) as out:
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=out, stderr=out).returncode
+    if code:
+        sys.exit(f"error: {shlex.join(command)} ended with {code}" + (f": see {log}" if log else ""))
+    return time.perf_counter() - begun
+
+
+def result_file(text: str) -> Path:
+    """A file to write, which hours of work shall not fail at: its folder is made at once, or refused."""
+    with contextlib.suppress(OSError):
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+    return new_file(text)
+
+
+def known_result(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a bench's JSON has already, and these `settings` in it. PruneKitError where it was made with others."""
+    result = read_json(file) if file and file.exists() else {}
+    if result.setdefault("settings", settings) != settings:
+        raise PruneKitError(f"{file}: was made with {result['settings']}; repeat these, or name another --json")
+    return result
+
+
 def embedded_data(folder: Path) -> Path:
     """The folder, with train.jsonl, val.jsonl (480 rows) and test.jsonl (1600) of EMBEDDED's skills."""
     if not folder.exists():
-        subprocess.run([sys.executable, TINY_VL / "tiny_vl.py", "data", "--out", folder], check=True)
+        run(sys.executable, TINY_VL / "tiny_vl.py", "data", "--out", folder.absolute())
     return folder
 
 
@@ -143,31 +178,27 @@ def texts_of(path: Path, count: int | None = None) -> list[str]:
     return rows[:: max(1, len(rows) // count)][:count] if count else rows
 
 
-def package_docstrings(folder: Path) -> dict[str, Path]:
-    """packages-train.jsonl and, every fifth row, packages-test.jsonl: docstrings of `DOCUMENTED`, 7 MB, shuffled."""
-    paths = {name: folder / f"{name}.jsonl" for name in ("packages-train", "packages-test")}
+def _split(folder: Path, name: str, packages: Iterable[Iterable[Path] | None]) -> dict[str, Path]:
+    """NAME-train.jsonl and, every fifth row, NAME-test.jsonl: docstrings of these packages' files, shuffled."""
+    paths = {half: folder / f"{half}.jsonl" for half in (f"{name}-train", f"{name}-test")}
     if not all(path.exists() for path in paths.values()):
-        texts = [text for name in DOCUMENTED for text in docstrings(_package(name).rglob("*.py"))]
-        random.Random(0).shuffle(texts)
-        folder.mkdir(parents=True, exist_ok=True)
-        test = texts[::5]
-        train = [text for number, text in enumerate(texts) if number % 5]
-        for path, half in zip(paths.values(), (train, test), strict=True):
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in half))
-    return paths
-
-
-def library_docstrings(folder: Path) -> dict[str, Path]:
-    """library-train.jsonl and, every fifth row, library-test.jsonl: docstrings of Python's library, shuffled."""
-    paths = {name: folder / f"{name}.jsonl" for name in ("library-train", "library-test")}
-    if not all(path.exists() for path in paths.values()):
-        texts = docstrings()
+        texts = [text for files in packages for text in docstrings(files)]
         random.Random(0).shuffle(texts)
         folder.mkdir(parents=True, exist_ok=True)
         train = [text for number, text in enumerate(texts) if number % 5]
         for path, half in zip(paths.values(), (train, texts[::5]), strict=True):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in half))
     return paths
+
+
+def package_docstrings(folder: Path) -> dict[str, Path]:
+    """packages-train.jsonl and packages-test.jsonl: docstrings of `DOCUMENTED`, 7 MB."""
+    return _split(folder, "packages", (_package(name).rglob("*.py") for name in DOCUMENTED))
+
+
+def library_docstrings(folder: Path) -> dict[str, Path]:
+    """library-train.jsonl and library-test.jsonl: docstrings of Python's library."""
+    return _split(folder, "library", [None])
 
 
 def small(folder: Path, family: str, texts: Path, steps: int = 400) -> Path:

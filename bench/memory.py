@@ -22,7 +22,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
 import transformers as hf
-from materials import EMBEDDED, embedded_data, smollm2
+from materials import EMBEDDED, embedded_data, result_file, smollm2
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from prunekit.checkpoint import open_checkpoint, write_json
@@ -269,8 +269,11 @@ def measure(name: str, line: list[str], runs: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--cases", nargs="*", type=int, help="numbers of the configurations; default: all")
-    parser.add_argument("--json", type=Path, help="also write the result here, into what is there")
+    numbers = range(len(CASES))
+    parser.add_argument(
+        "--cases", nargs="*", type=int, choices=numbers, metavar="N", help="numbers of configurations; default: all"
+    )
+    parser.add_argument("--json", type=result_file, help="also write the result here, into what is there")
     args = parser.parse_args()
     from swift.callbacks import callbacks_map
 
@@ -278,7 +281,7 @@ def main() -> None:
     rows = {}
     if args.json and args.json.is_file():  # of configurations that aren't measured anew
         rows = {row["case"]: row for row in json.loads(args.json.read_text())["configurations"]}
-    for number in range(len(CASES)) if args.cases is None else args.cases:
+    for number in numbers if args.cases is None else args.cases:
         name, line = CASES[number]
         rows[number] = row = {"case": number, **measure(name, line, args.runs)}
         print(

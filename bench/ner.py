@@ -4,17 +4,18 @@
 
 The model is Rampart (a BERT of 6 layers that tags personal data), fine-tuned on one half of presidio-evaluator's
 sentences (`dense`); F1 is measured on the other half: other sentences, other identities. Every stage is a command of
-the README, and stages whose folder exists are skipped, so that an interrupted run goes on. Prints JSON; takes half an
-hour on two CPU cores.
+the README, and stages whose folder exists in RUNS/ner are skipped, so that an interrupted run goes on. Prints JSON;
+takes half an hour on two CPU cores.
 """
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
-from materials import ner_data, rampart
+from materials import ner_data, rampart, result_file
+from materials import run as run_command
 
 from prunekit.checkpoint import open_checkpoint, statistics, write_json
 from prunekit.ner import evaluate
@@ -22,15 +23,12 @@ from prunekit.report import draw_f1
 from prunekit.serving.measure import Measuring, measure_served, served_table, where_zeros_save_nothing
 from prunekit.tagger.rows import read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def run(out: Path, script: str, *arguments: object) -> Path:
     """Run a script of the repository that writes OUT, unless OUT is there."""
     if not out.exists():
-        command = [sys.executable, ROOT / script, *arguments, "--out", out]
-        print("+", *command[1:], file=sys.stderr, flush=True)
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=sys.stderr)
+        print("+", script, *arguments, "--out", out, file=sys.stderr, flush=True)
+        run_command(sys.executable, script, *arguments, "--out", out)
     return out
 
 
@@ -49,19 +47,20 @@ def scan_layers(folder: Path, work: Path, data: Path, rows: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench/ner"), help="folder of the stages")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning the dense model (default: 3)")
     parser.add_argument("--distil-steps", type=int, default=250, help="of the student (default: 250)")
     parser.add_argument("--scan-rows", type=int, default=300, help="to choose the layer on (default: 300)")
     parser.add_argument("--sparsity", type=float, default=0.15)
     parser.add_argument("--seconds", type=float, default=3.0, help="to time each batch for (default: 3)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--figure", type=Path, help="also draw the table of F1 here")
+    parser.add_argument("--json", type=result_file, help="also write the result here")
+    parser.add_argument("--figure", type=result_file, help="also draw the table of F1 here")
     args = parser.parse_args()
 
+    args.runs = args.runs.absolute()
     packaged, data = rampart(args.runs / "rampart"), ner_data(args.runs)
-    work, train = args.work, ["--dataset", data["ner-train"], "--report_to", "none", "--learning_rate"]
+    work = args.runs / "ner" / f"{args.epochs}-{args.distil_steps}-{args.scan_rows}-{args.sparsity}"
+    train = ["--dataset", data["ner-train"], "--report_to", "none", "--learning_rate"]
     dense = run(work / "dense", "ner_run.py", "--model", packaged, *train, 5e-5, "--num_train_epochs", args.epochs)
     scan = scan_layers(dense, work, data["ner-train"], args.scan_rows)
     layer = max(scan, key=lambda score: score["f1"])["layer"]
@@ -91,7 +90,7 @@ def main() -> None:
     base, small = by_name["dense"], by_name["dense-int8"]
     result = {
         "model": "Rampart 1.4 (BERT, 6 layers, hidden 384), fine-tuned",
-        "threads": how.threads or 2,
+        "threads": how.threads or len(os.sched_getaffinity(0)),
         "length": how.length,
         "packaged_f1": evaluate(packaged, read_rows(data["ner-test"]))["f1"],
         "scan": scan,

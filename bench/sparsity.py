@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from materials import smollm2, write_texts
+from materials import known_result, result_file, smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate, draw_rows, read_calibration
 from prunekit.data.encode import encoder_of
-from prunekit.errors import PruneKitError, run_script
+from prunekit.errors import run_script
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.report import style
@@ -177,7 +177,7 @@ class Bench:
             report_to=[],
         )
         trainer = (Distillation if teacher else transformers.Trainer)(
-            model, settings, train_dataset=rows[start:], eval_dataset=rows[: args.eval_rows],
+            model, settings, train_dataset=rows[start : start + steps * args.rows], eval_dataset=rows[: args.eval_rows],
             data_collator=encoder.collate, callbacks=[callback] if callback else [],
         )  # fmt: skip
         trainer.teacher = teacher
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=4, help="of gradual pruning")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--only", nargs="+", choices=[*UNTRAINED, *RETRAINED], help="measure these alone")
-    parser.add_argument("--json", type=Path, help="also write the result here, and go on from it")
+    parser.add_argument("--json", type=result_file, help="also write the result here, and go on from it")
     args = parser.parse_args()
 
     bench = Bench(args)
@@ -293,11 +293,7 @@ def main() -> None:
         name: getattr(args, name) for name in ("sparsity", "steps", "rows", "eval_rows", "events", "learning_rate")
     }
     settings = {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens} | {"retraining": retraining}
-    result = {"model": "SmolLM2-135M-Instruct, bf16", "settings": settings}
-    if args.json and args.json.exists():
-        result = read_json(args.json)
-        if result["settings"] != settings:
-            raise PruneKitError(f"{args.json}: has other settings, {result['settings']}; move it, or repeat them")
+    result = {"model": "SmolLM2-135M-Instruct, bf16"} | known_result(args.json, settings)
     for part, names, measure in (
         ("untrained", UNTRAINED, bench.untrained),
         ("retrained", RETRAINED, bench.retrained),

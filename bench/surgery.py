@@ -17,13 +17,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from prunekit.checkpoint import layer_numbers, open_checkpoint  # noqa: E402
+from materials import ROOT, result_file
+from materials import run as run_command
+
+from prunekit.checkpoint import layer_numbers, open_checkpoint, write_json
+from prunekit.errors import run_script
 
 DROPPED = [4, 9, 14, 19, 24]
 MERGEKIT = ROOT / ".venv-rehearsal/bin/mergekit-yaml"
@@ -174,32 +177,26 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=5, help="of each contender (default: 5)")
     parser.add_argument("--slow-runs", type=int, default=2, help="of transformers and mergekit (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write the JSON there too")
     arguments = parser.parse_args()
+    if not MERGEKIT.exists():
+        sys.exit("error: mergekit is missing; bash bench/setup.sh installs it")
     models = arguments.models
     if not models:
         models = [runs / "smollm2", runs / "synthetic"]
-        materials = [sys.executable, ROOT / "bench/materials.py", runs]
-        subprocess.run(materials, check=True, stdout=sys.stderr)
-    if not MERGEKIT.exists():
-        sys.exit("error: mergekit is missing; bash bench/setup.sh installs it")
+        run_command(sys.executable, "bench/materials.py", runs)
 
     # Bytecode is cached for our scripts as it is for the peers, which were compiled when they were installed.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     report = {"machine": machine(ROOT), "models": {}}
     for model in models:
-        work = model.resolve().with_name(f"{model.name}-surgery")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            report["models"][model.name] = measure(model.resolve(), work, arguments.runs, arguments.slow_runs)
-        finally:
-            shutil.rmtree(work)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+        model = model.resolve()
+        with tempfile.TemporaryDirectory(prefix=f"{model.name}-surgery-", dir=model.parent) as work:  # on its disk
+            report["models"][model.name] = measure(model, Path(work), arguments.runs, arguments.slow_runs)
+        if arguments.json:
+            write_json(arguments.json, report)
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,20 +16,19 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from care import decompose
-from materials import package_docstrings, smollm2, texts_of, write_texts
+from materials import ROOT, known_result, package_docstrings, result_file, run, smollm2, texts_of, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
+from prunekit.errors import run_script
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYERS = read_json(ROOT / "docs/measured/heal.json")["order"]
 KV = ("kv_cut.py", "--kv-heads", 1)
 DROP = ("manual_select.py", "--text", *LAYERS[:5])
@@ -155,10 +154,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="of calibration (default: 32768)")
     parser.add_argument("--test-tokens", type=int, default=8_192, help="whose loss is measured (default: 8192)")
     parser.add_argument("--refine", type=int, default=200, help="steps of kv_cut.py --refine (default: 200)")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of the cuts")
-    parser.add_argument("--json", type=Path, help="also write the result here, and go on from it")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help="default: all")
+    parser.add_argument("--json", type=result_file, help="also write the result here, and go on from it")
     args = parser.parse_args()
     args.runs = args.runs.absolute()
+    settings = {name: value for name, value in vars(args).items() if name not in ("runs", "evals", "json", "cases")}
+    result = {"cases": {}, "answers": {}} | known_result(args.json, settings)
 
     base = smollm2(args.runs / "smollm2-bf16", "bfloat16")
     texts = write_texts(args.runs) | package_docstrings(args.runs)
@@ -183,13 +184,8 @@ def main() -> None:
         "needle": needles(held_out["wikipedia-test"])[: args.questions // 2],
     }
 
-    result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"cases": {}, "answers": {}}
-    settings = {name: value for name, value in vars(args).items() if name not in ("runs", "evals", "json", "cases")}
-    if result.setdefault("settings", settings) != settings:
-        sys.exit(f"error: {args.json} was made with {result['settings']}: give another --json")
-
     def folder_of(name: str) -> Path:
-        out = args.runs / "tasks" / re.sub(r"\W+", "-", name)
+        out = args.runs / f"tasks/{args.questions}-{args.tokens}-{args.refine}" / re.sub(r"\W+", "-", name)
         script, *words = (calibs.get(word, word) for word in CASES[name])
         if out.exists():
             return out
@@ -200,8 +196,7 @@ def main() -> None:
             return out
         if "--calib" in words and script != "vocab_cut.py":
             words += ["--calib-tokens", args.tokens, "--max-length", 512]
-        command = [sys.executable, ROOT / script, "--model", base, "--out", out, *words]
-        subprocess.run([*map(str, command)], cwd=ROOT, check=True, stdout=sys.stderr)
+        run(sys.executable, script, "--model", base, "--out", out, *words)
         return out
 
     for name in ["base", *args.cases]:
@@ -227,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,12 +20,23 @@ import time
 from pathlib import Path
 
 import torch
-from materials import EMBEDDED, embedded_data, package_docstrings, smollm2, texts_of, write_texts
+from materials import (
+    EMBEDDED,
+    ROOT,
+    embedded_data,
+    known_result,
+    package_docstrings,
+    result_file,
+    run,
+    smollm2,
+    texts_of,
+    write_texts,
+)
 
 from prunekit.checkpoint import history, open_checkpoint, read_json, write_json
+from prunekit.errors import run_script
 from prunekit.model.load import load_model
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYERS = read_json(ROOT / "docs/measured/heal.json")["order"]
 CUTS = {  # by name: the script, and what it is told; 4 layers have as many parameters as half of the vocabulary
     "half of the vocabulary": ("vocab_cut.py", "--keep-share", 0.5),
@@ -33,6 +44,7 @@ CUTS = {  # by name: the script, and what it is told; 4 layers have as many para
     "a quarter of the vocabulary": ("vocab_cut.py", "--keep-share", 0.25),
     "6 layers dropped": ("manual_select.py", "--text", *LAYERS[:6]),
 }
+PARTS = ("smollm2", "embedded")
 
 # Runs a command and says what it took: from a small process, whose memory isn't taken for its child's
 WATCH = """
@@ -49,8 +61,13 @@ sys.exit(code)
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+        free = ("json", "runs", "parts", "fresh")
+        settings = {name: value for name, value in vars(args).items() if name not in free}
+        settings |= {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}
+        self.result = known_result(args.json, settings)
         self.work = args.runs / "vocabulary"
+        if args.fresh:
+            shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
 
     def keep(self, value, *path: str) -> None:
@@ -131,7 +148,7 @@ class Bench:
     # --- the embedded model --------------------------------------------------------------------------------------
 
     def embedded(self) -> None:
-        data = embedded_data(self.args.runs / "embedded")
+        data = embedded_data(self.args.runs / "tiny_vl")
         folders = {"uncut": EMBEDDED}
         for share in (0.75, 0.5, 0.25):
             name = f"embedded {share}"
@@ -142,8 +159,7 @@ class Bench:
                 continue
             out = self.work / "scores.json"
             command = [sys.executable, "-m", "prunekit.evaluate", "--model", folder, "--dataset", data / "test.jsonl"]
-            command += ["--limit", self.args.questions, "--json", out]
-            subprocess.run([*map(str, command)], cwd=ROOT, check=True, stdout=sys.stderr)
+            run(*command, "--limit", self.args.questions, "--json", out)
             (found,) = read_json(out)
             entry = history(folder)[-1] if name != "uncut" else {}
             score = found["datasets"]["test"]
@@ -174,7 +190,7 @@ def _summary(found: list, whole: list | None) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--parts", nargs="+", default=["smollm2", "embedded"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
         "--rows", type=int, default=60, help="of 2400 characters each, half as many of other kinds (default: 60)"
     )
@@ -183,18 +199,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate (default: 5e-5)")
     parser.add_argument("--questions", type=int, default=400, help="for the embedded model (default: 400)")
     parser.add_argument("--fresh", action="store_true", help="make the cuts anew, and time them")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
     args.runs = args.runs.absolute()
-    if args.fresh:
-        shutil.rmtree(args.runs / "vocabulary", ignore_errors=True)
     bench = Bench(args)
-    settings = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "parts", "fresh")}
-    bench.keep(settings | {"model": "SmolLM2-135M-Instruct, bf16", "threads": torch.get_num_threads()}, "settings")
     for part in args.parts:
         getattr(bench, part)()
     print(json.dumps(bench.result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,22 +15,21 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from materials import smollm2, write_texts
+from materials import known_result, result_file, run, smollm2, write_texts
 
 from prunekit.checkpoint import history, open_checkpoint, write_json
 from prunekit.critical import critical_parameters
 from prunekit.data.batches import calibrate
+from prunekit.errors import PruneKitError, run_script
 from prunekit.model.load import load_model
 from prunekit.model.scores import score_batches
 from prunekit.training.head_rates import HeadRates, Rates, freeze_others, known_scores
 
-ROOT = Path(__file__).resolve().parents[1]
 CUTS = {  # by name: what width_cut.py is told
     "removed": ("--heads", 6, "--neuron-share", 0.75),
     "masked": ("--heads", 6, "--mask"),
@@ -39,6 +38,7 @@ CUTS = {  # by name: what width_cut.py is told
     "groups 2": ("--kv-groups", 2),
     "neurons 75%": ("--neuron-share", 0.75),
 }
+PARTS = ("recover", "speed", "scores")
 SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
 KEEP_MASKS = {  # what training does to masked heads; "plain" brings them to life again
     "head rates": Rates(),
@@ -51,10 +51,12 @@ IMPORTANT = Rates(weak=0.0, weak_share=0.5, others=0.0)  # --optimizer important
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace, base: Path, train: Path, test: Path, work: Path):
+    def __init__(self, args: argparse.Namespace, base: Path, train: Path, test: Path, work: Path, **settings: str):
         """base: the uncut checkpoint; train, test: rows of text to calibrate and train on, and to measure on."""
         self.args = args
-        self.result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+        free = ("json", "runs", "parts", "model", "train", "test")
+        own = {name: value for name, value in vars(args).items() if name not in free}
+        self.result = known_result(args.json, own | settings | {"threads": torch.get_num_threads()})
         self.base, self.texts, self.test, self.work = open_checkpoint(base), train, test, work
         self._test = None
         self._before: dict[Path, float] = {}
@@ -84,23 +86,14 @@ class Bench:
 
     def cut(self, name: str, score: str = "activation", calibrated: bool = True) -> Path:
         """The folder of a cut, made by the script as a user makes it."""
-        out = self.work / f"{name}-{score}{'' if calibrated else '-uncalibrated'}".replace(" ", "-").replace("%", "")
+        how = f"{score}-{self.args.tokens}" if calibrated else "uncalibrated"
+        out = self.work / f"{name}-{how}".replace(" ", "-").replace("%", "")
         if not out.exists():
-            command = [
-                sys.executable,
-                ROOT / "width_cut.py",
-                "--model",
-                self.base.path,
-                "--out",
-                out,
-                *CUTS[name],
-            ]
+            command = [sys.executable, "width_cut.py", "--model", self.base.path, "--out", out, *CUTS[name]]
             if calibrated:
                 command += ["--score", score, "--calib", self.texts, "--calib-tokens", self.args.tokens]
                 command += ["--max-length", 512]
-            start = time.perf_counter()
-            subprocess.run([*map(str, command)], check=True, cwd=ROOT, stdout=sys.stderr, stderr=subprocess.DEVNULL)
-            print(f"{out.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+            print(f"{out.name}: {run(*command):.0f} s", file=sys.stderr)
         return out
 
     # --- what is left, untrained ---------------------------------------------------------------------------------
@@ -139,6 +132,11 @@ class Bench:
         tokens = self.args.steps * self.args.length
         data = calibrate(model, checkpoint, self.texts, 2 * tokens, self.args.length, batch_tokens=1)
         batches = [b for b in [*data.fit, *data.held_out] if b["input_ids"].shape[1] == self.args.length]
+        if len(batches) < self.args.steps:
+            raise PruneKitError(
+                f"{self.texts}: {len(batches)} of the rows drawn have {self.args.length} tokens, and each of --steps "
+                f"{self.args.steps} takes one: give longer texts, or lower --length or --steps"
+            )
         return batches[-self.args.steps :]
 
     def train(self, folder: Path, way: str) -> dict:
@@ -269,10 +267,10 @@ def draw(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--parts", nargs="+", default=["recover", "speed", "scores"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration (default: 2048)")
     parser.add_argument("--test-tokens", type=int, default=4096)
-    parser.add_argument("--score", default="activation", help="of the cuts that are recovered")
+    parser.add_argument("--score", default="activation", choices=SCORES, help="of the cuts that are recovered")
     parser.add_argument(
         "--uncalibrated", action="store_true", help="recover what was cut by the weights alone: quicker"
     )
@@ -281,12 +279,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4)")
     parser.add_argument("--turns", type=int, default=9, help="of timing (default: 9)")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode (default: 32)")
-    parser.add_argument("--json", type=Path, help="also write the result here, and a picture beside it")
+    parser.add_argument("--json", type=result_file, help="also write the result here, and a picture beside it")
     args = parser.parse_args()
+    args.runs = args.runs.absolute()
     base, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
-    bench = Bench(args, base, texts["wikipedia-train"], texts["wikipedia-test"], args.runs / "width")
-    settings = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "parts")}
-    bench.keep(settings | {"model": "SmolLM2-135M-Instruct", "threads": torch.get_num_threads()}, "settings")
+    train, test = texts["wikipedia-train"], texts["wikipedia-test"]
+    bench = Bench(args, base, train, test, args.runs / "width", model="SmolLM2-135M-Instruct")
     for part in args.parts:
         getattr(bench, part)()
     if args.json and bench.known("untrained") and bench.known("recovered"):
@@ -295,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

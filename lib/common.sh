@@ -574,6 +574,19 @@ quoted() {
   done
 }
 
+# alike LINE: refuse a node that would train by another line than the first, as with GPUs of other memory or without flash
+# attention: torchrun would take what each says, and batches would differ from node to node.
+alike() {
+  local file=$WORK/command.sh
+  for _ in $(seq 600); do # it may be at its checks yet
+    [ ! -e "$file" ] || break
+    sleep 1
+  done
+  [ ! -e "$file" ] || [ "$(tail -n 1 "$file")" = "$1" ] ||
+    die "node $NODE_RANK would train by another line than $file, the first node's: have nodes alike, or name what differs" \
+      "(DEEPSPEED, --per_device_train_batch_size, --attn_impl, ...): $1"
+}
+
 # run_swift KIND ARGS...: run ms-swift in $WORK, resuming an interrupted run of the same settings. If SERVER is set
 # (what start_server takes), that runs beside it. PORTS are flags that may be others when a run goes on.
 SERVER=() PORTS=()
@@ -615,6 +628,7 @@ run_swift() {
       rm -f "$WORK"/{publishing,command.sh,made_from.json}
     fi
   else
+    is_main_node || alike "$line"
     [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
     if [ -n "${ZERO:-}" ] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
       die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stamp=.venv-rehearsal/.complete-$(cat pyproject.toml lib/rehearsal.sh lib/torchvision_cpu.py <(realpath .venv-rehearsal) | sha256sum | cut -c1-16)
+stamp=.venv-rehearsal/.complete-$(cat pyproject.toml lib/rehearsal.sh lib/setup.sh lib/torchvision_cpu.py <(realpath .venv-rehearsal) | sha256sum | cut -c1-16)
 bash lib/llm_compressor.sh || echo "warning: no llm-compressor: its tests are skipped" >&2 # takes the lock itself
 exec 8>.setup.lock
 flock 8
@@ -30,8 +30,6 @@ pip install --progress-bar off -e '.[eval]' ||
 pip install --progress-bar off --no-deps --upgrade --target .venv-rehearsal/torchao 'torchao>=0.18,<0.19'
 pip uninstall --yes torchaudio torchcodec # CUDA builds, which transformers would import and fail on
 
-site=$(.venv-rehearsal/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-cp lib/torchvision_cpu.py "$site/_prunekit_torchvision_cpu.py"
-echo 'import _prunekit_torchvision_cpu' > "$site/_prunekit_torchvision_cpu.pth"
-echo 'import gc; gc.set_threshold(10_000)' > "$site/_prunekit_gc.pth"
+site() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+cp "$(site .venv)"/_prunekit_* "$(site .venv-rehearsal)" # what lib/setup.sh has every start of Python do
 touch "$stamp"

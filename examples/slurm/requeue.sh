@@ -1,7 +1,10 @@
 # shellcheck shell=bash
 # What the jobs here share: sourced by them. PRUNEKIT is this repository, by default where sbatch was called.
+# They ask for 8 CPUs a GPU, which decode and load images: without a word Slurm gives a task one, and all GPUs wait for it.
 set -euo pipefail
 PRUNEKIT=${PRUNEKIT:-${SLURM_SUBMIT_DIR:-$PWD}}
+# Since Slurm 22.05 srun no longer takes them from the job by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 [ -f "$PRUNEKIT/lib/common.sh" ] || { echo "error: $PRUNEKIT is not Prune-Kit: call sbatch there, or set PRUNEKIT" >&2; exit 2; }
 
 # until_done COMMAND...: run it, unless an earlier turn of this job has finished OUTPUT. Slurm sends USR1 before the time is

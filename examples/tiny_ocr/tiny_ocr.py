@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from prunekit.arguments import share
-from prunekit.checkpoint import new_folder
-from prunekit.errors import PruneKitError, run_script
+from prunekit.checkpoint import check_out, new_folder
+from prunekit.errors import run_script
 
 HEIGHT, WIDTH = 32, 192  # six image tokens: patches of 16 pixels, merged 2 by 2
 FONTS = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif")
@@ -352,8 +352,8 @@ def train(out: Path, steps: int, batch_size: int, seed: int, overwrite: bool) ->
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0 and out.exists() and not overwrite:
-        raise PruneKitError(f"{out} exists: choose another --out or pass --overwrite")
+    if rank == 0:
+        check_out(out, overwrite=overwrite)
     if world > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(seed)

@@ -11,6 +11,8 @@ from helpers.tiny_ocr import tiny_ocr
 from PIL import Image
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
+from prunekit.errors import PruneKitError
+
 
 @pytest.fixture(scope="module")
 def processor():
@@ -104,6 +106,13 @@ def test_a_share_of_the_data_is_their_beginning(monkeypatch, tmp_path):
     assert len(images) == 2 * len(small)
     for file in images:
         assert file.read_bytes() == (tmp_path / "whole" / "images" / file.name).read_bytes()
+
+
+def test_a_training_that_couldnt_be_written_is_refused_before_it_begins(monkeypatch, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr(tiny_ocr, "build_processor", lambda: pytest.fail("it has begun"))
+    with pytest.raises(PruneKitError, match="isn't overwritten"):
+        tiny_ocr.train(tmp_path, steps=1, batch_size=1, seed=0, overwrite=True)
 
 
 def test_no_training_word_is_held_out():

@@ -123,6 +123,20 @@ def test_data_are_the_same_every_time(monkeypatch, tmp_path):
             assert len(row["images"]) == row["messages"][0]["content"].count("<image>")
 
 
+def test_rows_of_rl_are_the_hard_ones_and_for_a_quarter_cyrillic_ones(monkeypatch, tmp_path):
+    small = {name: (12, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
+    monkeypatch.setattr(tiny_vl, "DATASETS", small)
+    tiny_vl.held_out_keys.cache_clear()
+    tiny_vl.make_data(tmp_path / "data", seed=0)
+    tiny_vl.held_out_keys.cache_clear()
+    hard, cyrillic, mixed = (
+        [json.loads(row) for row in (tmp_path / f"data/{name}.jsonl").read_text().splitlines()]
+        for name in ("rl_train", "cyrillic_train", "rl_mixed")
+    )
+    assert mixed == hard + cyrillic[:4]
+    assert [row["skill"] for row in mixed].count("cyrillic") == len(mixed) / 4
+
+
 def test_a_share_of_the_data_is_their_beginning(monkeypatch, tmp_path):
     small = {name: (18, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
     monkeypatch.setattr(tiny_vl, "DATASETS", small)

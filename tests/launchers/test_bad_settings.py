@@ -62,6 +62,9 @@ BAD_SETTINGS = [
     *(({"METHOD": method}, "quantise.sh") for method in ("awq", "fp8 ", "bnb", "block-fp8")),
     ({"GPUS": "0,1,2", "JOBS": "2"}, "knockout_check.sh"),
     ({"BY": "skill", "GATE": "best"}, "knockout_check.sh"),
+    *(({"MODE": "train", name: value}, "knockout_check.sh") for name, value in {
+        "RACE": "1", "GREEDY": "8", "TARGET_PARAMS": "0.7", "HEAL": "1", "EXPERTS": "all", "GENERATE": "9",
+    }.items()),
     ({"GATE": "worst"}, "knockout_check.sh"),
     ({"HEAL": "1"}, "knockout_check.sh"),
     *(({"MODE": "train", name: value}, "knockout_check.sh") for name, value in {

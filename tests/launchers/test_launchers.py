@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.lab import LAUNCHERS, TRAINERS, check_flags, free_port, values
+from helpers.lab import LAUNCHERS, TRAINERS, check_flags, free_port, values, wait_for
 from helpers.paths import ROOT
 
 SCRIPTS = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.sh"), *ROOT.glob("lib/*.sh")))
@@ -318,6 +318,18 @@ def test_a_node_that_is_not_the_main_one_trains_beside_it_and_publishes_nothing(
     assert main.poll() is None
     main.terminate()
     main.communicate(timeout=60)
+
+
+def test_a_node_that_would_train_by_other_flags_than_the_first_is_refused_whichever_begins(lab):
+    nodes = {"NNODES": "2", "STUB_GPUS": "1", "MASTER_ADDR": "127.0.0.1"}
+    other = lab.start("full_run.sh", NODE_RANK=1, STUB_MEMORY=24000, **nodes)  # a row at once where the first has four
+    wait_for(lambda: (lab.work / "lock-1").exists())
+    main = lab.until_hanging("full_run.sh", NODE_RANK=0, STUB_HANG_AT=1, **nodes)
+    _, err = other.communicate(timeout=120)
+    main.terminate()
+    main.communicate(timeout=60)
+    assert other.returncode == 2 and re.fullmatch(r"error: node 1 would train by another line than [^\n]*\n", err), err
+    assert [call["env"]["NODE_RANK"] for call in lab.calls("sft")] == ["0"]
 
 
 # --- W&B and secrets ------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ def test_each_node_of_a_training_knows_its_place_and_the_first_one_publishes(slu
     assert lab.out.exists() and "--ntasks-per-node=1" in (lab.folder / "srun").read_text()
 
 
+def test_jobs_ask_for_cpus_and_what_they_start_on_nodes_has_them(slurm, lab):
+    jobs = [job.read_text() for job in (ROOT / "examples/slurm").glob("*.sbatch")]
+    assert len(jobs) == 3 and all("\n#SBATCH --cpus-per-task=" in job for job in jobs)
+    finish(slurm("nodes.sbatch", "full_run.sh", nodes=2, STUB_MEET=1, SLURM_CPUS_PER_TASK=64))
+    assert {call["env"]["SRUN_CPUS_PER_TASK"] for call in lab.calls("sft")} == {"64"}
+
+
 def test_a_job_whose_time_is_up_is_requeued_and_goes_on(slurm, lab):
     process = slurm("train.sbatch", "full_run.sh", STUB_HANG_AT=3)
     wait_for(lambda: lab.calls(event="hang"))
