@@ -67,13 +67,10 @@ need_switch RACE HEAL
 need GATE 'mean|worst' "choose mean or worst"
 [ -z "$HEAL" ] || [ -n "$GREEDY$TARGET_PARAMS" ] || die "HEAL=$HEAL: heals the sets of a path; set GREEDY or TARGET_PARAMS"
 for name in RACE GREEDY TARGET_PARAMS HEAL GENERATE EXPERTS; do
-  [ "$MODE" != train ] || [[ ${!name} =~ ^(|0|none)$ ]] || die "$name=${!name}: is for the scan, which MODE=train leaves out"
+  [ "$MODE" != train ] || [[ ${!name} =~ ^(|0|none)$ ]] || die "$name=${!name}: is for the scan, which MODE=train leaves out: set MODE=all, or leave it out"
 done
 [ "$GATE" = mean ] || [ -n "$BY" ] || die "GATE=$GATE: worst of which groups? Set BY to a column of the rows"
 [ "$GATE" = mean ] || [ -z "$RACE" ] || die "GATE=$GATE: needs every removal scored on every row; leave out RACE"
-for name in RACE GREEDY TARGET_PARAMS HEAL EXPERTS GENERATE; do
-  [[ $MODE != train || ${!name} =~ ^(|0|none)$ ]] || die "$name=${!name}: is of the scan, which MODE=train leaves out: set MODE=all, or leave it out"
-done
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
 refuse_data_flags "$@"
 processes=$PROCESSES

@@ -67,9 +67,6 @@ BAD_SETTINGS = [
     }.items()),
     ({"GATE": "worst"}, "knockout_check.sh"),
     ({"HEAL": "1"}, "knockout_check.sh"),
-    *(({"MODE": "train", name: value}, "knockout_check.sh") for name, value in {
-        "RACE": "1", "GREEDY": "2", "TARGET_PARAMS": "0.9", "GENERATE": "9", "EXPERTS": "all",
-    }.items()),
     ({"BY": "skill", "RACE": "1", "GATE": "worst"}, "knockout_check.sh"),
 ]  # fmt: skip
 
