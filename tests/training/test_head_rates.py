@@ -136,6 +136,8 @@ def test_weights_of_16_bits_are_refused_before_ms_swift_starts(tiny, tmp_path):
         ROOT / "plugins/head_rates.py",
         "--torch_dtype",
         "bfloat16",
+        "--tuner_type",
+        "full",
     ]
     done = subprocess.run(
         [*map(str, command), "--swift", "sft", "--", *map(str, line)],
