@@ -438,11 +438,15 @@ class Optimizer:
         self.fast = torch.bfloat16 if has_bfloat16(device.type) else torch.float32
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         # One stretch of memory, stacks first: summed over processes, and each stack seen, without a copy.
-        order = [*(name for names in self.stacks for name in names), *self.others]
-        sizes = [self.live[name].numel() for name in order]
+        shapes_of = [(len(names), *self.live[names[0]].shape) for names in self.stacks]
+        shapes_of += [tuple(self.live[name].shape) for name in self.others]
+        sizes = [math.prod(shape) for shape in shapes_of]
         self.flat = torch.zeros(sum(sizes), device=device)
-        parts = zip(order, self.flat.split(sizes), strict=True)
-        self.gradients = {name: part.view(self.live[name].shape) for name, part in parts}
+        parts = [part.view(shape) for part, shape in zip(self.flat.split(sizes), shapes_of, strict=True)]
+        self.stacked, others = parts[: len(self.stacks)], parts[len(self.stacks) :]
+        pairs = zip(self.stacks, self.stacked, strict=True)
+        self.gradients = {name: each for names, stack in pairs for name, each in zip(names, stack, strict=True)}
+        self.gradients |= zip(self.others, others, strict=True)
 
     def collect(self) -> None:
         """Add the model's gradients to ours and clear them: sums in bf16 would lose the small ones."""
@@ -458,17 +462,13 @@ class Optimizer:
         if self.world > 1:
             dist.all_reduce(self.flat)
         self.flat *= 1 / self.flat.norm().clamp(min=micro_batches)  # the mean, clipped to a norm of 1
-        start = 0
-        for index, names in enumerate(self.stacks):
-            size = len(names) * self.live[names[0]].numel()
-            stack = self.flat[start : start + size].view(len(names), *self.live[names[0]].shape)
-            start += size
+        for index, (names, stack) in enumerate(zip(self.stacks, self.stacked, strict=True)):
             momentum = self.tensors[f"momentum.{index}"].lerp_(stack, 0.05)
             share = math.ceil(len(stack) / self.world)
             mine = slice(self.rank * share, (self.rank + 1) * share)
             updates = self._gather(self._orthogonal(stack[mine].lerp(momentum[mine], 0.95)), share)
             speed = MUON_RATE * rate * max(1.0, stack.shape[1] / stack.shape[2]) ** 0.5
-            for name, update in zip(names, updates.float(), strict=False):
+            for name, update in zip(names, updates[: len(names)].float(), strict=True):
                 self.tensors[f"master.{name}"].mul_(1 - 0.01 * MUON_RATE * rate).sub_(update, alpha=speed)
         for name in self.others:
             gradient, master = self.gradients[name], self.tensors[f"master.{name}"]
