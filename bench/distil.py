@@ -124,10 +124,10 @@ def compare(teacher: list[Tensor], student: list[Tensor], heads: list[Tensor]) -
                 logits = other.clone().requires_grad_()
                 value = loss(logits, one, beta)
                 value.backward()
-                total += float(value)
+                total += float(value.detach())
                 gradient += logits.grad.T @ head
             right = gradient if right is None else right
-            cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), right.flatten(), 0)
+            cosine = torch.nn.functional.cosine_similarity(gradient.double().flatten(), right.double().flatten(), 0)
             rows.append({"direction": direction, "loss": name, "bytes": size, "cosine": round(float(cosine), 4)})
             rows[-1]["nats"] = None if name.startswith("sampled") else round(total / tokens, 4)
             print(f"  {direction:8} {name:24} {size:>9.0f} B  cosine {cosine:.4f}", file=sys.stderr, flush=True)

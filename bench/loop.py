@@ -1,6 +1,6 @@
 """What loop.sh comes to on the embedded model, and how much of its time is its own: JSON.
 
-    python examples/tiny_vl/tiny_vl.py data --out runs/tiny_vl --share 0.2
+    python examples/tiny_vl/tiny_vl.py data --out runs/tiny_vl --share 0.6
     python bench/loop.py --data runs/tiny_vl --out runs/loop --json docs/measured/loop.json
     python bench/loop.py --data runs/tiny_vl --out runs/far --target-params 0.3                # how far does it get?
     python bench/loop.py --data runs/tiny_vl --out runs/depth --arm depth --target-params 0.3  # with layers alone
@@ -8,9 +8,9 @@
     python bench/loop.py --data runs/tiny_vl --out runs/choice --choice --json docs/measured/loop_choice.json
 
 Arms: `loop` with all kinds of cuts; `depth` with layers alone; `width` with heads and neurons; `oneshot`: a single cut
-to the target, with as many steps behind it as --rounds rounds have, whatever it keeps. --choice trains nothing: the
+to the target, with as many steps behind it as --rounds rounds have, whatever it keeps. --choice runs no loop: the
 cheapest set across kinds against the cheapest of each kind alone, at 80% and 65% of the parameters, by loss and
-token_acc.
+token_acc, untrained and after equal recovery.
 
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
 Of a loop that goes on it is that of this call.
@@ -19,6 +19,7 @@ With --log FILE it says this of a loop that has ended, whose last line there was
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -35,12 +36,13 @@ from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
 from prunekit.loop.choice import KINDS, choose, total
 
 MODEL = "examples/tiny_vl/model"
-STEPS = {"RECOVER_STEPS": 40, "DISTIL_STEPS": 10, "LONGER_STEPS": 80}
+STEPS = {"RECOVER_STEPS": 120, "DISTIL_STEPS": 20, "LONGER_STEPS": 240}
 SETTINGS = {"MODEL": MODEL, "CALIB_TOKENS": "2000", "EVALUATE_ARGS": "--batch-size 96", "CARD": ""}
 FLAGS = (
     "--per_device_train_batch_size 32 --per_device_eval_batch_size 96 --gradient_accumulation_steps 1 "
-    "--learning_rate 1e-4 --logging_steps 5"
+    "--warmup_ratio 0.05 --logging_steps 5"
 )
+RATE = ("--learning_rate", "2e-4")  # of recovery: a gentle cut of a trained model forgets at demo.sh's 1e-3
 ARMS: dict[str, dict[str, str]] = {
     "loop": {},
     "depth": {"CUTS": "layers"},
@@ -49,7 +51,7 @@ ARMS: dict[str, dict[str, str]] = {
 }
 TARGETS = (0.8, 0.65)
 TRIALS = (  # of each kind from little to much
-    *(("width_cut.py", "--neuron-share", share) for share in ("0.75", "0.5", "0.25", "0.125")),
+    *(("width_cut.py", "--neuron-share", share) for share in ("0.75", "0.625", "0.5", "0.375", "0.25", "0.125")),
     ("width_cut.py", "--heads", "4"),
     ("kv_cut.py", "--kv-heads", "2"),
     ("kv_cut.py", "--kv-heads", "1"),
@@ -60,18 +62,25 @@ def run(args: argparse.Namespace) -> float:
     """Seconds of a loop on the embedded model; exit code 3 is an end, too."""
     times = args.rounds if args.arm == "oneshot" else 1
     steps = {name: str(times * number) for name, number in STEPS.items()}
+    rate = " ".join(RATE)
     saved = {
-        "RECOVER_ARGS": "--eval_steps {0} --save_steps {0}".format(steps["RECOVER_STEPS"]),
-        "DISTIL_ARGS": "--eval_steps {0} --save_steps {0} --max_completion_length 16".format(steps["DISTIL_STEPS"]),
+        "RECOVER_ARGS": "{1} --eval_steps {0} --save_steps {0}".format(steps["RECOVER_STEPS"], rate),
+        "DISTIL_ARGS": "--learning_rate 1e-4 --eval_steps {0} --save_steps {0} --max_completion_length 16".format(
+            steps["DISTIL_STEPS"]
+        ),
     }
     env = os.environ | SETTINGS | steps | saved | {"TARGET_PARAMS": str(args.target_params), "KEEP": str(args.keep)}
     env |= ARMS[args.arm] | {"GPUS": "", "OMP_NUM_THREADS": "1", "OUTPUT": str(args.out.resolve() / "small")}
-    env |= {"DATASET": str(args.data / "train.jsonl"), "VAL_DATASET": str(args.data / "val.jsonl")}
+    env |= data_of(args.data)
     begun = time.monotonic()
     code = subprocess.run(["bash", "loop.sh", *FLAGS.split()], cwd=ROOT, env=env, stdout=sys.stderr).returncode
     if code not in (0, 3):
         sys.exit(f"loop.sh ended with exit code {code}")
     return time.monotonic() - begun
+
+
+def data_of(folder: Path) -> dict[str, str]:
+    return {"DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl")}
 
 
 def summary(folder: Path, seconds: float, known: int) -> dict[str, Any]:
@@ -100,15 +109,16 @@ def what_of(line: str) -> str:
     return " ".join(re.sub(r"\S*/", "", word) for word in words[:3])
 
 
-def choice(data: Path, out: Path) -> dict[str, Any]:
-    """Untrained: what the cheapest set across kinds and that of each kind cost, at each of TARGETS."""
+def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
+    """What the cheapest set across kinds and that of each kind cost at each of TARGETS, untrained and `steps` later."""
     out.mkdir(parents=True, exist_ok=True)
     fit = ["--calib", str(data / "train.jsonl"), "--calib-tokens", SETTINGS["CALIB_TOKENS"]]
     val = ["--dataset", str(data / "val.jsonl")]
 
-    def do(*words: object, result: Path) -> Path:
+    def do(*words: object, result: Path, **env: str) -> Path:
         if not result.exists():
-            run_command(sys.executable, *words, OMP_NUM_THREADS="1")
+            script = str(words[0]).endswith(".sh")
+            run_command("bash" if script else sys.executable, *words, OMP_NUM_THREADS="1", GPUS="", **env)
         return result
 
     def cut(model: object, line: list[str], name: str) -> Path:
@@ -126,14 +136,14 @@ def choice(data: Path, out: Path) -> dict[str, Any]:
     trials = judge("trials.json", MODEL, *folders)
     model = open_checkpoint(MODEL)
     now, candidates = sizes(model), [*from_path(model, scan), *from_trials(model, trials)]
-    found: dict[str, Any] = {"base": read_json(trials)[0]["datasets"], "targets": {}}
+    found: dict[str, Any] = {"base": read_json(trials)[0]["datasets"]["val"], "targets": {}}
     for target in TARGETS:
         wanted = (1 - target) * now["params"]
         arms = found["targets"][str(target)] = {}
-        for arm in ("all", *KINDS):
+        for arm in ("all", *sorted({each.kind for each in candidates}, key=KINDS.index)):
             mine = [each for each in candidates if arm in ("all", each.kind)]
-            # What goes a little beyond the target is allowed: trials are few
-            chosen = choose(mine, {"params": wanted}, 1.2 * wanted)
+            # A little beyond the target is allowed, since trials are few, and what is dear, too: for equal sizes
+            chosen = choose(mine, {"params": wanted}, 1.2 * wanted, dear=math.inf)
             reached = total(chosen)["params"] / now["params"]
             arms[arm] = {"chosen": [each.name for each in chosen], "expected": sum(each.cost for each in chosen),
                          "parameters_left": 1 - reached}  # fmt: skip
@@ -141,10 +151,17 @@ def choice(data: Path, out: Path) -> dict[str, Any]:
                 arms[arm]["short"] = True
                 continue
             made: object = MODEL
+            name = f"{arm}-{target}"
             for number, line in enumerate(cut_lines(chosen)):
-                made = cut(made, line, f"{arm}-{target}-{number}")
-            scores = next(iter(read_json(judge(f"{arm}-{target}.json", made))[0]["datasets"].values()))
-            arms[arm] |= {"scores": scores, "parameters_left": sizes(str(made))["params"] / now["params"]}
+                made = cut(made, line, f"{name}-{number}")
+            recovered = out / f"{name}-recovered"
+            do("full_run.sh", *FLAGS.split(), *RATE, "--max_steps", steps, "--eval_steps", steps, "--save_steps", steps,
+               result=recovered, MODEL=str(made), OUTPUT=str(recovered), **data_of(data))  # fmt: skip
+            untrained, trained = read_json(judge(f"{name}.json", made, recovered))
+            arms[arm] |= {
+                "untrained": untrained["datasets"]["val"], "recovered": trained["datasets"]["val"],
+                "parameters_left": sizes(str(made))["params"] / now["params"],
+            }  # fmt: skip
     return found
 
 
@@ -156,13 +173,14 @@ def main() -> None:
     parser.add_argument("--target-params", type=float, default=0.7)
     parser.add_argument("--keep", type=float, default=0.97, help="(default: 0.97; oneshot is judged by nothing)")
     parser.add_argument("--rounds", type=int, default=1, help="whose steps a single cut gets")
-    parser.add_argument("--choice", action="store_true", help="across kinds against each kind alone, untrained")
+    parser.add_argument("--choice", action="store_true", help="across kinds against each kind alone, and no loop")
+    parser.add_argument("--steps", type=int, default=120, help="of recovery with --choice (default: 120)")
     parser.add_argument("--log", type=Path, help="of a loop that has ended there")
     parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
     args.data = args.data.resolve()
     if args.choice:
-        result = choice(args.data, args.out.resolve())
+        result = choice(args.data, args.out.resolve(), args.steps)
     else:
         folder = args.out / "small.loop"
         known = 0 if args.log else len(stage_lines(folder))

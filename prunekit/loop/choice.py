@@ -33,12 +33,15 @@ def gain(saved: Mapping[str, float], wanted: Mapping[str, float]) -> float:
     return sum(min(saved[unit], wish) / wish for unit, wish in wanted.items())
 
 
-def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: float) -> list[Candidate]:
+def choose(
+    candidates: Sequence[Candidate], wanted: Mapping[str, float], most: float, dear: float = DEAR
+) -> list[Candidate]:
     """The set that costs least for what it saves of `wanted`, with at most `most` parameters gone.
 
     From nothing, step by step: of all candidates that could be added, or stand in for the one of their kind, that with
     the least loss per unit of the target gained; until all that is `wanted` (by UNITS' keys, above 0) is saved, nothing
-    that gains fits, or what does is DEAR against the set so far: a budget needn't be spent, the next round looks again.
+    that gains fits, or what does is `dear` times as dear as the set so far: a budget needn't be spent, the next round
+    looks again.
     What goes beyond the target is no gain. Costs of different kinds are added up. In KINDS' order; empty where nothing
     fits.
     """
@@ -55,7 +58,7 @@ def choose(candidates: Sequence[Candidate], wanted: Mapping[str, float], most: f
         if not steps:
             break
         rate, _, best = min(steps, key=lambda step: step[:2])
-        if chosen and rate > DEAR * max(LITTLE, sum(c.cost for c in chosen.values()) / now):
+        if chosen and rate > dear * max(LITTLE, sum(c.cost for c in chosen.values()) / now):
             break
         chosen[best.kind] = best
     return sorted(chosen.values(), key=lambda each: KINDS.index(each.kind))
