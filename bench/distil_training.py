@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from materials import EMBEDDED, MODELS, embedded_data, result_file, run, smollm2, texts_of, write_texts
+from materials import EMBEDDED, MODELS, conversations, embedded_data, result_file, run, smollm2, write_texts
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.data.batches import calibrate
@@ -44,16 +44,6 @@ METHODS = {
     ),
 }
 FLAGS = "--gradient_accumulation_steps 1 --warmup_ratio 0.05 --eval_strategy no --save_total_limit 20 --logging_steps 1"
-
-
-def conversations(texts: Path, target: Path, question: int = 300, answer: int = 900) -> Path:
-    """Pieces of text as a beginning and what follows it, so many characters each."""
-    pieces = texts_of(texts)
-    pairs = [(piece[:question], piece[question : question + answer]) for piece in pieces]
-    roles = ("user", "assistant")
-    rows = [{"messages": [{"role": role, "content": said} for role, said in zip(roles, pair)]} for pair in pairs]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return target
 
 
 def embedded(args: argparse.Namespace, case: Path) -> dict[str, Any]:

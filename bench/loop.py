@@ -1,4 +1,4 @@
-"""What loop.sh comes to on the embedded model, and how much of its time is its own: JSON.
+"""What loop.sh comes to on the embedded model or SmolLM2-135M, and how much of its time is its own: JSON.
 
     python examples/tiny_vl/tiny_vl.py data --out runs/tiny_vl --share 0.6
     python bench/loop.py --data runs/tiny_vl --out runs/loop --json docs/measured/loop.json
@@ -6,6 +6,7 @@
     python bench/loop.py --data runs/tiny_vl --out runs/depth --arm depth --target-params 0.3  # with layers alone
     python bench/loop.py --data runs/tiny_vl --out runs/once --arm oneshot --target-params 0.676 --rounds 2
     python bench/loop.py --data runs/tiny_vl --out runs/choice --choice --json docs/measured/loop_choice.json
+    python bench/loop.py --model smollm2 --data runs/bench --out runs/text --target-params 0.8 --keep 0.7
 
 Arms: `loop` with all kinds of cuts; `depth` with layers alone; `width` with heads and neurons; `oneshot`: a single cut
 to the target, with as many steps behind it as --rounds rounds have, whatever it keeps. --choice runs no loop: the
@@ -14,6 +15,7 @@ token_acc, untrained and after equal recovery.
 
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
 Of a loop that goes on it is that of this call.
+SmolLM2 (bash bench/setup.sh) goes on with pieces of Wikipedia, and is judged by the loss of other pieces.
 With --log FILE it says this of a loop that has ended, whose last line there was "SECONDS s".
 """
 
@@ -25,24 +27,46 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from materials import ROOT, result_file
+from materials import EMBEDDED, MODELS, ROOT, conversations, result_file, smollm2, write_texts
 from materials import run as run_command
 
 from prunekit.checkpoint import open_checkpoint, read_json, write_json
 from prunekit.loop.candidates import cut_lines, from_path, from_trials, sizes
 from prunekit.loop.choice import KINDS, choose, total
 
-MODEL = "examples/tiny_vl/model"
-STEPS = {"RECOVER_STEPS": 120, "DISTIL_STEPS": 20, "LONGER_STEPS": 240}
-SETTINGS = {"MODEL": MODEL, "CALIB_TOKENS": "2000", "EVALUATE_ARGS": "--batch-size 96", "CARD": ""}
-FLAGS = (
-    "--per_device_train_batch_size 32 --per_device_eval_batch_size 96 --gradient_accumulation_steps 1 "
-    "--warmup_ratio 0.05 --logging_steps 5"
-)
-RATE = ("--learning_rate", "2e-4")  # of recovery: a gentle cut of a trained model forgets at demo.sh's 1e-3
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model's loops are run: loop.sh's settings, steps of a round, flags of its trainings."""
+
+    env: dict[str, str]
+    steps: dict[str, int]
+    flags: str
+    rate: str  # of recovery: with a higher one a gentle cut of a trained model forgets first
+    distil: str
+
+
+COMMON = "--gradient_accumulation_steps 1 --warmup_ratio 0.05 --logging_steps 5"
+SETTINGS = {
+    "embedded": Setting(
+        {"CALIB_TOKENS": "2000", "EVALUATE_ARGS": "--batch-size 96"},
+        {"RECOVER_STEPS": 120, "DISTIL_STEPS": 20, "LONGER_STEPS": 240},
+        f"--per_device_train_batch_size 32 --per_device_eval_batch_size 96 {COMMON}",
+        "--learning_rate 2e-4",
+        "--learning_rate 1e-4 --max_completion_length 16",
+    ),
+    "smollm2": Setting(  # on-policy distillation would spend the hour on writing
+        {"CALIB_TOKENS": "8000", "EVALUATE_ARGS": "--batch-size 8", "METRIC": "loss", "LMBDA": "0"},
+        {"RECOVER_STEPS": 60, "DISTIL_STEPS": 15, "LONGER_STEPS": 60},
+        f"--per_device_train_batch_size 4 --max_length 512 {COMMON}",
+        "--learning_rate 1e-4",
+        "--learning_rate 5e-5 --max_completion_length 128",
+    ),
+}
 ARMS: dict[str, dict[str, str]] = {
     "loop": {},
     "depth": {"CUTS": "layers"},
@@ -59,28 +83,38 @@ TRIALS = (  # of each kind from little to much
 
 
 def run(args: argparse.Namespace) -> float:
-    """Seconds of a loop on the embedded model; exit code 3 is an end, too."""
+    """Seconds of a loop; exit code 3 is an end, too."""
+    setting = SETTINGS[args.model]
     times = args.rounds if args.arm == "oneshot" else 1
-    steps = {name: str(times * number) for name, number in STEPS.items()}
-    rate = " ".join(RATE)
+    steps = {name: str(times * number) for name, number in setting.steps.items()}
     saved = {
-        "RECOVER_ARGS": "{1} --eval_steps {0} --save_steps {0}".format(steps["RECOVER_STEPS"], rate),
-        "DISTIL_ARGS": "--learning_rate 1e-4 --eval_steps {0} --save_steps {0} --max_completion_length 16".format(
-            steps["DISTIL_STEPS"]
-        ),
+        "RECOVER_ARGS": f"{setting.rate} {lasting(steps['RECOVER_STEPS'])}",
+        "DISTIL_ARGS": f"{setting.distil} {lasting(steps['DISTIL_STEPS'])}",
     }
-    env = os.environ | SETTINGS | steps | saved | {"TARGET_PARAMS": str(args.target_params), "KEEP": str(args.keep)}
+    env = os.environ | setting.env | steps | saved | {"TARGET_PARAMS": str(args.target_params), "KEEP": str(args.keep)}
     env |= ARMS[args.arm] | {"GPUS": "", "OMP_NUM_THREADS": "1", "OUTPUT": str(args.out.resolve() / "small")}
-    env |= data_of(args.data)
+    env |= {"CARD": ""} | materials_of(args.model, args.data)
     begun = time.monotonic()
-    code = subprocess.run(["bash", "loop.sh", *FLAGS.split()], cwd=ROOT, env=env, stdout=sys.stderr).returncode
+    code = subprocess.run(["bash", "loop.sh", *setting.flags.split()], cwd=ROOT, env=env, stdout=sys.stderr).returncode
     if code not in (0, 3):
         sys.exit(f"loop.sh ended with exit code {code}")
     return time.monotonic() - begun
 
 
-def data_of(folder: Path) -> dict[str, str]:
-    return {"DATASET": str(folder / "train.jsonl"), "VAL_DATASET": str(folder / "val.jsonl")}
+def lasting(steps: object) -> str:
+    """Flags for a training that is evaluated and saved at its end."""
+    return f"--eval_steps {steps} --save_steps {steps}"
+
+
+def materials_of(model: str, data: Path) -> dict[str, str]:
+    """A model's base and rows, as launchers' settings."""
+    if model == "embedded":
+        base, train, val = EMBEDDED, data / "train.jsonl", f"{data / 'val.jsonl'}"
+    else:
+        base, texts = smollm2(data / "smollm2-bf16", "bfloat16"), write_texts(data)
+        train = conversations(texts["wikipedia-train"], data / "conversations-train.jsonl")
+        val = f"{conversations(texts['wikipedia-test'], data / 'conversations-test.jsonl')}#32"
+    return {"MODEL": str(base), "DATASET": str(train), "VAL_DATASET": val}
 
 
 def summary(folder: Path, seconds: float, known: int) -> dict[str, Any]:
@@ -112,8 +146,9 @@ def what_of(line: str) -> str:
 def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
     """What the cheapest set across kinds and that of each kind cost at each of TARGETS, untrained and `steps` later."""
     out.mkdir(parents=True, exist_ok=True)
-    fit = ["--calib", str(data / "train.jsonl"), "--calib-tokens", SETTINGS["CALIB_TOKENS"]]
-    val = ["--dataset", str(data / "val.jsonl")]
+    setting, given = SETTINGS["embedded"], materials_of("embedded", data)
+    fit = ["--calib", given["DATASET"], "--calib-tokens", setting.env["CALIB_TOKENS"]]
+    val = ["--dataset", given["VAL_DATASET"]]
 
     def do(*words: object, result: Path, **env: str) -> Path:
         if not result.exists():
@@ -130,11 +165,11 @@ def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
         return do("-m", "prunekit.evaluate", "--model", *models, *val, "--no-generate", "--batch-size", 96,
                   "--json", file, result=file)  # fmt: skip
 
-    scan = do("-m", "prunekit.scan", "--model", MODEL, *val, "--out", out / "scan", "--tokens", 0, "--heal", *fit,
+    scan = do("-m", "prunekit.scan", "--model", EMBEDDED, *val, "--out", out / "scan", "--tokens", 0, "--heal", *fit,
               "--target-params", min(TARGETS), result=out / "scan/scan.json")  # fmt: skip
-    folders = [cut(MODEL, [*words], f"trial{words[1]}-{words[2]}") for words in TRIALS]
-    trials = judge("trials.json", MODEL, *folders)
-    model = open_checkpoint(MODEL)
+    folders = [cut(EMBEDDED, [*words], f"trial{words[1]}-{words[2]}") for words in TRIALS]
+    trials = judge("trials.json", EMBEDDED, *folders)
+    model = open_checkpoint(EMBEDDED)
     now, candidates = sizes(model), [*from_path(model, scan), *from_trials(model, trials)]
     found: dict[str, Any] = {"base": read_json(trials)[0]["datasets"]["val"], "targets": {}}
     for target in TARGETS:
@@ -150,13 +185,13 @@ def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
             if reached < 0.95 * (1 - target):
                 arms[arm]["short"] = True
                 continue
-            made: object = MODEL
+            made: object = EMBEDDED
             name = f"{arm}-{target}"
             for number, line in enumerate(cut_lines(chosen)):
                 made = cut(made, line, f"{name}-{number}")
             recovered = out / f"{name}-recovered"
-            do("full_run.sh", *FLAGS.split(), *RATE, "--max_steps", steps, "--eval_steps", steps, "--save_steps", steps,
-               result=recovered, MODEL=str(made), OUTPUT=str(recovered), **data_of(data))  # fmt: skip
+            words = f"{setting.flags} {setting.rate} {lasting(steps)} --max_steps {steps}".split()
+            do("full_run.sh", *words, result=recovered, **given | {"MODEL": str(made), "OUTPUT": str(recovered)})
             untrained, trained = read_json(judge(f"{name}.json", made, recovered))
             arms[arm] |= {
                 "untrained": untrained["datasets"]["val"], "recovered": trained["datasets"]["val"],
@@ -167,7 +202,9 @@ def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("runs/tiny_vl"), help="what tiny_vl.py data wrote")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--data", type=Path, default=Path("runs/tiny_vl"),
+                        help="what tiny_vl.py data wrote; of SmolLM2 a folder for materials")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/loop"), help="folder of the loop")
     parser.add_argument("--arm", choices=tuple(ARMS), default="loop")
     parser.add_argument("--target-params", type=float, default=0.7)
@@ -179,6 +216,8 @@ def main() -> None:
     parser.add_argument("--json", type=result_file, help="also write the result here")
     args = parser.parse_args()
     args.data = args.data.resolve()
+    if args.choice and args.model != "embedded":
+        parser.error("--choice is of the embedded model")
     if args.choice:
         result = choice(args.data, args.out.resolve(), args.steps)
     else:

@@ -178,6 +178,16 @@ def texts_of(path: Path, count: int | None = None) -> list[str]:
     return rows[:: max(1, len(rows) // count)][:count] if count else rows
 
 
+def conversations(texts: Path, target: Path, question: int = 300, answer: int = 900) -> Path:
+    """Pieces of text as a beginning and what follows it, so many characters each."""
+    pieces = texts_of(texts)
+    pairs = [(piece[:question], piece[question : question + answer]) for piece in pieces]
+    roles = ("user", "assistant")
+    rows = [{"messages": [{"role": role, "content": said} for role, said in zip(roles, pair)]} for pair in pairs]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return target
+
+
 def _split(folder: Path, name: str, packages: Iterable[Iterable[Path] | None]) -> dict[str, Path]:
     """NAME-train.jsonl and, every fifth row, NAME-test.jsonl: docstrings of these packages' files, shuffled."""
     paths = {half: folder / f"{half}.jsonl" for half in (f"{name}-train", f"{name}-test")}
