@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
-from prunekit.checkpoint import Checkpoint, open_checkpoint, statistics, write_json
+from prunekit.checkpoint import Checkpoint, finite, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.data.answers import MAX_LENGTH, Judged, check_columns, judge, load_engine
 from prunekit.data.groups import groups_of
@@ -185,7 +185,7 @@ def main() -> int:
         help='messages or {"text": ...}, one file or more: JSONL, or FILE#20 for 20 rows',
     )
     add_arguments(parser)
-    parser.add_argument("--json", type=new_file, help="also write the results here")
+    parser.add_argument("--json", type=new_file, help="also write the results here (null: NaN or infinite)")
     add_gates(parser)
     field = parser.add_argument_group("tasks of the field")
     field.add_argument("--tasks", nargs="+", default=[], help="of lm-eval, for text (lm-eval ls tasks)")
@@ -210,7 +210,7 @@ def main() -> int:
         gc.collect()  # an engine is a circle: it would stay beside the next one
         results.append({"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found})
         if args.json:
-            write_json(args.json, results)
+            write_json(args.json, finite(results))
     return gate(args.require, {f"{args.model[-1]} {name}": scores for name, scores in found.items()})
 
 

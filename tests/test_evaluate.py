@@ -315,6 +315,14 @@ def test_groups_change_nothing_of_the_whole(parrot, tmp_path, by_skill):
     assert {key: by_skill[key] for key in whole} == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_score_that_is_no_number_is_null(tmp_path):
+    parrot = save_parrot(tmp_path / "parrot")
+    model = load(parrot)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    model.save_pretrained(parrot)
+    assert judged(parrot, tmp_path, [asked("cat")], "--no-generate")["loss"] is None
+
+
 # --- what is refused, before a model is loaded
 
 

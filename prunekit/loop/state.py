@@ -143,9 +143,12 @@ class Loop:
         self.save()
 
     def scores(self, file: Path) -> dict[str, float]:
-        """Of the first model in an evaluation, on its one data set. PruneKitError if the metric isn't among them."""
+        """Of the first model in an evaluation, on its one data set, but for those that are NaN or infinite.
+
+        PruneKitError if the metric wasn't measured.
+        """
         found: dict[str, Any] = next(iter(read_results(file)[0]["datasets"].values()), {})
-        if found.get(self.settings["metric"]) is None:
+        if self.settings["metric"] not in found:
             raise PruneKitError(
                 f"{file}: has no {self.settings['metric']} (METRIC), only {', '.join(found)}: name one of these, or "
                 "have it measured (EVALUATE_ARGS)"
@@ -154,7 +157,9 @@ class Loop:
 
     def note_base(self, file: Path) -> None:
         """Write down what the base scores. PruneKitError for one of which no share can be kept."""
-        self.base["scores"] = self.scores(file)
+        self.base["scores"], metric = self.scores(file), self.settings["metric"]
+        if metric not in self.base["scores"]:
+            raise PruneKitError(f"METRIC={metric}: the base's is NaN or infinite: of that no share can be kept")
         self.kept(self.base["scores"])
         self.save()
 
@@ -186,7 +191,10 @@ class Loop:
         return found | {"speed": share}
 
     def kept(self, scores: dict[str, float]) -> float:
+        """The share of the base's metric; nothing of it where that is NaN or infinite."""
         metric, base = self.settings["metric"], self.base["scores"]
+        if metric not in scores:
+            return 0.0
         now = loss_by(scores, base.get("tokens")) if metric == "loss" else scores[metric]
         return kept_share(metric, base[metric], scores[metric] if now is None else now)
 
