@@ -18,7 +18,7 @@ from .timing import Timing, part_sizes, read_parts, read_share
 LOOP, PICTURE, SECONDS = "loop.json", "loop.png", "seconds"
 EVALUATION, LONGER = "evaluation.json", "longer.json"  # of a round's result, and of what was recovered for longer
 SPEED = "speed.json"  # of a result beside the base, by turns
-TEACHER = "teacher"  # in a round that cut the vocabulary
+TEACHER, CACHE = "teacher", "teacher.cache"  # in a round that cut the vocabulary, and what that one says (CACHE=)
 END = "end"  # the folder of stages behind the last round
 END_STAGES = ("kv", "lora", "rl")
 _ROUND = Keys(
@@ -262,7 +262,8 @@ class Loop:
             if "good" in each:
                 stays = each["good"] and (keep == "good" or each["round"] == last)
                 # A teacher with fewer tokens teaches the rounds behind it, too
-                _clear(self.folder / str(each["round"]), {"scan", each["folder"] * stays, TEACHER * each["good"]})
+                teacher = {TEACHER, CACHE} if each["good"] else set()
+                _clear(self.folder / str(each["round"]), {"scan", each["folder"] * stays, *teacher})
         for each in self.ended:
             _clear(self.folder / END / each["stage"], {each.get("folder", "") * each["good"]})
 

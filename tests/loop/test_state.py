@@ -140,9 +140,11 @@ def test_a_teacher_with_fewer_tokens_teaches_the_rounds_behind_it(loop):
     do_round(loop, 0.95)
     again = Loop(loop.folder)
     assert again.teacher(1) is None
-    (loop.folder / "1/teacher").mkdir()
+    for name in ("teacher", "teacher.cache"):
+        (loop.folder / "1" / name).mkdir()
     again.next_round()
     again.tidy("last")
+    assert (loop.folder / "1/teacher.cache").exists()
     assert again.teacher(0) is None and again.teacher(1) == loop.folder / "1/teacher"
 
 
