@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
+from prunekit.arguments import Parser, check_beside, device, finite_float, new_file, positive_int
 from prunekit.checkpoint import Checkpoint, finite, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.data.answers import MAX_LENGTH, Judged, check_columns, judge, load_engine
@@ -33,6 +33,12 @@ from prunekit.gates import add_gates, check_bounds, gate
 from prunekit.model.load import check_causal, check_unpackable
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names, check_rewards
+
+BESIDE = {  # flags that are of no use without another
+    "dataset": ("by", "no_generate", "max_length", "rewards"),
+    "tasks": ("apply_chat_template", "metadata"),
+    "benchmarks": ("dataset_args",),
+}
 
 
 def _reward(text: str) -> tuple[str, float]:
@@ -200,6 +206,8 @@ def main() -> int:
     )  # fmt: skip
     if not args.dataset and not tasks:
         parser.error("--dataset, --tasks or --benchmarks: name something to measure on")
+    for needed, names in BESIDE.items():
+        check_beside(parser, args, needed, names)
     checkpoints = [open_checkpoint(model, quantised=True) for model in args.model]
     datasets, templates = prepare(checkpoints, args, tasks)
     if datasets and not tasks:  # what a task measures is known when it has

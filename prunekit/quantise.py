@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prunekit.arguments import Parser, positive_int
+from prunekit.arguments import Parser, check_beside, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint
 from prunekit.checkpoint.records import COMMAND
-from prunekit.data.batches import add_calibration_arguments, model_and_calibration
+from prunekit.data.batches import BESIDE_CALIB, add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.serving.quantise import (
     SCHEMES,
@@ -70,6 +70,7 @@ def main() -> None:
         return
     if bool(args.calib) != (args.method == "gptq"):
         parser.error("--calib names the rows that --method gptq rounds by, and it alone")
+    check_beside(parser, args, "calib", {*BESIDE_CALIB} - {"device"})
     plan = plan_quantise(source, args.method, args.group)
     print(said(plan))
     if args.dry_run:

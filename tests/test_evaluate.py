@@ -356,6 +356,18 @@ def test_a_bad_argument_is_refused_in_one_line(refused, arguments):
     assert value[:15] in refused(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("flag", "needed"),
+    [
+        (("--apply-chat-template",), "tasks"),
+        (("--metadata", '{"a": 1}'), "tasks"),
+        (("--dataset-args", '{"a": 1}'), "benchmarks"),
+    ],
+)
+def test_a_flag_of_tasks_without_them_is_refused(refused, flag, needed):
+    assert f"{flag[0]}: is for --{needed}; give that, too, or leave it out" in refused(*flag)
+
+
 @pytest.mark.parametrize("arguments", [("--tasks", "rows"), ("--tasks", "gsm8k", "--benchmarks", "gsm8k")])
 def test_a_task_is_not_called_like_a_data_set_or_another_task(refused, arguments):
     assert f"{arguments[-1]}: two of this name are asked for" in refused(*arguments)
