@@ -65,12 +65,12 @@ def main() -> None:
     check_out(args.out, source.path, overwrite=args.overwrite)
     if (args.method in SWIFT) != bool(args.written):
         parser.error(f"--method {args.method}: --written is what swift export wrote, for {' and '.join(SWIFT)} alone")
+    if bool(args.calib) != (args.method == "gptq"):
+        parser.error("--calib names the rows that --method gptq rounds by, and it alone")
+    check_beside(parser, args, "calib", [name for name in BESIDE_CALIB if name != "device"])
     if args.written:
         publish(args, source)
         return
-    if bool(args.calib) != (args.method == "gptq"):
-        parser.error("--calib names the rows that --method gptq rounds by, and it alone")
-    check_beside(parser, args, "calib", {*BESIDE_CALIB} - {"device"})
     plan = plan_quantise(source, args.method, args.group)
     print(said(plan))
     if args.dry_run:
