@@ -209,7 +209,11 @@ trained() { # NAME MODEL LAUNCHER ARGS...: that launcher makes NAME of MODEL, or
   if have "$name" && [ ! -d "$here/$name.run" ]; then return; fi
   local -a settings=(MODEL="$model" OUTPUT="$here/$name" RUN_NAME="$label-$name")
   case $launcher in
-    distil.sh) settings+=(TEACHER="$teacher") ;;
+    distil.sh)
+      settings+=(TEACHER="$teacher")
+      # CACHE is of what the base says
+      [ -z "${CACHE:-}" ] || [ "$teacher" = "$MODEL" ] || settings+=(CACHE="$teacher.cache")
+      ;;
     export_lora.sh) settings+=(ADAPTER="$here/lora") ;;
     lora.sh) settings+=(DATASET="$LORA_DATASET") ;;
     rl_run.sh) settings+=(DATASET="$RL_DATASET" VAL_DATASET=) ;;

@@ -185,6 +185,10 @@ def main() -> None:
     datasets = [arguments.dataset, *filter(None, [arguments.val_dataset])]
     rows: list[Any] = [read(dataset) for dataset in datasets]
     if arguments.new_head:
+        try:
+            named(rows[0])  # what only the others have can't be learned
+        except PruneKitError as error:
+            raise PruneKitError(f"dataset {arguments.dataset}: {error}") from None
         labels = named(row for each in rows for row in each)
     else:
         labels = model_labels(checkpoint.config, kind)

@@ -43,10 +43,10 @@ case $METHOD in
     publish_with -m prunekit.quantise --model "$MODEL" --out "$OUTPUT" --method "$METHOD" --written "$WORK/quantised"
     ;;
   *)
-    ARGS=(--model "$MODEL" --out "$OUTPUT" --method "$METHOD" ${DTYPE:+--dtype "$DTYPE"})
+    ARGS=(--model "$MODEL" --out "$OUTPUT" --method "$METHOD")
     [ -z "$GPUS" ] || ARGS+=(--device cuda)
     if [ "$METHOD" = gptq ]; then
-      ARGS+=(--calib "$DATASET" ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"})
+      ARGS+=(--calib "$DATASET" ${DTYPE:+--dtype "$DTYPE"} ${MODEL_TYPE:+--model-type "$MODEL_TYPE"} ${TEMPLATE:+--template "$TEMPLATE"})
     fi
     export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$ROOT/.venv-llm-compressor
     # In this process's place: a signal ends it at once

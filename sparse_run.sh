@@ -61,7 +61,8 @@ folder=$OUTPUT.cycles
 claim_work
 [ -z "$RESTART" ] || rm -rf "$folder"
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
-  --flags "$(quoted "${SPARSIFY_ARGS[@]}" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
+  --flags "$(quoted CHECKPOINT="$CHECKPOINT" GLOBAL_BATCH="$GLOBAL_BATCH" DTYPE="$DTYPE" "${SPARSIFY_ARGS[@]}" \
+    --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
 
 finish() {
   python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2
@@ -73,7 +74,8 @@ if [ -z "$RESTART" ] && is_published; then # killed while cleaning up
 fi
 
 settings=()
-for name in MODEL DATASET VAL_DATASET OUTPUT SPARSITY START CYCLES SCHEDULE MODULES SCORE REFIT WORSE CHECKPOINT; do
+for name in MODEL DATASET VAL_DATASET OUTPUT SPARSITY START CYCLES SCHEDULE MODULES SCORE REFIT WORSE CHECKPOINT \
+  GLOBAL_BATCH DTYPE; do
   settings+=("$name=${!name}")
 done
 printf '%s\n' "# $STAGE, run in $PWD" "$(quoted env "${settings[@]}" bash "$ROOT/sparse_run.sh" \

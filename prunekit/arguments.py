@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +26,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise PruneKitError(f"{message} (see --help)")
+
+
+def check_beside(parser: argparse.ArgumentParser, args: argparse.Namespace, needed: str, names: Iterable[str]) -> None:
+    """Refuse flags that say nothing without the flag `needed`, where that isn't given."""
+    for name in () if getattr(args, needed) else names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: is for --{needed}; give that, too, or leave it out")
 
 
 def _whole(text: str, smallest: int) -> int:

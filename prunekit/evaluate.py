@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prunekit.arguments import Parser, device, finite_float, new_file, positive_int
-from prunekit.checkpoint import Checkpoint, open_checkpoint, statistics, write_json
+from prunekit.arguments import Parser, check_beside, device, finite_float, new_file, positive_int
+from prunekit.checkpoint import Checkpoint, finite, open_checkpoint, statistics, write_json
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.data.answers import MAX_LENGTH, Judged, check_columns, judge, load_engine
 from prunekit.data.groups import groups_of
@@ -33,6 +33,12 @@ from prunekit.gates import add_gates, check_bounds, gate
 from prunekit.model.load import check_causal, check_unpackable
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names, check_rewards
+
+BESIDE = {  # flags that are of no use without another
+    "dataset": ("by", "no_generate", "max_length", "rewards"),
+    "tasks": ("apply_chat_template", "metadata"),
+    "benchmarks": ("dataset_args",),
+}
 
 
 def _reward(text: str) -> tuple[str, float]:
@@ -185,7 +191,7 @@ def main() -> int:
         help='messages or {"text": ...}, one file or more: JSONL, or FILE#20 for 20 rows',
     )
     add_arguments(parser)
-    parser.add_argument("--json", type=new_file, help="also write the results here")
+    parser.add_argument("--json", type=new_file, help="also write the results here (null: NaN or infinite)")
     add_gates(parser)
     field = parser.add_argument_group("tasks of the field")
     field.add_argument("--tasks", nargs="+", default=[], help="of lm-eval, for text (lm-eval ls tasks)")
@@ -200,6 +206,8 @@ def main() -> int:
     )  # fmt: skip
     if not args.dataset and not tasks:
         parser.error("--dataset, --tasks or --benchmarks: name something to measure on")
+    for needed, names in BESIDE.items():
+        check_beside(parser, args, needed, names)
     checkpoints = [open_checkpoint(model, quantised=True) for model in args.model]
     datasets, templates = prepare(checkpoints, args, tasks)
     if datasets and not tasks:  # what a task measures is known when it has
@@ -210,7 +218,7 @@ def main() -> int:
         gc.collect()  # an engine is a circle: it would stay beside the next one
         results.append({"model": str(model), "parameters": statistics(checkpoint)["parameters"], "datasets": found})
         if args.json:
-            write_json(args.json, results)
+            write_json(args.json, finite(results))
     return gate(args.require, {f"{args.model[-1]} {name}": scores for name, scores in found.items()})
 
 

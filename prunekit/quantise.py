@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prunekit.arguments import Parser, positive_int
+from prunekit.arguments import Parser, check_beside, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint
 from prunekit.checkpoint.records import COMMAND
-from prunekit.data.batches import add_calibration_arguments, model_and_calibration
+from prunekit.data.batches import BESIDE_CALIB, add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.serving.quantise import (
     SCHEMES,
@@ -65,11 +65,12 @@ def main() -> None:
     check_out(args.out, source.path, overwrite=args.overwrite)
     if (args.method in SWIFT) != bool(args.written):
         parser.error(f"--method {args.method}: --written is what swift export wrote, for {' and '.join(SWIFT)} alone")
+    if bool(args.calib) != (args.method == "gptq"):
+        parser.error("--calib names the rows that --method gptq rounds by, and it alone")
+    check_beside(parser, args, "calib", [name for name in BESIDE_CALIB if name != "device"])
     if args.written:
         publish(args, source)
         return
-    if bool(args.calib) != (args.method == "gptq"):
-        parser.error("--calib names the rows that --method gptq rounds by, and it alone")
     plan = plan_quantise(source, args.method, args.group)
     print(said(plan))
     if args.dry_run:

@@ -123,7 +123,8 @@ def run_scan(args: argparse.Namespace) -> None:
     """Refuse what can be refused, then scan, in this process or as several."""
     checkpoint = open_checkpoint(args.model)
     check_causal(checkpoint)
-    candidates = list_removals(checkpoint, args.text, args.vision)
+    notes: list[str] = []
+    candidates = list_removals(checkpoint, args.text, args.vision, notes)
     numbers = list_experts(checkpoint, args.experts)
     if not candidates and not numbers:
         raise PruneKitError(f"--text {args.text} --vision {args.vision}: names no layer to score")
@@ -169,6 +170,8 @@ def run_scan(args: argparse.Namespace) -> None:
         if world > 1:
             # A process that dies ends the others at once; one that is slow may take its time
             distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        for note in notes if rank == 0 else ():
+            print(note, file=sys.stderr)
         if os.environ.get("RAY_ADDRESS"):
             held.enter_context(cluster.connected())
         result = search(args, job, candidates, numbers, calib)

@@ -351,10 +351,6 @@ RANKING = [
     Mutant("heights[bend] >= LEAST_BEND", "heights[bend] > 0"),
     Mutant("bend = max(range(len(points))", "bend = min(range(len(points))"),
     Mutant("None if bend is None else measured[bend]", "bend"),
-    Mutant(
-        "isinstance(value, float) and not math.isfinite(value)",
-        "isinstance(value, float) and math.isnan(value)",
-    ),
     Mutant("part / whole if part is not None and whole else None", "whole / part if part and whole else None"),
     Mutant("-value if value is not None and", "value if value is not None and"),
     Mutant('return 0, -entry["relative_trained"]', 'return 0, entry["relative_trained"]'),
@@ -581,8 +577,8 @@ CHOICE = [
     Mutant('saved["params"] <= most', 'saved["params"] <= 2 * most'),
     Mutant("if kind != each.kind), each]", "), each]"),
     Mutant("steps.append((added / more, each.name, each))", "steps.append((added, each.name, each))"),
-    Mutant("if chosen and rate > DEAR", "if rate > DEAR"),
-    Mutant("DEAR * max(LITTLE, ", "9999 * max(LITTLE, "),
+    Mutant("if chosen and rate > dear", "if rate > dear"),
+    Mutant("dear * max(LITTLE, ", "9999 * max(LITTLE, "),
     Mutant("key=lambda each: KINDS.index(each.kind)", "key=lambda each: each.name"),
     Mutant("return most * (NEAR + (1 - NEAR) * room) / 2**failed", "return most * room / 2**failed"),
     Mutant("/ 2**failed", "/ 1"),
@@ -602,6 +598,13 @@ TIMING = [
     Mutant('LAYERS = ("attention", "mlp", "layers")', 'LAYERS = ("attention", "mlp")'),
     Mutant('if "error" in row or', "if"),
     Mutant("if not parts:", "if False:"),
+]
+
+ATOMIC = [
+    Mutant(
+        "isinstance(value, float) and not math.isfinite(value)",
+        "isinstance(value, float) and math.isnan(value)",
+    ),
 ]
 
 FILES: dict[str, tuple[str, list[Mutant]]] = {
@@ -640,6 +643,7 @@ FILES: dict[str, tuple[str, list[Mutant]]] = {
         "-k not (wandb or script)",
         RANKING,
     ),
+    "prunekit/checkpoint/atomic.py": ("tests/knockout/test_ranking.py", ATOMIC),
     "prunekit/training/zeros_lora.py": ("tests/training/test_zeros_lora.py", SPARSE_LORA),
     "prunekit/surgery/zeros_files.py": ("tests/surgery/test_zeros_files.py", SPARSE_FILES),
     "prunekit/report/distributions.py": ("tests/report/test_distributions.py -k not command", DISTRIBUTIONS),

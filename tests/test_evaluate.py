@@ -315,6 +315,14 @@ def test_groups_change_nothing_of_the_whole(parrot, tmp_path, by_skill):
     assert {key: by_skill[key] for key in whole} == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_score_that_is_no_number_is_null(tmp_path):
+    parrot = save_parrot(tmp_path / "parrot")
+    model = load(parrot)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    model.save_pretrained(parrot)
+    assert judged(parrot, tmp_path, [asked("cat")], "--no-generate")["loss"] is None
+
+
 # --- what is refused, before a model is loaded
 
 
@@ -346,6 +354,18 @@ def refused(parrot, tmp_path, monkeypatch):
 def test_a_bad_argument_is_refused_in_one_line(refused, arguments):
     value = arguments[-1].rpartition("=")[2]
     assert value[:15] in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "needed"),
+    [
+        (("--apply-chat-template",), "tasks"),
+        (("--metadata", '{"a": 1}'), "tasks"),
+        (("--dataset-args", '{"a": 1}'), "benchmarks"),
+    ],
+)
+def test_a_flag_of_tasks_without_them_is_refused(refused, flag, needed):
+    assert f"{flag[0]}: is for --{needed}; give that, too, or leave it out" in refused(*flag)
 
 
 @pytest.mark.parametrize("arguments", [("--tasks", "rows"), ("--tasks", "gsm8k", "--benchmarks", "gsm8k")])

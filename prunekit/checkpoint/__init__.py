@@ -6,7 +6,7 @@ them.
 """
 
 from .agreement import Heads, attending, heads, layer_numbers
-from .atomic import check_out, check_room, new_folder, scratch_folder, write_json
+from .atomic import check_out, check_room, finite, new_folder, scratch_folder, write_json
 from .card import HISTORY
 from .folder import INDEX, fingerprint, open_checkpoint, read_config
 from .format import (
@@ -43,6 +43,7 @@ __all__ = [
     "check_room",
     "copy_files",
     "fingerprint",
+    "finite",
     "float_bytes",
     "heads",
     "history",

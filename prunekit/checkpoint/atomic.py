@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
@@ -19,6 +20,15 @@ from .format import named
 
 MAX_NAME = 200  # bytes, of OUT: file systems take 255, and folders of work are named OUT.partial-...
 MANY = 1000  # files, from which on flushing each takes longer than flushing all there is: 3 ms a picture
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -26,7 +26,7 @@ MAX_SIDE_FILE = 256 * 2**20
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those that have names
 NOT_CARRIED = re.compile(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|distcp)$|.*\.index\.json$|\..*|README\.md$"
-    r"|config\.json$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
+    r"|config\.json$|params\.json$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
     rf"|(?:{'|'.join(map(re.escape, (HISTORY, *RECORDS)))})$"
 )
 
@@ -34,8 +34,8 @@ NOT_CARRIED = re.compile(
 def side_files(folder: Path) -> dict[str, Path]:
     """Files that travel with the weights: tokenizer, processor, chat templates, generation config, other small ones.
 
-    By their names in the folder. Not: weights, pickles, other subfolders, hidden files, a trainer's state, and what
-    each stage writes anew.
+    By their names in the folder. Not: weights, pickles, other subfolders, hidden files, a trainer's state, params.json
+    (Mistral's, with the sizes that were), and what each stage writes anew.
     """
     return {
         str(file.relative_to(folder)): file

@@ -8,7 +8,7 @@ from prunekit.data.answers import generate, score_answers
 from prunekit.data.groups import group_of
 
 from .removal import Removal
-from .scanner import Job, encoder_for, finite, load_scanner, rows_of
+from .scanner import Job, encoder_for, load_scanner, rounded, rows_of
 
 
 def answer_without(item: tuple[Job, tuple[Removal, ...], int, int, int, int]) -> tuple[list[str], list[bool]]:
@@ -39,7 +39,7 @@ def score_generation(job: Job, rows: int, tokens: int, parts: Sequence[tuple[lis
     def scored(group: str | None = None) -> dict[str, Any]:
         mine = [i for i, row in enumerate(samples) if group is None or group_of(row, str(job.by)) == group]
         found = score_answers([answers[i] for i in mine], [samples[i] for i in mine], {})
-        return {key: finite(value) for key, value in found.items()} | {"samples": len(mine)}
+        return {key: rounded(value) for key, value in found.items()} | {"samples": len(mine)}
 
     groups = sorted({group_of(row, job.by) for row in samples}) if job.by else []
     cut = sum(sum(part) for _, part in parts)

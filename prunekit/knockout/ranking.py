@@ -2,14 +2,13 @@
 
 import csv
 import itertools
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import Checkpoint, layer_numbers, read_json, statistics, write_json
+from prunekit.checkpoint import Checkpoint, finite, layer_numbers, read_json, statistics, write_json
 from prunekit.checkpoint.provenance import check_ranking
 from prunekit.errors import PruneKitError
 from prunekit.report.knockout import draw_greedy, draw_knockout_curves, draw_ranking, with_experts
@@ -143,7 +142,7 @@ def build_ranking(
     What the scan says of fewer experts is in a list of its own, `experts`, as it scanned them: they are neither layers
     to choose from nor trained.
     """
-    scan, trained = _finite(scan), _finite(trained)
+    scan, trained = finite(scan), finite(trained)
     runs = {record["name"]: record for record in trained}
     trained_baseline = runs.pop(BASELINE, None)
     trained_whole = trained_baseline if trained_baseline and not trained_baseline["error"] else None
@@ -197,7 +196,7 @@ def build_ranking(
 
 def finalists(scan: dict[str, Any], count: int | None) -> list[str]:
     """Names of the `count` cheapest removals by the scan's predictor (None: all), cheapest first; no failed one."""
-    scan = _finite(scan)
+    scan = finite(scan)
     costs = {
         entry["name"]: cost
         for entry in scan["removals"]
@@ -236,15 +235,6 @@ def _with_shares(greedy: dict[str, Any], baseline: dict[str, Any], gate: str) ->
     measured = [index for index, point in enumerate(path) if point["relative"] is not None]
     bend = find_bend([(path[index]["parameters"], path[index]["relative"]) for index in measured])
     return greedy | {"path": path, "bend": None if bend is None else measured[bend]}
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _share(part: float | None, whole: float | None) -> float | None:

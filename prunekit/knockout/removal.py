@@ -80,20 +80,31 @@ def plan_without(checkpoint: Checkpoint, gone: Iterable[Removal]) -> LayersPlan:
     return plan_layers(checkpoint, *([removal.layer for removal in gone if removal.stack == s] for s in STACKS))
 
 
-def list_removals(checkpoint: Checkpoint, text: str, vision: str) -> list[Removal]:
+def list_removals(checkpoint: Checkpoint, text: str, vision: str, notes: list[str] | None = None) -> list[Removal]:
     """Each layer named, to be removed alone: "all", "none" or numbers and ranges like "0-3,10".
 
-    Raises PruneKitError for layers that can't be removed.
+    Raises PruneKitError for layers that can't be removed. Of "all" they are left out, unless none can; `notes` gets a
+    line that says so.
     """
-    removals = []
+    removals: list[Removal] = []
+    fixed: dict[str, list[Removal]] = {}  # by why they can't go
     for stack, wanted in zip(STACKS, (text.strip(), vision.strip())):
         if wanted == "all":
             numbers = layer_numbers(checkpoint, stack) if stack in checkpoint.family.stacks else []
         else:
             numbers = parse_numbers(wanted.split()) if wanted != "none" else []
-        removals += [Removal(stack, number) for number in numbers]
-    for removal in removals:
-        plan_without(checkpoint, [removal])
+        for removal in (Removal(stack, number) for number in numbers):
+            try:
+                plan_without(checkpoint, [removal])
+                removals.append(removal)
+            except PruneKitError as error:
+                if wanted != "all":
+                    raise
+                fixed.setdefault(str(error), []).append(removal)
+    if fixed and not removals:
+        raise PruneKitError(next(iter(fixed)))
+    if notes is not None:
+        notes += [f"left out: {', '.join(map(str, mine))}: {why}" for why, mine in fixed.items()]
     return removals
 
 

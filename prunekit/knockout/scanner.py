@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunekit.checkpoint import Checkpoint, layer_numbers, open_checkpoint
+from prunekit.checkpoint import Checkpoint, finite, layer_numbers, open_checkpoint
 from prunekit.data.batches import draw_rows, into_batches, read_calibration
 from prunekit.data.encode import Encoder, encoder_of
 from prunekit.data.groups import FEW, group_of
@@ -67,9 +67,9 @@ class Trace:
     final: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # what enters the output head
 
 
-def finite(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Six digits of a number; None for what JSON can't hold."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return finite(float(f"{value:.6g}"))
 
 
 def _strip_suffix(labels: list[int], suffix: list[int]) -> list[int]:
@@ -295,8 +295,8 @@ class Scanner:
         right, loss, kl = sums.tolist()
         return {
             "right": [int(value) for value in right],
-            "loss": [finite(value) for value in loss],
-            "kl": [finite(value) for value in kl],
+            "loss": [rounded(value) for value in loss],
+            "kl": [rounded(value) for value in kl],
             "tokens": tokens.tolist(),
         }
 

@@ -24,7 +24,7 @@ from .generation import answer_without, score_generation
 from .healed import HealedScanner
 from .records import METRICS, Records, Table, paired
 from .removal import BASELINE, MEAN, WORST, Candidate, FewerExperts, Removal, plan_without
-from .scanner import Job, finite, load_scanner
+from .scanner import Job, load_scanner, rounded
 
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
 SURE = 2.0  # standard errors
@@ -261,8 +261,8 @@ class Scan:
         for metric, kind in METRICS.items():
             base, _ = ratio(whole[BASELINE][kind], whole[BASELINE]["tokens"])
             difference, error = paired(table, name, BASELINE, metric)
-            result[metric] = finite(base + difference)
-            errors[metric] = finite(error)
+            result[metric] = rounded(base + difference)
+            errors[metric] = rounded(error)
         result["samples"] = len(table[name]["tokens"])
         result["tokens"] = int(table[name]["tokens"].sum())
         return result if name == BASELINE else result | {"standard_error": errors}
@@ -277,8 +277,8 @@ class Scan:
         tokens = sum(count for _, count in influence)
         seconds = sum(part.get(name, 0.0) for _, part in found)
         return {
-            "block_influence": finite(sum(total or math.nan for total, _ in influence) / tokens) if tokens else None,
-            "latency_saved": finite(seconds / sum(part["all"] for _, part in found)),
+            "block_influence": rounded(sum(total or math.nan for total, _ in influence) / tokens) if tokens else None,
+            "latency_saved": rounded(seconds / sum(part["all"] for _, part in found)),
         }
 
 

@@ -133,7 +133,8 @@ def main() -> None:
         parser.error("--gate worst needs --by")
 
     checkpoint = open_checkpoint(args.model)
-    runs: list[Run] = [None, *list_removals(checkpoint, args.text, args.vision)]
+    notes: list[str] = []
+    runs: list[Run] = [None, *list_removals(checkpoint, args.text, args.vision, notes)]
     gpus = [gpu for gpu in args.gpus.split(",") if gpu]
     # On other numbers of GPUs the same flags are other batches
     each = args.gpus_per_task if os.environ.get("RAY_ADDRESS") else len(share_out(gpus, args.jobs)[0])
@@ -147,6 +148,8 @@ def main() -> None:
             raise PruneKitError(f"{args.out}: holds a scan of another model; choose another OUT or remove it")
         if (scan.get("by"), scan.get("gate", MEAN)) != (args.by, args.gate):
             raise PruneKitError(f"{args.out}: holds a scan by other groups or another gate: scan again (MODE=scan)")
+    for note in notes if scan is None else ():  # a scan has said it
+        print(note, file=sys.stderr)
     data = made_from(swift)
     validation = [record["path"] for record in data.get("val_dataset", ())]
     if args.by and not validation:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunekit.checkpoint import open_checkpoint, read_json, statistics, write_json
+from prunekit.checkpoint import finite, open_checkpoint, read_json, statistics, write_json
 from prunekit.checkpoint.training_run import read_log
 from prunekit.errors import PruneKitError
 
@@ -54,11 +54,6 @@ def merged_flag(arguments: list[str], flag: str, *values: str) -> list[str]:
     return [*others, flag, *dict.fromkeys([*values, *found.given])]
 
 
-def _finite(value: float) -> float | None:
-    """The number, or None for NaN and infinities, which JSON has not."""
-    return value if math.isfinite(value) else None
-
-
 def _step(record: dict[str, Any]) -> int:
     return int(record["global_step/max_steps"].split("/")[0])
 
@@ -70,7 +65,7 @@ def read_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
     """
     curve = [record for record in log if "eval_token_acc" in record]
     groups = {
-        match[1]: {"token_acc": _finite(value), "loss": _finite(record[f"eval_{match[1]}_loss"])}
+        match[1]: {"token_acc": finite(value), "loss": finite(record[f"eval_{match[1]}_loss"])}
         for record in log
         for key, value in record.items()
         if (match := GROUP.fullmatch(key))
@@ -80,13 +75,12 @@ def read_curves(log: list[dict[str, Any]]) -> dict[str, Any]:
     last = {"loss": curve[-1]["eval_loss"], "token_acc": curve[-1]["eval_token_acc"]}
     wrong = [name for name, value in last.items() if not math.isfinite(value)]
     return ({"groups": groups} if groups else {}) | {
-        "token_acc": _finite(last["token_acc"]),
-        "loss": _finite(last["loss"]),
+        "token_acc": finite(last["token_acc"]),
+        "loss": finite(last["loss"]),
         "curve": [
-            {"step": _step(r), "token_acc": _finite(r["eval_token_acc"]), "loss": _finite(r["eval_loss"])}
-            for r in curve
+            {"step": _step(r), "token_acc": finite(r["eval_token_acc"]), "loss": finite(r["eval_loss"])} for r in curve
         ],
-        "training": [{"step": _step(r), "loss": _finite(r["loss"])} for r in log if "loss" in r],
+        "training": [{"step": _step(r), "loss": finite(r["loss"])} for r in log if "loss" in r],
         "error": (
             f"{wrong[0]} is {str(last[wrong[0]]).replace('nan', 'NaN')} at step {_step(curve[-1])}: "
             "lower the learning rate, or train in bfloat16 or float32"

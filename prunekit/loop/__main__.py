@@ -148,8 +148,9 @@ def _verdict(loop: Loop, what: str, found: dict[str, Any]) -> str:
     from prunekit.report import draw_loop
 
     metric, last = loop.settings["metric"], found["tries"][-1]
+    score = f"{last['scores'][metric]:.4f}" if metric in last["scores"] else "is NaN or infinite"
     print(
-        f"{what}: {metric} {last['scores'][metric]:.4f}, {last['kept']:.1%} of the base's "
+        f"{what}: {metric} {score}, {last['kept']:.1%} of the base's "
         f"{loop.base['scores'][metric]:.4f}; KEEP={loop.settings['keep']:g}"
     )
     if "good" not in found:

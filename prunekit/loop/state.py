@@ -18,7 +18,7 @@ from .timing import Timing, part_sizes, read_parts, read_share
 LOOP, PICTURE, SECONDS = "loop.json", "loop.png", "seconds"
 EVALUATION, LONGER = "evaluation.json", "longer.json"  # of a round's result, and of what was recovered for longer
 SPEED = "speed.json"  # of a result beside the base, by turns
-TEACHER = "teacher"  # in a round that cut the vocabulary
+TEACHER, CACHE = "teacher", "teacher.cache"  # in a round that cut the vocabulary, and what that one says (CACHE=)
 END = "end"  # the folder of stages behind the last round
 END_STAGES = ("kv", "lora", "rl")
 _ROUND = Keys(
@@ -143,9 +143,12 @@ class Loop:
         self.save()
 
     def scores(self, file: Path) -> dict[str, float]:
-        """Of the first model in an evaluation, on its one data set. PruneKitError if the metric isn't among them."""
+        """Of the first model in an evaluation, on its one data set, but for those that are NaN or infinite.
+
+        PruneKitError if the metric wasn't measured.
+        """
         found: dict[str, Any] = next(iter(read_results(file)[0]["datasets"].values()), {})
-        if found.get(self.settings["metric"]) is None:
+        if self.settings["metric"] not in found:
             raise PruneKitError(
                 f"{file}: has no {self.settings['metric']} (METRIC), only {', '.join(found)}: name one of these, or "
                 "have it measured (EVALUATE_ARGS)"
@@ -154,7 +157,9 @@ class Loop:
 
     def note_base(self, file: Path) -> None:
         """Write down what the base scores. PruneKitError for one of which no share can be kept."""
-        self.base["scores"] = self.scores(file)
+        self.base["scores"], metric = self.scores(file), self.settings["metric"]
+        if metric not in self.base["scores"]:
+            raise PruneKitError(f"METRIC={metric}: the base's is NaN or infinite: of that no share can be kept")
         self.kept(self.base["scores"])
         self.save()
 
@@ -186,7 +191,10 @@ class Loop:
         return found | {"speed": share}
 
     def kept(self, scores: dict[str, float]) -> float:
+        """The share of the base's metric; nothing of it where that is NaN or infinite."""
         metric, base = self.settings["metric"], self.base["scores"]
+        if metric not in scores:
+            return 0.0
         now = loss_by(scores, base.get("tokens")) if metric == "loss" else scores[metric]
         return kept_share(metric, base[metric], scores[metric] if now is None else now)
 
@@ -254,7 +262,8 @@ class Loop:
             if "good" in each:
                 stays = each["good"] and (keep == "good" or each["round"] == last)
                 # A teacher with fewer tokens teaches the rounds behind it, too
-                _clear(self.folder / str(each["round"]), {"scan", each["folder"] * stays, TEACHER * each["good"]})
+                teacher = {TEACHER, CACHE} if each["good"] else set()
+                _clear(self.folder / str(each["round"]), {"scan", each["folder"] * stays, *teacher})
         for each in self.ended:
             _clear(self.folder / END / each["stage"], {each.get("folder", "") * each["good"]})
 

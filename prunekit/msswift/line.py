@@ -141,6 +141,14 @@ def _check_settings(flag: str, value: str | None, names: Iterable[str]) -> None:
         _json(flag, value)
 
 
+def splits_weights(deepspeed: str) -> bool:
+    """Does a DeepSpeed configuration (a name of ms-swift's, JSON or a file of it) share out the weights, too?"""
+    if deepspeed in DEEPSPEED:
+        return deepspeed.startswith("zero3")
+    zero = _json("--deepspeed", deepspeed).get("zero_optimization")
+    return isinstance(zero, dict) and str(zero.get("stage")) == "3"
+
+
 def check_packages(args: argparse.Namespace) -> None:
     """PruneKitError if a line asks for a package that isn't installed."""
     get = vars(args).get

@@ -1,5 +1,6 @@
 """The sections of a report card, from what report.json holds (prunekit/card.py says how it is made)."""
 
+import math
 from typing import Any
 
 from .page import Part, Section, code, heading, paragraph, picture, rows_beside, table
@@ -235,7 +236,9 @@ def _loop(loop: dict[str, Any]) -> list[Part]:
             continue
         cut = "; ".join(found["name"] for found in each.get("candidates", ()) if found["chosen"])
         start = "the base" if each["from"] == 0 else f"round {each['from']}" if name.startswith("round") else ""
-        score = next(tried["scores"][metric] for tried in each["tries"] if tried["folder"] == each["folder"])
+        score = next(
+            tried["scores"].get(metric, math.nan) for tried in each["tries"] if tried["folder"] == each["folder"]
+        )
         shares = [f"{sizes[unit] / base['sizes'][unit]:.1%}" for unit in units]
         verdict = ("kept", "better") if each["good"] else ("left out", "worse")
         rows.append([name, start, cut, *shares, f"{score:.4f}", f"{each['kept']:.1%}", verdict])

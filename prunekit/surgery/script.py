@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from prunekit.arguments import Parser, positive_float
+from prunekit.arguments import Parser, check_beside, positive_float
 from prunekit.checkpoint import Checkpoint, Outline, check_out, check_room, history, open_checkpoint, statistics
 from prunekit.checkpoint.card import ROWS
 from prunekit.data.batches import BESIDE_CALIB
@@ -32,9 +32,8 @@ def parse_surgery(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.out and not arguments.dry_run:
         parser.error("--out is needed (or --dry-run)")
-    for name in BESIDE_CALIB if getattr(arguments, "calib", "") is None else ():
-        if getattr(arguments, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')}: is for --calib; give that, too, or leave it out")
+    if hasattr(arguments, "calib"):
+        check_beside(parser, arguments, "calib", BESIDE_CALIB)
     limit = arguments.max_shard_gb
     arguments.max_shard_bytes = None if limit is None else int(min(limit, 1e9) * 1e9)
     return arguments

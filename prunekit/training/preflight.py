@@ -48,7 +48,7 @@ from prunekit.data.rows import ROWS_CHECKED, check_row, is_text, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX, positions
-from prunekit.msswift.line import check_line, check_whole_names, parse
+from prunekit.msswift.line import check_line, check_whole_names, parse, splits_weights
 from prunekit.msswift.names import check_names, check_rewards
 
 from .lengths import PROMPT, Lengths, check_engine, choose_lengths
@@ -396,7 +396,7 @@ def main() -> None:
     sparse = {"keep_zeros", *VARIABLES} & {*(get("callbacks") or ())}
     for callback in sparse & VARIABLES.keys():
         settings_of(callback)
-    if sparse and (swift.fsdp or str(swift.deepspeed).startswith("zero3")):
+    if sparse and (swift.fsdp or swift.deepspeed and splits_weights(swift.deepspeed)):
         raise PruneKitError(SPLIT_UP)
     if "dynamic_sparsity" in sparse and swift.deepspeed:
         raise PruneKitError("--callbacks dynamic_sparsity: works with plain DDP only; set DEEPSPEED= (empty)")

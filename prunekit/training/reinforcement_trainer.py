@@ -1,4 +1,7 @@
-"""ms-swift's GRPO trainer with rewards that can't end a run (rewards.py). plugins/guarded_rewards.py loads it."""
+"""ms-swift's GRPO trainer: rewards can't end a run (rewards.py), and losses are divided by a step's own tokens.
+
+plugins/guarded_rewards.py loads it.
+"""
 
 import swift
 import torch
@@ -7,7 +10,7 @@ from swift.rlhf_trainers import GRPOTrainer
 from prunekit.data.rewards import GuardedReward, guard
 from prunekit.errors import PruneKitError
 
-for name in ("_prepare_rewards", "_compute_rewards_per_func"):
+for name in ("_prepare_rewards", "_compute_rewards_per_func", "_prepare_batch_inputs"):
     if not hasattr(GRPOTrainer, name):
         raise PruneKitError(f"ms-swift {swift.__version__}: its GRPO trainer has no {name}; install ms-swift 4.6")
 
@@ -33,3 +36,14 @@ class GuardedGRPOTrainer(GRPOTrainer):
         for each, count in zip(guards, counts.tolist(), strict=True):
             metrics[f"rewards/{each.name}/failed"].append(count)
         return rewards
+
+    def _prepare_batch_inputs(self, samples):
+        """DAPO and CISPO divide by the tokens of an optimizer step; ms-swift does by those of a rollout, of several."""
+        batches = super()._prepare_batch_inputs(samples)
+        size = self.args.gradient_accumulation_steps
+        if self.model.training and len(batches) % size == 0:  # else a step's batches are of several rollouts
+            tokens = torch.stack([each["grpo_batch"].completion_mask.sum() for each in batches])
+            tokens = self.accelerator.reduce(tokens.float(), "sum").view(-1, size).sum(1)
+            for number, each in enumerate(batches):
+                each["grpo_batch"].num_items_in_batch = tokens[number // size]
+        return batches

@@ -23,7 +23,7 @@ def test_side_files_travel_and_a_trainers_traces_do_not(own, tmp_path):
     ]
     left = ["optimizer.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "README.md", ".hidden",
             "latest", "zero_to_fp32.py", "zero_to_torch.py", "args.json", "logging.jsonl", "command.sh", "curves.png",
-             "heads.png", "pytorch_model.bin.index.json"]  # fmt: skip
+             "heads.png", "pytorch_model.bin.index.json", "params.json"]  # fmt: skip
     for name in kept + left:
         (folder / name).write_text("{}")
     (folder / "global_step3").mkdir()

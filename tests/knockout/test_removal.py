@@ -1,5 +1,7 @@
 """One layer knocked out: every spelling means the same, and what a command names can be removed."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +55,19 @@ def test_names_sort_in_the_order_of_layers():
 def test_all_means_every_layer(checkpoint):
     names = [str(removal) for removal in list_removals(checkpoint, "all", "all")]
     assert names == [*(f"text-{i:02d}" for i in range(5)), *(f"vision-{i:02d}" for i in range(6))]
+
+
+def test_layers_that_cannot_go_are_left_out_of_all_and_refused_by_number(own):
+    folder, notes = own("gpt2"), []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"scale_attn_by_inverse_layer_idx": True}))
+    checkpoint = open_checkpoint(folder)
+    last = config["n_layer"] - 1
+    assert [removal.layer for removal in list_removals(checkpoint, "all", "none", notes)] == [last]
+    [note] = notes
+    assert note.startswith("left out: text-00") and "only the last ones can be removed" in note
+    with pytest.raises(PruneKitError, match="only the last ones can be removed"):
+        list_removals(checkpoint, f"0,{last}", "none")
 
 
 def test_numbers_of_experts_are_eighths_of_them_or_those_that_are_named(tiny):

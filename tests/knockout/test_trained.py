@@ -103,8 +103,14 @@ def test_groups_of_texts_are_scored_in_blocks_as_the_training_scores_all(texter,
     assert grouped["groups"]["1"] == pytest.approx({key: alone[key] for key in ("token_acc", "loss")}, rel=1e-5)
 
 
-def test_no_temporary_checkpoint_is_left(reader):
-    assert not list(reader.out.rglob("*.safetensors"))
+def test_what_a_run_wrote_is_removed_behind_it(reader, tmp_path, monkeypatch):
+    def train(training, run, work, gpus):
+        (work / "swift/checkpoint-1").mkdir(parents=True)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Training, "_train", train)
+    assert replace(reader, out=tmp_path).result(None, [])["error"] == "out of memory"
+    assert not any((tmp_path / "work").iterdir())
 
 
 def test_a_failed_run_names_the_reason_and_its_log(reader):

@@ -245,6 +245,17 @@ def test_a_loop_goes_on_with_a_folder_that_a_person_put_in_place(loop):
     assert [entry["stage"] for entry in history(loop.out)][0] == "width_cut"
 
 
+def test_a_teacher_with_fewer_tokens_has_a_cache_of_its_own(loop):
+    here, settings = loop.folder / "ckpt/out.loop/1", {"DISTIL_STEPS": 9, "CACHE": "cache"}
+    assert loop.run("loop.sh", **settings, STUB_BREAK="prunekit.scan").returncode == 1
+    for name in ("cut", "teacher"):
+        shutil.copytree(loop.env["MODEL"], here / name)
+    result = loop.run("loop.sh", "--dry-run", **settings)
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if "distil.sh" in line]
+    assert " TEACHER=ckpt/out.loop/1/teacher CACHE=ckpt/out.loop/1/teacher.cache " in line
+
+
 def test_a_loop_of_another_base_or_for_other_targets_is_refused_in_one_line(loop, pruned):
     assert loop.run("loop.sh", STUB_BREAK="prunekit.scan").returncode == 1
     before = (loop.folder / "ckpt/out.loop/loop.json").read_text()

@@ -145,6 +145,14 @@ def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):
     assert result.returncode == 2 and "holds cycles with other settings" in result.stderr
 
 
+@pytest.mark.parametrize("other", [{"CHECKPOINT": "last"}, {"GLOBAL_BATCH": "4"}, {"DTYPE": "bfloat16"}], ids=str)
+def test_cycles_that_trained_in_another_way_are_refused(other, lab, cycles, tiny):
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 3.5, 3.0)  # so bad that no other is made
+    assert "no cycle is good enough" in lab.run("sparse_run.sh").stderr
+    result = lab.run("sparse_run.sh", **other)
+    assert result.returncode == 2 and "holds cycles with other settings" in result.stderr
+
+
 @pytest.mark.parametrize("what", ["model", "rows"])
 def test_cycles_of_another_model_or_other_rows_are_refused(what, lab, cycles, own):
     folder = own("qwen3_vl")

@@ -91,6 +91,13 @@ def test_a_metric_that_was_not_measured_is_refused(loop):
         loop.scores(loop.folder.parent / "base.json")
 
 
+def test_a_result_whose_metric_is_no_number_keeps_nothing_and_a_base_of_such_is_refused(loop):
+    this = do_round(loop, None, 0.95)
+    assert [each["kept"] for each in this["tries"]] == [0, 0.95] and this["folder"] == "longer"
+    with pytest.raises(PruneKitError, match="METRIC=token_acc: the base's is NaN or infinite"):
+        loop.note_base(measured(loop.folder.parent / "base.json", None))
+
+
 @pytest.mark.parametrize(("keep", "left"), [("good", {1, 2}), ("last", {2}), ("all", {1, 2, 3})])
 def test_checkpoints_of_rounds_stay_as_the_setting_says_and_measurements_always(keep, left, loop):
     do_round(loop, 0.95)
@@ -133,9 +140,11 @@ def test_a_teacher_with_fewer_tokens_teaches_the_rounds_behind_it(loop):
     do_round(loop, 0.95)
     again = Loop(loop.folder)
     assert again.teacher(1) is None
-    (loop.folder / "1/teacher").mkdir()
+    for name in ("teacher", "teacher.cache"):
+        (loop.folder / "1" / name).mkdir()
     again.next_round()
     again.tidy("last")
+    assert (loop.folder / "1/teacher.cache").exists()
     assert again.teacher(0) is None and again.teacher(1) == loop.folder / "1/teacher"
 
 

@@ -282,6 +282,14 @@ def test_bad_arguments_are_refused_and_nothing_is_left(arguments, message, tagge
     assert not list(tmp_path.iterdir())
 
 
+def test_a_new_head_is_refused_where_only_the_validation_rows_have_entities(tagger, rows, tmp_path, ner_run):
+    (tmp_path / "plain.txt").write_text("in O\n")
+    with pytest.raises(PruneKitError, match="dataset .*plain.txt: all tags of the rows are O: a tagger needs entities"):
+        ner_run("--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", tmp_path / "plain.txt",
+                "--val-dataset", rows, "--new-head", "--max_steps", 1, *QUICK)  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.txt"]
+
+
 def test_a_used_out_and_a_decoder_are_refused(tagger, tiny, rows, tmp_path, ner_run):
     with pytest.raises(PruneKitError, match="exists; choose another OUT"):
         ner_run("--model", tagger("bert"), "--out", tagger("roberta"), "--dataset", rows)

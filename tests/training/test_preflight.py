@@ -172,6 +172,7 @@ def test_a_bad_swift_line_is_refused_in_one_line_before_the_model_is_read(prefli
         ("--optimizer active_heads --tuner_type lora", "", "--optimizer active_heads: works with --tuner_type full"),
         ("--callbacks gradual_pruning", "sparsity=0.7 evnts=5", "PRUNEKIT_GRADUAL: 'evnts=5' isn't one of"),
         ("--callbacks keep_zeros --deepspeed zero3", "", "ZeRO-3 and FSDP split weights up"),
+        ("--callbacks keep_zeros --deepspeed mine.json", "", "ZeRO-3 and FSDP split weights up"),
         ("--callbacks dynamic_sparsity --deepspeed zero2", "", "dynamic_sparsity: works with plain DDP only"),
     ],
 )
@@ -180,6 +181,8 @@ def test_what_a_plugin_would_refuse_is_refused_before_it_is_loaded(
 ):
     monkeypatch.setenv("PRUNEKIT_GRADUAL", settings)
     monkeypatch.setattr("prunekit.msswift.line.check_packages", lambda args: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
     plugins = [str(ROOT / f"plugins/{name}.py") for name in ("head_rates", "sparsity")]
     words = ["--tuner_type", "full", "--torch_dtype", "float32", "--external_plugins", *plugins, *line.split()]
     head = ["--model", str(tiny("gpt2")), "--out", str(tmp_path / "out"), "--swift", "sft"]
