@@ -15,6 +15,7 @@ folder that it begins with; judge-end is judge for that.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,12 @@ def choose_cuts(args: argparse.Namespace) -> int:
     timing = _timing(loop, checkpoint)
     candidates = from_path(checkpoint, args.scan, timing) if args.scan else []
     candidates += from_trials(checkpoint, args.trials, timing) if args.trials else []
-    chosen = choose(candidates, this["wanted"], this["most"])
+    most = loop.affordable()
+    if math.isfinite(most):
+        print(
+            f"by what the rounds so far lost, cuts that cost {most:+.4f} of loss would keep the gate", file=sys.stderr
+        )
+    chosen = choose(candidates, this["wanted"], this["most"], most_loss=most)
     loop.note_choice(candidates, chosen)
     print(table(candidates, chosen, this["wanted"]), file=sys.stderr)
     for line in cut_lines(chosen):

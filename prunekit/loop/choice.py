@@ -34,16 +34,20 @@ def gain(saved: Mapping[str, float], wanted: Mapping[str, float]) -> float:
 
 
 def choose(
-    candidates: Sequence[Candidate], wanted: Mapping[str, float], most: float, dear: float = DEAR
+    candidates: Sequence[Candidate],
+    wanted: Mapping[str, float],
+    most: float,
+    dear: float = DEAR,
+    most_loss: float = math.inf,
 ) -> list[Candidate]:
     """The set that costs least for what it saves of `wanted`, with at most `most` parameters gone.
 
     From nothing, step by step: of all candidates that could be added, or stand in for the one of their kind, that with
     the least loss per unit of the target gained; until all that is `wanted` (by UNITS' keys, above 0) is saved, nothing
     that gains fits, or what does is `dear` times as dear as the set so far: a budget needn't be spent, the next round
-    looks again.
-    What goes beyond the target is no gain. Costs of different kinds are added up. In KINDS' order; empty where nothing
-    fits.
+    looks again. It costs at most `most_loss`; where all that fits costs more, it is the one that costs least, since
+    that is an estimate, and the gate decides. What goes beyond the target is no gain. Costs of different kinds are
+    added up. In KINDS' order; empty where nothing fits.
     """
     chosen: dict[str, Candidate] = {}
     while (found := total(list(chosen.values()))) and (now := gain(found, wanted)) < len(wanted) - 1e-9:
@@ -54,14 +58,27 @@ def choose(
             more = gain(saved, wanted) - now
             if more > 1e-9 and saved["params"] <= most:
                 added = sum(c.cost for c in set_with) - sum(c.cost for c in chosen.values())
-                steps.append((added / more, each.name, each))
-        if not steps:
+                steps.append((added / more, each.name, each, sum(c.cost for c in set_with)))
+        within = [step for step in steps if step[3] <= most_loss]
+        if not within and steps and not chosen:
+            return [min(steps, key=lambda step: (step[3], step[1]))[2]]
+        if not within:
             break
-        rate, _, best = min(steps, key=lambda step: step[:2])
+        rate, _, best, _ = min(within, key=lambda step: step[:2])
         if chosen and rate > dear * max(LITTLE, sum(c.cost for c in chosen.values()) / now):
             break
         chosen[best.kind] = best
     return sorted(chosen.values(), key=lambda each: KINDS.index(each.kind))
+
+
+def affordable(judged: Sequence[tuple[float, float]], room: float) -> float:
+    """The loss that a round's cuts may cost (nats a token), if `room` is the share of the base's quality left to lose.
+
+    `judged` has of each round before what its cuts cost and the share that it lost of what it began with, once it had
+    recovered: their sums say what a nat loses. Infinite where no round has lost anything.
+    """
+    cost, lost = (sum(numbers) for numbers in zip(*judged)) if judged else (0.0, 0.0)
+    return room * cost / lost if cost > 0 and lost > 0 else math.inf
 
 
 def useful_share(most: float, wanted: Mapping[str, float], now: Mapping[str, float]) -> float:

@@ -12,7 +12,7 @@ from prunekit.report.results import read_results
 from prunekit.rules import COUNT, FLAG, NUMBER, OBJECT, REAL, TEXT, Items, Keys, Values, check
 
 from .candidates import loss_by, sizes
-from .choice import Candidate, kept_share, missing, round_share
+from .choice import Candidate, affordable, kept_share, missing, round_share
 from .timing import Timing, part_sizes, read_parts, read_share
 
 LOOP, PICTURE, SECONDS = "loop.json", "loop.png", "seconds"
@@ -107,6 +107,16 @@ class Loop:
         """The share of its parameters that it may lose in the next round."""
         kept, keep = self.last_good["kept"], self.settings["keep"]
         return round_share(self.settings["share"], kept, keep, self.failed)
+
+    def affordable(self) -> float:
+        """The loss that the next round's cuts may cost, by what the rounds so far lost of theirs."""
+        kept = {0: 1.0} | {each["round"]: each["kept"] for each in self.rounds if "good" in each}
+        judged = [
+            (sum(one["cost"] for one in each["candidates"] if one["chosen"]), kept[each["from"]] - each["kept"])
+            for each in self.rounds
+            if "good" in each and "candidates" in each
+        ]
+        return affordable(judged, self.last_good["kept"] - self.settings["keep"])
 
     def end(self, most_rounds: int) -> str | None:
         """Why there is no other round; None if there is."""

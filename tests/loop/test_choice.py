@@ -16,6 +16,7 @@ from prunekit.loop.choice import (
     SIZES,
     Candidate,
     absolute_targets,
+    affordable,
     choose,
     gain,
     kept_share,
@@ -85,6 +86,21 @@ def test_a_budget_is_not_spent_on_what_is_far_dearer_than_the_rest():
     cheap, ruinous = candidate("neurons", 0.03, 20), candidate("heads", 1.2, 5)
     assert choose([cheap, ruinous], {"params": 30}, 25) == [cheap]
     assert choose([ruinous], {"params": 30}, 25) == [ruinous], "there is nothing else"
+
+
+@given(CANDIDATES, WANTED, st.floats(0, 60), st.floats(0, 3))
+def test_a_choice_costs_no_more_than_it_may_but_where_everything_does(candidates, wanted, most, loss):
+    chosen = choose(candidates, wanted, most, most_loss=loss)
+    if sum(each.cost for each in chosen) > loss:
+        fitting = [each for each in candidates if each.saved["params"] <= most and gain(each.saved, wanted) > 1e-9]
+        assert [each.cost for each in chosen] == [min(each.cost for each in fitting)]
+
+
+def test_what_a_round_may_cost_goes_by_what_those_before_it_lost_of_theirs():
+    assert affordable([(0.04, 0.01), (0.26, 0.05)], 0.02) == pytest.approx(0.1)
+    assert affordable([], 0.02) == affordable([(0.04, -0.01)], 0.02) == math.inf, (
+        "nothing says that a cut loses anything"
+    )
 
 
 def test_what_goes_beyond_the_target_is_no_gain():

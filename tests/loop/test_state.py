@@ -1,12 +1,14 @@
 """loop.json: rounds begin, are judged, fail and end; what is tidied away."""
 
 import json
+import math
 
 import pytest
 from helpers.cuts import cut_width
 
 from prunekit.errors import PruneKitError
 from prunekit.loop.candidates import sizes
+from prunekit.loop.choice import Candidate
 from prunekit.loop.state import Loop
 from prunekit.report import draw_loop
 
@@ -58,6 +60,22 @@ def test_a_round_below_the_gate_stays_open_until_it_was_recovered_for_longer(loo
     measured(again.folder / "1/longer.json", 0.92)
     this = again.judge("distilled")
     assert this["good"] and this["folder"] == "longer" and [each["kept"] for each in this["tries"]] == [0.5, 0.92]
+
+
+def test_a_round_may_cost_what_those_before_it_say_that_the_gate_bears(loop):
+    def cut(cost):
+        again = Loop(loop.folder)
+        again.next_round()
+        others = [Candidate("kv", "kv 1", 9.0, {"params": 1.0}, ())]
+        chosen = [Candidate("neurons", "neurons 0.8", cost, {"params": 1.0}, ())]
+        again.note_choice([*others, *chosen], chosen)
+        return again
+
+    assert loop.affordable() == math.inf
+    do_round(cut(0.04), 0.95)
+    assert Loop(loop.folder).affordable() == pytest.approx(0.04), "as much is left as the first round lost"
+    do_round(cut(0.3), 0.7, 0.8)
+    assert Loop(loop.folder).affordable() == pytest.approx(0.05 * 0.34 / (0.05 + 0.15)), "a failed round counts, too"
 
 
 def test_two_failures_end_it_and_a_good_round_between_them_does_not(loop):
