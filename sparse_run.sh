@@ -63,6 +63,7 @@ claim_work
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
   --flags "$(quoted CHECKPOINT="$CHECKPOINT" GLOBAL_BATCH="$GLOBAL_BATCH" DTYPE="$DTYPE" "${SPARSIFY_ARGS[@]}" \
     --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
+MADE='' # begun: what comes to nothing now can go on, with another WORSE
 
 finish() {
   python -m prunekit.report "$OUTPUT" || echo "warning: no figures for $OUTPUT: the message is above" >&2

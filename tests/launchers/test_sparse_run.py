@@ -114,6 +114,14 @@ def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):
     assert not lab.calls() and not lab.out.exists()
 
 
+def test_cycles_of_which_none_was_good_enough_are_good_with_another_gate(lab, cycles, tiny):
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 3.5, 3.0)
+    done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 3.1)
+    assert "no cycle is good enough" in lab.run("sparse_run.sh").stderr
+    result = lab.run("sparse_run.sh", WORSE="9")
+    assert result.returncode == 0 and history(lab.out)[-1]["settings"]["cycle"] == 2, result.stderr
+
+
 def test_a_cycle_is_trained_with_its_zeros_kept_and_only_once(lab, cycles):
     for _ in range(2):  # both end where the stub's model, which has no tokenizer, is evaluated
         result = lab.run("sparse_run.sh", "--max_steps", 4)
