@@ -18,7 +18,7 @@ from prunekit.checkpoint import scratch_folder
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.surgery.kv import METHODS, KVCut, KVPlan, cut_kv, plan_kv
-from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser, warn_of_zeros
 
 
 def fit(plan: KVPlan, arguments: argparse.Namespace) -> KVCut:
@@ -64,6 +64,7 @@ def main() -> None:
     checkpoint = open_input(arguments)
     plan = plan_kv(checkpoint, arguments.kv_heads, method)
     show_plan(checkpoint, plan.outline, arguments, plan.notes)
+    warn_of_zeros(checkpoint)
     save(fit(plan, arguments) if arguments.calib else cut_kv(plan), arguments)
 
 
