@@ -14,7 +14,7 @@ from typing import Any
 from prunekit.arguments import Parser, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint
 from prunekit.checkpoint.records import COMMAND
-from prunekit.data.batches import add_calibration_arguments, model_and_calibration
+from prunekit.data.batches import BESIDE_CALIB, add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.serving.quantise import (
     SCHEMES,
@@ -25,6 +25,8 @@ from prunekit.serving.quantise import (
     publish_quantised,
     quantise,
 )
+
+FOR_ALL = ("device", "dtype")  # which quantise.sh gives to every method
 
 
 def said(plan: QuantisePlan) -> str:
@@ -70,6 +72,9 @@ def main() -> None:
         return
     if bool(args.calib) != (args.method == "gptq"):
         parser.error("--calib names the rows that --method gptq rounds by, and it alone")
+    for name in () if args.calib else BESIDE_CALIB:
+        if name not in FOR_ALL and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: is for --method gptq; leave it out")
     plan = plan_quantise(source, args.method, args.group)
     print(said(plan))
     if args.dry_run:

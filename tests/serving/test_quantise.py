@@ -140,6 +140,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tiny, tmp_path, caps
     [
         (["--method", "gptq"], "--calib names the rows"),
         (["--method", "fp8", "--calib", "x"], "--calib names the rows"),
+        (["--method", "fp8", "--calib-tokens", 9], "--calib-tokens: is for --method gptq"),
+        (["--method", "int4", "--template", "x"], "--template: is for --method gptq"),
         (["--method", "bnb"], "--written"),
         (["--method", "fp8", "--written", "x"], "--written"),
         (["--method", "fp4"], "invalid choice"),
