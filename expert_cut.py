@@ -17,7 +17,7 @@ from prunekit.checkpoint import scratch_folder
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.surgery.experts import SCORES, plan_experts
-from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser, warn_of_zeros
 
 
 def main() -> None:
@@ -41,6 +41,8 @@ def main() -> None:
     checkpoint = open_input(arguments)
     plan = plan_experts(checkpoint, arguments.experts)
     show_plan(checkpoint, plan.outline, arguments, plan.notes)
+    if not arguments.no_refit:
+        warn_of_zeros(checkpoint)
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "expert_cut")) as scratch:
         model, data = model_and_calibration(checkpoint, arguments, scratch)
         # torch: seconds, after all that can be checked without it

@@ -17,8 +17,8 @@ from prunekit.arguments import natural, positive_int
 from prunekit.checkpoint import scratch_folder
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
-from prunekit.surgery.kv import METHODS, KVCut, KVPlan, cut_kv, plan_kv
-from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
+from prunekit.surgery.kv import METHODS, KVCut, KVPlan, check_refinable, cut_kv, plan_kv
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser, warn_of_zeros
 
 
 def fit(plan: KVPlan, arguments: argparse.Namespace) -> KVCut:
@@ -63,7 +63,10 @@ def main() -> None:
 
     checkpoint = open_input(arguments)
     plan = plan_kv(checkpoint, arguments.kv_heads, method)
+    if arguments.refine:
+        check_refinable(plan)
     show_plan(checkpoint, plan.outline, arguments, plan.notes)
+    warn_of_zeros(checkpoint)
     save(fit(plan, arguments) if arguments.calib else cut_kv(plan), arguments)
 
 

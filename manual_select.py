@@ -21,7 +21,7 @@ from prunekit.data.batches import add_calibration_arguments, model_and_calibrati
 from prunekit.errors import PruneKitError, run_script
 from prunekit.knockout.ranking import choose_from_ranking, read_ranking
 from prunekit.surgery.layers import cautions, check_healable, cut_layers, parse_numbers, plan_layers, say_seam
-from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser
+from prunekit.surgery.script import open_input, parse_surgery, save, show_plan, surgery_parser, warn_of_zeros
 
 LIMITS = ("keep_above", "max_layers", "max_fraction", "independent")  # of what is taken of a ranking
 
@@ -76,6 +76,7 @@ def main() -> None:
     cut = cut_layers(plan)
     if arguments.heal:
         check_healable(plan)
+        warn_of_zeros(checkpoint)
         model, data = model_and_calibration(checkpoint, arguments)
         from prunekit.surgery.layers_fit import fit_layers  # torch: seconds, after all that can be checked without it
 

@@ -22,7 +22,15 @@ from prunekit.checkpoint.records import HEADS
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
 from prunekit.model.load import load_model
-from prunekit.surgery.script import NOTHING_WRITTEN, open_input, parse_surgery, save, show_plan, surgery_parser
+from prunekit.surgery.script import (
+    NOTHING_WRITTEN,
+    open_input,
+    parse_surgery,
+    save,
+    show_plan,
+    surgery_parser,
+    warn_of_zeros,
+)
 from prunekit.surgery.width import SCORES, cut_width, plan_width
 
 
@@ -70,6 +78,8 @@ def main() -> None:
     plan = plan_width(checkpoint, *numbers, arguments.kv_groups, arguments.mask, arguments.across_layers)
     show_plan(checkpoint, plan.outline, arguments, plan.notes)
     if arguments.calib:
+        if checkpoint.family.causal and checkpoint.family.text.plain_residual:  # then it is refitted
+            warn_of_zeros(checkpoint)
         model, data = model_and_calibration(checkpoint, arguments)
         from prunekit.surgery.width_fit import fit_width  # torch: seconds, after all that can be checked without it
 

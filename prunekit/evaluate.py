@@ -14,6 +14,7 @@ set; 'groups.reading.exact_match>=0.9' is of a group.
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import sys
@@ -33,6 +34,7 @@ from prunekit.gates import add_gates, check_bounds, gate
 from prunekit.model.load import check_causal, check_unpackable
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names, check_rewards
+from prunekit.surgery.vocabulary_files import read_tokenizer
 
 BESIDE = {  # flags that are of no use without another
     "dataset": ("by", "no_generate", "max_length", "rewards"),
@@ -132,6 +134,25 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def warn_of_other_tokens(checkpoints: list[Checkpoint]) -> None:
+    """Say of which models figures that are of a token can't be compared with the first one's."""
+
+    def tokens(checkpoint: Checkpoint) -> dict[int, str] | None:
+        with contextlib.suppress(PruneKitError):  # who loads it says what is wrong with it
+            return read_tokenizer(checkpoint).tokens
+        return None
+
+    first, *others = checkpoints
+    known = tokens(first) if others else None
+    for other in others:
+        if known and (own := tokens(other)) and own != known:
+            print(
+                f"warning: {other.path} has other tokens than {first.path}: token_acc, loss and perplexity, which are "
+                "of a token, can't be compared; exact_match, cer and rewards can",
+                file=sys.stderr,
+            )
+
+
 def prepare(
     checkpoints: list[Checkpoint], args: argparse.Namespace, tasks: Tasks | None = None
 ) -> tuple[dict[str, Rows], list[str | None]]:
@@ -152,6 +173,8 @@ def prepare(
     if len({is_text(rows[0]) for rows in datasets.values()}) > 1:
         raise PruneKitError('--dataset: some have rows {"text": ...}, some messages: evaluate one kind at a time')
     texts = {is_text(rows[0]) for rows in datasets.values()} == {True}
+    if datasets:
+        warn_of_other_tokens(checkpoints)
     if texts and rewards:
         raise PruneKitError('--rewards are for what is generated, and rows {"text": ...} ask nothing: leave them out')
     args.no_generate = args.no_generate or texts

@@ -235,6 +235,18 @@ def test_a_state_counts_if_a_label_follows_it_and_is_of_its_row():
     assert (found[:, 0].tolist(), next_labels.tolist(), rows.tolist()) == ([1, 2, 4], [6, 7, 8], [0, 0, 1])
 
 
+def test_models_that_have_other_tokens_are_named_as_not_comparable(tmp_path, capsys):
+    model = open_checkpoint(EMBEDDED)
+    again, other = (open_checkpoint(shutil.copytree(EMBEDDED, tmp_path / name)) for name in ("again", "other"))
+    content = json.loads((other.path / "tokenizer.json").read_text())
+    (one, first), (two, second), *rest = content["model"]["vocab"].items()
+    content["model"]["vocab"] = {one: second, two: first, **dict(rest)}
+    (other.path / "tokenizer.json").write_text(json.dumps(content))
+    evaluation.warn_of_other_tokens([model, again, other])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{other.path} has other tokens than {EMBEDDED}: token_acc, loss" in said
+
+
 def test_a_model_that_is_none_of_the_type_given_is_refused(parrot, tmp_path):
     with pytest.raises(PruneKitError, match="--model-type qwen3_vl: .*parrot"):
         judged(parrot, tmp_path, [asked("cat")], "--model-type", "qwen3_vl")

@@ -8,6 +8,7 @@ torch. Peak memory is what Linux counts (VmHWM): weights, activations, and the l
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence, Sized
@@ -22,6 +23,8 @@ from prunekit.rules import short
 
 ONNX = "model.onnx"
 INPUTS = ("input_ids", "attention_mask")
+# Classes that return something else, whatever their family
+NO_LOGITS = re.compile(r".*(?:(?<!LMHead)Model|ForPreTraining|ForQuestionAnswering)")
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the inputs (batch, length) to logits (batch, length, n)
 
 
@@ -60,12 +63,16 @@ def _torch(folder: Path, threads: int | None, device: str) -> Run:
 
 
 def model_class(config: dict[str, Any]):
-    """transformers' class of a config; PruneKitError if it names none that transformers has."""
+    """transformers' class of a config; PruneKitError if it names none that transformers has, or one without logits."""
     import transformers
 
     names = config.get("architectures") or ["none"]
     if not hasattr(transformers, names[0]):
         raise PruneKitError(f"config.json: architectures {short(names)}: transformers has no such class")
+    if NO_LOGITS.fullmatch(names[0]):
+        raise PruneKitError(
+            f"{names[0]} gives no logits of tokens or labels, which is what is served here; give a model with a head"
+        )
     return getattr(transformers, names[0])
 
 

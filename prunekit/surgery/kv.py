@@ -107,6 +107,15 @@ def plan_kv(checkpoint: Checkpoint, kv_heads: int, method: str = "mean") -> KVPl
     return KVPlan(checkpoint, Outline(checkpoint.path, config, shapes), kv_heads, method, notes)
 
 
+def check_refinable(plan: KVPlan) -> None:
+    """PruneKitError if what attention writes goes through a norm, so that no layer can be fitted to it."""
+    family = plan.source.family
+    if not family.text.plain_residual:
+        raise PruneKitError(
+            f"--refine: {family.model_type} has norms behind attention, which it can't fit; leave it out"
+        )
+
+
 def _projections(checkpoint: Checkpoint) -> list[str]:
     """Names of the text stack's k_proj and v_proj parameters."""
     row = checkpoint.family.text

@@ -24,7 +24,7 @@ from prunekit.model.replay import Replay, Store, given, in_memory, record_calls
 from prunekit.model.scores import score_batches
 
 from .cut import calibrated_on
-from .kv import KVCut, KVPlan
+from .kv import KVCut, KVPlan, check_refinable
 from .kv_math import turned
 from .kv_merge import Attention, gather, merge_layer, put_parameters
 from .sides import MADE_UP_KV, Sides
@@ -179,12 +179,10 @@ def fit_kv(
     PruneKitError for activations that aren't finite, fewer tokens than dimensions, or refining a family that has norms
     behind its projections.
     """
+    if refine_steps:
+        check_refinable(plan)
     family, row = plan.source.family, plan.source.family.text
     of_text = heads(plan.source)
-    if refine_steps and not row.plain_residual:
-        raise PruneKitError(
-            f"--refine: {family.model_type} has norms behind attention, which it can't fit; leave it out"
-        )
     batches = [*data.fit, *data.held_out]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in data.fit)
     needed = of_text.kv // plan.kv_heads * of_text.dim

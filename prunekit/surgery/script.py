@@ -1,6 +1,7 @@
 """What all surgery scripts take from a user: a checkpoint to read, OUT, and how OUT is written."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,6 +70,16 @@ def show_plan(before: Checkpoint, after: Outline, arguments: argparse.Namespace,
     """Print notes and sizes. Raises as `need_room`."""
     print(*notes, _comparison(statistics(before), statistics(after)), sep="\n")
     need_room(after, arguments)
+
+
+def warn_of_zeros(checkpoint: Checkpoint) -> None:
+    """Say of a cut that computes weights anew, as merges and refits do, that sparsify.py's zeros don't outlive it."""
+    if any(entry.get("sparsity") for entry in history(checkpoint.path)):
+        print(
+            f"warning: weights are computed anew, which fills zeros of {checkpoint.path}: make zeros last, or again "
+            "(docs/zeros.md)",
+            file=sys.stderr,
+        )
 
 
 def save(cut: Cut, arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from .vocabulary_files import (
     side_configs,
     staying,
     with_ids,
+    written,
 )
 
 MULTIPLE = 64  # of rows, as GPUs like a matrix to have
@@ -96,11 +97,13 @@ def plan_vocabulary(
     if (size is None) == (share is None):
         raise PruneKitError("say how many tokens to keep: --size or --keep-share")
     before, tokenizer = rows_of(checkpoint), read_tokenizer(checkpoint)
-    last = max(tokenizer.tokens, default=-1)
+    spoken = written(tokenizer)
+    # An added token without a row is never used (Gemma 3's 1B has its larger sisters' token of images); others would be
+    last = max((*tokenizer.ids.values(), *spoken), default=-1)
     if last >= before:
         raise PruneKitError(
-            f"{tokenizer.folder / 'tokenizer.json'}: {tokenizer.tokens[last]!r} is token {last}, the model has rows "
-            f"for {before}: copy the tokenizer of the same model"
+            f"{tokenizer.folder / 'tokenizer.json'}: {tokenizer.tokens.get(last)!r} is token {last}, the model has "
+            f"rows for {before}: copy the tokenizer of the same model"
         )
     said = f"--size {size}" if size is not None else f"--keep-share {share:g}"
     wanted = size if size is not None else round(before * (share or 0))
@@ -111,7 +114,7 @@ def plan_vocabulary(
     config = _with_defaults(checkpoint)
     named = [ids_in(each) for each in (config, *side_configs(checkpoint.path).values())]
     named.append(set(range(checkpoint.family.first_position)))  # positions are counted from padding's number on
-    stays = staying(tokenizer, {number for each in named for number in each if 0 <= number < before})
+    stays = staying(tokenizer, spoken.union(*named)) & set(range(before))
     if len(stays) > rows:
         raise PruneKitError(
             f"{said}: {len(stays):,} tokens must stay: characters or bytes, special and added tokens, what the chat "
@@ -175,6 +178,8 @@ def cut_vocabulary(plan: VocabularyPlan, uses: Mapping[int, int]) -> VocabularyC
     """Keep the tokens that a text needs most, which has each so often (`vocabulary_fit.count_uses`)."""
     source, kept = plan.source, choose(plan, uses)
     new = {old: number for number, old in enumerate(kept)}
+    beyond = plan.rows - plan.rows_before
+    new |= {old: old + beyond for old in plan.tokenizer.tokens if old >= plan.rows_before}  # they still have no row
     after = fewer(plan.tokenizer, new)
     config = with_ids(plan.outline.config, lambda number: new.get(number, number))
     tensors = dict(source.tensors)

@@ -157,17 +157,22 @@ def replaceable(tokenizer: Tokenizer, token: str) -> bool:
     return all(form in tokenizer.ids for each in rest for form in (each, prefix + each))
 
 
-def staying(tokenizer: Tokenizer, named: Collection[int]) -> set[int]:
-    """Ids of all that no cut may take: bytes or characters, special and added tokens, what the chat template writes.
+def written(tokenizer: Tokenizer) -> set[int]:
+    """Ids that texts get besides their own: around them, and by the chat template, with the names of roles."""
+    texts = [*ROLES, *_template_texts(tokenizer.folder)]
+    return _processor_ids(tokenizer.content) | tokenizer.ids_of(texts)
 
-    named: ids that configs name.
+
+def staying(tokenizer: Tokenizer, named: Collection[int]) -> set[int]:
+    """Ids of all that no cut may take: bytes or characters, special and added tokens, and what is named.
+
+    named: ids that configs name, and those that are `written`.
     """
     stays = {number for token, number in tokenizer.ids.items() if not replaceable(tokenizer, token)}
-    stays |= {each["id"] for each in tokenizer.added} | set(named) | set(_processor_ids(tokenizer.content))
+    stays |= {each["id"] for each in tokenizer.added} | set(named)
     unknown = tokenizer.model.get("unk_token")
     stays |= {tokenizer.ids[unknown]} if unknown in tokenizer.ids else set()
     stays |= {tokenizer.model["unk_id"]} if tokenizer.model.get("unk_id") is not None else set()
-    stays |= tokenizer.ids_of([*ROLES, *_template_texts(tokenizer.folder)])
     for number in list(stays):
         stays |= closure(tokenizer, number, stays)
     return stays

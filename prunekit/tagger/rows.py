@@ -17,6 +17,7 @@ from prunekit.errors import PruneKitError
 from prunekit.rules import short
 
 TAG = re.compile(r"O|[BI]-\S+")
+COLUMNS = re.compile(r"[ \t]+")  # not \s: a no-break space, which French numbers have, is part of a word
 PLACED = re.compile(r"O|[A-Z]-.+")  # models' labels that say where in an entity a word is: B-, I-, some E-, S-, L-, U-
 
 TOKEN_CLASSIFIER, TEXT_CLASSIFIER = "ForTokenClassification", "ForSequenceClassification"
@@ -46,7 +47,7 @@ def read_rows(dataset: str | Path) -> Rows:
     else:
         try:
             with path.open("rb") as file:
-                rows = list(_conll_rows(path, (line.decode() for line in digest.reading(file))))[:count]
+                rows = list(_conll_rows(path, (line.decode("utf-8-sig") for line in digest.reading(file))))[:count]
         except UnicodeDecodeError as error:
             raise PruneKitError(f"dataset {path} is not UTF-8 text ({error.reason}): convert it") from None
     if not rows:
@@ -68,7 +69,7 @@ def _json_rows(rows: Iterable[tuple[str, Any]]) -> Iterable[Row]:
 def _conll_rows(path: Path, lines: Iterable[str]) -> Iterable[Row]:
     words, tags = [], []
     for number, line in enumerate([*lines, ""], 1):
-        columns = line.split()
+        columns = COLUMNS.split(line.strip(" \t\r\n")) if line.strip() else []
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) < 2:
                 raise PruneKitError(f"dataset {path} line {number}: one column; a word and its tag are needed")

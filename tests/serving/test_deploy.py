@@ -204,6 +204,16 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(served, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize("architecture", ["BertModel", "BertForPreTraining", "BertForQuestionAnswering"])
+def test_a_model_without_logits_is_refused_before_it_is_loaded(architecture, tagger, tmp_path):
+    folder = shutil.copytree(tagger("bert"), tmp_path / "headless")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    with pytest.raises(PruneKitError, match=f"{architecture} gives no logits"):
+        deploy(open_checkpoint(folder), tmp_path / "out", "onnx")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(served, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -1,6 +1,8 @@
 """What all cuts have in common: an outline is not to be written; a cut is, with its account, whole or not at all."""
 
+import contextlib
 import importlib
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
@@ -212,6 +214,29 @@ def test_what_is_said_of_calibration_is_refused_without_data(line, flag, tiny, t
     with pytest.raises(PruneKitError, match=f"{flag.split()[0]}: is for --calib; give that, too, or leave it out"):
         importlib.import_module(name).main()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line, fills",
+    [
+        ("kv_cut --kv-heads 1", True),
+        ("width_cut --head-share 0.5", False),
+        ("width_cut --head-share 0.5 --calib", True),
+        ("manual_select --text 1", False),
+        ("manual_select --text 1 --heal --calib", True),
+        ("vocab_cut --keep-share 0.9 --calib", False),
+    ],
+)
+def test_a_cut_that_fills_zeros_says_so(line, fills, tmp_path, monkeypatch, capsys):
+    name, *words = line.split()
+    script, sparse, data = importlib.import_module(name), tmp_path / "sparse", write_texts(tmp_path / "texts.jsonl")
+    write_cut(CUTS["zeros"](open_checkpoint(TINY_VL)), sparse)
+    monkeypatch.setattr(script, "model_and_calibration", lambda *_: sys.exit(0), raising=False)  # before a fit
+    words += [str(data)] * ("--calib" in words)
+    monkeypatch.setattr("sys.argv", [name, "--model", str(sparse), "--dry-run", *words])
+    with contextlib.suppress(SystemExit):
+        script.main()
+    assert (f"fills zeros of {sparse}" in capsys.readouterr().err) == fills
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,13 @@ def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_what_can_not_be_refined_is_refused_before_data_are_read(tiny, tmp_path, script):
+    arguments = ["--kv-heads", 1, "--refine", 3, "--calib", tmp_path / "nowhere.jsonl"]
+    done = script("kv_cut.py", "--model", tiny("gemma3_text"), "--out", tmp_path / "out", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --refine: gemma3_text has norms behind attention")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_families_without_shared_heads_are_refused(family, tiny, tmp_path, script):
     file = write_texts(tmp_path / "texts.jsonl")

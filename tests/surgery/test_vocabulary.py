@@ -395,6 +395,31 @@ def test_a_teacher_that_was_not_cut_alike_is_refused(speaking_of, cuts, tmp_path
     check_teacher(student, open_checkpoint(tmp_path / "alike"))
 
 
+@pytest.fixture
+def one_too_many(cuts, tmp_path):
+    """A folder whose rows all have tokens, and that has one more, as Gemma 3's 1B has for its sisters' images."""
+    folder = shutil.copytree(cuts("llama")[1], tmp_path / "own")
+    content = read(folder, "tokenizer.json")
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 352, "content": "one too many"})
+    put(folder, "tokenizer.json", content)
+    return folder
+
+
+def test_an_added_token_that_has_no_row_and_that_nothing_writes_still_has_none(one_too_many, tmp_path):
+    put(one_too_many, "generation_config.json", {"suppress_tokens": [352]})
+    write_cut(cut_of(one_too_many, 304), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("one too many", add_special_tokens=False).input_ids == [304]
+    assert read(tmp_path / "out", "generation_config.json")["suppress_tokens"] == [304]
+    assert statistics(tmp_path / "out")["vocab_size"] == 304 == load(tmp_path / "out").config.vocab_size
+
+
+def test_a_token_that_has_no_row_and_that_the_template_writes_is_refused(one_too_many):
+    (one_too_many / "chat_template.jinja").write_text("one too many")
+    with pytest.raises(PruneKitError, match="'one too many' is token 352, the model has rows for 352"):
+        cut_of(one_too_many, 304)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +451,7 @@ def break_vocabulary(folder):
 
 def break_rows(folder):
     content = read(folder, "tokenizer.json")
-    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 433, "content": "one too many"})
+    content["model"]["vocab"]["one too many"] = 433
     put(folder, "tokenizer.json", content)
 
 

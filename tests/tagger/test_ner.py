@@ -81,6 +81,17 @@ def test_conll_and_jsonl_give_the_same_rows(rows, tmp_path):
     assert read_rows(conll) == read_rows(rows)
 
 
+def test_a_words_no_break_space_is_no_end_of_a_column(tmp_path):
+    (tmp_path / "rows.conll").write_text("10\u00a0000 CD O\n\u00a0 SP O\nNice\tNNP\tB-LOC\n\u00a0\nAna B-PER\n")
+    words = [row.words for row in read_rows(tmp_path / "rows.conll")]
+    assert words == [["10\u00a0000", "\u00a0", "Nice"], ["Ana"]]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    (tmp_path / "rows.conll").write_text("Ana B-PER\n", encoding="utf-8-sig")
+    assert read_rows(tmp_path / "rows.conll")[0].words == ["Ana"]
+
+
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_rows_carry_the_record_of_their_file_which_was_opened_once(rows, tmp_path, opens, end):
     file = tmp_path / "same.jsonl"
