@@ -104,9 +104,11 @@ if [ "$MODE" != train ]; then
   [ -z "${RAY_ADDRESS:-}" ] || processes=1
   calib=()
   [ -z "$HEAL" ] && [ "$EXPERTS" = none ] || calib=(--calib "$DATASET")
+  best=() # of a whole scan any number may be trained later
+  if [[ $FINALISTS =~ ^[1-9] && $RACE$GENERATE != 0 ]]; then best=(--best "$FINALISTS"); fi
   run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
     --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} ${DTYPE:+--dtype "$DTYPE"} "${SCAN_ARGS[@]}" \
-    ${RACE:+--race} --best "$([[ $FINALISTS =~ ^[1-9][0-9]*$ ]] && echo "$FINALISTS" || echo 10)" \
+    ${RACE:+--race} "${best[@]}" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
     ${HEAL:+--heal} --experts "$EXPERTS" "${calib[@]}" --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \
     --processes "$processes" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
