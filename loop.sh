@@ -331,8 +331,9 @@ else
     [ "$code" -ne 0 ] || measure_speed "$folder/speed.json" "$MODEL" --parts || code=$?
     [ "$code" -ne 0 ] || "${BEGIN[@]}" --into "$folder" --base-scores "$folder/base.json" \
       ${TARGET_SPEED:+--base-speed "$folder/speed.json"} || code=$?
-    if [ "$code" -ne 0 ]; then
-      rm -rf "$folder"
+    if [ "$code" -ne 0 ]; then # as if it had never been, but for what was put there by hand
+      rm -f "$folder"/{base.json,speed.json}{,.new} "$folder"/{seconds,loop.json}
+      rmdir "$folder" 2>/dev/null || true
       exit "$code"
     fi
   else

@@ -74,6 +74,14 @@ def test_rounds_go_on_until_the_target_is_reached_and_the_last_one_is_published(
     assert teachers == [[loop.env["MODEL"]]] * len(found["rounds"]), "the first model, in every round"
 
 
+def test_a_base_that_cannot_be_measured_takes_nothing_away_that_was_put_there_by_hand(loop):
+    mine = loop.folder / "ckpt/out.loop/1/cut/mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert loop.run("loop.sh", STUB_BREAK="prunekit.evaluate").returncode == 3
+    assert mine.exists() and [path.name for path in (loop.folder / "ckpt/out.loop").iterdir()] == ["1"]
+
+
 @pytest.mark.parametrize(("layer", "heals"), [(0, False), (3, True)])
 def test_first_layers_which_nothing_can_heal_are_cut_as_they_are(loop, layer, heals):
     settings = {"fingerprint": fingerprint(open_checkpoint(loop.env["MODEL"]))}
