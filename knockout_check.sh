@@ -95,8 +95,8 @@ if [ -e "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
     ! -regex '.*/(scan|trained|ranking\.(json|csv|png)|greedy\.png|curves\.png|\.[^/]+\.new)')
   { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; } && [ -z "$others" ] ||
     die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"
+  [ -z "$RESTART" ] || rm -rf "$OUTPUT"
 fi
-[ -z "$RESTART" ] || rm -rf "$OUTPUT"
 claim_work
 setup_wandb
 LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS" ${BY:+--by "$BY" --gate "$GATE"})
