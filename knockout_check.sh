@@ -89,9 +89,13 @@ use_gpus "$tasks"
 settle sft 4 "${FULL_ARGS[@]}" "${ARGS[@]}"
 preflight sft --disk-factor 0.1 --reuse-out
 use_gpus "$GPUS"
-if [ -n "$RESTART" ] && { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; }; then rm -rf "$OUTPUT"; fi
-if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT/scan" ] && [ ! -d "$OUTPUT/trained" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
-  die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"
+# Before anything is removed, or scanned for hours: prunekit.knockout.sweep would refuse it behind that.
+if [ -e "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
+  others=$(find -H "$OUTPUT" -mindepth 1 -maxdepth 1 -regextype posix-extended \
+    ! -regex '.*/(scan|trained|ranking\.(json|csv|png)|greedy\.png|curves\.png|\.[^/]+\.new)')
+  { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; } && [ -z "$others" ] ||
+    die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"
+  [ -z "$RESTART" ] || rm -rf "$OUTPUT"
 fi
 claim_work
 setup_wandb
@@ -100,9 +104,11 @@ if [ "$MODE" != train ]; then
   [ -z "${RAY_ADDRESS:-}" ] || processes=1
   calib=()
   [ -z "$HEAL" ] && [ "$EXPERTS" = none ] || calib=(--calib "$DATASET")
+  best=() # of a whole scan any number may be trained later
+  if [[ $FINALISTS =~ ^[1-9] && $RACE$GENERATE != 0 ]]; then best=(--best "$FINALISTS"); fi
   run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
     --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} ${DTYPE:+--dtype "$DTYPE"} "${SCAN_ARGS[@]}" \
-    ${RACE:+--race} --best "$([[ $FINALISTS =~ ^[1-9][0-9]*$ ]] && echo "$FINALISTS" || echo 10)" \
+    ${RACE:+--race} "${best[@]}" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
     ${HEAL:+--heal} --experts "$EXPERTS" "${calib[@]}" --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \
     --processes "$processes" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one

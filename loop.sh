@@ -223,9 +223,12 @@ trained() { # NAME MODEL LAUNCHER ARGS...: that launcher makes NAME of MODEL, or
   run env "${settings[@]}" "${nodes[@]}" bash "$ROOT/$launcher" "${plugins[@]}" "$@" || stop "$launcher"
 }
 
-fitting() { # SCRIPT: sets FIT, what that takes to fit its cut on DATASET
+fitting() { # SCRIPT FLAGS...: sets FIT, what that takes to fit its cut on DATASET
   case $1 in
-    manual_select.py) FIT=(${HEAL:+--heal "${CALIB[@]}"}) ;;
+    manual_select.py)
+      FIT=()
+      if [[ " $* " == *" --heal "* ]]; then FIT=("${CALIB[@]}"); fi
+      ;;
     vocab_cut.py) FIT=(--calib "$DATASET") ;;
     *) FIT=("${CALIB[@]}") ;;
   esac
@@ -260,7 +263,7 @@ make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
   local -a lines measured=()
   ! have scan/scan.json || measured+=(--scan "$here/scan/scan.json")
   ! have trials.json || measured+=(--trials "$here/trials.json")
-  chosen=$(python -m prunekit.loop choose --into "$state" --model "$from" "${measured[@]}") || return $?
+  chosen=$(python -m prunekit.loop choose --into "$state" --model "$from" ${HEAL:+--heal} "${measured[@]}") || return $?
   mapfile -t lines <<< "$chosen"
   for line in "${lines[@]}"; do # the teacher needs the student's tokens
     read -ra words <<< "$line"
@@ -275,7 +278,7 @@ make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
     output=$here/cut
     [ "$number" -eq ${#lines[@]} ] || output=$here/cut-$number
     if [ ! -e "$output" ]; then
-      fitting "${words[0]}"
+      fitting "${words[@]}"
       trial=trials/${words[1]#--}-${words[2]}
       if [ -z "$DRY_RUN" ] && [ "$number" -eq 1 ] && [ ${#words[@]} -eq 3 ] && have "$trial"; then
         # That very cut, made already. Where another follows, which may break, the choice reads it again
@@ -332,8 +335,9 @@ else
     [ "$code" -ne 0 ] || measure_speed "$folder/speed.json" "$MODEL" --parts || code=$?
     [ "$code" -ne 0 ] || "${BEGIN[@]}" --into "$folder" --base-scores "$folder/base.json" \
       ${TARGET_SPEED:+--base-speed "$folder/speed.json"} || code=$?
-    if [ "$code" -ne 0 ]; then
-      rm -rf "$folder"
+    if [ "$code" -ne 0 ]; then # as if it had never been, but for what was put there by hand
+      rm -f "$folder"/{base.json,speed.json}{,.new} "$folder"/{seconds,loop.json}
+      rmdir "$folder" 2>/dev/null || true
       exit "$code"
     fi
   else

@@ -64,11 +64,11 @@ def main() -> None:
         raise PruneKitError(f"nothing fits: each of these takes more than {args.most:.0%} of the parameters (--most)")
     saved, cost = total(chosen), sum(each.cost for each in chosen)
     print(f"chosen (*): {saved['params'] / now['params']:.1%} of the parameters for {cost:+.4f} of loss")
-    lines = cut_lines(chosen)
+    lines = cut_lines(chosen, checkpoint)
     folders = [args.model, *(f"checkpoints/cut-{number}" for number in range(1, len(lines) + 1))]
     for line, source, out in zip(lines, folders, folders[1:]):
-        heal = ["--heal"] if line[0] == "manual_select.py" else []
-        words = ["python", line[0], "--model", source, "--out", out, *line[1:], *heal, "--calib", "data/train.jsonl"]
+        fit = [] if line[0] == "manual_select.py" and "--heal" not in line else ["--calib", "data/train.jsonl"]
+        words = ["python", line[0], "--model", source, "--out", out, *line[1:], *fit]
         print(quoted([str(word) for word in words]))
     for unit, wish in wanted.items():
         if saved[unit] < wish:

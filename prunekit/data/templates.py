@@ -16,6 +16,7 @@ from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES
 
+CHATML = "chatml"  # ms-swift's: what many checkpoints were taught in, whatever their architecture
 CHAT = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
 
 
@@ -52,7 +53,7 @@ def find_template(
         meta = MODEL_MAPPING.get(model_type)
     if meta is None or meta.template or len(meta.candidate_templates) < 2:
         return None
-    names = meta.candidate_templates
+    names = list(dict.fromkeys([*meta.candidate_templates, CHATML]))
     choose = f"choose one of {', '.join(names)} or default (TEMPLATE=, --template)"
     processor = load_processor(checkpoint, model_type)
     tokenizer = getattr(processor, "tokenizer", processor)

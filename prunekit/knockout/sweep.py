@@ -10,6 +10,7 @@ where it was; ranking.json, ranking.csv and the figures are made anew after ever
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,6 +32,12 @@ from .removal import BASELINE, MEAN, WORST, FewerExperts, Removal, knockout_pars
 from .trained import Run, Sweep, Training, run_name
 
 OURS = {"scan", "trained", RANKING, TABLE, *PICTURES}
+DRAFT = re.compile(r"\..+\.new")  # of a file that was being written: a kill leaves it
+
+
+def is_ours(name: str) -> bool:
+    """Whether a sweep makes what is called so in its folder."""
+    return name in OURS or bool(DRAFT.fullmatch(name))
 
 
 def _finalists(text: str) -> int | None:
@@ -138,7 +145,7 @@ def main() -> None:
     gpus = [gpu for gpu in args.gpus.split(",") if gpu]
     # On other numbers of GPUs the same flags are other batches
     each = args.gpus_per_task if os.environ.get("RAY_ADDRESS") else len(share_out(gpus, args.jobs)[0])
-    if args.out.exists() and (not args.out.is_dir() or not {path.name for path in args.out.iterdir()} <= OURS):
+    if args.out.exists() and not (args.out.is_dir() and all(is_ours(path.name) for path in args.out.iterdir())):
         raise PruneKitError(f"{args.out}: is in use, and no sweep of knockouts; choose another OUT")
 
     scan, model = None, fingerprint(checkpoint)
@@ -175,6 +182,9 @@ def main() -> None:
             settings |= {"by": args.by} if args.by else {}
             held.enter_context(claim_folder(training.out, settings, "sweep of knockouts"))
             shutil.rmtree(training.out / "work", ignore_errors=True)
+            for path in args.out.iterdir():
+                if DRAFT.fullmatch(path.name):
+                    path.unlink()
         args.out.mkdir(parents=True, exist_ok=True)
         ranking = sweep_all(Sweep(training, gpus, args.jobs, args.gpus_per_task), runs, scan, args.out, args.gate)
         shutil.rmtree(training.out / "work", ignore_errors=True)

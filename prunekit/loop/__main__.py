@@ -144,7 +144,7 @@ def choose_cuts(args: argparse.Namespace) -> int:
     chosen = choose(candidates, this["wanted"], this["most"], most_loss=most)
     loop.note_choice(candidates, chosen)
     print(table(candidates, chosen, this["wanted"]), file=sys.stderr)
-    for line in cut_lines(chosen):
+    for line in cut_lines(chosen, checkpoint if args.heal else None):
         print(*line)
     return 0 if chosen else 3
 
@@ -299,6 +299,7 @@ def main() -> int | None:
     parts["judge-end"].add_argument("--result", required=True, help="what of it is measured first")
     parts["choose"].add_argument("--scan", type=Path)
     parts["choose"].add_argument("--trials", type=Path)
+    parts["choose"].add_argument("--heal", action="store_true", help="layers, where there is something to heal")
     parts["judge"].add_argument("--result", default="distilled", help="what of a round is measured first")
     parts["publish"].add_argument("--out", required=True)
     parts["publish"].add_argument("--overwrite", action="store_true")

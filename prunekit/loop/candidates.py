@@ -14,6 +14,7 @@ from prunekit.report.results import read_results
 from prunekit.rules import NAMES, OBJECT, REAL, Items, Keys, check
 from prunekit.surgery.experts import check_experts, plan_experts
 from prunekit.surgery.kv import plan_kv
+from prunekit.surgery.layers import check_healable
 from prunekit.surgery.vocabulary import plan_vocabulary
 from prunekit.surgery.width import plan_width
 
@@ -276,9 +277,22 @@ def _cut(entry: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     return "neurons", ("--neuron-share", _share_of_neurons(entry["neurons"], entry["neurons_before"]))
 
 
-def cut_lines(chosen: Sequence[Candidate]) -> list[list[str]]:
-    """The scripts that make these cuts one after the other, each with its flags: heads and neurons go in one."""
+def cut_lines(chosen: Sequence[Candidate], heal: Checkpoint | None = None) -> list[list[str]]:
+    """The scripts that make these cuts one after the other, each with its flags: heads and neurons go in one.
+
+    `heal`: the model that they are of, if layers are to be healed: with --heal, then, where there is something to heal.
+    """
     lines: dict[str, list[str]] = {}
     for each in chosen:
-        lines.setdefault(SCRIPTS[each.kind], []).extend(each.flags)
+        more = ["--heal"] if each.kind == "layers" and heal and _heals(heal, each) else []
+        lines.setdefault(SCRIPTS[each.kind], []).extend([*each.flags, *more])
     return [[script, *flags] for script, flags in lines.items()]
+
+
+def _heals(checkpoint: Checkpoint, layers: Candidate) -> bool:
+    """False for a family that can't be healed, and for first layers: none before them could be refitted."""
+    try:
+        check_healable(plan_without(checkpoint, map(Removal.parse, layers.name.split())))
+    except PruneKitError:
+        return False
+    return True

@@ -85,12 +85,19 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> bool | None:
     return texts
 
 
-def check_datasets(names: Iterable[str], columns: Iterable[str] = (), answers: bool = False) -> bool:
+def check_datasets(
+    names: Iterable[str], columns: Iterable[str] = (), answers: bool = False, held_out: Iterable[str] = ()
+) -> bool:
     """Whether data sets of a training are texts. PruneKitError as `check_dataset`, and if some are, others not.
 
-    With `answers`, for a training that begins at questions, none may be.
+    With `answers`, for a training that begins at questions, none may be. Of those `held_out`, FILE#N must have N rows:
+    ms-swift repeats rows to train on, and fails on others, when all is loaded.
     """
-    kinds = {name: check_dataset(name, columns) for name in names}
+    kinds = {name: check_dataset(name, columns) for name in [*names, *held_out]}
+    for name in held_out:
+        count = None if kinds[name] is None else locate(name)[1]
+        if count is not None and (rows := sum(1 for _ in iterate(name))) < count:
+            raise PruneKitError(f"dataset {name}: has {rows} rows to evaluate on, not {count}: leave out #{count}")
     texts = [name for name, kind in kinds.items() if kind]
     if texts and answers:
         raise PruneKitError(
@@ -382,7 +389,7 @@ def main() -> None:
         check_adapter(args.adapter, checkpoint)
     texts = False
     if not swift.columns:  # ms-swift renames columns: rows are left to it
-        texts = check_datasets([*swift.dataset, *swift.val_dataset], args.needed_columns, args.swift == "rlhf")
+        texts = check_datasets(swift.dataset, args.needed_columns, args.swift == "rlhf", swift.val_dataset)
         for dataset in get("chord_sft_dataset") or ():
             check_dataset(dataset)
     check_rewards(get("reward_funcs") or (), plugins)

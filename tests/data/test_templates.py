@@ -70,6 +70,7 @@ def preflight(folder):
         ("qwen3", CHATML + ASSISTANT.replace("assistant\n", "assistant\n<think>\n"), "qwen3_thinking"),
         ("qwen2", SYSTEM + CHATML + ASSISTANT, "qwen2_5"),
         ("llama", HEADERS, "llama3"),
+        ("llama", CHATML + ASSISTANT, "chatml"),
     ],
 )  # fmt: skip
 def test_the_template_is_the_one_that_writes_as_the_checkpoints_own(family, chat_template, name, chatting, capsys):

@@ -115,6 +115,15 @@ def test_a_folder_that_is_no_sweep_is_refused_and_left_as_it_is(monkeypatch, tin
     assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("draft", [".ranking.png.4711.new", ".ranking.json.4711.new", ".ranking.csv.new"])
+def test_a_sweep_that_was_killed_while_it_drew_goes_on(monkeypatch, tiny, tmp_path, draft):
+    monkeypatch.setattr(knockout, "Training", StubTraining)
+    (tmp_path / "trained").mkdir()
+    (tmp_path / draft).write_text("half")
+    run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path, "--text", "0", "--vision", "none")
+    assert (tmp_path / "ranking.json").exists() and not (tmp_path / draft).exists()
+
+
 def test_two_sweeps_in_one_folder_are_refused(monkeypatch, tiny, tmp_path):
     (tmp_path / "trained").mkdir()
     with (tmp_path / "trained" / "lock").open("w") as lock:

@@ -50,3 +50,19 @@ def test_knockouts_side_by_side_have_the_rows_of_one_alone(knockouts, jobs):
 
 def test_a_scan_computes_in_the_dtype_that_is_set(knockouts):
     assert values(knockouts("prunekit.scan", MODE="scan", DTYPE="float32", GPUS=""), "--dtype") == ["float32"]
+
+
+@pytest.mark.parametrize(("settings", "best"), [({}, []), ({"RACE": "1"}, ["20"]), ({"GENERATE": "9"}, ["20"])])
+def test_a_whole_scan_goes_on_whatever_number_of_finalists_is_wanted(knockouts, settings, best):
+    argv = knockouts("prunekit.scan", MODE="scan", GPUS="", FINALISTS="20", **settings)
+    assert ("--best" in argv and values(argv, "--best") or []) == best
+
+
+def test_a_restart_removes_no_folder_that_holds_more_than_a_sweep(lab):
+    mine = lab.folder / "runs/recovered/model.safetensors"
+    for folder in (mine.parent, lab.folder / "runs/scan"):
+        folder.mkdir(parents=True)
+    mine.write_text("mine")
+    result = lab.run("knockout_check.sh", OUTPUT="runs", RESTART="1", GPUS="")
+    assert (result.returncode, "no sweep of knockouts" in result.stderr) == (2, True)
+    assert mine.read_text() == "mine"

@@ -11,7 +11,7 @@ from helpers.lab import executable, values, wait_for
 from helpers.paths import ROOT
 from helpers.tiny_words import save_speaking
 
-from prunekit.checkpoint import history, open_checkpoint, statistics
+from prunekit.checkpoint import fingerprint, history, open_checkpoint, statistics
 from prunekit.surgery.vocabulary import plan_vocabulary
 
 
@@ -72,6 +72,27 @@ def test_rounds_go_on_until_the_target_is_reached_and_the_last_one_is_published(
     assert {call["env"]["CUDA_VISIBLE_DEVICES"] for call in loop.calls()} == {""}
     teachers = [values(call["argv"], "--teacher_model") for call in loop.calls("rlhf")]
     assert teachers == [[loop.env["MODEL"]]] * len(found["rounds"]), "the first model, in every round"
+
+
+def test_a_base_that_cannot_be_measured_takes_nothing_away_that_was_put_there_by_hand(loop):
+    mine = loop.folder / "ckpt/out.loop/1/cut/mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert loop.run("loop.sh", STUB_BREAK="prunekit.evaluate").returncode == 3
+    assert mine.exists() and [path.name for path in (loop.folder / "ckpt/out.loop").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(("layer", "heals"), [(0, False), (3, True)])
+def test_first_layers_which_nothing_can_heal_are_cut_as_they_are(loop, layer, heals):
+    settings = {"fingerprint": fingerprint(open_checkpoint(loop.env["MODEL"]))}
+    path = [{"removed": [f"text-{layer:02d}"][:count], "loss": 0.1} for count in (0, 1)]
+    file = loop.folder / "ckpt/out.loop/1/scan/scan.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"settings": settings, "greedy": {"path": path}}))
+    result = loop.run("loop.sh", MAX_ROUNDS=1, CUTS="layers")
+    assert result.returncode == 3, result.stderr
+    [cut] = [call["argv"] for call in loop.calls(event="python") if call["argv"][0].endswith("manual_select.py")]
+    assert ("--heal" in cut, "--calib" in cut) == (heals, heals)
 
 
 def test_a_round_is_what_a_person_would_do_and_all_that_could_be_cut_is_written_down(loop):

@@ -9,7 +9,7 @@ from helpers.tiny_words import save_speaking
 from prunekit.checkpoint import fingerprint, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.loop.candidates import check_reachable, cut_lines, from_path, from_trials, list_trials, loss_by, sizes
-from prunekit.loop.choice import choose
+from prunekit.loop.choice import Candidate, choose
 from prunekit.loop.timing import Timing, part_sizes
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.experts import plan_experts
@@ -141,6 +141,17 @@ def test_a_cut_of_experts_is_a_candidate_and_is_made_before_heads_and_neurons(ti
     assert cut_lines(choose(found, {"params": 10**6}, 10**6)) == [
         ["expert_cut.py", "--experts", "4"], ["width_cut.py", "--neuron-share", "0.5"]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "removed", "heals"),
+    [("qwen3", "text-01 text-03", True), ("qwen3", "text-00 text-01", False), ("gemma3_text", "text-01", False)],
+)
+def test_layers_are_cut_with_heal_where_manual_select_would_take_it(tiny, family, removed, heals):
+    layers = Candidate("layers", removed, 0.1, {}, ("--text", "1"))
+    model = open_checkpoint(tiny(family))
+    assert cut_lines([layers], model) == [["manual_select.py", "--text", "1", *["--heal"] * heals]]
+    assert cut_lines([layers]) == [["manual_select.py", "--text", "1"]]
 
 
 def test_of_a_vocabulary_trials_are_made_that_take_what_is_of_use(tmp_path):

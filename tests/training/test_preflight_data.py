@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prunekit.errors import PruneKitError
-from prunekit.training.preflight import check_dataset
+from prunekit.training.preflight import check_dataset, check_datasets
 
 ROW = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
 
@@ -164,6 +164,14 @@ def test_a_file_that_swift_cannot_read_is_refused(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(ROW))
     with pytest.raises(PruneKitError, match=f"{name}: ms-swift reads .arrow, .csv"):
         check_dataset(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_more_rows_to_evaluate_on_than_there_are_are_refused(data, suffix):
+    name = str(Path(data(ROW, ROW)).rename(f"rows{suffix}"))
+    check_datasets([f"{name}#3"], held_out=[name, f"{name}#2", "org/name#9"])
+    with pytest.raises(PruneKitError, match=f"{name}#3: has 2 rows to evaluate on, not 3: leave out #3"):
+        check_datasets([name], held_out=[f"{name}#3"])
 
 
 def test_data_sets_of_the_whole_swift_line_are_checked(preflight, tiny, data):
