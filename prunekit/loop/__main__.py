@@ -141,7 +141,7 @@ def choose_cuts(args: argparse.Namespace) -> int:
         print(
             f"by what the rounds so far lost, cuts that cost {most:+.4f} of loss would keep the gate", file=sys.stderr
         )
-    chosen = choose(candidates, this["wanted"], this["most"], most_loss=most)
+    chosen = choose(candidates, this["wanted"], this["most"], most_loss=most, failed=loop.failed_cost())
     loop.note_choice(candidates, chosen)
     print(table(candidates, chosen, this["wanted"]), file=sys.stderr)
     for line in cut_lines(chosen, checkpoint if args.heal else None):

@@ -39,6 +39,7 @@ def choose(
     most: float,
     dear: float = DEAR,
     most_loss: float = math.inf,
+    failed: float = math.inf,
 ) -> list[Candidate]:
     """The set that costs least for what it saves of `wanted`, with at most `most` parameters gone.
 
@@ -46,8 +47,8 @@ def choose(
     the least loss per unit of the target gained; until all that is `wanted` (by UNITS' keys, above 0) is saved, nothing
     that gains fits, or what does is `dear` times as dear as the set so far: a budget needn't be spent, the next round
     looks again. It costs at most `most_loss`; where all that fits costs more, it is the one that costs least, since
-    that is an estimate, and the gate decides. What goes beyond the target is no gain. Costs of different kinds are
-    added up. In KINDS' order; empty where nothing fits.
+    that is an estimate, and the gate decides. All costs less than `failed`, which a round from here has tried. What
+    goes beyond the target is no gain. Costs of different kinds are added up. In KINDS' order; empty where nothing fits.
     """
     chosen: dict[str, Candidate] = {}
     while (found := total(list(chosen.values()))) and (now := gain(found, wanted)) < len(wanted) - 1e-9:
@@ -56,9 +57,10 @@ def choose(
             set_with = [*(c for kind, c in chosen.items() if kind != each.kind), each]
             saved = total(set_with)
             more = gain(saved, wanted) - now
-            if more > 1e-9 and saved["params"] <= most:
-                added = sum(c.cost for c in set_with) - sum(c.cost for c in chosen.values())
-                steps.append((added / more, each.name, each, sum(c.cost for c in set_with)))
+            cost = sum(c.cost for c in set_with)
+            if more > 1e-9 and saved["params"] <= most and cost < failed:
+                added = cost - sum(c.cost for c in chosen.values())
+                steps.append((added / more, each.name, each, cost))
         within = [step for step in steps if step[3] <= most_loss]
         if not within and steps and not chosen:
             return [min(steps, key=lambda step: (step[3], step[1]))[2]]

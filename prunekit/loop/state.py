@@ -1,5 +1,6 @@
 """loop.json: what a loop is for, and what came of each of its rounds. Whole or as before, whatever happens."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -111,12 +112,18 @@ class Loop:
     def affordable(self) -> float:
         """The loss that the next round's cuts may cost, by what the rounds so far lost of theirs."""
         kept = {0: 1.0} | {each["round"]: each["kept"] for each in self.rounds if "good" in each}
-        judged = [
-            (sum(one["cost"] for one in each["candidates"] if one["chosen"]), kept[each["from"]] - each["kept"])
-            for each in self.rounds
-            if "good" in each and "candidates" in each
-        ]
+        judged = [(_cost(each), kept[each["from"]] - each["kept"]) for each in self._chosen()]
         return affordable(judged, self.last_good["kept"] - self.settings["keep"])
+
+    def failed_cost(self) -> float:
+        """The least that the cuts cost by which a round that began where the next one does has failed."""
+        start = self.last_good["round"]
+        tried = (_cost(each) for each in self._chosen() if each["from"] == start and not each["good"])
+        return min(tried, default=math.inf)
+
+    def _chosen(self) -> list[dict[str, Any]]:
+        """Judged rounds whose cuts the loop chose itself."""
+        return [each for each in self.rounds if "good" in each and "candidates" in each]
 
     def end(self, most_rounds: int) -> str | None:
         """Why there is no other round; None if there is."""
@@ -149,7 +156,10 @@ class Loop:
         """Write down what the round could have cut, and what it does."""
         self.rounds[-1]["candidates"] = [asdict(each) | {"chosen": each in chosen} for each in candidates]
         if not chosen:
-            self.rounds[-1] |= {"nothing": "nothing that is left to cut fits into the round's share (ROUND_SHARE)"}
+            what = "fits into the round's share (ROUND_SHARE)"
+            if self.failed_cost() < math.inf:
+                what += " and costs less than what failed"
+            self.rounds[-1] |= {"nothing": f"nothing that is left to cut {what}"}
         self.save()
 
     def scores(self, file: Path) -> dict[str, float]:
@@ -284,6 +294,11 @@ class Loop:
                 return found
             number = self.rounds[number - 1]["from"]
         return None
+
+
+def _cost(this: Mapping[str, Any]) -> float:
+    """The loss that was expected of a round's cuts."""
+    return sum(each["cost"] for each in this["candidates"] if each["chosen"])
 
 
 def _clear(folder: Path, stays: set[str]) -> None:

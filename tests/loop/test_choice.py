@@ -96,6 +96,12 @@ def test_a_choice_costs_no_more_than_it_may_but_where_everything_does(candidates
         assert [each.cost for each in chosen] == [min(each.cost for each in fitting)]
 
 
+@given(CANDIDATES, WANTED, st.floats(0, 60), st.floats(0, 3), st.floats(0, 3))
+def test_what_costs_as_much_as_what_failed_is_not_tried_again(candidates, wanted, most, loss, failed):
+    chosen = choose(candidates, wanted, most, most_loss=loss, failed=failed)
+    assert not chosen or sum(each.cost for each in chosen) < failed
+
+
 def test_what_a_round_may_cost_goes_by_what_those_before_it_lost_of_theirs():
     assert affordable([(0.04, 0.01), (0.26, 0.05)], 0.02) == pytest.approx(0.1)
     assert affordable([], 0.02) == affordable([(0.04, -0.01)], 0.02) == math.inf, (

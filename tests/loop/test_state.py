@@ -71,11 +71,14 @@ def test_a_round_may_cost_what_those_before_it_say_that_the_gate_bears(loop):
         again.note_choice([*others, *chosen], chosen)
         return again
 
-    assert loop.affordable() == math.inf
+    assert loop.affordable() == loop.failed_cost() == math.inf
     do_round(cut(0.04), 0.95)
     assert Loop(loop.folder).affordable() == pytest.approx(0.04), "as much is left as the first round lost"
     do_round(cut(0.3), 0.7, 0.8)
     assert Loop(loop.folder).affordable() == pytest.approx(0.05 * 0.34 / (0.05 + 0.15)), "a failed round counts, too"
+    assert Loop(loop.folder).failed_cost() == 0.3
+    do_round(cut(0.02), 0.93)
+    assert Loop(loop.folder).failed_cost() == math.inf, "nothing was tried from there yet"
 
 
 def test_two_failures_end_it_and_a_good_round_between_them_does_not(loop):
