@@ -96,6 +96,12 @@ def test_a_choice_costs_no_more_than_it_may_but_where_everything_does(candidates
         assert [each.cost for each in chosen] == [min(each.cost for each in fitting)]
 
 
+def test_a_choice_ends_where_more_would_cost_too_much_and_tries_the_least_where_everything_does():
+    layers, neurons = candidate("layers", 0.1, 10), candidate("neurons", 0.15, 20)
+    for loss, chosen in ((0.05, [layers]), (0.12, [layers]), (0.2, [neurons]), (0.25, [layers, neurons])):
+        assert choose([layers, neurons], {"params": 30}, 40, most_loss=loss) == chosen
+
+
 @given(CANDIDATES, WANTED, st.floats(0, 60), st.floats(0, 3), st.floats(0, 3))
 def test_what_costs_as_much_as_what_failed_is_not_tried_again(candidates, wanted, most, loss, failed):
     chosen = choose(candidates, wanted, most, most_loss=loss, failed=failed)
