@@ -29,12 +29,12 @@ from prunekit.data.groups import groups_of
 from prunekit.data.rows import Rows, is_text, read_datasets
 from prunekit.data.tasks import Tasks, check_tasks, json_object, run_tasks
 from prunekit.data.templates import find_template, load_template
+from prunekit.data.tokens import same_tokenizer, tokens_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.gates import add_gates, check_bounds, gate
 from prunekit.model.load import check_causal, check_unpackable
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names, check_rewards
-from prunekit.surgery.vocabulary_files import read_tokenizer
 
 BESIDE = {  # flags that are of no use without another
     "dataset": ("by", "no_generate", "max_length", "rewards"),
@@ -136,21 +136,18 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 def warn_of_other_tokens(checkpoints: list[Checkpoint]) -> None:
     """Say of which models figures that are of a token can't be compared with the first one's."""
-
-    def tokens(checkpoint: Checkpoint) -> dict[int, str] | None:
-        with contextlib.suppress(PruneKitError):  # who loads it says what is wrong with it
-            return read_tokenizer(checkpoint).tokens
-        return None
-
     first, *others = checkpoints
-    known = tokens(first) if others else None
     for other in others:
-        if known and (own := tokens(other)) and own != known:
-            print(
-                f"warning: {other.path} has other tokens than {first.path}: token_acc, loss and perplexity, which are "
-                "of a token, can't be compared; exact_match, cer and rewards can",
-                file=sys.stderr,
-            )
+        if same_tokenizer(first.path, other.path):
+            continue
+        with contextlib.suppress(PruneKitError):  # who loads it says what is wrong with it
+            known, own = tokens_of(first.path), tokens_of(other.path)
+            if known and own and known != own:
+                print(
+                    f"warning: {other.path} has other tokens than {first.path}: token_acc, loss and perplexity, which "
+                    "are of a token, can't be compared; exact_match, cer and rewards can",
+                    file=sys.stderr,
+                )
 
 
 def prepare(

@@ -46,6 +46,7 @@ from prunekit.checkpoint.provenance import check_base
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.data.rows import ROWS_CHECKED, check_row, is_text, iterate, locate
 from prunekit.data.templates import find_template
+from prunekit.data.tokens import same_tokenizer, tokens_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX, positions
 from prunekit.msswift.line import check_line, check_whole_names, parse, splits_weights
@@ -184,31 +185,14 @@ def _endings(module: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _tokens(folder: Path) -> dict[int, str] | None:
-    """Tokens by id, of a folder's tokenizer.json; None if there is none."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    try:
-        found = read_json(folder / "tokenizer.json")
-        vocabulary = found["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
-            tokens = {number: token for number, (token, _) in enumerate(vocabulary)}
-        else:
-            tokens = {number: token for token, number in vocabulary.items()}
-        return tokens | {token["id"]: token["content"] for token in found.get("added_tokens") or ()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise PruneKitError(f"{folder / 'tokenizer.json'}: no tokenizer that can be read; copy it again") from None
-
-
 def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
     """Check that a teacher says the same by a token's number as the student, and sees images as it does.
 
     It gets the student's own inputs. Heads of different sizes are no fault, which rounding up the vocabulary makes:
     ms-swift's loss and ours fill the shorter one up.
     """
-    files = [each.path / "tokenizer.json" for each in (student, teacher)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
-        mine, theirs = _tokens(student.path), _tokens(teacher.path)
+    if not same_tokenizer(student.path, teacher.path):
+        mine, theirs = tokens_of(student.path), tokens_of(teacher.path)
         if mine and theirs and (other := [n for n in sorted(mine.keys() & theirs.keys()) if mine[n] != theirs[n]]):
             raise PruneKitError(
                 f"{teacher.path}: another vocabulary than {student.path}'s: token {other[0]} is {theirs[other[0]]!r}, "
