@@ -31,7 +31,7 @@ from prunekit.surgery.script import (
     surgery_parser,
     warn_of_zeros,
 )
-from prunekit.surgery.width import SCORES, cut_width, plan_width
+from prunekit.surgery.width import SCORES, cut_width, plan_width, refits
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     plan = plan_width(checkpoint, *numbers, arguments.kv_groups, arguments.mask, arguments.across_layers)
     show_plan(checkpoint, plan.outline, arguments, plan.notes)
     if arguments.calib:
-        if checkpoint.family.causal and checkpoint.family.text.plain_residual:  # then it is refitted
+        if refits(plan):
             warn_of_zeros(checkpoint)
         model, data = model_and_calibration(checkpoint, arguments)
         from prunekit.surgery.width_fit import fit_width  # torch: seconds, after all that can be checked without it

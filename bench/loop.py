@@ -109,7 +109,7 @@ def lasting(steps: object) -> str:
 def materials_of(model: str, data: Path) -> dict[str, str]:
     """A model's base and rows, as launchers' settings."""
     if model == "embedded":
-        base, train, val = EMBEDDED, data / "train.jsonl", f"{data / 'val.jsonl'}"
+        base, train, val = EMBEDDED, data / "train.jsonl", str(data / "val.jsonl")
     else:
         base, texts = smollm2(data / "smollm2-bf16", "bfloat16"), write_texts(data)
         train = conversations(texts["wikipedia-train"], data / "conversations-train.jsonl")
@@ -157,8 +157,7 @@ def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
         return result
 
     def cut(model: object, line: list[str], name: str) -> Path:
-        heal = ["--heal"] if line[0] == "manual_select.py" else []
-        return do(line[0], "--model", model, "--out", out / name, *line[1:], *heal, *fit, result=out / name)
+        return do(line[0], "--model", model, "--out", out / name, *line[1:], *fit, result=out / name)
 
     def judge(name: str, *models: object) -> Path:
         file = out / name
@@ -187,7 +186,7 @@ def choice(data: Path, out: Path, steps: int) -> dict[str, Any]:
                 continue
             made: object = EMBEDDED
             name = f"{arm}-{target}"
-            for number, line in enumerate(cut_lines(chosen)):
+            for number, line in enumerate(cut_lines(chosen, model)):
                 made = cut(made, line, f"{name}-{number}")
             recovered = out / f"{name}-recovered"
             words = f"{setting.flags} {setting.rate} {lasting(steps)} --max_steps {steps}".split()

@@ -576,7 +576,7 @@ CHOICE = [
     Mutant("min(saved[unit], wish) / wish", "saved[unit] / wish"),
     Mutant('saved["params"] <= most', 'saved["params"] <= 2 * most'),
     Mutant("if kind != each.kind), each]", "), each]"),
-    Mutant("steps.append((added / more, each.name, each, cost))", "steps.append((added, each.name, each, cost))"),
+    Mutant("steps.append(((cost - spent) / more, ", "steps.append((cost - spent, "),
     Mutant("and cost < failed", ""),
     Mutant("if step[3] <= most_loss", ""),
     Mutant("if not within and steps and not chosen:", "if False:"),

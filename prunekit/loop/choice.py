@@ -52,22 +52,21 @@ def choose(
     """
     chosen: dict[str, Candidate] = {}
     while (found := total(list(chosen.values()))) and (now := gain(found, wanted)) < len(wanted) - 1e-9:
-        steps = []
+        steps, spent = [], sum(c.cost for c in chosen.values())
         for each in candidates:
             set_with = [*(c for kind, c in chosen.items() if kind != each.kind), each]
             saved = total(set_with)
             more = gain(saved, wanted) - now
             cost = sum(c.cost for c in set_with)
             if more > 1e-9 and saved["params"] <= most and cost < failed:
-                added = cost - sum(c.cost for c in chosen.values())
-                steps.append((added / more, each.name, each, cost))
+                steps.append(((cost - spent) / more, each.name, each, cost))
         within = [step for step in steps if step[3] <= most_loss]
         if not within and steps and not chosen:
             return [min(steps, key=lambda step: (step[3], step[1]))[2]]
         if not within:
             break
         rate, _, best, _ = min(within, key=lambda step: step[:2])
-        if chosen and rate > dear * max(LITTLE, sum(c.cost for c in chosen.values()) / now):
+        if chosen and rate > dear * max(LITTLE, spent / now):
             break
         chosen[best.kind] = best
     return sorted(chosen.values(), key=lambda each: KINDS.index(each.kind))

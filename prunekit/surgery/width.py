@@ -345,6 +345,11 @@ def keep_all(plan: WidthPlan, scores: dict[int, Scores]) -> dict[int, Kept]:
 Change = Callable[[str, Any], Any]  # (name, array) -> array: a refit of a tensor, before it is cut
 
 
+def refits(plan: WidthPlan) -> bool:
+    """Whether there is a loss to refit for, and projections to fold a refit into."""
+    return plan.source.family.causal and plan.source.family.text.plain_residual
+
+
 def choose(
     plan: WidthPlan, score: str, scores: dict[int, Scores], changes: dict[str, list[Change]] | None = None
 ) -> WidthCut:

@@ -30,7 +30,7 @@ from prunekit.model.scores import backward_loss, score_batches
 
 from .cut import calibrated_on
 from .sides import MADE_UP_WIDTH, Fit, Sides, states_between
-from .width import Change, Scores, WidthCut, WidthPlan, choose, keep_all, keep_heads, keep_neurons, magnitudes
+from .width import Change, Scores, WidthCut, WidthPlan, choose, keep_all, keep_heads, keep_neurons, magnitudes, refits
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
@@ -230,11 +230,6 @@ def fit_width(
         model = again()
         cut = min(cut, fit_once(plan, model, data, score, made_up), key=lambda each: each.metrics["held_out_loss"])
     return cut
-
-
-def refits(plan: WidthPlan) -> bool:
-    """Whether there is a loss to refit for, and projections to fold a refit into."""
-    return plan.source.family.causal and plan.source.family.text.plain_residual
 
 
 @torch.no_grad()
