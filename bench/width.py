@@ -6,9 +6,10 @@
 It has 9 query heads in 3 KV groups of 3, so that a layer keeps 6 or 3 heads: half isn't possible. Scores are compared
 on held-out loss, untrained; then recoveries with the same few steps: plain, with rates per head, of active heads only,
 in three phases, whose first trains what was cut, or the most important half of the heads. Prefill and decoding are
-timed side by side with the uncut model, by turns. Calibration and training are on the training half of Wikipedia
-articles, losses (nats per token) on the other half. Prints JSON; goes on where it was if --json exists. Times are only
-worth something on a machine with nothing else to do: --parts speed runs them alone.
+timed side by side with the uncut model, by turns. --parts amounts: layers that keep different numbers, or go whole,
+against the same number in each, untrained and after the same steps. Calibration and training are on the training half
+of Wikipedia articles, losses (nats per token) on the other half. Prints JSON; goes on where it was if --json exists.
+Times are only worth something on a machine with nothing else to do: --parts speed runs them alone.
 """
 
 import argparse
@@ -20,9 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-from materials import known_result, result_file, run, smollm2, write_texts
+from materials import ROOT, known_result, result_file, run, smollm2, write_texts
 
-from prunekit.checkpoint import history, open_checkpoint, write_json
+from prunekit.checkpoint import history, open_checkpoint, read_json, write_json
 from prunekit.critical import critical_parameters
 from prunekit.data.batches import calibrate
 from prunekit.errors import PruneKitError, run_script
@@ -39,6 +40,14 @@ CUTS = {  # by name: what width_cut.py is told
     "neurons 75%": ("--neuron-share", 0.75),
 }
 PARTS = ("recover", "speed", "scores")
+AMOUNTS = {  # by name: how many layers go first, healed, and what width_cut.py is told of the rest
+    "each layer 6 of 9 heads, 75% of the neurons": (0, CUTS["removed"]),
+    "3 layers, 6 of 9 heads, 86% of the neurons": (3, ("--heads", 6, "--neurons", 1320)),
+    "5 layers, 87% of the neurons": (5, ("--neurons", 1331)),
+    "7 layers, 97% of the neurons": (7, ("--neurons", 1492)),
+    "each layer 6 of 9 heads, 75% of the neurons, masked": (0, (*CUTS["removed"], "--mask", "--score", "taylor")),
+    "as many masked across layers": (0, (*CUTS["removed"], "--mask", "--score", "taylor", "--across-layers")),
+}
 SCORES = ("magnitude", "activation", "entropy", "variance", "taylor")
 KEEP_MASKS = {  # what training does to masked heads; "plain" brings them to life again
     "head rates": Rates(),
@@ -91,8 +100,7 @@ class Bench:
         if not out.exists():
             command = [sys.executable, "width_cut.py", "--model", self.base.path, "--out", out, *CUTS[name]]
             if calibrated:
-                command += ["--score", score, "--calib", self.texts, "--calib-tokens", self.args.tokens]
-                command += ["--max-length", 512]
+                command += ["--score", score, *self.calib()]
             print(f"{out.name}: {run(*command):.0f} s", file=sys.stderr)
         return out
 
@@ -112,6 +120,28 @@ class Bench:
                     {"loss": self.loss(load_model(open_checkpoint(folder))), "parameters": entry["parameters"]},
                     "untrained", name, how,
                 )  # fmt: skip
+
+    def amounts(self) -> None:
+        """Every layer narrower by the same, or some by more: as many parameters are left of all, or as many masked."""
+        order = read_json(ROOT / "docs/measured/heal.json")["order"]
+        for name, (dropped, words) in AMOUNTS.items():
+            if self.known("amounts", name):
+                continue
+            work = self.work / "amounts" / name.replace(" ", "-").replace("%", "").replace(",", "")
+            base, out = work / "layers" if dropped else self.base.path, work / "cut"
+            if dropped and not base.exists():
+                words_of = ("--model", self.base.path, "--out", base, "--text", *order[:dropped], "--heal")
+                run(sys.executable, "manual_select.py", *words_of, *self.calib())
+            if not out.exists():
+                run(sys.executable, "width_cut.py", "--model", base, "--out", out, *words, *self.calib())
+            if "--mask" in words:  # masked neurons would come to life again
+                found = {"before": self.loss(load_model(open_checkpoint(out)))}
+            else:
+                found = self.train(out, "plain")
+            self.keep({"parameters": history(out)[-1]["parameters"]} | found, "amounts", name)
+
+    def calib(self) -> tuple:
+        return "--calib", self.texts, "--calib-tokens", self.args.tokens, "--max-length", 512
 
     # --- recovery ------------------------------------------------------------------------------------------------
 
@@ -267,7 +297,7 @@ def draw(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of the materials")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=(*PARTS, "amounts"))
     parser.add_argument("--tokens", type=int, default=2048, help="of calibration (default: 2048)")
     parser.add_argument("--test-tokens", type=int, default=4096)
     parser.add_argument("--score", default="activation", choices=SCORES, help="of the cuts that are recovered")
