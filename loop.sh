@@ -241,7 +241,7 @@ measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL
     [[ "$WANTS" == *params* || "$WANTS" == *bytes* ]] || more+=(--vision none) # which has no KV cache, nor reads text
     [ -z "$HEAL" ] || more+=(--heal --calib "$DATASET" --calib-tokens "$CALIB_TOKENS")
     run env ${GPUS:+CUDA_VISIBLE_DEVICES="$GPUS"} python -m prunekit.scan --model "$from" --dataset "$VAL_DATASET" \
-      --out "$here/scan" --tokens 0 "${NAMES[@]}" --target-params "$LEAVES" "${scanners[@]}" "${more[@]}" ||
+      --out "$here/scan" --tokens 0 "${NAMES[@]}" --path-only --target-params "$LEAVES" "${scanners[@]}" "${more[@]}" ||
       stop prunekit.scan
   fi
   ! have trials.json || return 0

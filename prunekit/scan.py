@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--best", type=positive_int, default=10, help="how many the race is for (default: 10)")
     parser.add_argument("--greedy", type=positive_int, metavar="K", help="find a set of K layers, one by one")
     parser.add_argument("--target-params", type=share, metavar="SHARE", help="or until so many parameters are left")
+    parser.add_argument("--path-only", action="store_true", help="the set alone, no ranking of single layers")
     parser.add_argument(
         "--heal", action="store_true", help="score with the seams healed (with --greedy; needs --calib)"
     )
@@ -103,6 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.heal and not (args.calib and (args.greedy or args.target_params)):
         parser.error("--heal needs --calib, and --greedy or --target-params")
+    if args.path_only and (args.race or args.experts != "none" or not (args.greedy or args.target_params)):
+        parser.error("--path-only needs --greedy or --target-params, and makes no ranking: no --race, no --experts")
     if args.experts != "none" and not args.calib:
         parser.error("--experts needs --calib: which of them go is chosen on other rows than those that score them")
     if args.calib and not args.heal and args.experts == "none":
@@ -155,7 +158,7 @@ def run_scan(args: argparse.Namespace) -> None:
     encoder_for(job)  # the tokenizer is there, model type and template are known
     # How it is computed, and where things lie: the model goes by its fingerprint. Samples are scored one by one: they
     # can be grouped again.
-    ignored = ("model", "out", "gpus_per_task", "device", "processes", "by", "gate")
+    ignored = ("model", "out", "gpus_per_task", "device", "processes", "by", "gate", "path_only")
     settings = {key: value for key, value in vars(args).items() if key not in ignored}
     settings |= {
         "fingerprint": fingerprint(checkpoint),
@@ -192,9 +195,10 @@ def search(
     fewer = scan.fewer_experts(numbers, calib, args.calib_tokens) if calib else []
     if args.race:
         best, undecided = scan.race([], candidates, args.best, {str(k): 1.0 for k in candidates}, args.race_share)
+    singles = [] if args.path_only else candidates
     if fewer or not args.race:
-        scan.measure([], fewer if args.race else [*candidates, *fewer], range(scan.batches), "scan")
-    result = describe(scan, candidates, best, undecided, args.gate, fewer)
+        scan.measure([], fewer if args.race else [*singles, *fewer], range(scan.batches), "scan")
+    result = describe(scan, singles, best, undecided, args.gate, fewer)
     answers = args.generate, args.generate_tokens
     if args.generate:
         chosen = result["best"][: args.best]

@@ -114,6 +114,15 @@ def test_the_path_s_loss_is_that_of_the_checkpoint_cut_on_disk(finished, texts, 
     assert baseline["token_acc"] == entry["token_acc"]
 
 
+def test_a_path_alone_is_that_of_the_whole_scan(finished, texts, tmp_path):
+    out = tmp_path / "s"
+    flags = ("--greedy", 2, "--batch-tokens", 200, "--path-only")
+    assert run("--model", EMBEDDED, "--dataset", texts, "--out", out, *flags).returncode == 0
+    alone, whole = (json.loads((folder / "scan.json").read_text()) for folder in (out, finished[0]))
+    assert alone["removals"] == []
+    assert alone["greedy"] == whole["greedy"]
+
+
 def test_a_healed_path_is_better_than_the_plain_one(finished, texts, tmp_path):
     flags = ("--greedy", 1, "--heal", "--calib", texts, "--vision", "none", "--text", "1-7")
     done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", *flags)
@@ -232,6 +241,7 @@ def refused(scan_here, monkeypatch, tmp_path):
     [
         ("--tokens", "-1"), ("--batch-tokens", "0"), ("--max-length", "0"), ("--best", "0"), ("--greedy", "-5"),
         ("--generate", "-1"), ("--generate-tokens", "0"), ("--race-share", "nan"), ("--target-params", "1e400"),
+        ("--path-only",),
         ("--device", "gpu"), ("--processes", "0"), ("--gpus-per-task", "-1"), ("--template", "no_such"),
         ("--model-type", "no_such"), ("--text", "none", "--vision", "none"), ("--dataset", "org/name"),
         ("--heal",), ("--heal", "--calib", "nowhere.jsonl", "--greedy", "1"),

@@ -26,6 +26,7 @@ from .records import METRICS, Records, Table, paired
 from .removal import BASELINE, MEAN, WORST, Candidate, FewerExperts, Removal, plan_without
 from .scanner import Job, load_scanner, rounded
 
+AT_ONCE = 4  # candidates that a path measures, before it looks whether others may still be better: calls have a cost
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
 SURE = 2.0  # standard errors
 FEW_SAMPLES = 8  # below, a standard error says nothing
@@ -327,6 +328,23 @@ def _spent(found: dict[str, Any], uncut: dict[str, Any], gate: str) -> float:
     return math.nan if None in itertools.chain(*losses) else max(after - before for after, before in losses)
 
 
+def _worth_measuring(
+    possible: Sequence[Removal],
+    costs: dict[Removal, float],
+    fresh: dict[Removal, float],
+    weight: dict[str, float],
+    at_once: int,
+) -> list[Removal]:
+    """Those that may cost less than the best of the `fresh` ones: all of unknown cost, or else the cheapest few."""
+    unknown = [k for k in possible if k not in costs and k not in fresh]
+    if unknown:
+        return unknown
+    best = min((cost * weight[str(k)] for k, cost in fresh.items()), default=math.inf)
+    stale = {k: costs[k] * weight[str(k)] for k in possible if k not in fresh}
+    due = sorted((k for k, cost in stale.items() if cost < best), key=stale.__getitem__)
+    return due[:at_once]
+
+
 def find_path(
     scan: Scan,
     candidates: Sequence[Removal],
@@ -341,10 +359,13 @@ def find_path(
 
     By the gate `worst` a set costs what it adds to the loss of that group of rows which loses most by it. Ends after
     `count` removals, at `target` of the parameters, or where nothing more can go. With `race_share` each choice is a
-    race for the best one. Entries: `removed` (names), `parameters`, metrics of the model so cut.
+    race for the best one; without, it is lazy greedy's (Minoux 1978): what a layer costs is taken to grow with what is
+    gone, so that only those are measured again that cost less, when they last were, than the best one does now.
+    Entries: `removed` (names), `parameters`, metrics of the model so cut.
     """
     gone: list[Removal] = []
     path: list[dict[str, Any]] = []
+    costs: dict[Removal, float] = {}  # what each added to the loss when it was last measured
     while True:
         scan.measure(gone, [], range(scan.batches), f"without {len(gone)} layers")
         left = scan.parameters_without(gone)
@@ -364,11 +385,13 @@ def find_path(
         if race_share:
             [best], _ = scan.race(gone, possible, 1, weight, race_share, what)
         else:
-            scan.measure(gone, possible, range(scan.batches), what)
-            base = _spent(score, path[0], gate)
-            costs = {str(k): _spent(scan.score(gone, str(k)), path[0], gate) for k in possible}
-            costs = {name: (cost - base) * weight[name] for name, cost in costs.items() if not math.isnan(cost)}
-            if not costs:
+            base, fresh = _spent(score, path[0], gate), dict[Removal, float]()
+            while due := _worth_measuring(possible, costs, fresh, weight, max(AT_ONCE, scan.world)):
+                scan.measure(gone, due, range(scan.batches), what)
+                fresh |= {k: _worst_if_nan(_spent(scan.score(gone, str(k)), path[0], gate) - base) for k in due}
+            costs |= fresh
+            finite = [k for k, cost in fresh.items() if cost < math.inf]
+            if not finite:
                 return path
-            best = min(costs, key=costs.__getitem__)
+            best = str(min(finite, key=lambda k: fresh[k] * weight[str(k)]))
         gone = [*gone, Removal.parse(best)]

@@ -1,5 +1,7 @@
 """Searches among removals: races, greedy paths, a cluster's answers, all in this process."""
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 from helpers.paths import EMBEDDED
@@ -16,17 +18,26 @@ from prunekit.knockout.search import Scan, find_path
 
 
 class MadeUp(Scan):
-    """A scan whose removals cost what `costs` says, give or take `noise`, in batches of four samples."""
+    """A scan whose removals cost what `costs` says, give or take `noise`, in batches of four samples.
 
-    def __init__(self, costs, noise=0.0, batches=64):
+    Any two of them together cost `both` more, by their names.
+    """
+
+    def __init__(self, costs, noise=0.0, batches=64, both=None):
         self.checkpoint, self.records = open_checkpoint(EMBEDDED), Records(None)
         self.job = Job(str(EMBEDDED), "made up")
         self.world, self.batches, self.costs, self.noise = 1, batches, costs, noise
-        self.parameters = 2_349_088
+        self.parameters, self.both = 2_349_088, both or {}
         self.measured = {name: 0 for name in costs}
 
+    def cost(self, names):
+        return sum(self.costs[name] for name in names) + sum(
+            self.both.get(pair, 0) for pair in combinations(sorted(names), 2)
+        )
+
     def measure(self, gone, candidates, batches, what):
-        names, base = [str(k) for k in gone], sum(self.costs[str(k)] for k in gone)
+        names = [str(k) for k in gone]
+        base = self.cost(names)
         for index in batches:
             known = self.records.scores.get((tuple(names), index), {})
             draws = np.random.default_rng(index)
@@ -36,7 +47,7 @@ class MadeUp(Scan):
                 if name in known:
                     continue
                 own = np.random.default_rng([index, sum(map(ord, name))]).normal(size=4) * self.noise
-                cost = base + self.costs.get(name, 0.0)
+                cost = base if name == "baseline" else self.cost([*names, name])
                 scores[name] = {
                     "right": list(-common - cost - own),  # token_acc tells them apart as the loss does
                     "loss": list(5 + common + cost + own),
@@ -93,6 +104,30 @@ def test_the_greedy_path_removes_what_costs_least_per_parameter():
     values[3], values[9] = 0.11, 0.10  # a text layer is 1.27 times a vision block
     path = find_path(MadeUp(costs(values)), LAYERS, 2, None, None)
     assert [entry["removed"] for entry in path] == [[], ["text-03"], ["text-03", "vision-01"]]
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.lists(st.integers(0, 50), min_size=14, max_size=14), st.data())
+def test_the_greedy_path_is_the_exhaustive_one_where_costs_grow_with_what_is_gone(values, data):
+    pairs = list(combinations(sorted(map(str, LAYERS)), 2))
+    extra = data.draw(st.lists(st.integers(0, 20), min_size=len(pairs), max_size=len(pairs)))
+    scan = MadeUp(costs([value / 100 for value in values]), batches=1, both={p: e / 100 for p, e in zip(pairs, extra)})
+    for before, after in pairwise(find_path(scan, LAYERS, 4, None, None)):
+        gone = before["removed"]
+        possible = [k for k in LAYERS if str(k) not in gone and scan.parameters_without([*map(Removal.parse, gone), k])]
+        per_parameter = {
+            str(k): (scan.cost([*gone, str(k)]) - scan.cost(gone))
+            / (before["parameters"] - scan.parameters_without([*map(Removal.parse, gone), k]))
+            for k in possible
+        }
+        [chosen] = set(after["removed"]) - set(gone)
+        assert per_parameter[chosen] == pytest.approx(min(per_parameter.values()), abs=1e-9)
+
+
+def test_a_path_measures_dear_layers_once():
+    scan = MadeUp(costs([0.01 * i**2 for i in range(14)]), batches=1)
+    find_path(scan, LAYERS, 3, None, None)
+    assert [scan.measured[str(LAYERS[place])] for place in (1, 13)] == [2, 1]
 
 
 def test_the_greedy_path_ends_at_the_parameters_asked_for():
