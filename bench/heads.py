@@ -5,7 +5,7 @@
         --json runs/heads.json
 
 For any models; rows are {"text": ...}. Without --model a GPT-2 and a Llama of 12 heads are trained on docstrings of
-Python's library first. Each cut is width_cut.py's, calibrated on the training texts, then trained for the same steps as
+packages first. Each cut is width_cut.py's, calibrated on the training texts, then trained for the same steps as
 all others, the uncut model too: all weights, or where heads are only masked with those at rest. Counts that a family
 can't have become the nearest that it can; where its config can't say another count at all, heads are masked, which
 saves no time, and the table says so. The last row removes half of the neurons, too. Prints a table and draws a picture
@@ -19,7 +19,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from materials import library_docstrings, result_file, small
+from materials import package_docstrings, result_file, small
 from width import Bench, time_models
 
 from prunekit.checkpoint import Checkpoint, heads, history, open_checkpoint, statistics
@@ -127,6 +127,8 @@ def draw(result: dict[str, dict], path: Path) -> None:
             style = "-" if what in ("recovered", "decode") else ":"
             axis.plot(shares, heights, style, color=colour, marker="o", markersize=4, label=f"{called}, {what}")
     quality.set_yscale("log")
+    for which in (quality.yaxis.set_major_formatter, quality.yaxis.set_minor_formatter):
+        which("{x:g}")
     quality.set_title("perplexity")
     speed.set_title("times as fast as uncut")
     for axis in axes[0]:
@@ -142,13 +144,13 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="rows of text (default: docstrings)")
     parser.add_argument("--test", type=Path, help="others, to measure on")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"), help="folder of models and materials")
-    parser.add_argument("--small-steps", type=int, default=400, help="of the small models' training (default: 400)")
+    parser.add_argument("--small-steps", type=int, default=800, help="of the small models' training (default: 800)")
     parser.add_argument("--score", default="activation", help="of heads and neurons, as width_cut.py's")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration (default: 8192)")
     parser.add_argument("--test-tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=60, help="of recovery, a row each (default: 60)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: 3e-4)")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate (default: 1e-4)")
     parser.add_argument("--turns", type=int, default=9, help="of timing (default: 9)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill (default: 512)")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode (default: 32)")
@@ -160,7 +162,7 @@ def main() -> None:
         parser.error(f"--model {twice[0]}: another is called the same, and the table goes by names: rename a folder")
     train, test, models = args.train, args.test, args.model
     if not models:
-        train, test = library_docstrings(args.runs).values()
+        train, test = package_docstrings(args.runs).values()
         folders = {each: args.runs / f"small-{each}-{args.small_steps}" for each in ("gpt2", "llama")}
         models = [small(folder, each, train, args.small_steps) for each, folder in folders.items()]
     result = {}

@@ -206,12 +206,7 @@ def package_docstrings(folder: Path) -> dict[str, Path]:
     return _split(folder, "packages", (_package(name).rglob("*.py") for name in DOCUMENTED))
 
 
-def library_docstrings(folder: Path) -> dict[str, Path]:
-    """library-train.jsonl and library-test.jsonl: docstrings of Python's library."""
-    return _split(folder, "library", [None])
-
-
-def small(folder: Path, family: str, texts: Path, steps: int = 400) -> Path:
+def small(folder: Path, family: str, texts: Path, steps: int) -> Path:
     """A GPT-2 or Llama of 12 heads (hidden 288: 9, 8 and 6 heads divide it, too), trained on texts: enough to cut.
 
     6 layers, 2048 tokens of byte-level BPE, `steps` of 4 rows of 256 tokens.
