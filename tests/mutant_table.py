@@ -39,14 +39,15 @@ SIDES = [
 ]
 
 HEAL = [
-    Mutant("if new_loss < loss:", 'if new_loss < float("inf"):'),
-    Mutant("if new_loss < loss:", "if new_loss > loss:"),
+    Mutant("if layers == (seam.before,) else 0", "if True else 0"),
+    Mutant("if layers == (seam.before,) else 0", "if False else 0"),
+    Mutant("* len(differences) ** 0.5", "* 99"),
     Mutant("computed |= changed\n", "computed = changed\n"),
     Mutant("refit.take_back()", "pass"),
     Mutant("                    sides.student = before\n", ""),
     Mutant('record["refitted"] += layers', 'record["refitted"] += [seam.before]'),
     Mutant("sides.row, sides.kept.index(layer), fit)", "sides.row, layer, fit)"),
-    Mutant('score_batches(model, data.held_out)["loss"]', 'score_batches(model, data.fit)["loss"]'),
+    Mutant("loss_by_row(model, data.held_out)", "loss_by_row(model, data.fit)"),
     Mutant("if sides is None or sides.stack != seam.stack:", "if sides is None:"),
 ]
 

@@ -84,3 +84,15 @@ def score_batches(model, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
         loss += float(losses.double().sum())
         total += len(found)
     return {"token_acc": right / total, "loss": loss / total}
+
+
+def loss_by_row(model, batches: Iterable[dict[str, Any]]):
+    """The sum of the losses of each row's labels but -100, in nats: (rows,), fp64."""
+    import torch
+
+    found = []
+    for batch in batches:
+        _, losses, rows = score_batch(model, batch)
+        sums = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=losses.device)
+        found.append(sums.index_add(0, rows, losses.double()))
+    return torch.cat(found)

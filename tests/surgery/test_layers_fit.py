@@ -55,7 +55,7 @@ def test_a_seam_behind_refits_taken_back_is_healed_as_if_they_had_not_been_tried
     hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT | {"num_hidden_layers": 7})).save_pretrained(tmp_path)
     # Of layer 0, layers 2 and 3, layer 4 and layer 6; only layer 4, the one before the second seam, is accepted
     losses = iter([1.0, 2.0, 2.0, 0.5, 2.0])
-    monkeypatch.setattr(healing, "score_batches", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr(healing, "loss_by_row", lambda *_: torch.tensor([next(losses)]))
     model, calibration = load(tmp_path), data()
     seams = fit_layers(plan_layers(open_checkpoint(tmp_path), text=[1, 5]), model, calibration).seams
     assert [seam["refitted"] for seam in seams] == [[], [4]]
@@ -90,16 +90,24 @@ def test_both_stacks_of_one_model_are_healed_each_on_its_own_states(tiny, tmp_pa
     assert loss == pytest.approx(cut.seams[-1]["loss_after"], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-def test_the_loss_on_held_out_rows_never_rises(family, tiny):
-    model = load(tiny(family))
-    plan = plan_layers(open_checkpoint(tiny(family)), text=[1, 3])
-    calibration = self_labelled(model, data())
-    with removed(model, plan):
-        unhealed = score_batches(model, calibration.held_out)["loss"]
-    seams = fit_layers(plan, model, calibration).seams
-    losses = [unhealed, *(seam["loss_after"] for seam in seams)]
-    assert losses == sorted(losses, reverse=True)
+@pytest.mark.parametrize(
+    ("before_seam", "behind", "refitted"),
+    [
+        ([1.5, 0.9, 0.9, 0.9], [1.5, 0.9, 0.9, 0.8], [0, 2, 3, 4]),
+        ([1.5, 0.9, 0.9, 0.9], [1.5, 0.9, 0.9, 0.91], [0]),
+        ([1.5, 1.4, 1.5, 1.4], [1.5, 1.4, 1.5, 1.5], []),
+        ([1.5, 1.4, 1.5, 1.4], [1.0, 1.0, 1.0, 0.9], [2, 3, 4]),
+    ],
+    ids=["the rows can't tell, then better", "the rows can't tell, then worse", "clearly worse", "only behind it"],
+)
+def test_before_a_seam_what_is_clearly_worse_is_taken_back_and_behind_it_what_is_not_better(
+    tmp_path, monkeypatch, before_seam, behind, refitted
+):
+    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT | {"num_hidden_layers": 5})).save_pretrained(tmp_path)
+    losses = iter([[1.0] * 4, before_seam, behind])
+    monkeypatch.setattr(healing, "loss_by_row", lambda *_: torch.tensor(next(losses)))
+    cut = fit_layers(plan_layers(open_checkpoint(tmp_path), text=[1]), load(tmp_path), data())
+    assert cut.seams[0]["refitted"] == refitted
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -220,7 +228,7 @@ def test_the_script_heals_and_says_so(tmp_path, script):
     assert entry["settings"]["heal"] == str(file)
     assert entry["settings"]["calibration_data"] == [data_record(file)]
     assert entry["seams"][0]["removed"] == [3]
-    assert entry["metrics"]["held_out_loss"] <= entry["metrics"]["held_out_loss_unhealed"]
+    assert entry["metrics"]["held_out_loss"] != entry["metrics"]["held_out_loss_unhealed"]
 
 
 @pytest.mark.parametrize(
