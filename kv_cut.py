@@ -5,15 +5,16 @@
 
 With --calib, heads that go together are chosen, aligned and folded into the projections around them, so that attention
 stays nearly what it was; --refine fits each layer's attention further. It takes the memory of one layer and some disk
-beside OUT. Give rows as long as those that you serve (see --max-length). Without --calib, neighbours are averaged, and
-recovery (full_run.sh) has to learn attention again.
+beside OUT. Give rows as long as those that you serve (see --max-length); half of those without pictures say all twice
+(--repeat), since of text as it is written little tells heads that look back from heads that don't. Without --calib,
+neighbours are averaged, and recovery (full_run.sh) has to learn attention again.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-from prunekit.arguments import natural, positive_int
+from prunekit.arguments import check_beside, fraction, natural, positive_int
 from prunekit.checkpoint import scratch_folder
 from prunekit.data.batches import add_calibration_arguments, model_and_calibration
 from prunekit.errors import run_script
@@ -25,12 +26,13 @@ def fit(plan: KVPlan, arguments: argparse.Namespace) -> KVCut:
     """The plan fitted on calibration data, and what came of it printed."""
     with scratch_folder(Path(arguments.out or Path(tempfile.gettempdir()) / "kv_cut")) as scratch:
         batch_tokens = 1024 if arguments.refine else 4096  # more steps on the same tokens, for the same time
-        model, data = model_and_calibration(plan.source, arguments, scratch, batch_tokens)
+        model, data = model_and_calibration(plan.source, arguments, scratch, batch_tokens, arguments.repeat)
         # torch: seconds, after all that can be checked without it
         from prunekit.model.offload import on_disk
         from prunekit.surgery.kv_fit import fit_kv
 
         cut = fit_kv(plan, model, data, arguments.refine, on_disk(scratch))
+        cut.settings["repeat"] = arguments.repeat
     longest = cut.settings["longest_row"]
     print(f"calibrated on {data.tokens:,} tokens, in rows of up to {longest:,}: farther than that it is worse")
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**cut.metrics))
@@ -54,12 +56,18 @@ def main() -> None:
         metavar="STEPS",
         help="of Adam on each layer's attention, to what the uncut one writes (default: 0; 200 is much)",
     )
+    group.add_argument(
+        "--repeat",
+        type=fraction,
+        default=0.5,
+        metavar="SHARE",
+        help="of the rows without pictures, says all twice, so that heads that look back are kept (default: 0.5)",
+    )
     arguments = parse_surgery(parser)
     method = arguments.method or ("calibrated" if arguments.calib else "mean")
     if (method == "calibrated") != bool(arguments.calib):
         parser.error("--method calibrated and --calib need each other")
-    if arguments.refine and not arguments.calib:
-        parser.error("--refine needs --calib")
+    check_beside(parser, arguments, "calib", ("refine", "repeat"))
 
     checkpoint = open_input(arguments)
     plan = plan_kv(checkpoint, arguments.kv_heads, method)

@@ -41,6 +41,7 @@ from prunekit.surgery import kv_fit, kv_merge
 from prunekit.surgery.kv import plan_kv
 
 TESTS = ("wikipedia-test", "docstrings")
+ONCE = ("--repeat", 0)  # rows as they are: what saying them twice is worth, bench/tasks.py measures
 
 
 def command(*words: object, **environment: str) -> tuple[float, float]:
@@ -69,7 +70,7 @@ def losses(folder: Path, texts: dict[str, Path], tokens: int) -> dict[str, dict[
 
 
 def cut_flags(args: argparse.Namespace, texts: dict[str, Path]) -> dict[str, list[object]]:
-    calib = ["--calib", texts["wikipedia-train"], "--calib-tokens", args.tokens, "--max-length", 512]
+    calib = ["--calib", texts["wikipedia-train"], "--calib-tokens", args.tokens, "--max-length", 512, *ONCE]
     return {"mean": [], "calibrated": calib, "refined": [*calib, "--refine", args.refine]}
 
 
@@ -221,7 +222,7 @@ def mixed(args: argparse.Namespace) -> dict[str, Any]:
     random.Random(0).shuffle(some)
     calib.write_text("".join(some[: rows - share] + random.Random(0).sample(others[:half], share)))
     judged.write_text("".join(others[half:]))
-    flags = ["--calib-tokens", args.tokens, "--max-length", 512, "--refine", args.refine]
+    flags = ["--calib-tokens", args.tokens, "--max-length", 512, "--refine", args.refine, *ONCE]
     both = args.work / "mixed"
     if not both.exists():
         command("kv_cut.py", "--model", folder, "--out", both, "--kv-heads", 1, "--calib", calib, *flags)
@@ -354,7 +355,7 @@ def recovered(model: Path, steps: int, args: argparse.Namespace, rate: str = "1e
 def merged(model: Path, kv_heads: int, way: str, args: argparse.Namespace) -> Path:
     out = args.work / f"{model.name}-{kv_heads}-{way}"
     if not out.exists():
-        calib = ["--calib", embedded_data(args.runs / "tiny_vl") / "train.jsonl", "--calib-tokens", args.tokens]
+        calib = ["--calib", embedded_data(args.runs / "tiny_vl") / "train.jsonl", "--calib-tokens", args.tokens, *ONCE]
         flags = {"mean": [], "calibrated": calib, "refined": [*calib, "--refine", args.refine]}[way]
         command("kv_cut.py", "--model", model, "--out", out, "--kv-heads", kv_heads, *flags)
     return out
@@ -389,7 +390,7 @@ def care(args: argparse.Namespace) -> dict[str, Any]:
     """CARE's K and V of rank 64, uniform and adjusted, beside ours at as many cached numbers, on the same tokens."""
     folder, texts = smollm2(args.runs / "smollm2-bf16", "bfloat16"), write_texts(args.runs)
     calib, tokens = texts["wikipedia-train"], args.ablation_tokens
-    flags = ["--kv-heads", 1, "--calib", calib, "--calib-tokens", tokens, "--max-length", 512]
+    flags = ["--kv-heads", 1, "--calib", calib, "--calib-tokens", tokens, "--max-length", 512, *ONCE]
     result: dict[str, Any] = {"calibration_tokens": tokens, "base": losses(folder, texts, args.test_tokens)}
     ways = {"uniform": None, "adjusted": None, "ours": [], "ours, refined": ["--refine", args.refine]}
     for way, more in ways.items():

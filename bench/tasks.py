@@ -8,8 +8,7 @@ Tasks: `mmlu` (four answers, written out); `wikipedia` and `docstrings`: which o
 a beginning; `needle`: which of four numbers in a page of held-out text was said to be whose. An answer's score is its
 log-likelihood a byte (lm-eval's acc_norm). What was cut is compared with the base question by question. Calibrated on
 Wikipedia, or on a mixture of Wikipedia, docstrings of packages and questions with answers (MMLU rows that aren't
-asked), or on one every second row of which begins again in its middle, so that looking back pays. Prints JSON; goes on
-where it was if --json exists.
+asked), each row once or half of them twice (kv_cut.py's default). Prints JSON; goes on where it was if --json exists.
 """
 
 import argparse
@@ -32,13 +31,14 @@ from prunekit.model.scores import score_batches
 
 LAYERS = read_json(ROOT / "docs/measured/heal.json")["order"]
 KV = ("kv_cut.py", "--kv-heads", 1)
+ONCE = ("--repeat", 0)
 DROP = ("manual_select.py", "--text", *LAYERS[:5])
 CASES: dict[str, tuple] = {  # by name: the script and its words; {wikipedia} and {mixture} are calibration files
     "KV 3 to 1, averaged": KV,
-    "KV 3 to 1, calibrated on Wikipedia": (*KV, "--calib", "{wikipedia}"),
-    "KV 3 to 1, calibrated on a mixture": (*KV, "--calib", "{mixture}"),
-    "KV 3 to 1, refined on a mixture": (*KV, "--calib", "{mixture}", "--refine", "{refine}"),
-    "KV 3 to 1, refined on a mixture, half of it twice": (*KV, "--calib", "{twice}", "--refine", "{refine}"),
+    "KV 3 to 1, calibrated on Wikipedia": (*KV, *ONCE, "--calib", "{wikipedia}"),
+    "KV 3 to 1, calibrated on a mixture": (*KV, *ONCE, "--calib", "{mixture}"),
+    "KV 3 to 1, refined on a mixture": (*KV, *ONCE, "--calib", "{mixture}", "--refine", "{refine}"),
+    "KV 3 to 1, refined on a mixture, half of it said twice": (*KV, "--calib", "{mixture}", "--refine", "{refine}"),
     "K and V of rank 64 (CARE), on Wikipedia": ("care", "{wikipedia}", False),
     "K and V of rank 64 (CARE), on a mixture": ("care", "{mixture}", False),
     "K and V of adjusted ranks (CARE), on a mixture": ("care", "{mixture}", True),
@@ -176,11 +176,8 @@ def main() -> None:
     kinds = [texts_of(texts["wikipedia-train"]), texts_of(texts["packages-train"]), exams]
     rows = [row for kind in kinds for row in rng.sample(kind, min(150, len(kind)))]
     rng.shuffle(rows)
-    twice = args.runs / "tasks-twice.jsonl"
-    again = [f"{row[:900]}\n\n{row[:900]}" if number % 2 else row for number, row in enumerate(rows)]
-    for file, texts_in_it in ((mixture, rows), (twice, again)):
-        file.write_text("".join(json.dumps({"text": row}) + "\n" for row in texts_in_it))
-    calibs = {"{wikipedia}": texts["wikipedia-train"], "{mixture}": mixture, "{twice}": twice, "{refine}": args.refine}
+    mixture.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    calibs = {"{wikipedia}": texts["wikipedia-train"], "{mixture}": mixture, "{refine}": args.refine}
     held_out = {name: texts_of(texts[name]) for name in ("wikipedia-test", "docstrings")}
     tasks = {
         "mmlu": asked,

@@ -78,6 +78,14 @@ def share(text: str) -> float:
     return number
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    number = finite_float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number from 0 to 1")
+    return number
+
+
 def device(text: str) -> str:
     """A device of torch's that this machine has, like cpu, cuda or cuda:1."""
     import torch

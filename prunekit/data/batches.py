@@ -1,6 +1,7 @@
 """Calibration data: rows of text or messages as batches of model inputs, and a model to run them through."""
 
 import argparse
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,17 +81,24 @@ def calibrate(
     model_type: str | None = None,
     template: str | None = None,
     encoder: Encoder | None = None,
+    repeat: float = 0.0,
 ) -> Calibration:
     """Batches of similar length of a calibration set, in all about `max_tokens` tokens (image tokens included).
 
-    Rows, or those of a file, are drawn in a seeded random order and encoded by `encoder` (default: `encoder_of`'s).
-    Raises PruneKitError for bad rows.
+    Rows, or those of a file, are drawn in a seeded random order and encoded by `encoder` (default: `encoder_of`'s);
+    this share of them (`repeat`) says all it says twice, where it can. Raises PruneKitError for bad rows.
     """
     rows = dataset if isinstance(dataset, Rows) else read_calibration(dataset)
     max_length = min(max_length, positions(checkpoint.config, max_length))
     encoder = encoder or encoder_of(checkpoint, rows, max_length, model_type, template)
     encoder.see(model)
-    encoded = draw_rows(rows, encoder.encode, max_tokens)
+    number = itertools.count()
+
+    def encode(row: dict) -> dict | None:
+        share = next(number) * repeat
+        return int(share + repeat) > int(share) and encoder.again(row) or encoder.encode(row)
+
+    encoded = draw_rows(rows, encode, max_tokens)
     if len(encoded) < HELD_OUT:
         raise PruneKitError(
             f"dataset {rows.name}: {len(encoded)} of its rows have text or an answer and fit into {max_length} tokens "
@@ -123,8 +131,9 @@ def model_and_calibration(
     arguments: argparse.Namespace,
     offload: str | Path | None = None,
     batch_tokens: int = 4096,
+    repeat: float = 0.0,
 ) -> tuple[Any, Calibration]:
-    """The model and its calibration data, as `add_calibration_arguments` lets a user choose them."""
+    """The model and its calibration data, as `add_calibration_arguments` lets a user choose them; see `calibrate`."""
     if checkpoint.family.causal:
         check_causal(checkpoint)
     rows = read_calibration(arguments.calib)  # what is bad is named before the model is loaded
@@ -139,5 +148,6 @@ def model_and_calibration(
         arguments.max_length,
         batch_tokens,
         encoder=encoder,
+        repeat=repeat,
     )
     return model, data

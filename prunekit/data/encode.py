@@ -38,10 +38,14 @@ def encode_row(template, row: dict[str, Any], dataset: str) -> dict[str, Any] | 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode`: a row as a model's input with labels, None if it is too long; `collate`: several as a padded batch."""
+    """`encode`: a row as a model's input with labels, None if it is too long; `collate`: several as a padded batch.
+
+    `again`: a row that says all twice, of a long text its beginning; None where that is too long, or has pictures.
+    """
 
     encode: Callable[[dict], dict | None]
     collate: Callable[[list[dict]], dict]
+    again: Callable[[dict], dict | None]
     template: Any = None  # ms-swift's, for messages
 
     def see(self, model) -> None:
@@ -60,11 +64,18 @@ def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
     # What is padded with is masked, and no label: any token will do
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
-    def encode(row):
-        ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
+    def item(ids):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
 
-    return Encoder(encode, DataCollatorForSeq2Seq(tokenizer))
+    def encode(row):
+        return item(tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"])
+
+    def again(row):
+        beginning = {"truncation": True, "max_length": max_length // 2}
+        once = tokenizer(row["text"], **beginning)["input_ids"]
+        return item(once + tokenizer(f"\n\n{row['text']}", add_special_tokens=False, **beginning)["input_ids"])
+
+    return Encoder(encode, DataCollatorForSeq2Seq(tokenizer), again)
 
 
 def _message_encoder(
@@ -75,7 +86,14 @@ def _message_encoder(
     load_plugins()
     encoder = load_template(checkpoint, max_length, model_type, template)
     encoder.set_mode("train")
-    return Encoder(lambda row: encode_row(encoder, row, name), encoder.data_collator, encoder)
+
+    def again(row):
+        if any(row.get(kind) for kind in ("images", "videos", "audios")):
+            return None
+        later = [message for message in row["messages"] if message["role"] != "system"]
+        return encode_row(encoder, row | {"messages": [*row["messages"], *later]}, name)
+
+    return Encoder(lambda row: encode_row(encoder, row, name), encoder.data_collator, again, encoder)
 
 
 def encoder_of(

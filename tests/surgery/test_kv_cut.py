@@ -31,7 +31,7 @@ def test_the_script_merges_and_says_so(tmp_path, script):
     assert done.returncode == 0, done.stderr
     entry = history(tmp_path / "out")[-1]
     assert entry["settings"]["method"] == "calibrated" and entry["settings"]["calib"] == str(file)
-    assert entry["settings"]["calibration_tokens"] > 0
+    assert entry["settings"]["calibration_tokens"] > 0 and entry["settings"]["repeat"] == 0.5
     said = f"{entry['metrics']['held_out_loss_unmerged']:.4f} -> {entry['metrics']['held_out_loss']:.4f}"
     assert f"held-out loss {said}" in done.stdout
     assert heads(open_checkpoint(tmp_path / "out")).kv == 1
@@ -54,7 +54,9 @@ def test_the_script_reads_the_rows_once_and_records_them(tmp_path, opens, monkey
         (["--method", "calibrated"], "--method calibrated and --calib need each other"),
         (["--method", "mean", "--calib", "x.jsonl"], "--method calibrated and --calib need each other"),
         (["--calib", "nowhere.jsonl"], "nowhere.jsonl is not there"),
-        (["--refine", "3"], "--refine needs --calib"),
+        (["--refine", "3"], "--refine: is for --calib"),
+        (["--repeat", "0"], "--repeat: is for --calib"),
+        (["--repeat", "2", "--calib", "x.jsonl"], "argument --repeat: '2' is no number from 0 to 1"),
         (["--refine", "-1", "--calib", "x.jsonl"], "argument --refine: '-1' is no whole number"),
     ],
 )

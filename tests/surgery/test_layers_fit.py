@@ -214,7 +214,7 @@ def test_questions_without_an_answer_are_left_out_and_refused_where_there_is_not
     rows = [Rows("", [{"answered": number < answered} for number in range(9)]) for answered in (6, 4)]
     assert len(draw_rows(rows[0], encode, None)) == 6
     with pytest.raises(PruneKitError, match="4 of its rows have text or an answer and fit into .* give rows with answ"):
-        calibrate(None, open_checkpoint(EMBEDDED), rows[1], encoder=Encoder(encode, lambda items: {}))
+        calibrate(None, open_checkpoint(EMBEDDED), rows[1], encoder=Encoder(encode, lambda items: {}, encode))
 
 
 def test_the_script_heals_and_says_so(tmp_path, script):
