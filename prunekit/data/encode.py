@@ -9,6 +9,7 @@ from typing import Any
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
+from prunekit.model.light import light_transformers
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names
 
@@ -51,11 +52,9 @@ class Encoder:
 
 
 def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
-    from transformers import AutoTokenizer
-    from transformers.data import DataCollatorForSeq2Seq
-
+    transformers = light_transformers()
     with tokenizer_errors(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path)
         check_tokenizer_files(checkpoint, tokenizer)
     # What is padded with is masked, and no label: any token will do
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -64,7 +63,7 @@ def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
         ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
 
-    return Encoder(encode, DataCollatorForSeq2Seq(tokenizer))
+    return Encoder(encode, transformers.DataCollatorForSeq2Seq(tokenizer))
 
 
 def _message_encoder(
