@@ -71,6 +71,7 @@ def _message_encoder(
 ) -> Encoder:
     check_names(model_type, template)
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
+    light_transformers()
     load_plugins()
     encoder = load_template(checkpoint, max_length, model_type, template)
     encoder.set_mode("train")
