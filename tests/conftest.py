@@ -32,7 +32,10 @@ from prunekit.surgery.layers import cut_layers, plan_layers
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)
-light_transformers().utils.logging.disable_progress_bar()
+transformers = light_transformers()
+transformers.utils.logging.disable_progress_bar()
+# Loading formats the whole config for a line of a log that nobody reads: of a tiny vision model a third of the time
+transformers.PreTrainedConfig.__repr__ = object.__repr__
 
 
 def pytest_collection_modifyitems(items):
