@@ -6,6 +6,7 @@ os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
 )
 
+import contextlib
 import json
 import shutil
 import signal
@@ -15,14 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from helpers.bad_input import Tries, link
+from helpers.bad_input import run as run_here
 from helpers.lab import Lab
 from helpers.paths import ROOT
 from helpers.tiny_models import save
 from helpers.tiny_taggers import save_tagger, save_tokenizer
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.model.light import light_transformers
 from prunekit.surgery.cut import write_cut
 from prunekit.surgery.layers import cut_layers, plan_layers
 
@@ -30,7 +32,10 @@ from prunekit.surgery.layers import cut_layers, plan_layers
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)
+transformers = light_transformers()
 transformers.utils.logging.disable_progress_bar()
+# Loading formats the whole config for a line of a log that nobody reads: of a tiny vision model a third of the time
+transformers.PreTrainedConfig.__repr__ = object.__repr__
 
 
 def pytest_collection_modifyitems(items):
@@ -188,6 +193,18 @@ def script():
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, name] if name.endswith(".py") else [sys.executable, "-m", name]
         return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def script_here(monkeypatch):
+    """As `script`, in this process: where another's start, which takes seconds, is no part of the property."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
+        code, out, err = run_here(name, *arguments, within=contextlib.nullcontext)
+        return subprocess.CompletedProcess([name, *arguments], code, out, err)
 
     return run
 

@@ -48,8 +48,8 @@ def test_what_it_doesn_t_take_is_refused_in_one_line_that_names_the_flag(kind, v
     assert len(str(refused.value)) < 200
 
 
-def test_a_bad_command_line_is_one_line_without_the_usage(script):
-    done = script("prunekit.scan", "--modle", "x")
+def test_a_bad_command_line_is_one_line_without_the_usage(script_here):
+    done = script_here("prunekit.scan", "--modle", "x")
     assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")
 
 

@@ -308,8 +308,8 @@ def test_a_long_way_is_refused_by_the_models_positions(models, tmp_path):
         run(models / "first", "--base", models / "base", "--prompt-tokens", 500, "--out", tmp_path / "out")
 
 
-def test_it_is_a_command(script):
-    done = script("prunekit.card", "--help")
+def test_it_is_a_command(script_here):
+    done = script_here("prunekit.card", "--help")
     assert done.returncode == 0 and "report.html" in done.stdout
 
 

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import weakref
 from types import SimpleNamespace
@@ -30,39 +28,18 @@ SHORT, LONG = (
 )
 
 
-def evaluate(model, rows, folder):
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        sys.executable,
-        "-m",
-        "prunekit.evaluate",
-        "--model",
-        model,
-        "--dataset",
-        data,
-        "--max-new-tokens",
-        2,
-    ]
-    return subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        # Of WANDB_MODE=offline a library of the trainer's speaks on stdout
-        env={name: value for name, value in os.environ.items() if name != "WANDB_MODE"} | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
-def test_rows_that_the_model_cant_take_are_left_out_and_counted(speaking, tmp_path):
-    result = evaluate(speaking, [SHORT, LONG, SHORT], tmp_path)
+def test_rows_that_the_model_cant_take_are_left_out_and_counted(speaking, tmp_path, script):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in (SHORT, LONG, SHORT)))
+    result = script("prunekit.evaluate", "--model", speaking, "--dataset", data, "--max-new-tokens", 2)
     assert result.returncode == 0, result.stderr
     assert "rows: 1 rows are longer than" in result.stderr
     assert "rows (2 rows)  token_acc" in result.stdout
 
 
-def test_a_model_that_takes_none_of_the_rows_is_refused_in_one_line(speaking, tmp_path):
-    result = evaluate(speaking, [LONG], tmp_path)
+def test_a_model_that_takes_none_of_the_rows_is_refused_in_one_line(speaking, tmp_path, script_here):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(LONG) + "\n")
+    result = script_here("prunekit.evaluate", "--model", speaking, "--dataset", tmp_path / "rows.jsonl")
     assert (result.returncode, result.stdout) == (2, "")
     assert "all rows are longer" in result.stderr.splitlines()[-1]
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import transformers
@@ -29,10 +31,17 @@ def run(*arguments, **kwargs):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
+@pytest.fixture
+def here(script_here):
+    """As `run`, in this process."""
+    return partial(script_here, "prunekit.scan")
+
+
 @pytest.fixture(scope="session")
 def finished(texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("scan") / "scan"
-    result = run("--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200)
+    arguments = ("--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200)
+    result = run(*arguments, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})  # what is imported comes on stderr
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -59,16 +68,21 @@ def test_a_scan_ends_by_saying_what_is_cheap_and_which_set(finished):
     assert lines[-1].startswith("without ")
 
 
-def test_a_finished_scan_is_not_repeated(finished, texts):
+def test_a_scan_imports_nothing_that_it_has_no_use_for(finished):
+    imported = {line.rpartition("|")[2].strip() for line in finished[1].stderr.splitlines()}
+    assert {"torch", "pandas", "scipy", "sklearn", "matplotlib"} & imported == {"torch"}
+
+
+def test_a_finished_scan_is_not_repeated(here, finished, texts):
     out, _ = finished
     before = (out / "records.jsonl").read_bytes()
-    again = run("--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200)
+    again = here("--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200)
     assert again.returncode == 0
     assert (out / "records.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=[pytest.mark.slow, pytest.mark.ci])])
-def test_an_interrupted_scan_is_continued_by_the_same_command(finished, texts, tmp_path, end):
+def test_an_interrupted_scan_is_continued_by_the_same_command(here, finished, texts, tmp_path, end):
     out = tmp_path / "scan"
     arguments = ["--model", EMBEDDED, "--dataset", texts, "--out", out, "--greedy", 2, "--batch-tokens", 200]
     process = subprocess.Popen(
@@ -82,7 +96,7 @@ def test_an_interrupted_scan_is_continued_by_the_same_command(finished, texts, t
     assert process.wait() == (-signal.SIGKILL if end == signal.SIGKILL else 130)
     kept = records.read_bytes()
     assert not (out / "scan.json").exists()
-    assert run(*arguments).returncode == 0
+    assert here(*arguments).returncode == 0
     assert records.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
     assert without_times(out) == without_times(finished[0])
 
@@ -101,31 +115,31 @@ def test_two_processes_of_torchrun_find_what_one_does(finished, texts, tmp_path)
     assert without_times(out) == without_times(finished[0])
 
 
-def test_the_path_s_loss_is_that_of_the_checkpoint_cut_on_disk(finished, texts, script, tmp_path):
+def test_the_path_s_loss_is_that_of_the_checkpoint_cut_on_disk(here, finished, texts, script_here, tmp_path):
     scanned = json.loads((finished[0] / "scan.json").read_text())
     entry = scanned["greedy"]["path"][-1]
     numbers = {stack: [n[-2:] for n in entry["removed"] if n.startswith(stack)] for stack in ("text", "vision")}
     flags = [word for stack, layers in numbers.items() if layers for word in (f"--{stack}", *layers)]
-    script("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "cut", *flags)
+    script_here("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "cut", *flags)
     words = ("--model", tmp_path / "cut", "--dataset", texts, "--out", tmp_path / "s")
-    assert run(*words, "--text", "0", "--vision", "none").returncode == 0
+    assert here(*words, "--text", "0", "--vision", "none").returncode == 0
     baseline = json.loads((tmp_path / "s" / "scan.json").read_text())["baseline"]
     assert baseline["loss"] == pytest.approx(entry["loss"], rel=1e-4)
     assert baseline["token_acc"] == entry["token_acc"]
 
 
-def test_a_path_alone_is_that_of_the_whole_scan(finished, texts, tmp_path):
+def test_a_path_alone_is_that_of_the_whole_scan(here, finished, texts, tmp_path):
     out = tmp_path / "s"
     flags = ("--greedy", 2, "--batch-tokens", 200, "--path-only")
-    assert run("--model", EMBEDDED, "--dataset", texts, "--out", out, *flags).returncode == 0
+    assert here("--model", EMBEDDED, "--dataset", texts, "--out", out, *flags).returncode == 0
     alone, whole = (json.loads((folder / "scan.json").read_text()) for folder in (out, finished[0]))
     assert alone["removals"] == []
     assert alone["greedy"] == whole["greedy"]
 
 
-def test_a_healed_path_is_better_than_the_plain_one(finished, texts, tmp_path):
+def test_a_healed_path_is_better_than_the_plain_one(here, finished, texts, tmp_path):
     flags = ("--greedy", 1, "--heal", "--calib", texts, "--vision", "none", "--text", "1-7")
-    done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", *flags)
+    done = here("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", *flags)
     assert done.returncode == 0, done.stderr
     healed = json.loads((tmp_path / "s" / "scan.json").read_text())
     [_, entry] = healed["greedy"]["path"]
@@ -133,8 +147,8 @@ def test_a_healed_path_is_better_than_the_plain_one(finished, texts, tmp_path):
     assert entry[CRITERION] < plain[CRITERION]
 
 
-def test_a_race_is_in_the_result_with_what_it_left_undecided(texts, tmp_path):
-    done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--race", "--best", 3)
+def test_a_race_is_in_the_result_with_what_it_left_undecided(here, texts, tmp_path):
+    done = here("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--race", "--best", 3)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "s" / "scan.json").read_text())
     assert len(result["best"]) == 3
@@ -145,40 +159,40 @@ def test_a_race_is_in_the_result_with_what_it_left_undecided(texts, tmp_path):
     "line, said",
     [("", "line 3"), ("{", "line 3"), ('{"text": ""}', "line 3"), ('{"messages": []}', "line 3")],
 )
-def test_a_bad_row_is_named_by_its_line(line, said, texts, tmp_path):
+def test_a_bad_row_is_named_by_its_line(here, line, said, texts, tmp_path):
     lines = texts.read_text().splitlines()
     (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:2], line, *lines[2:]]))
-    done = run("--model", EMBEDDED, "--dataset", tmp_path / "bad.jsonl", "--out", tmp_path / "s")
+    done = here("--model", EMBEDDED, "--dataset", tmp_path / "bad.jsonl", "--out", tmp_path / "s")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert said in done.stderr
     assert not (tmp_path / "s").exists()
 
 
-def test_an_encoder_is_refused_before_anything_is_written(tiny, texts, tmp_path):
-    done = run("--model", tiny("bert"), "--dataset", texts, "--out", tmp_path / "s")
+def test_an_encoder_is_refused_before_anything_is_written(here, tiny, texts, tmp_path):
+    done = here("--model", tiny("bert"), "--dataset", texts, "--out", tmp_path / "s")
     assert (done.returncode, "bert" in done.stderr) == (2, True)
     assert not (tmp_path / "s").exists()
 
 
-def test_other_settings_in_the_same_folder_are_refused(finished, texts):
-    done = run("--model", EMBEDDED, "--dataset", texts, "--out", finished[0], "--tokens", 100)
+def test_other_settings_in_the_same_folder_are_refused(here, finished, texts):
+    done = here("--model", EMBEDDED, "--dataset", texts, "--out", finished[0], "--tokens", 100)
     assert (done.returncode, "other settings" in done.stderr) == (2, True)
 
 
-def test_a_folder_in_use_is_refused(texts, tmp_path):
+def test_a_folder_in_use_is_refused(here, texts, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path)
+    done = here("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path)
     assert (done.returncode, "in use" in done.stderr) == (2, True)
 
 
-def test_generation_from_texts_is_refused(texts, tmp_path):
-    done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--generate", 5)
+def test_generation_from_texts_is_refused(here, texts, tmp_path):
+    done = here("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--generate", 5)
     assert (done.returncode, "--generate" in done.stderr) == (2, True)
     assert not (tmp_path / "s").exists()
 
 
-def test_a_layer_out_of_range_is_refused(texts, tmp_path):
-    done = run("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--text", 8)
+def test_a_layer_out_of_range_is_refused(here, texts, tmp_path):
+    done = here("--model", EMBEDDED, "--dataset", texts, "--out", tmp_path / "s", "--text", 8)
     assert (done.returncode, "8" in done.stderr) == (2, True)
 
 
@@ -203,8 +217,8 @@ def test_what_has_no_loss_is_said_with_its_error(capsys):
     ]  # fmt: skip
 
 
-def test_help_shows_an_example():
-    assert "python -m prunekit.scan --model" in run("--help").stdout
+def test_help_shows_an_example(here):
+    assert "python -m prunekit.scan --model" in here("--help").stdout
 
 
 @pytest.fixture
@@ -364,13 +378,13 @@ def test_experts_that_cannot_be_scored_are_refused(flags, message, refused, text
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_two_processes_heal_and_answer_as_one_does(answers, tmp_path):
+def test_two_processes_heal_and_answer_as_one_does(here, answers, tmp_path):
     """With torchrun and gloo: candidates and rows are shared out, and both processes agree on every choice."""
     flags = ("--greedy", 2, "--heal", "--calib", answers, "--generate", 5, "--generate-tokens", 3, "--text", "4-7")
     found = []
-    for name, more in (("one", ()), ("two", ("--processes", 2))):
+    for name, scan_by, more in (("one", here, ()), ("two", run, ("--processes", 2))):
         out = tmp_path / name
-        done = run("--model", EMBEDDED, "--dataset", answers, "--out", out, "--vision", "none", *flags, *more)
+        done = scan_by("--model", EMBEDDED, "--dataset", answers, "--out", out, "--vision", "none", *flags, *more)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("baseline: ") == 1
         found.append(without_times(out))

@@ -7,8 +7,6 @@ import json
 import re
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 from prunekit.rules import REAL
 
 HISTORY = "pruning_info.json"
@@ -102,6 +100,8 @@ def model_card(
 
 
 def _front_matter(library: str, tags: list[str], task: str | None, base: str | None) -> list[str]:
+    from huggingface_hub import ModelCardData  # half of what a script without torch takes to start
+
     data = ModelCardData(library_name=library, tags=tags, pipeline_tag=task, base_model=base)
     return ["---", data.to_yaml(), "---", ""]
 

@@ -1,7 +1,6 @@
 """What a folder tells of itself: history, model card, the records of its stage; and what later stages take over."""
 
 import contextlib
-import importlib.metadata
 import re
 import shutil
 from collections.abc import Mapping
@@ -94,6 +93,8 @@ def history_entry(
     `input_fingerprint` says which model it was made from, wherever that lies now; the model it made has none in its
     folder, which could not be trusted once someone changed the weights: it is taken from them when it is needed.
     """
+    import importlib.metadata  # a third of what a script takes to start that writes no entry
+
     versions = {}
     for package in ("prunekit", "torch", "transformers", "ms-swift"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -9,6 +9,7 @@ from typing import Any
 from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
+from prunekit.model.light import light_transformers
 from prunekit.msswift.extend import load_plugins
 from prunekit.msswift.names import check_names
 
@@ -55,11 +56,9 @@ class Encoder:
 
 
 def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
-    from transformers import AutoTokenizer
-    from transformers.data import DataCollatorForSeq2Seq
-
+    transformers = light_transformers()
     with tokenizer_errors(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path)
         check_tokenizer_files(checkpoint, tokenizer)
     # What is padded with is masked, and no label: any token will do
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -75,7 +74,7 @@ def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
         once = tokenizer(row["text"], **beginning)["input_ids"]
         return item(once + tokenizer(f"\n\n{row['text']}", add_special_tokens=False, **beginning)["input_ids"])
 
-    return Encoder(encode, DataCollatorForSeq2Seq(tokenizer), again)
+    return Encoder(encode, transformers.DataCollatorForSeq2Seq(tokenizer), again)
 
 
 def _message_encoder(
@@ -83,6 +82,7 @@ def _message_encoder(
 ) -> Encoder:
     check_names(model_type, template)
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # ms-swift's own, which says much at every load
+    light_transformers()
     load_plugins()
     encoder = load_template(checkpoint, max_length, model_type, template)
     encoder.set_mode("train")

@@ -16,6 +16,7 @@ folder that it begins with; judge-end is judge for that.
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,8 @@ def publish(args: argparse.Namespace) -> int:
 
 def log_to_wandb(loop: Loop, this: dict[str, Any]) -> None:
     """One W&B run a round, with what could be cut and what was. Whatever goes wrong there is one line on stderr."""
+    if os.environ.get("WANDB_MODE") == "disabled":  # to import it takes longer than all else here
+        return
     try:
         import wandb
 

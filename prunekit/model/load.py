@@ -8,6 +8,8 @@ from prunekit.checkpoint import Checkpoint, quantisation, statistics
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.errors import PruneKitError, need_packages
 
+from .light import light_transformers
+
 # Classes without an output head over tokens, whatever their family
 HEADLESS = re.compile(r".*(?:(?<!LMHead)Model|For(?:Sequence|Token)Classification|ForQuestionAnswering)")
 
@@ -53,9 +55,9 @@ def load_model(
     transformers fills in random ones.
     """
     import torch
-    import transformers
 
     check_no_remote_code(checkpoint.path)
+    transformers = light_transformers()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     small = device == "cpu" and statistics(checkpoint)["parameters"] < 50e6
     auto = f"AutoModelFor{'ImageTextToText' if checkpoint.family.vision else 'CausalLM'}"

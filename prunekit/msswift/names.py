@@ -9,7 +9,7 @@ from typing import Any
 from prunekit.errors import PruneKitError
 
 from .extend import MODELS
-from .source import constants_in, package
+from .source import constants_in, package, statements
 
 
 def show(text: str) -> str:
@@ -21,7 +21,7 @@ def assigned(tree: ast.AST, registry: str) -> tuple[set[str], int]:
     """Names that `registry = {...}` and `registry["name"] = ...` put into a registry, and the number of such lines."""
     names: set[Any] = set()
     lines = 0
-    for node in ast.walk(tree):
+    for node in statements(tree):
         match node:
             case ast.Assign([ast.Name(name)], ast.Dict(keys)) if name == registry and all(
                 isinstance(key, ast.Constant) for key in keys

@@ -6,6 +6,8 @@ import enum
 import functools
 import importlib.util
 import typing
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -23,12 +25,22 @@ def package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """As `ast.walk`, of statements alone: expressions are most of a tree, and the time that it takes to walk it."""
+    left = deque([tree])
+    while left:
+        node = left.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            left.extend(getattr(node, name, ()))
+
+
 @functools.cache
 def _module(file: Path) -> tuple[dict[str, ast.ClassDef], dict[str, tuple[Path, str]]]:
     """The classes of a source file by name, and from which file its other names come."""
     classes: dict[str, ast.ClassDef] = {}
     imported: dict[str, tuple[Path, str]] = {}
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    for node in statements(ast.parse(file.read_bytes())):
         if isinstance(node, ast.ClassDef):
             classes[node.name] = node
         elif isinstance(node, ast.ImportFrom):
@@ -155,4 +167,7 @@ def as_dataclass(file: Path, name: str) -> type:
             kind = JSON
         if kind is not None and given is not None:
             fields.append((item.target.id, kind, dataclasses.field(**given)))
-    return dataclasses.make_dataclass(name, fields, bases=tuple(bases), kw_only=True)
+    # None is made of it: to write its methods takes as long as all else here
+    return dataclasses.make_dataclass(
+        name, fields, bases=tuple(bases), kw_only=True, init=False, repr=False, eq=False, match_args=False
+    )

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 MANY = 2000  # partitions of the heads into groups; more aren't all tried
@@ -68,6 +67,8 @@ def shared_dimensions(
     per frequency. Returns P (width, heads * width) and R (heads, width, width) as `shared_basis`, the orders (heads,
     width, width), by which a head's gates follow, and what is lost, as squares of what is read.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second, and few models have a gate
+
     count, width = readers.shape
     power = covariance.flatten(2).flatten(0, 1).diagonal().view(count, width) * readers
     orders = [torch.arange(width)]

@@ -15,6 +15,7 @@ from prunekit.checkpoint.records import LOG
 from prunekit.checkpoint.remote_code import check_no_remote_code
 from prunekit.checkpoint.training_run import whole_checkpoints
 from prunekit.errors import PruneKitError
+from prunekit.model.light import light_transformers
 
 from .rows import TOKEN_CLASSIFIER, model_labels
 from .scores import Data
@@ -129,9 +130,9 @@ def load_classifier(
     Raises PruneKitError if anything but a new head (and the pooler that it may read from) is missing from its weights.
     """
     import torch
-    import transformers
 
     check_no_remote_code(checkpoint.path)
+    transformers = light_transformers()
     model, info = getattr(transformers, f"AutoModel{kind}").from_pretrained(
         checkpoint.path, dtype="float32", id2label=labels, num_labels=len(labels),
         label2id={name: number for number, name in labels.items()},

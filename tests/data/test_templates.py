@@ -1,12 +1,10 @@
 """A checkpoint in a folder of any name is taught with the chat template that it was trained with."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from helpers.paths import ROOT
+from helpers.bad_input import run
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,16 +48,11 @@ def chatting(tiny, tmp_path):
 
 def preflight(folder):
     """What preflight says: (exit code, template, messages)."""
-    command = [sys.executable, "-m", "prunekit.training.preflight", "--model", folder, "--out", folder.parent / "out"]
-    result = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"LOG_LEVEL": "ERROR"},
+    code, out, err = run(
+        "prunekit.training.preflight", "--model", folder, "--out", folder.parent / "out", within=contextlib.nullcontext
     )
-    answers = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
-    return result.returncode, answers.get("TEMPLATE"), result.stderr
+    answers = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    return code, answers.get("TEMPLATE"), err
 
 
 @pytest.mark.parametrize(

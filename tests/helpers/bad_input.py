@@ -71,13 +71,13 @@ def limits():
         signal.signal(signal.SIGALRM, handler)
 
 
-def run(name: str, *arguments: object) -> tuple[int, str, str]:
+def run(name: str, *arguments: object, within=limits) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a script's or module's main with this command line."""
     main = importlib.import_module(name.removesuffix(".py")).main
     out, err, argv = Stream("strict"), Stream("backslashreplace"), sys.argv
     sys.argv = [name, *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limits():
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), within():
             run_script(main)
     except SystemExit as end:
         return end.code, out.text(), err.text()

@@ -1,5 +1,6 @@
 """The tiny Qwen3-VL of many skills: its data are what they claim, its training computes what it should."""
 
+import functools
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from prunekit.errors import PruneKitError
 
 ALL = tuple(skills.SIZES)
 # What examples/tiny_vl/model answers without a mistake, of 200 held-out questions each
@@ -89,7 +92,8 @@ def test_the_merges_are_as_bpe_has_them(processor):
     assert len(merges) > 1500
 
 
-def test_held_out_scenes_share_no_key_with_what_is_trained_on():
+def test_held_out_scenes_share_no_key_with_what_is_trained_on(monkeypatch):
+    monkeypatch.setattr(skills, "draw", lambda *_: None)  # of scenes alone
     banned = tiny_vl.held_out_keys(0)
     for name in ("rl_train", "cyrillic_train"):
         assert not any(scene.keys & banned for scene in tiny_vl.plan_rows(name, 0, banned))
@@ -105,13 +109,21 @@ def test_a_sum_that_is_held_out_in_a_picture_is_held_out_in_text():
     )
 
 
-def test_data_are_the_same_every_time(monkeypatch, tmp_path):
-    small = {name: (9, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
-    monkeypatch.setattr(tiny_vl, "DATASETS", small)
-    tiny_vl.held_out_keys.cache_clear()
+@pytest.fixture
+def small(monkeypatch):
+    """small(rows): have data sets of so few rows, and hold out what is in those."""
+
+    def shrink(rows):
+        monkeypatch.setattr(tiny_vl, "DATASETS", {name: (rows, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()})
+        monkeypatch.setattr(tiny_vl, "held_out_keys", functools.cache(tiny_vl.held_out_keys.__wrapped__))
+
+    return shrink
+
+
+def test_data_are_the_same_every_time(small, tmp_path):
+    small(9)
     for name in ("one", "two"):
         tiny_vl.make_data(tmp_path / name, seed=0)
-    tiny_vl.held_out_keys.cache_clear()
     pictures = sorted((tmp_path / "one" / "images").iterdir())
     assert pictures
     for file in pictures:
@@ -123,12 +135,9 @@ def test_data_are_the_same_every_time(monkeypatch, tmp_path):
             assert len(row["images"]) == row["messages"][0]["content"].count("<image>")
 
 
-def test_rows_of_rl_are_the_hard_ones_and_for_a_quarter_cyrillic_ones(monkeypatch, tmp_path):
-    small = {name: (12, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
-    monkeypatch.setattr(tiny_vl, "DATASETS", small)
-    tiny_vl.held_out_keys.cache_clear()
+def test_rows_of_rl_are_the_hard_ones_and_for_a_quarter_cyrillic_ones(small, tmp_path):
+    small(12)
     tiny_vl.make_data(tmp_path / "data", seed=0)
-    tiny_vl.held_out_keys.cache_clear()
     hard, cyrillic, mixed = (
         [json.loads(row) for row in (tmp_path / f"data/{name}.jsonl").read_text().splitlines()]
         for name in ("rl_train", "cyrillic_train", "rl_mixed")
@@ -137,13 +146,10 @@ def test_rows_of_rl_are_the_hard_ones_and_for_a_quarter_cyrillic_ones(monkeypatc
     assert [row["skill"] for row in mixed].count("cyrillic") == len(mixed) / 4
 
 
-def test_a_share_of_the_data_is_their_beginning(monkeypatch, tmp_path):
-    small = {name: (18, *rest) for name, (_, *rest) in tiny_vl.DATASETS.items()}
-    monkeypatch.setattr(tiny_vl, "DATASETS", small)
-    tiny_vl.held_out_keys.cache_clear()
+def test_a_share_of_the_data_is_their_beginning(small, tmp_path):
+    small(18)
     for name, part in (("whole", 1.0), ("part", 0.5)):
         tiny_vl.make_data(tmp_path / name, seed=0, part=part)
-    tiny_vl.held_out_keys.cache_clear()
     whole, part = (
         [json.loads(row) for row in (tmp_path / name / "val.jsonl").read_text().splitlines()]
         for name in ("whole", "part")
@@ -384,13 +390,13 @@ def test_the_rate_of_learning_warms_up_and_goes_down():
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
 
 
-def test_an_out_that_is_used_is_refused(tmp_path):
+def test_an_out_that_is_used_is_refused(tmp_path, monkeypatch):
     used = tmp_path / "used"
     used.mkdir()
     (used / "precious").write_text("")
-    process = start_training(used)
-    _, errors = process.communicate()
-    assert process.returncode == 2 and "is in use" in errors
+    monkeypatch.setattr("sys.argv", ["tiny_vl.py", "train", "--out", str(used)])
+    with pytest.raises(PruneKitError, match="is in use"):
+        tiny_vl.main()
     assert [file.name for file in used.iterdir()] == ["precious"]
 
 

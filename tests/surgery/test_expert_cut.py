@@ -43,23 +43,23 @@ def test_the_script_cuts_on_data_and_records_it(given, tmp_path, script):
         (["--experts", 3, "--calib", "rows.jsonl", "--score", "best"], "invalid choice"),
     ],
 )
-def test_the_script_ends_with_one_line_on_bad_input(words, message, given, tmp_path, script):
+def test_the_script_ends_with_one_line_on_bad_input(words, message, given, tmp_path, script_here):
     model, file = given
     words = [file if word == "rows.jsonl" else word for word in words]
-    done = script("expert_cut.py", "--model", model, "--out", tmp_path / "out", *words)
+    done = script_here("expert_cut.py", "--model", model, "--out", tmp_path / "out", *words)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_dense_model_is_refused_before_data_are_read(tiny, tmp_path, script):
+def test_a_dense_model_is_refused_before_data_are_read(tiny, tmp_path, script_here):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script("expert_cut.py", "--model", tiny("llama"), "--experts", 1, "--calib", file, "--dry-run")
+    done = script_here("expert_cut.py", "--model", tiny("llama"), "--experts", 1, "--calib", file, "--dry-run")
     assert done.returncode == 2 and "without a mixture of experts" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_a_dry_run_chooses_and_writes_nothing(given, tmp_path, script):
+def test_a_dry_run_chooses_and_writes_nothing(given, tmp_path, script_here):
     model, file = given
-    done = script("expert_cut.py", "--model", model, "--experts", 2, "--calib", file, "--dry-run", "--no-refit")
+    done = script_here("expert_cut.py", "--model", model, "--experts", 2, "--calib", file, "--dry-run", "--no-refit")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "dry run: nothing written"), done.stderr

@@ -19,15 +19,15 @@ def test_script_cuts_and_records_history(tiny, tmp_path, script):
     assert entry["settings"] == {"kv_heads": 1, "method": "mean"}
 
 
-def test_script_ends_with_one_line_on_bad_input(tiny, tmp_path, script):
-    done = script("kv_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--kv-heads", 3)
+def test_script_ends_with_one_line_on_bad_input(tiny, tmp_path, script_here):
+    done = script_here("kv_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--kv-heads", 3)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --kv-heads 3: the model has 2 KV heads; choose one of 1\n"
 
 
-def test_the_script_merges_and_says_so(tmp_path, script):
+def test_the_script_merges_and_says_so(tmp_path, script_here):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script("kv_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file)
+    done = script_here("kv_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file)
     assert done.returncode == 0, done.stderr
     entry = history(tmp_path / "out")[-1]
     assert entry["settings"]["method"] == "calibrated" and entry["settings"]["calib"] == str(file)
@@ -60,24 +60,26 @@ def test_the_script_reads_the_rows_once_and_records_them(tmp_path, opens, monkey
         (["--refine", "-1", "--calib", "x.jsonl"], "argument --refine: '-1' is no whole number"),
     ],
 )
-def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
-    done = script("kv_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--kv-heads", 1, *arguments)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script_here):
+    done = script_here("kv_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--kv-heads", 1, *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_what_can_not_be_refined_is_refused_before_data_are_read(tiny, tmp_path, script):
+def test_what_can_not_be_refined_is_refused_before_data_are_read(tiny, tmp_path, script_here):
     arguments = ["--kv-heads", 1, "--refine", 3, "--calib", tmp_path / "nowhere.jsonl"]
-    done = script("kv_cut.py", "--model", tiny("gemma3_text"), "--out", tmp_path / "out", *arguments)
+    done = script_here("kv_cut.py", "--model", tiny("gemma3_text"), "--out", tmp_path / "out", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --refine: gemma3_text has norms behind attention")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_families_without_shared_heads_are_refused(family, tiny, tmp_path, script):
+def test_families_without_shared_heads_are_refused(family, tiny, tmp_path, script_here):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script("kv_cut.py", "--model", tiny(family), "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file)
+    done = script_here(
+        "kv_cut.py", "--model", tiny(family), "--out", tmp_path / "out", "--kv-heads", 1, "--calib", file
+    )
     assert done.returncode == 2
     assert f"{family}: has no form with fewer KV heads" in done.stderr

@@ -217,9 +217,9 @@ def test_questions_without_an_answer_are_left_out_and_refused_where_there_is_not
         calibrate(None, open_checkpoint(EMBEDDED), rows[1], encoder=Encoder(encode, lambda items: {}, encode))
 
 
-def test_the_script_heals_and_says_so(tmp_path, script):
+def test_the_script_heals_and_says_so(tmp_path, script_here):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script(
+    done = script_here(
         "manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--text", 3, "--heal", "--calib", file
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -240,8 +240,8 @@ def test_the_script_heals_and_says_so(tmp_path, script):
         (["--text", 0, "--heal", "--calib", "nowhere.jsonl"], "no layer is left before"),
     ],
 )
-def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script):
-    done = script("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", *arguments)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tmp_path, script_here):
+    done = script_here("manual_select.py", "--model", EMBEDDED, "--out", tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -13,8 +13,8 @@ from prunekit.checkpoint import history
 BY_RANKING = ("--layer-importance", "knockout", "--ranking", "absent")
 
 
-def test_the_script_writes_a_checkpoint_and_its_story(script, tiny, tmp_path):
-    done = script("sparsify.py", "--model", tiny("camembert"), "--out", tmp_path / "out", "--sparsity", 0.15)
+def test_the_script_writes_a_checkpoint_and_its_story(script_here, tiny, tmp_path):
+    done = script_here("sparsify.py", "--model", tiny("camembert"), "--out", tmp_path / "out", "--sparsity", 0.15)
     assert done.returncode == 0, done.stderr
     assert "15.00%" in done.stdout and "save neither space nor time" in done.stdout
     [entry] = history(tmp_path / "out")
@@ -22,8 +22,10 @@ def test_the_script_writes_a_checkpoint_and_its_story(script, tiny, tmp_path):
     assert load(tmp_path / "out").num_parameters() == entry["parameters"]
 
 
-def test_a_dry_run_writes_nothing(script, tiny, tmp_path):
-    done = script("sparsify.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--pattern", "2:4", "--dry-run")
+def test_a_dry_run_writes_nothing(script_here, tiny, tmp_path):
+    done = script_here(
+        "sparsify.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--pattern", "2:4", "--dry-run"
+    )
     assert done.returncode == 0 and "50.00%" in done.stdout and not (tmp_path / "out").exists()
 
 
@@ -68,17 +70,17 @@ def test_bad_wishes_are_one_line_and_exit_2(arguments, message, tiny, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_less_than_what_is_zero_already_is_refused(script, tiny, tmp_path):
+def test_less_than_what_is_zero_already_is_refused(script_here, tiny, tmp_path):
     sparsify(tiny("llama"), tmp_path / "one", sparsity=0.5)
-    done = script("sparsify.py", "--model", tmp_path / "one", "--out", tmp_path / "two", "--sparsity", 0.4)
+    done = script_here("sparsify.py", "--model", tmp_path / "one", "--out", tmp_path / "two", "--sparsity", 0.4)
     assert done.returncode == 2 and "50.00% are zero already" in done.stderr and not (tmp_path / "two").exists()
 
 
-def test_pictures_of_zeros_are_drawn_from_the_history(script, tiny, tmp_path):
+def test_pictures_of_zeros_are_drawn_from_the_history(script_here, tiny, tmp_path):
     sparsify(tiny("qwen3_vl"), tmp_path / "out", sparsity=0.5)
     events = [{"sparsity": s, "before": 2.0, "after": 3.0, "retrained": 2.2} for s in (0.3, 0.6)]
     (tmp_path / "out/sparsity.json").write_text(json.dumps({"metric": "loss", "events": events}))
-    done = script("prunekit.report", tmp_path / "out")
+    done = script_here("prunekit.report.__main__", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     for name in ("sparsity.png", "quality.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000

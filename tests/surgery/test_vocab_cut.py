@@ -35,12 +35,12 @@ def test_the_script_cuts_on_data_and_records_it(given, tmp_path, script):
     assert "vocab_cut.py" in (tmp_path / "out/command.sh").read_text()
 
 
-def test_the_embedded_model_is_cut_on_messages(tmp_path, script):
+def test_the_embedded_model_is_cut_on_messages(tmp_path, script_here):
     file = tmp_path / "rows.jsonl"
     row = [{"role": "user", "content": "<image>Read the text."}, {"role": "assistant", "content": "koala"}]
     file.write_text(f"{json.dumps({'messages': row})}\n" * 20)
     words = ("--model", TINY_VL, "--out", tmp_path / "out", "--keep-share", 0.5, "--calib", file)
-    done = script("vocab_cut.py", *words)
+    done = script_here("vocab_cut.py", *words)
     assert done.returncode == 0, done.stderr
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.config["text_config"]["vocab_size"] == 1152
@@ -58,30 +58,30 @@ def test_the_embedded_model_is_cut_on_messages(tmp_path, script):
         (["--size", 350, "--keep-share", 0.5, "--calib", "rows.jsonl"], "not allowed with"),
     ],
 )
-def test_the_script_ends_with_one_line_on_bad_input(words, message, given, tmp_path, script):
+def test_the_script_ends_with_one_line_on_bad_input(words, message, given, tmp_path, script_here):
     model, file = given
     words = [file if word == "rows.jsonl" else word for word in words]
-    done = script("vocab_cut.py", "--model", model, "--out", tmp_path / "out", *words)
+    done = script_here("vocab_cut.py", "--model", model, "--out", tmp_path / "out", *words)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_a_used_out_is_refused(given, tmp_path, script):
+def test_a_used_out_is_refused(given, tmp_path, script_here):
     model, file = given
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    done = script("vocab_cut.py", "--model", model, "--out", tmp_path / "out", "--size", 350, "--calib", file)
+    done = script_here("vocab_cut.py", "--model", model, "--out", tmp_path / "out", "--size", 350, "--calib", file)
     assert done.returncode == 2 and "exists; choose another OUT" in done.stderr
 
 
-def test_a_dry_run_writes_nothing(given, tmp_path, script):
+def test_a_dry_run_writes_nothing(given, tmp_path, script_here):
     model, file = given
-    done = script("vocab_cut.py", "--model", model, "--size", 352, "--calib", file, "--dry-run")
+    done = script_here("vocab_cut.py", "--model", model, "--size", 352, "--calib", file, "--dry-run")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "dry run: nothing written")
 
 
-def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path, script):
+def test_a_model_without_a_tokenizer_is_refused(tiny, tmp_path, script_here):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script("vocab_cut.py", "--model", tiny("llama"), "--size", 64, "--calib", file, "--dry-run")
+    done = script_here("vocab_cut.py", "--model", tiny("llama"), "--size", 64, "--calib", file, "--dry-run")
     assert done.returncode == 2 and "has no tokenizer.json: copy the original model's" in done.stderr

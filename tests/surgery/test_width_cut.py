@@ -13,9 +13,9 @@ from prunekit.surgery.width import plan_width
 from prunekit.surgery.width_fit import fit_once
 
 
-def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script):
+def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script_here):
     file = write_texts(tmp_path / "texts.jsonl")
-    done = script(
+    done = script_here(
         "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--head-share", 0.5, "--neuron-share", 0.75,
         "--calib", file, "--calib-tokens", 600,
     )  # fmt: skip
@@ -33,9 +33,9 @@ def test_the_script_cuts_on_data_records_it_and_draws_the_heads(tmp_path, script
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script):
+def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, script_here):
     file, checkpoint = write_texts(tmp_path / "texts.jsonl"), open_checkpoint(EMBEDDED)
-    done = script(
+    done = script_here(
         "width_cut.py", "--model", EMBEDDED, "--out", tmp_path / "out", "--heads", 4, "--calib", file,
         "--calib-tokens", 600,
     )  # fmt: skip
@@ -53,8 +53,8 @@ def test_the_script_takes_the_refits_that_lose_less_on_held_out_rows(tmp_path, s
     assert entry["metrics"]["held_out_loss"] == pytest.approx(min(losses.values()), abs=1e-3)
 
 
-def test_the_script_says_that_masks_save_no_time(tiny, tmp_path, script):
-    done = script("width_cut.py", "--model", tiny("bert"), "--out", tmp_path / "out", "--heads", 2)
+def test_the_script_says_that_masks_save_no_time(tiny, tmp_path, script_here):
+    done = script_here("width_cut.py", "--model", tiny("bert"), "--out", tmp_path / "out", "--heads", 2)
     assert done.returncode == 0, done.stderr
     assert "heads are zeroed, not removed (bert" in done.stdout and "nor faster" in done.stdout
 
@@ -68,8 +68,8 @@ def test_the_script_says_that_masks_save_no_time(tiny, tmp_path, script):
         (["--heads", 2, "--head-share", 0.5], "not allowed with"),
     ],
 )
-def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tiny, tmp_path, script):
-    done = script("width_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", *arguments)
+def test_the_script_ends_with_one_line_on_bad_input(arguments, message, tiny, tmp_path, script_here):
+    done = script_here("width_cut.py", "--model", tiny("llama"), "--out", tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -271,7 +271,7 @@ def test_the_script_refits_text_and_vision_and_records_what_was_gained(tmp_path,
     assert found["held_out_loss"] - found["held_out_loss_dense"] < 0.5 * (zeros - found["held_out_loss_dense"])
 
 
-def test_refitting_without_data_is_one_line_and_exit_2(tiny, tmp_path, script):
-    done = script("sparsify.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--sparsity", 0.5, "--refit")
+def test_refitting_without_data_is_one_line_and_exit_2(tiny, tmp_path, script_here):
+    done = script_here("sparsify.py", "--model", tiny("llama"), "--out", tmp_path / "out", "--sparsity", 0.5, "--refit")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "needs data: --calib" in done.stderr
     assert not (tmp_path / "out").exists()

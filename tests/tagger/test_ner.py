@@ -148,11 +148,10 @@ def test_a_student_of_each_family_is_cut_distilled_and_loaded_by_plain_transform
     assert not pickles and (tmp_path / "out/curves.png").is_file()
 
 
-def test_distillation_alone_brings_a_student_nearer_to_its_teacher(tagger, rows, tmp_path, script):
+def test_distillation_alone_brings_a_student_nearer_to_its_teacher(tagger, rows, tmp_path, ner_run):
     teacher, student = tagger("bert"), drop_layers(tagger("bert"), tmp_path / "student")
-    done = script("ner_run.py", "--model", student, "--teacher", teacher, "--hard-share", 0, "--out", tmp_path / "out",
-                  "--dataset", rows, "--num_train_epochs", 6, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ner_run("--model", student, "--teacher", teacher, "--hard-share", 0, "--out", tmp_path / "out",
+            "--dataset", rows, "--num_train_epochs", 6, "--learning_rate", 5e-3, *QUICK)  # fmt: skip
     tokenizer = load_tokenizer(teacher)
     features, _ = encode(read_rows(rows), tokenizer, LABELS, 64)
     batch = pad([feature["input_ids"] for feature in features])
@@ -260,9 +259,11 @@ def test_models_are_compared_in_a_table_a_json_and_a_picture(tagger, rows, tmp_p
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, script):
+def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, script_here):
     (tmp_path / "a.txt").write_text("acme B-ORG\n")
-    done = script("ner_run.py", "--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", tmp_path / "a.txt")
+    done = script_here(
+        "ner_run.py", "--model", tagger("bert"), "--out", tmp_path / "out", "--dataset", tmp_path / "a.txt"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: dataset {tmp_path}/a.txt: its tag B-ORG is none of the model's labels (B-LOC, B-PER, I-LOC, I-PER, "

@@ -119,32 +119,11 @@ def test_weights_of_16_bits_are_refused(dtype, tiny):
     HeadRates(load(tiny("llama")).to(dtype), checkpoint, Rates(weak_share=0.0))  # no steps that are small
 
 
-def test_weights_of_16_bits_are_refused_before_ms_swift_starts(tiny, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "prunekit.training.preflight",
-        "--model",
-        tiny("llama"),
-        "--out",
-        tmp_path / "out",
-    ]
-    line = [
-        "--optimizer",
-        "head_rates",
-        "--external_plugins",
-        ROOT / "plugins/head_rates.py",
-        "--torch_dtype",
-        "bfloat16",
-        "--tuner_type",
-        "full",
-    ]
-    done = subprocess.run(
-        [*map(str, command), "--swift", "sft", "--", *map(str, line)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+def test_weights_of_16_bits_are_refused_before_ms_swift_starts(tiny, tmp_path, script_here):
+    line = ["--optimizer", "head_rates", "--external_plugins", ROOT / "plugins/head_rates.py"]
+    line += ["--torch_dtype", "bfloat16", "--tuner_type", "full"]
+    words = ("--model", tiny("llama"), "--out", tmp_path / "out", "--swift", "sft")
+    done = script_here("prunekit.training.preflight", *words, "--", *line)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: HEAD_RATES: weak heads would stand still in bfloat16")
 

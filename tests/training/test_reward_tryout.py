@@ -357,8 +357,8 @@ def test_a_line_with_a_reward_model_has_a_weight_for_it_too(monkeypatch):
         (["--rewards", "format", "--model", "absent"], "absent"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(script, data, flags, words):
-    result = script("prunekit.tryout", "--data", data, *flags)
+def test_what_a_user_can_mend_is_one_line(script_here, data, flags, words):
+    result = script_here("prunekit.tryout", "--data", data, *flags)
     assert (result.returncode, result.stdout) == (2, "")
     assert words in result.stderr.splitlines()[-1]
 

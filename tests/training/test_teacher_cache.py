@@ -1,7 +1,5 @@
 """What a teacher says, kept on the disk: packing, keys, shards, and what is refused."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
@@ -213,22 +211,27 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["cache.json"]
 
 
-def command(*arguments):
-    line = [sys.executable, "-m", "prunekit.training.teacher_cache", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True)
-
-
-def test_the_command_says_what_a_cache_holds(filled):
-    done = command(filled)
+def test_the_command_says_what_a_cache_holds(filled, script):
+    done = script("prunekit.training.teacher_cache", filled)
     assert done.returncode == 0
     assert done.stdout.startswith("3 rows, 7 tokens of 17 bytes, ") and "top 8 at temperature 1" in done.stdout
 
 
-def test_the_command_refuses_a_cache_of_other_settings_in_one_line(filled):
-    done = command(filled, "--teacher", EMBEDDED, "--", "--rlhf_type", "gkd", "--gkd_logits_topk", 8)
+def test_the_command_refuses_a_cache_of_other_settings_in_one_line(filled, script_here):
+    done = script_here(
+        "prunekit.training.teacher_cache",
+        filled,
+        "--teacher",
+        EMBEDDED,
+        "--",
+        "--rlhf_type",
+        "gkd",
+        "--gkd_logits_topk",
+        8,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "filled with another teacher" in done.stderr
 
 
-def test_the_command_refuses_what_is_no_cache_in_one_line(tmp_path):
-    done = command(tmp_path)
+def test_the_command_refuses_what_is_no_cache_in_one_line(tmp_path, script_here):
+    done = script_here("prunekit.training.teacher_cache", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no teacher's cache" in done.stderr

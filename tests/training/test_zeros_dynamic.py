@@ -94,11 +94,11 @@ def test_a_training_that_is_interrupted_before_zeros_first_move_goes_on(tmp_path
     assert all(map(torch.equal, *ends))
 
 
-def test_zeros_that_moved_are_drawn_without_a_quality_that_nobody_measured(tiny, tmp_path, script):
+def test_zeros_that_moved_are_drawn_without_a_quality_that_nobody_measured(tiny, tmp_path, script_here):
     sparsify(tiny("llama"), tmp_path / "out", sparsity=0.5)
     trainer_of(tmp_path / "run", DynamicSparsity(Dynamic(interval=2)), model=load(tmp_path / "out")).train()
     shutil.copy(tmp_path / "run/sparsity.json", tmp_path / "out")
-    done = script("prunekit.report", tmp_path / "out")
+    done = script_here("prunekit.report.__main__", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out/sparsity.png").exists() and not (tmp_path / "out/quality.png").exists()
 
