@@ -90,13 +90,8 @@ settle sft 4 "${FULL_ARGS[@]}" "${ARGS[@]}"
 preflight sft --disk-factor 0.1 --reuse-out
 use_gpus "$GPUS"
 # Before anything is removed, or scanned for hours: prunekit.knockout.sweep would refuse it behind that.
-if [ -e "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
-  others=$(find -H "$OUTPUT" -mindepth 1 -maxdepth 1 -regextype posix-extended \
-    ! -regex '.*/(scan|trained|ranking\.(json|csv|png)|greedy\.png|curves\.png|\.[^/]+\.new)')
-  { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; } && [ -z "$others" ] ||
-    die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"
-  [ -z "$RESTART" ] || rm -rf "$OUTPUT"
-fi
+python -m prunekit.knockout.folder --out "$OUTPUT"
+[ -z "$RESTART" ] || rm -rf "$OUTPUT"
 claim_work
 setup_wandb
 LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS" ${BY:+--by "$BY" --gate "$GATE"})
