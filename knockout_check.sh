@@ -71,6 +71,12 @@ for name in RACE GREEDY TARGET_PARAMS HEAL GENERATE EXPERTS; do
 done
 [ "$GATE" = mean ] || [ -n "$BY" ] || die "GATE=$GATE: worst of which groups? Set BY to a column of the rows"
 [ "$GATE" = mean ] || [ -z "$RACE" ] || die "GATE=$GATE: needs every removal scored on every row; leave out RACE"
+if [ -z "$RESTART" ]; then # ranking.json is made anew of what a MODE goes by
+  [ "$MODE" != train ] || [ ! -e "$OUTPUT/scan" ] ||
+    die "MODE=train: $OUTPUT holds a scan, whose finalists MODE=all trains; to train without every layer choose another OUTPUT"
+  [ "$MODE" = train ] || [ ! -e "$OUTPUT/trained" ] || { [ "$MODE" = all ] && [ -e "$OUTPUT/scan" ]; } ||
+    die "MODE=$MODE: $OUTPUT holds trainings that its ranking would lose; choose another OUTPUT"
+fi
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
 refuse_data_flags "$@"
 processes=$PROCESSES
