@@ -214,6 +214,11 @@ def plan_width(
         if (number := _kept_number(plan, where)) and not _masks(plan, where):
             shape = list(shapes[name].shape)
             shape[where.axis] = number * where.unit(heads(checkpoint).dim) * where.halves
+            if where.turned and shape[1] == shape[2]:  # transformers sees by the shape alone what is to be turned
+                raise PruneKitError(
+                    f"{number} neurons of each expert: {name} would be square, and read with its axes exchanged; "
+                    "keep fewer or more"
+                )
             shapes[name] = replace(shapes[name], shape=tuple(shape))
     if heads_of and not heads_masked or kept and not mask:
         notes += drop_drafts(checkpoint, config, shapes)

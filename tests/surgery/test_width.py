@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from helpers.calibration import data, self_labelled, text_batches
 from helpers.cuts import cut_width
-from helpers.tiny_models import FAMILIES, TEXT, head_dim_of, load, logits, text_config
+from helpers.tiny_models import FAMILIES, MOE, TEXT, head_dim_of, load, logits, save, text_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -238,16 +238,36 @@ def test_bits_of_what_stays_are_the_inputs(tiny, tmp_path):
     assert all(re.search(r"\.(?:[qo]_proj|gate_proj|up_proj|down_proj)\.", name) for name in changed)
 
 
-def test_stacked_experts_of_older_releases_are_cut_along_their_own_axes(own, tmp_path):
-    """(experts, width, hidden) and (experts, hidden, width): the same cut, turned."""
-    folder = own("qwen3_vl_moe")
-    file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
-    turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
-    cut_width(folder, tmp_path / "one", neuron_share=0.5)
-    save_file(turned, file, {"format": "pt"})
-    cut_width(folder, tmp_path / "two", neuron_share=0.5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+@pytest.fixture
+def older(monkeypatch, tmp_path):
+    """older(width): a model with experts of this width as transformers saves it, and turned, as some releases are."""
+
+    def made(width):
+        monkeypatch.setitem(MOE, "moe_intermediate_size", width)
+        ours, theirs = (save("qwen3_vl_moe", tmp_path / name) for name in ("ours", "theirs"))
+        tensors = load_file(ours / "model.safetensors")
+        turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+        save_file(turned, theirs / "model.safetensors", {"format": "pt"})
+        return ours, theirs
+
+    return made
+
+
+@pytest.mark.parametrize("width", [16, 24, 32])
+def test_stacked_experts_of_older_releases_are_cut_along_their_own_axes(older, width, tmp_path):
+    """(experts, width, hidden) and (experts, hidden, width): the same cut, turned; also where one of them is square."""
+    for folder in older(width):
+        cut_width(folder, tmp_path / f"{folder.name}-cut", neuron_share=0.25)
+    one, two = (load_file(tmp_path / f"{name}-cut" / "model.safetensors") for name in ("ours", "theirs"))
     assert all(torch.equal(two[n], t.mT if ".experts." in n else t) for n, t in one.items())
+
+
+def test_a_cut_after_which_turned_experts_would_be_square_is_refused(older):
+    """transformers sees by the shape alone what it has to turn back."""
+    ours, theirs = map(open_checkpoint, older(32))
+    plan_width(ours, neuron_share=0.5)
+    with pytest.raises(PruneKitError, match="16 neurons of each expert: .*gate_up_proj would be square"):
+        plan_width(theirs, neuron_share=0.5)
 
 
 def test_cutting_what_was_masked_changes_nothing(tiny, tmp_path):
