@@ -318,7 +318,7 @@ settle() {
     if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
       attention=flash_attention_2
       # Its kernel lies in the hub's cache, and yet the hub is asked about it wherever that isn't forbidden.
-      [ -n "${HF_HUB_OFFLINE:-}" ] || ENVIRONMENT+=(HF_HUB_OFFLINE=1)
+      [ -n "${HF_HUB_OFFLINE:-}" ] || wants_hub "${all[@]}" || ENVIRONMENT+=(HF_HUB_OFFLINE=1)
       speed+=(--attn_impl "$attention")
     fi
     if [ "$kind" = sft ]; then
@@ -372,6 +372,15 @@ settle() {
 # plugin_list: sets EXTERNAL, our plugins and the user's, each once.
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
+# wants_hub ARGS...: is one of the data sets no file or folder here, so that ms-swift would fetch it?
+wants_hub() {
+  local word
+  flags_of '*dataset' "$@"
+  for word in "${FLAGS[@]}"; do
+    [[ $word == --* ]] || [ -e "$word" ] || [ -e "${word%#*}" ] || return 0
+  done
+  return 1
+}
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
 is_zero() { [[ $1 =~ ^0*\.?0*$ && $1 == *0* ]]; }
 # is_zero3: does ZERO split the weights up?

@@ -371,9 +371,12 @@ def test_colocated_weights_are_dropped_while_training(lab):
 
 
 @pytest.mark.parametrize(
-    ("env", "offline"), [({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0"), ({"PLAIN": "1"}, None)], ids=str
-)
-def test_the_hub_is_not_asked_about_a_kernel_that_is_here(lab, env, offline):
+    ("env", "offline"),
+    [({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0"), ({"PLAIN": "1"}, None), ({"DATASET": "train.jsonl#1"}, "1"),
+     ({"DATASET": "org/rows#1"}, None), ({"VAL_DATASET": "org/rows"}, None)],
+    ids=str,
+)  # fmt: skip
+def test_the_hub_is_not_asked_about_a_kernel_that_is_here_unless_data_come_from_it(lab, env, offline):
     (lab.folder / "packages/flash_attn").mkdir()
     lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1, **env)
     [call] = lab.calls()
