@@ -337,8 +337,9 @@ def keep_all(plan: WidthPlan, scores: dict[int, Scores]) -> dict[int, Kept]:
         return {layer: keep(plan, each) for layer, each in scores.items()}
     kept = {layer: Kept() for layer in scores}
     if plan.heads:
-        found = best_across([each.heads for each in scores.values()], plan.heads.query)
-        kept = {layer: replace(kept[layer], heads=each) for layer, each in zip(scores, found)}
+        attend = [layer for layer, each in scores.items() if each.heads is not None]
+        found = best_across([scores[layer].heads for layer in attend], plan.heads.query)
+        kept |= {layer: replace(kept[layer], heads=each) for layer, each in zip(attend, found)}
     for key, number in plan.neurons.items():
         many = key == plan.source.family.text.experts
         layers = [layer for layer, each in scores.items() if (len(each.neurons) > 1) == many]

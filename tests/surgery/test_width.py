@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from prunekit.checkpoint import Heads, heads, open_checkpoint, statistics
+from prunekit.checkpoint import Heads, attending, heads, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
 from prunekit.model.parts import LayerParts, Linear
@@ -386,20 +386,22 @@ def test_across_layers_the_highest_scores_stay_exactly_as_many_as_asked_and_one_
             assert len(each) == 1 or not gone or lowest >= max(gone)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "qwen3_5"])
 def test_important_layers_keep_more_heads_and_neurons_and_all_others_are_zero(family, tiny, tmp_path):
     checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
     plan = plan_width(checkpoint, head_share=0.5, neuron_share=0.5, mask=True, across=True)
     cut = fit_once(plan, model, data(), "taylor", quiet=True)
     write_cut(cut, tmp_path / "out")
-    per_layer = [len(kept.heads) for kept in cut.kept.values()]
-    assert sum(per_layer) == plan.heads.query * 5 and len(set(per_layer)) > 1
+    attend = attending(checkpoint)  # linear attention's heads all stay
+    assert [layer for layer, kept in cut.kept.items() if kept.heads is not None] == attend
+    per_layer = [len(cut.kept[layer].heads) for layer in attend]
+    assert sum(per_layer) == plan.heads.query * len(attend) and len(set(per_layer)) > 1
     neurons = [len(each) for kept in cut.kept.values() for each in kept.neurons]
     assert len(set(neurons)) > 1
     loaded, row, of_text = load(tmp_path / "out"), checkpoint.family.text, heads(checkpoint)
     owner, attribute = find_stack(loaded, row)
-    for number, module in enumerate(getattr(owner, attribute)):
-        layer = LayerParts(module, row, of_text)
+    for number in attend:
+        layer = LayerParts(getattr(owner, attribute)[number], row, of_text)
         columns = layer.o.matrix.detach().unflatten(1, (of_text.query, of_text.dim))
         assert columns.abs().sum((0, 2)).nonzero()[:, 0].tolist() == cut.kept[number].heads
     before, after = (score_batches(each, data().held_out)["loss"] for each in (load(tiny(family)), loaded))
