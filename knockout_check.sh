@@ -71,6 +71,12 @@ for name in RACE GREEDY TARGET_PARAMS HEAL GENERATE EXPERTS; do
 done
 [ "$GATE" = mean ] || [ -n "$BY" ] || die "GATE=$GATE: worst of which groups? Set BY to a column of the rows"
 [ "$GATE" = mean ] || [ -z "$RACE" ] || die "GATE=$GATE: needs every removal scored on every row; leave out RACE"
+if [ -z "$RESTART" ]; then # ranking.json is made anew of what a MODE goes by
+  [ "$MODE" != train ] || [ ! -e "$OUTPUT/scan" ] ||
+    die "MODE=train: $OUTPUT holds a scan, whose finalists MODE=all trains; to train without every layer choose another OUTPUT"
+  [ "$MODE" = train ] || [ ! -e "$OUTPUT/trained" ] || { [ "$MODE" = all ] && [ -e "$OUTPUT/scan" ]; } ||
+    die "MODE=$MODE: $OUTPUT holds trainings that its ranking would lose; choose another OUTPUT"
+fi
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"
 refuse_data_flags "$@"
 processes=$PROCESSES
@@ -90,13 +96,8 @@ settle sft 4 "${FULL_ARGS[@]}" "${ARGS[@]}"
 preflight sft --disk-factor 0.1 --reuse-out
 use_gpus "$GPUS"
 # Before anything is removed, or scanned for hours: prunekit.knockout.sweep would refuse it behind that.
-if [ -e "$OUTPUT" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
-  others=$(find -H "$OUTPUT" -mindepth 1 -maxdepth 1 -regextype posix-extended \
-    ! -regex '.*/(scan|trained|ranking\.(json|csv|png)|greedy\.png|curves\.png|\.[^/]+\.new)')
-  { [ -d "$OUTPUT/scan" ] || [ -d "$OUTPUT/trained" ]; } && [ -z "$others" ] ||
-    die "$OUTPUT: is in use, and no sweep of knockouts; choose another OUTPUT"
-  [ -z "$RESTART" ] || rm -rf "$OUTPUT"
-fi
+python -m prunekit.knockout.folder --out "$OUTPUT"
+[ -z "$RESTART" ] || rm -rf "$OUTPUT"
 claim_work
 setup_wandb
 LAYERS=(--text "$TEXT_LAYERS" --vision "$VISION_BLOCKS" ${BY:+--by "$BY" --gate "$GATE"})

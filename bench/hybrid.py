@@ -4,7 +4,7 @@
 
 Four layers, of which every other attends fully (QK-norm, RoPE on a quarter of each head, output gates), the rest
 linearly. RUNS/hybrid/model is made by --steps of AdamW, minutes on a CPU; a folder that is there isn't made again. Loss
-is in nats a byte on rows of modules that neither training nor calibration saw.
+is in nats a byte on rows of modules that neither training nor calibration saw, nor a docstring of theirs elsewhere.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from materials import docstrings, result_file
+from materials import modules, result_file
 
 from prunekit.checkpoint import open_checkpoint, write_json
 from prunekit.data.batches import Calibration
@@ -92,9 +92,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=result_file, required=True)
     arguments = parser.parse_args()
-    texts = docstrings()
-    half = len(texts) * 3 // 4  # texts are in the order of their modules
-    known, unknown = rows_of_bytes(texts[:half]), rows_of_bytes(texts[half:])
+    found_in = modules()
+    half = len(found_in) * 3 // 4
+    known, unknown = (rows_of_bytes(sum(part, [])) for part in (found_in[:half], found_in[half:]))
     folder = arguments.runs / "hybrid" / "model"
     if not folder.exists():
         train(known, arguments.steps, folder)

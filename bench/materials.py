@@ -145,21 +145,26 @@ def wikipedia() -> tuple[list[str], list[str]]:
     return halves
 
 
-def docstrings(files: Iterable[Path] | None = None) -> list[str]:
-    """The longer docstrings of each module, joined and cut to pieces of `CHARACTERS`; default: of Python's library."""
+def modules(files: Iterable[Path] | None = None) -> list[list[str]]:
+    """Of each module its longer docstrings, joined and cut to pieces of `CHARACTERS`; default: of Python's library.
+
+    What is said twice is left where it comes first, so that modules have no docstring in common.
+    """
     import ast
 
-    texts = []
+    found, said = [], set()
     for file in sorted(files or Path(json.__file__).parents[1].glob("*.py")):
         try:
             tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
         except SyntaxError:  # a template of a module
             continue
         nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
-        text = "\n\n".join(doc for doc in found if doc and len(doc) > 200)
-        texts += [text[start : start + CHARACTERS] for start in range(0, len(text) - CHARACTERS, CHARACTERS)]
-    return texts
+        docs = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
+        new = [doc for doc in dict.fromkeys(docs) if doc and len(doc) > 200 and doc not in said]
+        said.update(new)
+        text = "\n\n".join(new)
+        found.append([text[start : start + CHARACTERS] for start in range(0, len(text) - CHARACTERS, CHARACTERS)])
+    return [pieces for pieces in found if pieces]
 
 
 def write_texts(folder: Path) -> dict[str, Path]:
@@ -167,7 +172,7 @@ def write_texts(folder: Path) -> dict[str, Path]:
     paths = {name: folder / f"{name}.jsonl" for name in ("wikipedia-train", "wikipedia-test", "docstrings")}
     if not all(path.exists() for path in paths.values()):
         folder.mkdir(parents=True, exist_ok=True)
-        for path, texts in zip(paths.values(), (*wikipedia(), docstrings()), strict=True):
+        for path, texts in zip(paths.values(), (*wikipedia(), sum(modules(), [])), strict=True):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return paths
 
@@ -188,22 +193,24 @@ def conversations(texts: Path, target: Path, question: int = 300, answer: int = 
     return target
 
 
-def _split(folder: Path, name: str, packages: Iterable[Iterable[Path] | None]) -> dict[str, Path]:
-    """NAME-train.jsonl and, every fifth row, NAME-test.jsonl: docstrings of these packages' files, shuffled."""
+def _split(folder: Path, name: str, files: Iterable[Path] | None) -> dict[str, Path]:
+    """NAME-train.jsonl and, of every fifth module, NAME-test.jsonl: docstrings of these files, shuffled."""
     paths = {half: folder / f"{half}.jsonl" for half in (f"{name}-train", f"{name}-test")}
     if not all(path.exists() for path in paths.values()):
-        texts = [text for files in packages for text in docstrings(files)]
-        random.Random(0).shuffle(texts)
+        found = modules(files)
+        random.Random(0).shuffle(found)
         folder.mkdir(parents=True, exist_ok=True)
-        train = [text for number, text in enumerate(texts) if number % 5]
-        for path, half in zip(paths.values(), (train, texts[::5]), strict=True):
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in half))
+        train = [pieces for number, pieces in enumerate(found) if number % 5]
+        for path, half in zip(paths.values(), (train, found[::5]), strict=True):
+            texts = sum(half, [])
+            random.Random(0).shuffle(texts)
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return paths
 
 
 def package_docstrings(folder: Path) -> dict[str, Path]:
-    """packages-train.jsonl and packages-test.jsonl: docstrings of `DOCUMENTED`, 7 MB."""
-    return _split(folder, "packages", (_package(name).rglob("*.py") for name in DOCUMENTED))
+    """packages-train.jsonl and packages-test.jsonl: docstrings of `DOCUMENTED`, 7 MB; no module's are in both."""
+    return _split(folder, "packages", (file for name in DOCUMENTED for file in _package(name).rglob("*.py")))
 
 
 def small(folder: Path, family: str, texts: Path, steps: int) -> Path:

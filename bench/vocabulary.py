@@ -3,10 +3,11 @@
     bash bench/setup.sh && .venv/bin/python bench/vocabulary.py --json docs/measured/vocabulary.json
 
 Tokens are chosen on docstrings of Python packages, by vocab_cut.py. Bits a byte of UTF-8 are measured, which compare
-vocabularies as losses a token don't: on other rows of the same packages, on Python's own library, and on text of
-another kind (Wikipedia); with the standard error of the difference to the uncut model, by rows. Layers are dropped for
-the same parameters, those that bench/heal.py found cheapest. Recovery is the same few steps on the same rows for all,
-the uncut model too. Part `embedded` cuts the model of eight skills. Prints JSON; goes on where it was if --json exists.
+vocabularies as losses a token don't: on other modules of the same packages, which share no docstring with those, on
+Python's own library, and on text of another kind (Wikipedia); with the standard error of the difference to the uncut
+model, by rows. Layers are dropped for the same parameters, those that bench/heal.py found cheapest. Recovery is the
+same few steps on the same rows for all, the uncut model too. Part `embedded` cuts the model of eight skills. Prints
+JSON; goes on where it was if --json exists.
 """
 
 import argparse

@@ -275,8 +275,8 @@ choose_deepspeed() {
 
 # settle KIND MOST ARGS...: sets LINE, all of a training's flags for ms-swift but those that name the model and the output: what
 # the devices need, what makes it fast, the launcher's own ARGS, the batch (MOST rows at once), and last the user's.
-# KIND is sft, gkd or grpo. Also sets ZERO and DISK_FACTOR, what may be needed on the disk in sizes of the model, and ENVIRONMENT,
-# NAME=VALUE for what is run.
+# KIND is sft, gkd or grpo. Also sets ZERO, its ZERO_STAGE (empty without), DISK_FACTOR, what may be needed on the disk in sizes
+# of the model, and ENVIRONMENT, NAME=VALUE for what is run.
 ENVIRONMENT=()
 settle() {
   local kind=$1 most=$2 full='' weights=$COMPUTE colocate found attention word epochs=''
@@ -292,6 +292,8 @@ settle() {
   fi
   share_batch "$most"
   choose_deepspeed "${all[@]}"
+  ZERO_STAGE=''
+  if [ -n "$ZERO" ]; then ZERO_STAGE=$(python -m prunekit.msswift.settings -- "$ZERO"); fi
 
   # Sums of small steps are lost in 16 bits: AdamW in bfloat16 does 0.2% of what it should at a rate of 1e-6. DeepSpeed
   # keeps a float32 copy of the weights that are trained; without it, they are float32 themselves and 16 bits are autocast's.
@@ -316,7 +318,7 @@ settle() {
     if [ -z "$attention" ] && [ "$COMPUTE" != float32 ] && [[ $found == *" flash_attention_2 "* ]]; then
       attention=flash_attention_2
       # Its kernel lies in the hub's cache, and yet the hub is asked about it wherever that isn't forbidden.
-      [ -n "${HF_HUB_OFFLINE:-}" ] || ENVIRONMENT+=(HF_HUB_OFFLINE=1)
+      [ -n "${HF_HUB_OFFLINE:-}" ] || wants_hub "${all[@]}" || ENVIRONMENT+=(HF_HUB_OFFLINE=1)
       speed+=(--attn_impl "$attention")
     fi
     if [ "$kind" = sft ]; then
@@ -370,14 +372,19 @@ settle() {
 # plugin_list: sets EXTERNAL, our plugins and the user's, each once.
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
+# wants_hub ARGS...: is one of the data sets no file or folder here, so that ms-swift would fetch it?
+wants_hub() {
+  local word
+  flags_of '*dataset' "$@"
+  for word in "${FLAGS[@]}"; do
+    [[ $word == --* ]] || [ -e "$word" ] || [ -e "${word%#*}" ] || return 0
+  done
+  return 1
+}
 at_most() { echo $(($2 > $1 ? $1 : $2 > 0 ? $2 : 1)); }
 is_zero() { [[ $1 =~ ^0*\.?0*$ && $1 == *0* ]]; }
-# is_zero3: does ZERO, a name, a file or JSON, split the weights up?
-is_zero3() {
-  local said=$ZERO
-  [ ! -f "$ZERO" ] || said=$(< "$ZERO")
-  [[ $said == zero3* || $said =~ \"stage\"[[:space:]]*:[[:space:]]*3 ]]
-}
+# is_zero3: does ZERO split the weights up?
+is_zero3() { [ "$ZERO_STAGE" = 3 ]; }
 vocabulary() { grep -so '"vocab_size": *[0-9]*' "$1/config.json" | sort -u || true; }
 is_multimodal() { grep -qs '"vision_config"' "$MODEL/config.json"; }
 

@@ -157,7 +157,7 @@ class Family:
     positions: str = "max_position_embeddings"  # config key: tokens of a row
     first_position: int = 0  # rows of the table of position embeddings that are for no token (RoBERTa: padding's)
     positions_scaled: bool = False  # a scaled RoPE's positions are all counted in the config, as vLLM reads it
-    one_template: bool = False  # ms-swift has a single chat template: it needn't be imported (seconds) to find it
+    one_template: bool = False  # ms-swift has the one that all write by: it needn't be imported (seconds) to find it
     stacks: dict[str, Stack] = field(init=False)
 
     def __post_init__(self):
@@ -332,7 +332,7 @@ FAMILIES: dict[str, Family] = {
             removable_heads="divisors",
             token_ids={"bos_token_id": 1, "eos_token_id": 2},
         ),
-        Family("mistral", _DECODER, one_template=True, token_ids={"bos_token_id": 1, "eos_token_id": 2}),
+        Family("mistral", _DECODER, token_ids={"bos_token_id": 1, "eos_token_id": 2}),
         Family(
             "gemma3_text",
             Stack(
@@ -352,7 +352,6 @@ FAMILIES: dict[str, Family] = {
             removable_heads="divisors",
             tied_by_default=True,
             positions_scaled=True,
-            one_template=True,
         ),
         Family(
             "gpt2",

@@ -5,7 +5,7 @@ still point at the bytes of the old files (renamed, dropped, or computed), and `
 them.
 """
 
-from .agreement import Heads, attending, heads, layer_numbers
+from .agreement import Heads, attending, heads, is_tied, layer_numbers
 from .atomic import check_out, check_room, finite, new_folder, scratch_folder, write_json
 from .card import HISTORY
 from .folder import INDEX, fingerprint, open_checkpoint, read_config
@@ -22,7 +22,7 @@ from .format import (
 )
 from .quantised import quantisation, weights_of
 from .records import CHAT_TEMPLATES, append_history, copy_files, history, history_entry, side_files, write_records
-from .sizes import BUFFERS, is_tied, statistics
+from .sizes import BUFFERS, statistics
 from .write import write_checkpoint, write_weights
 
 __all__ = [

@@ -62,6 +62,14 @@ def heads(checkpoint: Outline) -> Heads:
     return Heads(count, kv_heads, head_dim or config[family.hidden] // count)
 
 
+def is_tied(checkpoint: Outline) -> bool:
+    """Whether the output head shares the embedding's weights, by config or else by the family's habit."""
+    for part in (checkpoint.config, *configs(checkpoint.config, checkpoint.family.text)):
+        if part.get("tie_word_embeddings") is not None:
+            return part["tie_word_embeddings"]
+    return checkpoint.family.tied_by_default
+
+
 def check_agreement(checkpoint: Checkpoint) -> None:
     """PruneKitError if a count in the config isn't that of the tensors, so that nothing later meets such a number."""
     family, row, file = checkpoint.family, checkpoint.family.text, checkpoint.path / "config.json"

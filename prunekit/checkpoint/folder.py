@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from prunekit.errors import PruneKitError
 from prunekit.families import check_config
 
-from .agreement import check_agreement
+from .agreement import check_agreement, is_tied
 from .format import Checkpoint, Tensor, named, read_header, read_json
 from .quantised import BITMASK, check_quantisation, quantisation
 
@@ -86,7 +87,31 @@ def open_checkpoint(path: str | Path, quantised: bool = False) -> Checkpoint:
         raise PruneKitError(f"{path / INDEX}: names {absent[0][0]}, which {absent[0][1]} doesn't hold")
     checkpoint = Checkpoint(path, config, tensors)
     check_agreement(checkpoint)
+    _check_tied(checkpoint)
     return checkpoint
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """PruneKitError for a saved head that differs from the embedding that the config ties it to.
+
+    transformers takes what is saved (modeling_utils.py, tie_weights), vLLM the embedding.
+    """
+    family = checkpoint.family
+    if not (family.causal and is_tied(checkpoint)):
+        return
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if re.fullmatch(family.vocabulary, name)}
+    heads = {name for name in tensors if re.fullmatch(family.tied, name)}
+    for head, embedding in itertools.product(heads, tensors.keys() - heads):
+        one, other = tensors[head], tensors[embedding]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            continue
+        with one.file.open("rb") as file, other.file.open("rb") as another:
+            same = _samples(one, file.fileno()) == _samples(other, another.fileno())
+        if not same:
+            raise PruneKitError(
+                f"{checkpoint.path}: config.json ties {head} to {embedding}, the weights hold another, which only "
+                'transformers would use: set "tie_word_embeddings": false there'
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -131,11 +156,16 @@ def sampled_digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name}\n{tensor.dtype} {tensor.shape}\n".encode())
             if tensor.file not in files:
-                files[tensor.file] = stack.enter_context(tensor.file.open("rb"))
-            starts, length = [0], tensor.nbytes
-            if length > SAMPLES * SAMPLE_BYTES:
-                last, length = tensor.nbytes - SAMPLE_BYTES, SAMPLE_BYTES
-                starts = [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
-            for start in starts:
-                digest.update(os.pread(files[tensor.file].fileno(), length, tensor.start + start))
+                files[tensor.file] = stack.enter_context(tensor.file.open("rb")).fileno()
+            for sample in _samples(tensor, files[tensor.file]):
+                digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def _samples(tensor: Tensor, file: int) -> list[bytes]:
+    """Of a tensor's bytes in an open file: all of a small one, SAMPLES blocks of a larger one, evenly spread."""
+    starts, length = [0], tensor.nbytes
+    if length > SAMPLES * SAMPLE_BYTES:
+        last, length = tensor.nbytes - SAMPLE_BYTES, SAMPLE_BYTES
+        starts = [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
+    return [os.pread(file, length, tensor.start + start) for start in starts]

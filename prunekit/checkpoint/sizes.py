@@ -7,20 +7,12 @@ from typing import Any
 
 from prunekit.families import configs, spot_of
 
-from .agreement import attending, heads, layer_numbers
+from .agreement import attending, heads, is_tied, layer_numbers
 from .folder import open_checkpoint
 from .format import Outline
 from .quantised import weights_of
 
 BUFFERS = re.compile(r"(?:.*\.)?(?:position_ids|inv_freq|attn\.(?:masked_)?bias)$")  # saved, but no parameters
-
-
-def is_tied(checkpoint: Outline) -> bool:
-    """Whether the output head shares the embedding's weights, by config or else by the family's habit."""
-    for part in (checkpoint.config, *configs(checkpoint.config, checkpoint.family.text)):
-        if part.get("tie_word_embeddings") is not None:
-            return part["tie_word_embeddings"]
-    return checkpoint.family.tied_by_default
 
 
 def statistics(checkpoint_or_path: Outline | str | Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES
 
 CHATML = "chatml"  # ms-swift's: what many checkpoints were taught in, whatever their architecture
+ALIKE = 0.9  # from there on another template takes the place of an architecture's only one
 CHAT = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
 
 
@@ -48,18 +49,19 @@ def find_template(
     from swift import get_template
     from swift.model import MODEL_MAPPING, get_matched_model_meta
 
-    meta = get_matched_model_meta(str(checkpoint.path))
-    if meta is None or meta.model_type != model_type:
-        meta = MODEL_MAPPING.get(model_type)
-    if meta is None or meta.template or len(meta.candidate_templates) < 2:
+    found_by_name = get_matched_model_meta(str(checkpoint.path))
+    meta = MODEL_MAPPING.get(model_type)
+    if meta is None or found_by_name and found_by_name.model_type == model_type and found_by_name.template:
         return None
-    names = list(dict.fromkeys([*meta.candidate_templates, CHATML]))
+    # ms-swift has a template of Llama 2's alone for Mistral, and Hermes and Dolphin write as ChatML
+    only = meta.template or (meta.candidate_templates[0] if len(meta.candidate_templates) == 1 else None)
+    names = list(dict.fromkeys([*([only] if only else meta.candidate_templates), CHATML]))
     choose = f"choose one of {', '.join(names)} or default (TEMPLATE=, --template)"
     processor = load_processor(checkpoint, model_type)
     tokenizer = getattr(processor, "tokenizer", processor)
     if not (processor.chat_template or tokenizer.chat_template):
-        if not chat:
-            return "default"
+        if only or not chat:
+            return None if only else "default"
         raise PruneKitError(f"{checkpoint.path}: has no chat template, and ms-swift several for {model_type}: {choose}")
     # One turn of training, and one to be answered: templates may differ in either (<think>).
     turns = [(CHAT, "train"), (CHAT[:1], "transformers")]
@@ -87,12 +89,13 @@ def find_template(
 
     likely = {name: likeness(name) / len(turns) for name in names}
     name = max(names, key=likely.__getitem__)  # the first of equals, in ms-swift's order
+    name = only if only and likely[name] < ALIKE else name
     print(
         f"{checkpoint.path}: chat template {name}, {likely[name]:.0%} like its own; TEMPLATE= (--template) chooses "
         "another",
         file=sys.stderr,
     )
-    return name
+    return None if name == only else name
 
 
 @contextlib.contextmanager

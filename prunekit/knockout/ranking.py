@@ -15,12 +15,10 @@ from prunekit.report.knockout import draw_greedy, draw_knockout_curves, draw_ran
 from prunekit.rules import FLAG, LAYER, REAL, Items, Keys, Rule, check
 from prunekit.surgery.layers import MOST_LAYERS, MOST_SHARE
 
+from .folder import PICTURES, RANKING, TABLE
 from .removal import BASELINE, MEAN, NAME, STACKS, WORST, Removal, plan_without
 
 HIGHER_IS_CHEAPER = ("token_acc",)  # of the predictors; of the others (loss, kl, block_influence) lower is
-# What a sweep writes into its folder, each name once
-RANKING, TABLE = "ranking.json", "ranking.csv"
-PICTURES = ("ranking.png", "greedy.png", "curves.png")
 NESTED = ("standard_error", "generation", "trained")  # in a removal: None, or a dict
 LEAST_FALL = 0.01  # of the baseline's token_acc, over a whole greedy path: below that its shape is noise
 LEAST_BEND = 0.1  # of the fall, above the chord: below that a path is straight

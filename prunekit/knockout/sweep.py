@@ -10,7 +10,6 @@ where it was; ranking.json, ranking.csv and the figures are made anew after ever
 
 import contextlib
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,18 +25,11 @@ from prunekit.data.batches import read_calibration
 from prunekit.data.groups import FEW, groups_of
 from prunekit.errors import PruneKitError, run_script
 
+from .folder import DRAFT, PICTURES, RANKING, TABLE, check_folder
 from .processes import share_out
-from .ranking import PICTURES, RANKING, TABLE, build_ranking, finalists, log_to_wandb, write_ranking
+from .ranking import build_ranking, finalists, log_to_wandb, write_ranking
 from .removal import BASELINE, MEAN, WORST, FewerExperts, Removal, knockout_parser, list_removals
 from .trained import Run, Sweep, Training, run_name
-
-OURS = {"scan", "trained", RANKING, TABLE, *PICTURES}
-DRAFT = re.compile(r"\..+\.new")  # of a file that was being written: a kill leaves it
-
-
-def is_ours(name: str) -> bool:
-    """Whether a sweep makes what is called so in its folder."""
-    return name in OURS or bool(DRAFT.fullmatch(name))
 
 
 def _finalists(text: str) -> int | None:
@@ -145,8 +137,7 @@ def main() -> None:
     gpus = [gpu for gpu in args.gpus.split(",") if gpu]
     # On other numbers of GPUs the same flags are other batches
     each = args.gpus_per_task if os.environ.get("RAY_ADDRESS") else len(share_out(gpus, args.jobs)[0])
-    if args.out.exists() and not (args.out.is_dir() and all(is_ours(path.name) for path in args.out.iterdir())):
-        raise PruneKitError(f"{args.out}: is in use, and no sweep of knockouts; choose another OUT")
+    check_folder(args.out)
 
     scan, model = None, fingerprint(checkpoint)
     if (args.out / "scan" / "scan.json").exists():

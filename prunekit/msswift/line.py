@@ -9,19 +9,19 @@ import argparse
 import ast
 import functools
 import importlib.util
-import json
 import re
 import typing
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from prunekit.arguments import is_file, is_folder
 from prunekit.errors import PruneKitError, need_packages
 
 from .names import assigned, check_choice, check_names, check_registered, model_types, registered, show
 from .ranges import check_numbers
+from .settings import check_settings, read_object, zero_optimization
 from .source import JSON, as_dataclass, constants_in, package, set_in
 
 RENAMED = {
@@ -49,7 +49,6 @@ REGISTRIES = {  # flags whose values are registered by name, here or in a plugin
 }
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "real", "fipo")
 LENIENT = ("deepspeed", "device_map", "fsdp_config", "max_memory")  # may be something else than JSON
-DEEPSPEED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 def _arguments(kind: str) -> type:
@@ -112,41 +111,6 @@ def check_whole_names(kind: str, line: Iterable[str]) -> None:
         whole = [action.dest for name, action in known.items() if name.startswith(flag)]
         if word.startswith("--") and flag not in known and whole:
             raise PruneKitError(f"{show(flag)}: write the flag's whole name, --{whole[0]}")
-
-
-def _json(flag: str, text: str) -> dict[str, Any]:
-    """A JSON object, or the content of a file that holds one."""
-    try:
-        if is_file(text):
-            given = json.loads(Path(text).read_bytes())
-        else:
-            try:
-                given = json.loads(text)
-            except ValueError:
-                from json_repair import repair_json  # as ms-swift does
-
-                given = json.loads(repair_json(text))
-    except (OSError, ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise PruneKitError(f"{flag} {show(text)}: neither a JSON object nor a file that holds one")
-    return given
-
-
-def _check_settings(flag: str, value: str | None, names: Iterable[str]) -> None:
-    """PruneKitError if a setting is neither a name of ms-swift's nor JSON nor a file of JSON."""
-    if value and value not in names:
-        if not value.lstrip().startswith("{") and not is_file(value):
-            raise PruneKitError(f"{flag} {show(value)}: no such file, and none of {', '.join(names)}")
-        _json(flag, value)
-
-
-def splits_weights(deepspeed: str) -> bool:
-    """Does a DeepSpeed configuration (a name of ms-swift's, JSON or a file of it) share out the weights, too?"""
-    if deepspeed in DEEPSPEED:
-        return deepspeed.startswith("zero3")
-    zero = _json("--deepspeed", deepspeed).get("zero_optimization")
-    return isinstance(zero, dict) and str(zero.get("stage")) == "3"
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -236,7 +200,7 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     check_registered("tuner_type", [args.tuner_type], "tuners_map", "tuner_plugin/mapping.py", plugins, tuners)
     if args.attn_impl and "/" not in args.attn_impl:  # with a slash: a kernel of the hub
         check_choice("--attn_impl", args.attn_impl, ATTENTION)
-    _check_settings("--rope_scaling", args.rope_scaling, ("linear", "dynamic", "yarn"))
+    check_settings("--rope_scaling", args.rope_scaling, ("linear", "dynamic", "yarn"))
     texts = [text for text in (args.system, *args.new_special_tokens) if text and text.endswith(".txt")]
     for file in (*texts, *args.custom_dataset_info):
         if not is_file(file):
@@ -251,12 +215,13 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
             raise PruneKitError(f"--{name} {pattern[:80]!r}: no regular expression ({error})") from None
     for name, hint in typing.get_type_hints(_arguments(kind)).items():
         if hint == JSON and name not in LENIENT and isinstance(text := get(name), str):
-            _json(f"--{name}", text)
+            read_object(f"--{name}", text)
     if kind not in ("sft", "rlhf"):
         return
-    _check_settings("--deepspeed", args.deepspeed, DEEPSPEED)
-    _check_settings("--teacher_deepspeed", get("teacher_deepspeed"), DEEPSPEED)
-    _check_settings("--fsdp", args.fsdp, ["fsdp2"])
+    for name in ("deepspeed", "teacher_deepspeed"):
+        if value := get(name):
+            zero_optimization(value, f"--{name}")
+    check_settings("--fsdp", args.fsdp, ["fsdp2"])
     check_choice("--ddp_backend", args.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
     if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", args.max_shard_size, re.IGNORECASE):  # read at the first saving
         raise PruneKitError(f"--max_shard_size {show(args.max_shard_size)}: give a size like 5GB")

@@ -55,6 +55,7 @@ def _comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
     for label, key in ROWS.items():
         old, new = before[key], after[key]
         if old is not None:
+            new = new or 0  # no mixture may be left that has experts
             change = f"{(new - old) / old:+9.1%}" if old and new != old else ""
             lines.append(f"{label:16}{old:>16,}{new:>16,}{change}")
     return "\n".join(lines)

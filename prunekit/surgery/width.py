@@ -214,6 +214,11 @@ def plan_width(
         if (number := _kept_number(plan, where)) and not _masks(plan, where):
             shape = list(shapes[name].shape)
             shape[where.axis] = number * where.unit(heads(checkpoint).dim) * where.halves
+            if where.turned and shape[1] == shape[2]:  # transformers sees by the shape alone what is to be turned
+                raise PruneKitError(
+                    f"{number} neurons of each expert: {name} would be square, and read with its axes exchanged; "
+                    "keep fewer or more"
+                )
             shapes[name] = replace(shapes[name], shape=tuple(shape))
     if heads_of and not heads_masked or kept and not mask:
         notes += drop_drafts(checkpoint, config, shapes)
@@ -332,8 +337,9 @@ def keep_all(plan: WidthPlan, scores: dict[int, Scores]) -> dict[int, Kept]:
         return {layer: keep(plan, each) for layer, each in scores.items()}
     kept = {layer: Kept() for layer in scores}
     if plan.heads:
-        found = best_across([each.heads for each in scores.values()], plan.heads.query)
-        kept = {layer: replace(kept[layer], heads=each) for layer, each in zip(scores, found)}
+        attend = [layer for layer, each in scores.items() if each.heads is not None]
+        found = best_across([scores[layer].heads for layer in attend], plan.heads.query)
+        kept |= {layer: replace(kept[layer], heads=each) for layer, each in zip(attend, found)}
     for key, number in plan.neurons.items():
         many = key == plan.source.family.text.experts
         layers = [layer for layer, each in scores.items() if (len(each.neurons) > 1) == many]

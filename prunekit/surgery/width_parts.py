@@ -21,6 +21,11 @@ class Part:
     halves: int = 1  # 2: gate and up, one behind the other
     gated: bool = False  # behind each head's queries is its gate
 
+    @property
+    def turned(self) -> bool:
+        """Whether it is (experts, inputs, outputs), and in memory (experts, outputs, inputs)."""
+        return self.stacked and self.axis == (1 if self.role == "out" else 2)
+
     def unit(self, head_dim: int) -> int:
         """Rows or columns of a head or neuron."""
         return (1 if self.role in ("in", "out") else head_dim) * (1 + self.gated)
@@ -34,7 +39,7 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
     if row.qkv is None:
         linears |= {row.q: "q", row.k: "k", row.v: "v"}
     parts = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name in checkpoint.tensors:
         if not (within := row.within(name)):
             continue
         layer, spot = within[0], spot_of(within[1])
@@ -44,13 +49,12 @@ def find_parts(checkpoint: Checkpoint) -> dict[str, Part]:
         if spot.expert is not None:
             parts[name] = Part(layer, "out" if reads else "in", int(reads), spot.expert)
         elif spot.stacked:
-            # Down projections are (experts, hidden, neurons), or turned, as some releases have them.
-            down = tensor if reads else checkpoint.tensors[name.replace(spot.last, row.mlp[-1].rpartition(".")[2])]
-            axis = 2 if down.shape[1] == hidden else 1
-            if reads:
-                parts[name] = Part(layer, "out", axis, stacked=True)
-            else:
-                parts[name] = Part(layer, "in", 3 - axis, stacked=True, halves=2)
+            # (experts, outputs, inputs) as in memory, or turned, as some releases have it: one that isn't square tells
+            of_down, of_both = (name.replace(spot.last, last) for last in ("down_proj", "gate_up_proj"))
+            _, rows, columns = checkpoint.tensors[of_down].shape
+            turned = rows != hidden if rows != columns else checkpoint.tensors[of_both].shape[2] != hidden
+            axis = (1 if turned else 2) if reads else (2 if turned else 1)
+            parts[name] = Part(layer, "out" if reads else "in", axis, stacked=True, halves=1 if reads else 2)
         elif (role := linears.get(spot.name)) and spot.kind == "weight":
             rows = 1 if row.inputs_first else 0
             axis = 1 - rows if role in ("o", "out") else rows

@@ -29,18 +29,23 @@ from prunekit.checkpoint.provenance import data_record
 from prunekit.checkpoint.records import COMMAND, QUALITY
 from prunekit.errors import PruneKitError, run_script
 from prunekit.report.results import read_results
-from prunekit.rules import COUNT, REAL, TEXT, Items, Keys, Values, check
+from prunekit.rules import COUNT, REAL, TEXT, Items, Keys, check
 from prunekit.surgery.zeros_weights import choose_weights, measure
 
 from .zeros_settings import Gradual
 
 CYCLES, SETTINGS = "cycles.json", "settings.json"
+MOST_WORSE = 1e99  # of perplexity lost, where it can't be told
+NAN = "lower --learning_rate, or train in DTYPE=bfloat16 or float32"
 
 
-def _scores(file: Path, count: int) -> list[dict[str, float]]:
+Scores = dict[str, float | None]  # loss and token_acc; None for NaN
+
+
+def _scores(file: Path, count: int) -> list[Scores]:
     """The scores of so many models, in the file's order, each on its one data set."""
-    scores: list[dict[str, float]] = [next(iter(result["datasets"].values()), {}) for result in read_results(file)]
-    if len(scores) != count or any(score.get("loss") is None for score in scores):
+    scores: list[Scores] = [next(iter(result["datasets"].values()), {}) for result in read_results(file)]
+    if len(scores) != count or not all("loss" in score for score in scores):
         raise PruneKitError(f"{file}: hasn't the loss of {count} models; remove it, and evaluate again")
     return scores
 
@@ -48,9 +53,14 @@ def _scores(file: Path, count: int) -> list[dict[str, float]]:
 def read_cycles(folder: Path) -> dict[str, Any]:
     """The cycles that are done: loss and token_acc of the dense model, and of each cycle after pruning and retrained.
 
-    `worse` is the share by which its perplexity is above the dense model's.
+    `worse` is the share by which its perplexity is above the dense model's: of a loss that is NaN, MOST_WORSE.
     """
     [dense] = _scores(folder / "dense.json", 1)
+    if dense["loss"] is None:
+        raise PruneKitError(
+            f"{folder / 'dense.json'}: the dense model's loss is NaN: look at its weights, or set RESTART=1 and "
+            "DTYPE=bfloat16 or float32"
+        )
     cycles: list[dict[str, Any]] = []
     while (file := folder / f"{len(cycles) + 1}.json").exists():
         pruned, retrained = _scores(file, 2)
@@ -64,17 +74,22 @@ def read_cycles(folder: Path) -> dict[str, Any]:
                 "before": cycles[-1]["retrained"] if cycles else dense,
                 "after": pruned,
                 "retrained": retrained,
-                "worse": math.expm1(min(retrained["loss"] - dense["loss"], 700)),  # more overflows
+                "worse": _worse(retrained["loss"], dense["loss"]),
             }
         )
     return {"dense": dense, "cycles": cycles}
 
 
+def _worse(loss: float | None, dense: float) -> float:
+    return MOST_WORSE if loss is None else min(math.expm1(min(loss - dense, 600)), MOST_WORSE)
+
+
+_SCORES = Keys({"loss": REAL, "token_acc": REAL})
 _CYCLE = Keys(
-    {"cycle": COUNT, "sparsity": REAL, "worse": REAL, "retrained": Values(REAL)},
+    {"cycle": COUNT, "sparsity": REAL, "worse": REAL, "retrained": _SCORES},
     needed=("cycle", "sparsity", "worse", "retrained"),
 )
-_CYCLES = Keys({"dense": Values(REAL), "cycles": Items(_CYCLE)}, ("dense", "cycles"))
+_CYCLES = Keys({"dense": _SCORES, "cycles": Items(_CYCLE)}, ("dense", "cycles"))
 
 
 def best_cycle(cycles: list[dict[str, Any]], worse: float) -> dict[str, Any]:
@@ -84,6 +99,8 @@ def best_cycle(cycles: list[dict[str, Any]], worse: float) -> dict[str, Any]:
     good = [cycle for cycle in cycles if cycle["worse"] <= worse]
     if not good:
         least = min(cycle["worse"] for cycle in cycles)
+        if least == MOST_WORSE:
+            raise PruneKitError(f"no cycle is good enough: the loss came to NaN; {NAN}, with RESTART=1")
         raise PruneKitError(
             f"no cycle is good enough: the best lost {least:.1%} of perplexity, WORSE={worse} allows {worse:.1%}; "
             "retrain longer (--max_steps), begin lower (START), or allow more"
@@ -125,10 +142,13 @@ def judge(arguments: argparse.Namespace) -> int:
     if not found["cycles"]:
         raise PruneKitError(f"{arguments.cycles}: has no 1.json: no cycle is done")
     last = found["cycles"][-1]
+    before, after, retrained = (
+        "NaN" if (loss := last[when]["loss"]) is None else f"{loss:.4f}" for when in ("before", "after", "retrained")
+    )
+    came_to = f"perplexity {last['worse']:+.1%} of dense" if last["worse"] < MOST_WORSE else NAN
     print(
-        f"cycle {last['cycle']}: sparsity {last['sparsity']:.1%}, loss {last['before']['loss']:.4f}, pruned "
-        f"{last['after']['loss']:.4f}, retrained {last['retrained']['loss']:.4f}; perplexity {last['worse']:+.1%} of "
-        f"dense"
+        f"cycle {last['cycle']}: sparsity {last['sparsity']:.1%}, loss {before}, pruned {after}, retrained "
+        f"{retrained}; {came_to}"
     )
     return 0 if last["worse"] <= arguments.worse else 3
 

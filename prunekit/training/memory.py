@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.arguments import is_file
-from prunekit.checkpoint import Checkpoint, read_json
+from prunekit.checkpoint import Checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.families import positions
-from prunekit.msswift.source import package
+from prunekit.msswift.settings import zero_optimization
 
 from .lengths import PROMPT
 from .steps import Account, Rows, Step, frozen_by, go_through
@@ -39,25 +38,21 @@ class Zero:
     gathered: int = 0  # elements at most
 
     @classmethod
-    def of(cls, name: str | None, hidden: int) -> "Zero":
-        """ms-swift's configuration of this name, or a file; `hidden` (size) is what "auto" stands for, squared."""
-        if not name:
+    def of(cls, deepspeed: str | None, hidden: int) -> "Zero":
+        """`hidden` (size) is what "auto" stands for, squared. Raises as `zero_optimization`."""
+        if not deepspeed:
             return cls()
-        own = package("swift") / "config" / f"{name}.json"
-        if not own.is_file() and not is_file(name):
-            raise PruneKitError(f"--deepspeed {name}: no such file, and no name of ms-swift's, like zero2 or zero3")
-        config = read_json(own if own.is_file() else Path(name))
-        zero = (config.get("zero_optimization") if isinstance(config, dict) else None) or {}
+        zero = zero_optimization(deepspeed)
 
         def on_host(key: str) -> bool:
-            return (zero.get(key) or {}).get("device", "none") != "none"
+            return (zero.get(key) or {}).get("device", "none") not in ("none", "auto")  # accelerate: auto is none
 
         def number(key: str, default: float) -> int:
             value = zero.get(key, default)
             return hidden**2 if value == "auto" else int(value)
 
         return cls(
-            int(zero.get("stage", 0)),
+            zero["stage"],
             on_host("offload_optimizer"),
             on_host("offload_param"),
             number("reduce_bucket_size", 5e8),

@@ -49,8 +49,9 @@ from prunekit.data.templates import find_template
 from prunekit.data.tokens import same_tokenizer, tokens_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX, positions
-from prunekit.msswift.line import check_line, check_whole_names, parse, splits_weights
+from prunekit.msswift.line import check_line, check_whole_names, parse
 from prunekit.msswift.names import check_names, check_rewards
+from prunekit.msswift.settings import zero_optimization
 
 from .lengths import PROMPT, Lengths, check_engine, choose_lengths
 from .zeros_settings import SPLIT_UP, VARIABLES, settings_of
@@ -387,7 +388,7 @@ def main() -> None:
     sparse = {"keep_zeros", *VARIABLES} & {*(get("callbacks") or ())}
     for callback in sparse & VARIABLES.keys():
         settings_of(callback)
-    if sparse and (swift.fsdp or swift.deepspeed and splits_weights(swift.deepspeed)):
+    if sparse and (swift.fsdp or swift.deepspeed and zero_optimization(swift.deepspeed)["stage"] == 3):
         raise PruneKitError(SPLIT_UP)
     if "dynamic_sparsity" in sparse and swift.deepspeed:
         raise PruneKitError("--callbacks dynamic_sparsity: works with plain DDP only; set DEEPSPEED= (empty)")

@@ -152,3 +152,33 @@ def test_the_same_tensor_in_two_files_is_refused(own):
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "two.safetensors")
     refused(folder, r"model\.norm\.weight is in one\.safetensors and in two\.safetensors")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "qwen3_vl"])
+def test_a_tied_head_that_is_saved_as_another_is_refused_as_long_as_the_config_ties_it(own, family):
+    """transformers would use it, vLLM wouldn't: nobody could say what is counted and cut."""
+    folder = own(family)
+    tensors = weights(folder)
+    embedding = next(tensor for name, tensor in tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", {"format": "pt"})
+    sizes = statistics(folder)
+    assert sizes["parameters"] == load(folder).num_parameters()
+    save_file(tensors | {"lm_head.weight": embedding + 1}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, 'ties lm_head.weight to .*the weights hold another.* set "tie_word_embeddings": false')
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert statistics(folder)["parameters"] == load(folder).num_parameters() == sizes["parameters"] + embedding.numel()
+
+
+def test_a_head_that_differs_at_the_end_of_a_large_table_is_noticed(own):
+    folder = own("llama")
+    large = torch.zeros(2**10, 32)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": len(large)}))
+    tensors = weights(folder) | {"model.embed_tokens.weight": large}
+    save_file(tensors | {"lm_head.weight": large.clone()}, folder / "model.safetensors", {"format": "pt"})
+    open_checkpoint(folder)
+    other = large.clone()
+    other[-1] = 1
+    save_file(tensors | {"lm_head.weight": other}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "the weights hold another")

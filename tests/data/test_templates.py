@@ -5,7 +5,7 @@ import json
 
 import pytest
 from helpers.bad_input import run
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prunekit.checkpoint import open_checkpoint
@@ -23,6 +23,8 @@ HEADERS = (
     "{% endif %}"
 )
 
+INST = "<s>{% for m in messages %}{{ ' [/INST] ' if m.role == 'assistant' else '[INST] ' }}{{ m.content }}{% endfor %}"
+
 
 @pytest.fixture
 def chatting(tiny, tmp_path):
@@ -35,7 +37,8 @@ def chatting(tiny, tmp_path):
             (folder / file.name).symlink_to(file)
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        special = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<s>"]
         trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         tokenizer.train_from_iterator(["a chat"], trainer)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
@@ -64,6 +67,9 @@ def preflight(folder):
         ("qwen2", SYSTEM + CHATML + ASSISTANT, "qwen2_5"),
         ("llama", HEADERS, "llama3"),
         ("llama", CHATML + ASSISTANT, "chatml"),
+        ("mistral", CHATML + ASSISTANT, "chatml"),
+        ("mixtral", CHATML + ASSISTANT, "chatml"),
+        ("gemma3_text", CHATML + ASSISTANT, "chatml"),
     ],
 )  # fmt: skip
 def test_the_template_is_the_one_that_writes_as_the_checkpoints_own(family, chat_template, name, chatting, capsys):
@@ -94,6 +100,18 @@ def test_a_name_of_the_hub_is_left_to_swift(chatting):
     assert find_template(open_checkpoint(chatting("qwen3", HYBRID, "Qwen3-8B"))) is None
 
 
+@pytest.mark.parametrize(
+    ("chat_template", "said"),
+    [(INST, "chat template llama, "), (HEADERS, "chat template llama, "), (None, "")],
+    ids=["its own", "like none", "none"],
+)
+def test_where_swift_has_one_alone_it_is_left_to_it_unless_the_checkpoint_writes_otherwise(
+    chat_template, said, chatting, capsys
+):
+    assert find_template(open_checkpoint(chatting("mistral", chat_template))) is None
+    assert said in capsys.readouterr().err
+
+
 def test_a_template_that_cant_be_told_is_asked_for_in_one_line(chatting):
     code, _, said = preflight(chatting("llama", None))
     assert code == 2
@@ -114,6 +132,6 @@ def test_architectures_of_one_template_are_those_that_swift_has_one_for():
     from prunekit.families import FAMILIES
 
     known = {name: MODEL_MAPPING[name] for name, row in FAMILIES.items() if row.one_template and name in MODEL_MAPPING}
-    assert {"qwen3_vl", "mistral"} <= known.keys()
+    assert {"qwen3_vl", "qwen3_vl_moe"} <= known.keys()
     for name, meta in known.items():
         assert meta.template or len(meta.candidate_templates) == 1, name

@@ -33,6 +33,16 @@ def test_a_file_of_results_is_made_sure_of_before_anything_is_measured(bench, tm
         result_file(f"{tmp_path}/file/result.json")
 
 
+def test_what_texts_are_learnt_from_and_what_judges_share_no_docstring(bench, tmp_path):
+    for number in range(20):  # each says something of its own, and what its neighbour says, too
+        said = [f'"""{n:03} {"what it does, at length. " * 60}"""' for n in range(2 * number, 2 * number + 3)]
+        code = "".join(f"def f{place}():\n    {doc}\n" for place, doc in enumerate(said))
+        (tmp_path / f"module{number:02}.py").write_text(code)
+    paths = bench("materials")._split(tmp_path, "some", tmp_path.glob("*.py"))
+    train, test = (set(re.findall(r"\d{3}", path.read_text())) for path in paths.values())
+    assert train and test and not train & test
+
+
 def test_every_bench_makes_sure_of_its_file_of_results():
     takes = {file.name: re.findall(r'add_argument\("--json", type=(\w+)', file.read_text()) for file in BENCHES}
     assert {name: types for name, types in takes.items() if types not in ([], ["result_file"])} == {}

@@ -10,6 +10,7 @@ import pytest
 from prunekit.checkpoint import fingerprint, open_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.knockout import sweep as knockout
+from prunekit.knockout.folder import check_folder
 from prunekit.knockout.removal import list_removals
 from prunekit.knockout.sweep import choose_runs, sweep_all
 from prunekit.knockout.trained import Sweep, Training, run_name
@@ -113,6 +114,14 @@ def test_a_folder_that_is_no_sweep_is_refused_and_left_as_it_is(monkeypatch, tin
     with pytest.raises(PruneKitError, match="no sweep"):
         run_main(monkeypatch, "--model", tiny("qwen3_vl"), "--out", tmp_path)
     assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_only_has_a_sweeps_names_in_it_is_none(tmp_path):
+    (tmp_path / "ranking.json").write_text("mine")
+    with pytest.raises(PruneKitError, match="no sweep"):
+        check_folder(tmp_path)
+    (tmp_path / "trained").mkdir()
+    check_folder(tmp_path)
 
 
 @pytest.mark.parametrize("draft", [".ranking.png.4711.new", ".ranking.json.4711.new", ".ranking.csv.new"])

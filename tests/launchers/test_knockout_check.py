@@ -66,3 +66,30 @@ def test_a_restart_removes_no_folder_that_holds_more_than_a_sweep(lab):
     result = lab.run("knockout_check.sh", OUTPUT="runs", RESTART="1", GPUS="")
     assert (result.returncode, "no sweep of knockouts" in result.stderr) == (2, True)
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("mode", "holds", "said"),
+    [
+        ("train", ["scan"], "holds a scan, whose finalists MODE=all trains"),
+        ("train", ["scan", "trained"], "holds a scan, whose finalists MODE=all trains"),
+        ("all", ["trained"], "holds trainings that its ranking would lose"),
+        ("scan", ["trained"], "holds trainings that its ranking would lose"),
+        ("scan", ["scan", "trained"], "holds trainings that its ranking would lose"),
+    ],
+)
+def test_a_mode_does_not_go_on_where_another_has_been(lab, mode, holds, said):
+    """A sweep trains a scan's finalists only, whatever MODE says, and writes its ranking of what it trained."""
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    for name in holds:
+        (lab.out / name).mkdir(parents=True)
+    result = lab.run("knockout_check.sh", MODE=mode, GPUS="")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert f"MODE={mode}: ckpt/out {said}" in result.stderr
+
+
+@pytest.mark.parametrize(("mode", "holds"), [("train", "trained"), ("scan", "scan"), ("all", "scan")])
+def test_a_mode_goes_on_where_it_has_been(lab, mode, holds):
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    (lab.out / holds).mkdir(parents=True)
+    assert lab.run("knockout_check.sh", MODE=mode, GPUS="").returncode == 9

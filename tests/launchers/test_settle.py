@@ -277,13 +277,20 @@ def test_a_distillation_is_judged_in_large_batches_only_where_its_answers_are_ge
 def test_liger_stays_off_where_its_loss_does_not_fit(lab, settle, packages):
     packages("liger_kernel")
     (lab.folder / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
-    for deepspeed in ("zero3", "mine.json"):
-        assert "use_liger_kernel" not in settle("sft", *FULL, DEEPSPEED=deepspeed)
+    (lab.folder / "other.json").write_text('{"zero_optimization": {"stage": 2}, "mine": {"stage": 3}}')
+    for deepspeed, fits in (("zero3", False), ("mine.json", False), ("other.json", True)):
+        assert ("use_liger_kernel" in settle("sft", *FULL, DEEPSPEED=deepspeed)) == fits
     long = ("--max_completion_length", "4096")
     assert "use_liger_kernel" in settle("gkd", *FULL, *long)
     assert "use_liger_kernel" not in settle("gkd", *FULL, *long, user=["--gkd-logits-topk=64"])
     assert "use_liger_kernel" not in settle("gkd", *FULL, *long, user=["--sft_alpha", "0.1"])
     assert "use_liger_kernel" not in settle("gkd", *FULL, "--max_completion_length", "512")
+
+
+def test_a_configuration_of_deepspeeds_without_a_stage_is_refused_in_one_line(lab, settle):
+    (lab.folder / "mine.json").write_text('{"stage": 3}')
+    expected = 'error: --deepspeed mine.json: has no "zero_optimization", an object with a "stage"\n'
+    assert settle("sft", *FULL, DEEPSPEED="mine.json") == {"refused": expected, "code": "2"}
 
 
 def test_liger_does_without_a_teacher_whose_head_is_padded_to_another_size(lab, settle, packages, tiny):
@@ -364,9 +371,12 @@ def test_colocated_weights_are_dropped_while_training(lab):
 
 
 @pytest.mark.parametrize(
-    ("env", "offline"), [({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0"), ({"PLAIN": "1"}, None)], ids=str
-)
-def test_the_hub_is_not_asked_about_a_kernel_that_is_here(lab, env, offline):
+    ("env", "offline"),
+    [({}, "1"), ({"HF_HUB_OFFLINE": "0"}, "0"), ({"PLAIN": "1"}, None), ({"DATASET": "train.jsonl#1"}, "1"),
+     ({"DATASET": "org/rows#1"}, None), ({"VAL_DATASET": "org/rows"}, None)],
+    ids=str,
+)  # fmt: skip
+def test_the_hub_is_not_asked_about_a_kernel_that_is_here_unless_data_come_from_it(lab, env, offline):
     (lab.folder / "packages/flash_attn").mkdir()
     lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1, **env)
     [call] = lab.calls()

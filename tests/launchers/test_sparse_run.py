@@ -114,6 +114,28 @@ def test_after_a_cycle_that_is_too_bad_there_is_no_other(lab, cycles, tiny):
     assert not lab.calls() and not lab.out.exists()
 
 
+def test_a_cycle_whose_loss_is_nan_is_one_that_is_too_bad(lab, cycles, tiny):
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
+    done(cycles, tiny("qwen3_vl"), 2, 0.6, float("nan"), float("nan"))
+    for _ in range(2):
+        result = lab.run("sparse_run.sh", CYCLES="3", OVERWRITE="1", STUB_DRAWS=1)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "pruned NaN, retrained NaN; lower --learning_rate" in result.stdout
+        assert "no more cycles: that is over WORSE=0.15" in result.stdout
+        assert history(lab.out)[-1]["settings"]["cycle"] == 1
+    assert not lab.calls()
+
+
+def test_where_all_came_to_nan_one_line_says_so_however_often(lab, cycles, tiny):
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, float("nan"))
+    for _ in range(2):
+        result = lab.run("sparse_run.sh")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert "no cycle is good enough: the loss came to NaN; lower --learning_rate" in result.stderr
+    measured(cycles / "dense.json", float("nan"))
+    assert "the dense model's loss is NaN" in lab.run("sparse_run.sh").stderr
+
+
 def test_cycles_of_which_none_was_good_enough_are_good_with_another_gate(lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 3.5, 3.0)
     done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 3.1)

@@ -36,6 +36,15 @@ def test_script_cuts_prints_sizes_and_records_history(tiny, tmp_path, script):
     assert entry["parameters"] == statistics(out)["parameters"] == load(out).num_parameters()
 
 
+def test_the_only_mixture_of_experts_can_go(tiny, tmp_path, script):
+    out = tmp_path / "out"
+    done = script("manual_select.py", "--model", tiny("qwen3_moe"), "--out", out, "--text", "3")
+    assert done.returncode == 0, done.stderr
+    [row] = (line.split() for line in done.stdout.splitlines() if line.startswith("experts "))
+    assert row == ["experts", "4", "0", "-100.0%"]
+    assert statistics(out)["parameters"] == load(out).num_parameters()
+
+
 def test_script_refuses_a_second_run_and_keeps_the_first(tiny, tmp_path, script):
     arguments = ("--model", tiny("llama"), "--out", tmp_path / "out", "--text")
     assert script("manual_select.py", *arguments, "1").returncode == 0

@@ -9,12 +9,12 @@ import torch
 import transformers as hf
 from helpers.calibration import data, self_labelled, text_batches
 from helpers.cuts import cut_width
-from helpers.tiny_models import FAMILIES, TEXT, head_dim_of, load, logits, text_config
+from helpers.tiny_models import FAMILIES, MOE, TEXT, head_dim_of, load, logits, save, text_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from prunekit.checkpoint import Heads, heads, open_checkpoint, statistics
+from prunekit.checkpoint import Heads, attending, heads, open_checkpoint, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
 from prunekit.model.parts import LayerParts, Linear
@@ -238,16 +238,36 @@ def test_bits_of_what_stays_are_the_inputs(tiny, tmp_path):
     assert all(re.search(r"\.(?:[qo]_proj|gate_proj|up_proj|down_proj)\.", name) for name in changed)
 
 
-def test_stacked_experts_of_older_releases_are_cut_along_their_own_axes(own, tmp_path):
-    """(experts, width, hidden) and (experts, hidden, width): the same cut, turned."""
-    folder = own("qwen3_vl_moe")
-    file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
-    turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
-    cut_width(folder, tmp_path / "one", neuron_share=0.5)
-    save_file(turned, file, {"format": "pt"})
-    cut_width(folder, tmp_path / "two", neuron_share=0.5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+@pytest.fixture
+def older(monkeypatch, tmp_path):
+    """older(width): a model with experts of this width as transformers saves it, and turned, as some releases are."""
+
+    def made(width):
+        monkeypatch.setitem(MOE, "moe_intermediate_size", width)
+        ours, theirs = (save("qwen3_vl_moe", tmp_path / name) for name in ("ours", "theirs"))
+        tensors = load_file(ours / "model.safetensors")
+        turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+        save_file(turned, theirs / "model.safetensors", {"format": "pt"})
+        return ours, theirs
+
+    return made
+
+
+@pytest.mark.parametrize("width", [16, 24, 32])
+def test_stacked_experts_of_older_releases_are_cut_along_their_own_axes(older, width, tmp_path):
+    """(experts, width, hidden) and (experts, hidden, width): the same cut, turned; also where one of them is square."""
+    for folder in older(width):
+        cut_width(folder, tmp_path / f"{folder.name}-cut", neuron_share=0.25)
+    one, two = (load_file(tmp_path / f"{name}-cut" / "model.safetensors") for name in ("ours", "theirs"))
     assert all(torch.equal(two[n], t.mT if ".experts." in n else t) for n, t in one.items())
+
+
+def test_a_cut_after_which_turned_experts_would_be_square_is_refused(older):
+    """transformers sees by the shape alone what it has to turn back."""
+    ours, theirs = map(open_checkpoint, older(32))
+    plan_width(ours, neuron_share=0.5)
+    with pytest.raises(PruneKitError, match="16 neurons of each expert: .*gate_up_proj would be square"):
+        plan_width(theirs, neuron_share=0.5)
 
 
 def test_cutting_what_was_masked_changes_nothing(tiny, tmp_path):
@@ -366,20 +386,22 @@ def test_across_layers_the_highest_scores_stay_exactly_as_many_as_asked_and_one_
             assert len(each) == 1 or not gone or lowest >= max(gone)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "qwen3_5"])
 def test_important_layers_keep_more_heads_and_neurons_and_all_others_are_zero(family, tiny, tmp_path):
     checkpoint, model = open_checkpoint(tiny(family)), load(tiny(family))
     plan = plan_width(checkpoint, head_share=0.5, neuron_share=0.5, mask=True, across=True)
     cut = fit_once(plan, model, data(), "taylor", quiet=True)
     write_cut(cut, tmp_path / "out")
-    per_layer = [len(kept.heads) for kept in cut.kept.values()]
-    assert sum(per_layer) == plan.heads.query * 5 and len(set(per_layer)) > 1
+    attend = attending(checkpoint)  # linear attention's heads all stay
+    assert [layer for layer, kept in cut.kept.items() if kept.heads is not None] == attend
+    per_layer = [len(cut.kept[layer].heads) for layer in attend]
+    assert sum(per_layer) == plan.heads.query * len(attend) and len(set(per_layer)) > 1
     neurons = [len(each) for kept in cut.kept.values() for each in kept.neurons]
     assert len(set(neurons)) > 1
     loaded, row, of_text = load(tmp_path / "out"), checkpoint.family.text, heads(checkpoint)
     owner, attribute = find_stack(loaded, row)
-    for number, module in enumerate(getattr(owner, attribute)):
-        layer = LayerParts(module, row, of_text)
+    for number in attend:
+        layer = LayerParts(getattr(owner, attribute)[number], row, of_text)
         columns = layer.o.matrix.detach().unflatten(1, (of_text.query, of_text.dim))
         assert columns.abs().sum((0, 2)).nonzero()[:, 0].tolist() == cut.kept[number].heads
     before, after = (score_batches(each, data().held_out)["loss"] for each in (load(tiny(family)), loaded))

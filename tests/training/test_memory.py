@@ -187,6 +187,8 @@ def test_a_file_of_deepspeeds_is_read(tmp_path):
     file.write_text(json.dumps({"zero_optimization": settings}))
     assert Zero.of(str(file), 8) == Zero(2, host_optimizer=True, bucket=5, gathered=10**9)
     assert Zero.of("zero3", 8).bucket == 64
+    said = '{"zero_optimization": {"stage": 3, "offload_param": {"device": "%s"}}}'
+    assert [Zero.of(said % device, 8).host_weights for device in ("cpu", "none", "auto")] == [True, False, False]
 
 
 def test_what_is_off_already_is_no_alternative():
