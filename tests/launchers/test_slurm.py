@@ -85,7 +85,7 @@ def test_a_job_that_was_to_restart_does_so_in_its_first_turn_only(slurm, lab):
 
 def test_a_job_that_goes_on_in_its_output_is_not_taken_for_done(slurm, lab):
     """knockout_check.sh writes there from the beginning."""
-    (lab.out / "trained").mkdir(parents=True)
+    (lab.out / "scan").mkdir(parents=True)
     lab.work.mkdir()
     said = finish(slurm("train.sbatch", "knockout_check.sh", OUTPUT="ckpt/out/", CHECK="1", SLURM_RESTART_COUNT="1"))
     assert "is there already" not in said and "rows a step" in said
