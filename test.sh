@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, then lint and test. Ends with pytest's own closing line.
-#   bash test.sh                  what needs no more than .venv, in a quarter of an hour
+#   bash test.sh                  what needs no more than .venv, in some twelve minutes
 #   bash test.sh -m ci            what takes longer, the demo's stages among it; only CI runs it otherwise
 #   bash test.sh -m 'not slow'    unit tests only; any pytest arguments
 #   bash test.sh -m clients       what we write, read by vLLM and mergekit (4 GB of packages, once); rehearsal: docs/gpu.md
