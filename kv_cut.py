@@ -32,7 +32,6 @@ def fit(plan: KVPlan, arguments: argparse.Namespace) -> KVCut:
         from prunekit.surgery.kv_fit import fit_kv
 
         cut = fit_kv(plan, model, data, arguments.refine, on_disk(scratch))
-        cut.settings["repeat"] = arguments.repeat
     longest = cut.settings["longest_row"]
     print(f"calibrated on {data.tokens:,} tokens, in rows of up to {longest:,}: farther than that it is worse")
     print("held-out loss {held_out_loss_unmerged:.4f} -> {held_out_loss:.4f}".format(**cut.metrics))

@@ -31,6 +31,7 @@ class Calibration:
     held_out: list[dict[str, Any]]
     tokens: int
     record: dict[str, Any] = field(default_factory=dict)  # of the rows, for histories: path, sha256, count
+    repeat: float = 0.0  # share of the rows that were to say all twice
 
 
 def read_calibration(dataset: str | Path) -> Rows:
@@ -110,7 +111,7 @@ def calibrate(
 
     fit = [item for number, item in enumerate(encoded) if number % HELD_OUT]
     tokens = sum(len(item["input_ids"]) for item in encoded)
-    return Calibration(batches(fit), batches(encoded[::HELD_OUT]), tokens, rows.record)
+    return Calibration(batches(fit), batches(encoded[::HELD_OUT]), tokens, rows.record, repeat)
 
 
 def add_calibration_arguments(group) -> None:

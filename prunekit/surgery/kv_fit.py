@@ -251,6 +251,7 @@ def fit_kv(
     settings = calibrated_on(data) | {
         "longest_row": max(int(batch["attention_mask"].sum(1).max()) for batch in data.fit),
         "refine_steps": refine_steps,
+        "repeat": data.repeat,
     }
     return KVCut(plan, replace(plan.source, config=plan.outline.config, tensors=tensors), settings, losses)
 
