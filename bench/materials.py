@@ -193,7 +193,7 @@ def conversations(texts: Path, target: Path, question: int = 300, answer: int = 
     return target
 
 
-def _split(folder: Path, name: str, files: Iterable[Path] | None) -> dict[str, Path]:
+def _split(folder: Path, name: str, files: Iterable[Path]) -> dict[str, Path]:
     """NAME-train.jsonl and, of every fifth module, NAME-test.jsonl: docstrings of these files, shuffled."""
     paths = {half: folder / f"{half}.jsonl" for half in (f"{name}-train", f"{name}-test")}
     if not all(path.exists() for path in paths.values()):

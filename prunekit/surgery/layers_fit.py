@@ -49,6 +49,10 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
 
     labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in data.held_out)
     losses, sides = held_out_losses(), None
+
+    def mean_loss() -> float:
+        return float(losses.sum()) / labels
+
     records: list[dict[str, Any]] = []
     computed: dict[str, Tensor] = {}
     with tqdm(total=sum(1 + len(seam.behind) for seam in seams), desc="heal", disable=quiet) as progress:
@@ -61,7 +65,7 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
                 "removed": list(seam.gone),
                 "refitted": [],
             }
-            record |= {"ridge": None, "jump_left": 1.0, "loss_before": float(losses.sum()) / labels}
+            record |= {"ridge": None, "jump_left": 1.0, "loss_before": mean_loss()}
             for layers in filter(None, ((seam.before,), seam.behind)):
                 before, refits = copy(sides.student), []
                 changed: dict[str, Tensor] = {}
@@ -75,7 +79,8 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
                         record |= {"ridge": refit.ridge, "jump_left": refit.jump_left}
                     progress.update()
                 now = held_out_losses() if changed else losses
-                if float((now - losses).sum()) < (_error_of_sum(now - losses) if layers == (seam.before,) else 0):
+                worse = now - losses
+                if float(worse.sum()) < (_error_of_sum(worse) if layers == (seam.before,) else 0):
                     losses = now
                     computed |= changed
                     record["refitted"] += layers
@@ -83,8 +88,8 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
                     for refit in reversed(refits):
                         refit.take_back()
                     sides.student = before
-                progress.set_postfix_str(f"loss {float(losses.sum()) / labels:.4f}")
-            records.append(record | {"loss_after": float(losses.sum()) / labels})
+                progress.set_postfix_str(f"loss {mean_loss():.4f}")
+            records.append(record | {"loss_after": mean_loss()})
     result = replace(plan.result, tensors=plan.result.tensors | computed)
     return LayersCut(plan, result, records, calibrated_on(data, "heal"))
 
