@@ -237,7 +237,7 @@ fitting() { # SCRIPT FLAGS...: sets FIT, what that takes to fit its cut on DATAS
 measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL_DATASET
   local name script flags said
   local -a models=() trials=() more=()
-  if [[ " $CUTS " == *" layers "* ]] && ! have scan/scan.json; then
+  if [[ " $CUTS " == *" layers "* ]] && [ -z "$SCANNED" ] && ! have scan/scan.json; then
     [[ "$WANTS" == *params* || "$WANTS" == *bytes* ]] || more+=(--vision none) # which has no KV cache, nor reads text
     [ -z "$HEAL" ] || more+=(--heal --calib "$DATASET" --calib-tokens "$CALIB_TOKENS")
     run env ${GPUS:+CUDA_VISIBLE_DEVICES="$GPUS"} python -m prunekit.scan --model "$from" --dataset "$VAL_DATASET" \
@@ -362,6 +362,7 @@ while true; do
   why=$(answer END "$found")
   [ -z "$why" ] || break
   ROUND=$(answer ROUND "$found") LEAVES=$(answer LEAVES "$found") WANTS=$(answer WANTS "$found")
+  SCANNED=$(answer SCANNED "$found") # from here, by a round that failed
   from=$(answer FROM "$found")
   from=${from:+$folder/}${from:-$MODEL}
   teacher=$(answer TEACHER "$found")

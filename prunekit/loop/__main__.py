@@ -113,6 +113,7 @@ def next_round(args: argparse.Namespace) -> None:
     print(f"MOST={this['most']:.0f}")
     print(f"LEAVES={1 - useful_share(this['most'], this['wanted'], start['sizes']):.4f}")
     print(f"WANTS={' '.join(this['wanted'])}")
+    print(f"SCANNED={1 if any(each.kind == 'layers' for each in loop.known()) else ''}")
     print(f"KEPT={start['kept']:.4f}")
 
 
@@ -121,7 +122,8 @@ def trials(args: argparse.Namespace) -> None:
     this = loop.rounds[-1]
     checkpoint = open_checkpoint(args.model)
     timing = _timing(loop, checkpoint)
-    for name, script, flags in list_trials(checkpoint, loop.settings["cuts"], this["wanted"], this["most"], timing):
+    wish = this["wanted"], this["most"]
+    for name, script, flags in list_trials(checkpoint, loop.settings["cuts"], *wish, timing, loop.known()):
         print(name, script, *flags)
 
 
@@ -137,6 +139,7 @@ def choose_cuts(args: argparse.Namespace) -> int:
     timing = _timing(loop, checkpoint)
     candidates = from_path(checkpoint, args.scan, timing) if args.scan else []
     candidates += from_trials(checkpoint, args.trials, timing) if args.trials else []
+    candidates += [each for each in loop.known() if each.name not in {new.name for new in candidates}]
     most = loop.affordable()
     if math.isfinite(most):
         print(

@@ -16,13 +16,14 @@ from prunekit.surgery.experts import check_experts, plan_experts
 from prunekit.surgery.kv import plan_kv
 from prunekit.surgery.layers import check_healable
 from prunekit.surgery.vocabulary import plan_vocabulary
-from prunekit.surgery.width import plan_width
+from prunekit.surgery.width import ROUND, plan_width
 
 from .choice import SIZES, Candidate, amount, gain, useful_share
 from .timing import Timing
 
 LEAST_EXPERTS, LEAST_NEURONS, LEAST_TOKENS = 0.5, 0.5, 0.25  # of them stay in one round
 MOST_TRIALS = 2  # of a kind in one round
+PARTS, FINER_PARTS = (0.5, 1.0), (0.25, 0.5)  # of what a round may take; behind a failed one the whole is its half
 SCRIPTS = {
     "layers": "manual_select.py", "experts": "expert_cut.py", "heads": "width_cut.py", "neurons": "width_cut.py",
     "kv": "kv_cut.py", "vocabulary": "vocab_cut.py",
@@ -48,8 +49,8 @@ def _saved(checkpoint: Checkpoint, after: Outline | str | Path, timing: Timing |
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
-def _experts(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
-    """Numbers of experts in each mixture without the others of which half of `most` parameters go, and all of it."""
+def _experts(checkpoint: Checkpoint, amounts: Sequence[float]) -> Iterable[tuple[str, Outline]]:
+    """Numbers of experts in each mixture without the others of which these amounts of parameters go."""
     try:
         possible = check_experts(checkpoint)
     except PruneKitError:  # no mixture, or one that needs them all
@@ -59,8 +60,8 @@ def _experts(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline
     )  # with each of them layers that draft go, too
     of_one = (all_go - one_goes) / (len(possible) - 1) if len(possible) > 1 else one_goes
     least = max(possible[0], math.ceil(LEAST_EXPERTS * possible.stop))
-    for part in (0.5, 1.0):
-        number = max(least, possible.stop - math.floor(part * most / of_one + 1e-9))
+    for most in amounts:
+        number = max(least, possible.stop - math.floor(most / of_one + 1e-9))
         if number in possible:
             yield str(number), plan_experts(checkpoint, number).outline
 
@@ -76,35 +77,38 @@ def _heads(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
             yield str(number), plan.outline
 
 
-def _neurons(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
-    """Shares of the neurons that take half of `most` parameters, and all of it."""
+def _neurons(checkpoint: Checkpoint, amounts: Sequence[float]) -> Iterable[tuple[str, Outline]]:
+    """Shares of the neurons that take these amounts of parameters, as nearly as their steps allow, and no more."""
     before = statistics(checkpoint)["neurons"]
     try:
         half = _saved(checkpoint, plan_width(checkpoint, neuron_share=0.5).outline)["params"]
     except PruneKitError:  # too few are left
         return
-    for part in (0.5, 1.0):
-        with contextlib.suppress(PruneKitError):  # less than the smallest step
-            share = max(LEAST_NEURONS, 1 - 0.5 * part * most / max(half, 1))
-            outline = plan_width(checkpoint, neuron_share=share).outline
-            yield _share_of_neurons(statistics(outline)["neurons"], before), outline
+    for most in amounts:
+        share = max(LEAST_NEURONS, 1 - 0.5 * most / max(half, 1))
+        for rounded in (share, share + ROUND / before):
+            with contextlib.suppress(PruneKitError):  # less than the smallest step
+                outline = plan_width(checkpoint, neuron_share=rounded).outline
+                if _saved(checkpoint, outline)["params"] <= most:
+                    yield _share_of_neurons(statistics(outline)["neurons"], before), outline
+                    break
 
 
 def _share_of_neurons(after: int, before: int) -> str:
     return f"{after / before:.4g}"
 
 
-def _tokens(checkpoint: Checkpoint, most: float) -> Iterable[tuple[str, Outline]]:
-    """Numbers of tokens whose rows of embedding and head have half of `most` parameters, and all of it."""
+def _tokens(checkpoint: Checkpoint, amounts: Sequence[float]) -> Iterable[tuple[str, Outline]]:
+    """Numbers of tokens whose rows of embedding and head have these amounts of parameters."""
     rows = statistics(checkpoint)["vocab_size"] or 0
     try:
         one_less = plan_vocabulary(checkpoint, rows - 1, multiple=1)
     except PruneKitError:  # no tokenizer, or none that could do without a token
         return
     a_row, least = _saved(checkpoint, one_less.outline)["params"], max(round(LEAST_TOKENS * rows), len(one_less.stays))
-    for part in (0.5, 1.0):
+    for most in amounts:
         with contextlib.suppress(PruneKitError):  # less than the smallest step
-            outline = plan_vocabulary(checkpoint, max(least, round(rows - part * most / a_row))).outline
+            outline = plan_vocabulary(checkpoint, max(least, round(rows - most / a_row))).outline
             yield str(statistics(outline)["vocab_size"]), outline
 
 
@@ -124,21 +128,25 @@ def list_trials(
     wanted: Mapping[str, float],
     most: float,
     timing: Timing | None = None,
+    known: Sequence[Candidate] = (),
 ) -> list[tuple[str, str, list[str]]]:
     """(name, script, flags) of the cuts that are worth a trial in a round which may take `most` parameters.
 
     Of experts, heads, neurons, KV heads and tokens: what saves something that is wanted and takes no more than that.
-    Layers need no trial: a scan scores them in memory.
+    Layers need no trial: a scan scores them in memory. Where a round that failed has measured something of this model
+    (`known`), amounts are finer, and what is known isn't tried again.
     """
     now = sizes(checkpoint, timing)
     useful = useful_share(most, wanted, now) * now["params"]
+    amounts = [part * useful for part in (FINER_PARTS if known else PARTS)]
     options = {
-        "experts": ("--experts", _experts(checkpoint, useful) if "experts" in kinds else ()),
+        "experts": ("--experts", _experts(checkpoint, amounts) if "experts" in kinds else ()),
         "heads": ("--heads", _heads(checkpoint) if "heads" in kinds else ()),
-        "neurons": ("--neuron-share", _neurons(checkpoint, useful) if "neurons" in kinds else ()),
+        "neurons": ("--neuron-share", _neurons(checkpoint, amounts) if "neurons" in kinds else ()),
         "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds else ()),
-        "vocabulary": ("--size", _tokens(checkpoint, useful) if "vocabulary" in kinds else ()),
+        "vocabulary": ("--size", _tokens(checkpoint, amounts) if "vocabulary" in kinds else ()),
     }
+    measured = {each.flags for each in known}
     trials: list[tuple[str, str, list[str]]] = []
     for kind, (flag, found) in options.items():
         fitting = 0
@@ -150,7 +158,7 @@ def list_trials(
             if gain(saved, wanted) > 0 and trial not in trials:
                 fitting += 1
                 trials.append(trial)
-    return trials
+    return [trial for trial in trials if tuple(trial[2]) not in measured]
 
 
 def check_reachable(

@@ -3,14 +3,14 @@
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint import Outline, open_checkpoint, read_json, write_json
 from prunekit.errors import PruneKitError
 from prunekit.report.results import read_results
-from prunekit.rules import COUNT, FLAG, NUMBER, OBJECT, REAL, TEXT, Items, Keys, Values, check
+from prunekit.rules import COUNT, FLAG, NAMES, NUMBER, OBJECT, REAL, TEXT, Items, Keys, Values, check
 
 from .candidates import loss_by, sizes
 from .choice import Candidate, affordable, kept_share, missing, round_share
@@ -22,9 +22,10 @@ SPEED = "speed.json"  # of a result beside the base, by turns
 TEACHER, CACHE = "teacher", "teacher.cache"  # in a round that cut the vocabulary, and what that one says (CACHE=)
 END = "end"  # the folder of stages behind the last round
 END_STAGES = ("kv", "lora", "rl")
+_CANDIDATE = {"kind": TEXT, "name": TEXT, "cost": REAL, "saved": Values(REAL), "flags": NAMES, "chosen": FLAG}
 _ROUND = Keys(
     {"round": COUNT, "good": FLAG, "from": NUMBER, "folder": TEXT, "kept": REAL, "sizes": Values(REAL), "most": REAL,
-     "wanted": Values(REAL)},
+     "wanted": Values(REAL), "candidates": Items(Keys(_CANDIDATE, tuple(_CANDIDATE)))},
     ("round", "from", "most", "wanted"),
 )  # fmt: skip
 _ENDED = Keys(
@@ -120,6 +121,15 @@ class Loop:
         start = self.last_good["round"]
         tried = (_cost(each) for each in self._chosen() if each["from"] == start and not each["good"])
         return min(tried, default=math.inf)
+
+    def known(self) -> list[Candidate]:
+        """What the last failed round that began where this one does could have cut: its costs are this round's, too."""
+        start = self.last_good["round"]
+        tried = [each for each in self._chosen() if each["from"] == start and not each["good"]]
+        return [
+            Candidate(**{field.name: each[field.name] for field in fields(Candidate)} | {"flags": tuple(each["flags"])})
+            for each in (tried[-1]["candidates"] if tried else ())
+        ]
 
     def _chosen(self) -> list[dict[str, Any]]:
         """Judged rounds whose cuts the loop chose itself."""

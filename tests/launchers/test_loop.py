@@ -126,6 +126,7 @@ def test_after_two_failed_rounds_the_last_good_model_is_published_if_there_is_on
     assert [each["good"] for each in rounds] == [True] * good + [False] * 2
     assert [each["from"] for each in rounds] == [0] * good + [good] * 2
     assert rounds[-1]["most"] == pytest.approx(rounds[-2]["most"] / 2)
+    assert scripts(loop).count("prunekit.scan") == good + 1, "from the same model there is nothing new to see"
     if good:
         assert result.returncode == 3 and "not reached: TARGET_PARAMS: two rounds failed" in result.stdout
         assert history(loop.out)[-1]["settings"]["round"] == 1

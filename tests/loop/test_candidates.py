@@ -15,6 +15,7 @@ from prunekit.surgery.cut import write_cut
 from prunekit.surgery.experts import plan_experts
 from prunekit.surgery.kv import cut_kv, plan_kv
 from prunekit.surgery.vocabulary import cut_vocabulary, plan_vocabulary
+from prunekit.surgery.width import plan_width
 
 ALL = ("layers", "heads", "neurons", "kv")
 
@@ -44,6 +45,27 @@ def test_trials_are_of_the_kinds_that_are_allowed_and_save_what_is_wanted(model)
     assert {script for _, script, _ in list_trials(model, ("neurons",), {"params": most / 4}, most)} == {"width_cut.py"}
     assert {script for _, script, _ in list_trials(model, ALL, {"kv": 1}, most)} == {"kv_cut.py"}
     assert list_trials(model, ALL, {"params": most / 4}, 1) == [], "nothing is as small as that"
+
+
+def test_trials_of_neurons_take_no_more_than_the_round_may(model):
+    steps = [sizes(model)["params"] - sizes(plan_width(model, neurons=n).outline)["params"] for n in (40, 32)]
+    for most in (steps[1], steps[1] - 1, steps[0] + 1):
+        wish = {"params": sizes(model)["params"]}
+        [*_, (_, _, flags)] = list_trials(model, ("neurons",), wish, most)
+        outline = plan_width(model, neuron_share=float(flags[1])).outline
+        best = max(step for step in steps if step <= most)
+        assert sizes(model)["params"] - sizes(outline)["params"] == best, "as much as steps of 8 allow"
+
+
+def test_behind_a_failed_round_trials_are_finer_and_none_is_repeated(model):
+    now, wish = sizes(model)["params"], {"params": sizes(model)["params"]}
+    names = ("heads", "neurons", "experts")
+    before = list_trials(model, names, wish, 0.2 * now)
+    known = [Candidate("", name, 0.1, {}, tuple(flags)) for name, _, flags in before]
+    after = list_trials(model, names, wish, 0.1 * now, known=known)
+    assert not {name for name, *_ in before} & {name for name, *_ in after}
+    shares = [[float(flags[1]) for name, _, flags in each if "neuron" in name] for each in (before, after)]
+    assert shares[1] and min(shares[1]) > max(shares[0])
 
 
 def test_of_neurons_that_cannot_be_fewer_no_trial_is_made(model, tmp_path):

@@ -81,6 +81,18 @@ def test_a_round_may_cost_what_those_before_it_say_that_the_gate_bears(loop):
     assert Loop(loop.folder).failed_cost() == math.inf, "nothing was tried from there yet"
 
 
+def test_what_a_failed_round_measured_is_known_to_the_next_from_there_and_to_no_other(loop):
+    others = [Candidate("layers", "text-01", 0.1, {"params": 2.0}, ("--text", "1"))]
+    chosen = [Candidate("neurons", "neurons 0.8", 0.2, {"params": 1.0}, ("--neuron-share", "0.8"))]
+    loop.next_round()
+    assert loop.known() == []
+    loop.note_choice([*others, *chosen], chosen)
+    do_round(Loop(loop.folder), 0.5, 0.6)
+    assert Loop(loop.folder).known() == [*others, *chosen]
+    do_round(Loop(loop.folder), 0.95)
+    assert Loop(loop.folder).known() == []
+
+
 def test_two_failures_end_it_and_a_good_round_between_them_does_not(loop):
     assert do_round(loop, 0.5, 0.6)["good"] is False
     assert (again := Loop(loop.folder)).end(8) is None and again.failed == 1
