@@ -15,7 +15,8 @@ token_acc, untrained and after equal recovery.
 
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
 Of a loop that goes on it is that of this call.
-SmolLM2 (bash bench/setup.sh) goes on with pieces of Wikipedia, and is judged by the loss of other pieces.
+SmolLM2 (bash bench/setup.sh) goes on with pieces of Wikipedia, and is judged by the loss of sixteen other pieces: a
+round takes an hour of one core.
 With --log FILE it says this of a loop that has ended, whose last line there was "SECONDS s".
 """
 
@@ -60,7 +61,7 @@ SETTINGS = {
         "--learning_rate 2e-4 --max_completion_length 16",
     ),
     "smollm2": Setting(
-        {"CALIB_TOKENS": "8000", "EVALUATE_ARGS": "--batch-size 8", "METRIC": "loss", "LMBDA": "0"},
+        {"CALIB_TOKENS": "4000", "EVALUATE_ARGS": "--batch-size 8", "METRIC": "loss", "LMBDA": "0"},
         {"RECOVER_STEPS": 60, "DISTIL_STEPS": 15, "LONGER_STEPS": 60},
         f"--per_device_train_batch_size 4 --max_length 512 {COMMON}",
         "--learning_rate 1e-4",
@@ -113,7 +114,7 @@ def materials_of(model: str, data: Path) -> dict[str, str]:
     else:
         base, texts = smollm2(data / "smollm2-bf16", "bfloat16"), write_texts(data)
         train = conversations(texts["wikipedia-train"], data / "conversations-train.jsonl")
-        val = f"{conversations(texts['wikipedia-test'], data / 'conversations-test.jsonl')}#32"
+        val = f"{conversations(texts['wikipedia-test'], data / 'conversations-test.jsonl')}#16"
     return {"MODEL": str(base), "DATASET": str(train), "VAL_DATASET": val}
 
 
