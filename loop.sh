@@ -235,8 +235,7 @@ fitting() { # SCRIPT FLAGS...: sets FIT, what that takes to fit its cut on DATAS
 }
 
 measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL_DATASET
-  local name script flags said
-  local -a models=() trials=() more=()
+  local -a more=()
   if [[ " $CUTS " == *" layers "* ]] && [ -z "$SCANNED" ] && ! have scan/scan.json; then
     [[ "$WANTS" == *params* || "$WANTS" == *bytes* ]] || more+=(--vision none) # which has no KV cache, nor reads text
     [ -z "$HEAL" ] || more+=(--heal --calib "$DATASET" --calib-tokens "$CALIB_TOKENS")
@@ -244,8 +243,15 @@ measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL
       --out "$here/scan" --tokens 0 "${NAMES[@]}" --path-only --target-params "$LEAVES" "${scanners[@]}" "${more[@]}" ||
       stop prunekit.scan
   fi
-  ! have trials.json || return 0
-  said=$(python -m prunekit.loop trials --into "$state" --model "$from")
+  try_cuts trials.json
+}
+
+try_cuts() { # JSON ARGS...: make and measure the cuts that prunekit.loop lists
+  local json=$1 name script flags said
+  local -a models=() trials=()
+  shift
+  ! have "$json" || return 0
+  said=$(python -m prunekit.loop trials --into "$state" --model "$from" "$@") || return $?
   [ -z "$said" ] || mapfile -t trials <<< "$said"
   for name in "${trials[@]}"; do
     read -r name script flags <<< "$name"
@@ -254,16 +260,30 @@ measure_candidates() { # what each kind of cut costs, healed or refitted, on VAL
     # shellcheck disable=SC2086  # flags and numbers
     have "trials/$name" || run python "$ROOT/$script" --model "$from" --out "$here/trials/$name" $flags "${FIT[@]}" || stop "$script"
   done
-  [ ${#models[@]} -eq 0 ] || evaluate "$here/trials.json" --model "$from" "${models[@]}" --no-generate ||
+  [ ${#models[@]} -eq 0 ] || evaluate "$here/$json" --model "$from" "${models[@]}" --no-generate ||
     stop prunekit.evaluate
 }
 
-make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
-  local line number=0 input=$from output chosen trial
-  local -a lines measured=()
+choose_cuts() { # ARGS...: the scripts that make the cheapest cut, a line each; 3: nothing fits; 4: smaller ones are worth a trial
+  local name
+  local -a measured=(--trials)
+  for name in trials.json finer.json; do
+    ! have "$name" || measured+=("$here/$name")
+  done
   ! have scan/scan.json || measured+=(--scan "$here/scan/scan.json")
-  ! have trials.json || measured+=(--trials "$here/trials.json")
-  chosen=$(python -m prunekit.loop choose --into "$state" --model "$from" ${HEAL:+--heal} "${measured[@]}") || return $?
+  python -m prunekit.loop choose --into "$state" --model "$from" ${HEAL:+--heal} "${measured[@]}" "$@"
+}
+
+make_cut() { # what is cheapest, from $from into $here/cut; 3: nothing fits
+  local line number=0 input=$from output chosen trial code=0
+  local -a lines
+  chosen=$(choose_cuts) || code=$?
+  if [ "$code" -eq 4 ]; then
+    code=0
+    try_cuts finer.json --finer || return $?
+    chosen=$(choose_cuts --finer) || code=$?
+  fi
+  [ "$code" -eq 0 ] || return "$code"
   mapfile -t lines <<< "$chosen"
   for line in "${lines[@]}"; do # the teacher needs the student's tokens
     read -ra words <<< "$line"

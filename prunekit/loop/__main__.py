@@ -118,13 +118,13 @@ def next_round(args: argparse.Namespace) -> None:
 
 
 def trials(args: argparse.Namespace) -> None:
-    loop = Loop(args.into)
-    this = loop.rounds[-1]
-    checkpoint = open_checkpoint(args.model)
-    timing = _timing(loop, checkpoint)
-    wish = this["wanted"], this["most"]
-    for name, script, flags in list_trials(checkpoint, loop.settings["cuts"], *wish, timing, loop.known()):
+    for name, script, flags in _trials(Loop(args.into), open_checkpoint(args.model), args.finer):
         print(name, script, *flags)
+
+
+def _trials(loop: Loop, checkpoint: Checkpoint, finer: bool) -> list[tuple[str, str, list[str]]]:
+    kinds, this, timing = loop.settings["cuts"], loop.rounds[-1], _timing(loop, checkpoint)
+    return list_trials(checkpoint, kinds, this["wanted"], this["most"], timing, loop.known(), finer)
 
 
 def _timing(loop: Loop, checkpoint: Checkpoint) -> Timing | None:
@@ -138,7 +138,8 @@ def choose_cuts(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.model)
     timing = _timing(loop, checkpoint)
     candidates = from_path(checkpoint, args.scan, timing) if args.scan else []
-    candidates += from_trials(checkpoint, args.trials, timing) if args.trials else []
+    for file in args.trials:
+        candidates += from_trials(checkpoint, file, timing)
     candidates += [each for each in loop.known() if each.name not in {new.name for new in candidates}]
     most = loop.affordable()
     if math.isfinite(most):
@@ -146,6 +147,10 @@ def choose_cuts(args: argparse.Namespace) -> int:
             f"by what the rounds so far lost, cuts that cost {most:+.4f} of loss would keep the gate", file=sys.stderr
         )
     chosen = choose(candidates, this["wanted"], this["most"], most_loss=most, failed=loop.failed_cost())
+    too_dear = not chosen or sum(each.cost for each in chosen) > most
+    if too_dear and not args.finer and _trials(loop, checkpoint, finer=True):
+        print("nothing that was tried will do: smaller cuts are tried", file=sys.stderr)
+        return 4
     loop.note_choice(candidates, chosen)
     print(table(candidates, chosen, this["wanted"]), file=sys.stderr)
     for line in cut_lines(chosen, checkpoint if args.heal else None):
@@ -304,7 +309,9 @@ def main() -> int | None:
     parts["judge-end"].add_argument("--stage", choices=END_STAGES, required=True)
     parts["judge-end"].add_argument("--result", required=True, help="what of it is measured first")
     parts["choose"].add_argument("--scan", type=Path)
-    parts["choose"].add_argument("--trials", type=Path)
+    parts["choose"].add_argument("--trials", type=Path, nargs="*", default=[])
+    parts["trials"].add_argument("--finer", action="store_true", help="cuts of a quarter of the size")
+    parts["choose"].add_argument("--finer", action="store_true", help="those were tried, too")
     parts["choose"].add_argument("--heal", action="store_true", help="layers, where there is something to heal")
     parts["judge"].add_argument("--result", default="distilled", help="what of a round is measured first")
     parts["publish"].add_argument("--out", required=True)

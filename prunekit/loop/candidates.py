@@ -23,7 +23,8 @@ from .timing import Timing
 
 LEAST_EXPERTS, LEAST_NEURONS, LEAST_TOKENS = 0.5, 0.5, 0.25  # of them stay in one round
 MOST_TRIALS = 2  # of a kind in one round
-PARTS, FINER_PARTS = (0.5, 1.0), (0.25, 0.5)  # of what a round may take; behind a failed one the whole is its half
+PARTS = (0.5, 1.0)  # of what a round may take
+FINER = 0.25  # of these, where all that was tried costs more than the gate bears
 SCRIPTS = {
     "layers": "manual_select.py", "experts": "expert_cut.py", "heads": "width_cut.py", "neurons": "width_cut.py",
     "kv": "kv_cut.py", "vocabulary": "vocab_cut.py",
@@ -60,8 +61,8 @@ def _experts(checkpoint: Checkpoint, amounts: Sequence[float]) -> Iterable[tuple
     )  # with each of them layers that draft go, too
     of_one = (all_go - one_goes) / (len(possible) - 1) if len(possible) > 1 else one_goes
     least = max(possible[0], math.ceil(LEAST_EXPERTS * possible.stop))
-    for most in amounts:
-        number = max(least, possible.stop - math.floor(most / of_one + 1e-9))
+    for wanted in amounts:
+        number = max(least, possible.stop - math.floor(wanted / of_one + 1e-9))
         if number in possible:
             yield str(number), plan_experts(checkpoint, number).outline
 
@@ -77,15 +78,15 @@ def _heads(checkpoint: Checkpoint) -> Iterable[tuple[str, Outline]]:
             yield str(number), plan.outline
 
 
-def _neurons(checkpoint: Checkpoint, amounts: Sequence[float]) -> Iterable[tuple[str, Outline]]:
-    """Shares of the neurons that take these amounts of parameters, as nearly as their steps allow, and no more."""
+def _neurons(checkpoint: Checkpoint, amounts: Sequence[float], most: float) -> Iterable[tuple[str, Outline]]:
+    """Shares of the neurons that take these amounts of parameters, as nearly as steps allow, and at most `most`."""
     before = statistics(checkpoint)["neurons"]
     try:
         half = _saved(checkpoint, plan_width(checkpoint, neuron_share=0.5).outline)["params"]
     except PruneKitError:  # too few are left
         return
-    for most in amounts:
-        share = max(LEAST_NEURONS, 1 - 0.5 * most / max(half, 1))
+    for wanted in amounts:
+        share = max(LEAST_NEURONS, 1 - 0.5 * wanted / max(half, 1))
         for rounded in (share, share + ROUND / before):
             with contextlib.suppress(PruneKitError):  # less than the smallest step
                 outline = plan_width(checkpoint, neuron_share=rounded).outline
@@ -106,9 +107,9 @@ def _tokens(checkpoint: Checkpoint, amounts: Sequence[float]) -> Iterable[tuple[
     except PruneKitError:  # no tokenizer, or none that could do without a token
         return
     a_row, least = _saved(checkpoint, one_less.outline)["params"], max(round(LEAST_TOKENS * rows), len(one_less.stays))
-    for most in amounts:
+    for wanted in amounts:
         with contextlib.suppress(PruneKitError):  # less than the smallest step
-            outline = plan_vocabulary(checkpoint, max(least, round(rows - most / a_row))).outline
+            outline = plan_vocabulary(checkpoint, max(least, round(rows - wanted / a_row))).outline
             yield str(statistics(outline)["vocab_size"]), outline
 
 
@@ -129,21 +130,22 @@ def list_trials(
     most: float,
     timing: Timing | None = None,
     known: Sequence[Candidate] = (),
+    finer: bool = False,
 ) -> list[tuple[str, str, list[str]]]:
     """(name, script, flags) of the cuts that are worth a trial in a round which may take `most` parameters.
 
     Of experts, heads, neurons, KV heads and tokens: what saves something that is wanted and takes no more than that.
-    Layers need no trial: a scan scores them in memory. Where a round that failed has measured something of this model
-    (`known`), amounts are finer, and what is known isn't tried again.
+    Layers need no trial: a scan scores them in memory. What is `known` isn't tried again, and smaller amounts are where
+    it is from a round that failed, of which this one may take half. `finer`: a quarter of all amounts, and no heads.
     """
     now = sizes(checkpoint, timing)
     useful = useful_share(most, wanted, now) * now["params"]
-    amounts = [part * useful for part in (FINER_PARTS if known else PARTS)]
+    amounts = [part * useful * (0.5 if known else 1) * (FINER if finer else 1) for part in PARTS]
     options = {
         "experts": ("--experts", _experts(checkpoint, amounts) if "experts" in kinds else ()),
-        "heads": ("--heads", _heads(checkpoint) if "heads" in kinds else ()),
-        "neurons": ("--neuron-share", _neurons(checkpoint, amounts) if "neurons" in kinds else ()),
-        "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds else ()),
+        "heads": ("--heads", _heads(checkpoint) if "heads" in kinds and not finer else ()),
+        "neurons": ("--neuron-share", _neurons(checkpoint, amounts, most) if "neurons" in kinds else ()),
+        "kv": ("--kv-heads", _kv(checkpoint) if "kv" in kinds and not finer else ()),
         "vocabulary": ("--size", _tokens(checkpoint, amounts) if "vocabulary" in kinds else ()),
     }
     measured = {each.flags for each in known}

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import transformers
 from helpers.cuts import cut_width
 from helpers.lab import executable, values, wait_for
 from helpers.paths import ROOT
@@ -133,6 +134,33 @@ def test_after_two_failed_rounds_the_last_good_model_is_published_if_there_is_on
     else:
         assert result.returncode == 1 and not loop.out.exists()
         assert "the base is the last good model" in result.stderr
+
+
+@pytest.mark.ci
+def test_where_all_costs_more_than_the_gate_bears_smaller_cuts_are_tried_before_a_training_is_spent(loop):
+    folder = save_speaking("llama", loop.folder / "wide")
+    config = transformers.AutoConfig.from_pretrained(folder, intermediate_size=512)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    found = scores(_1_recovered=0.885, _2_recovered=0.88)
+    shares = {"0.875": 0.895, "0.7656": 0.88, "0.9184": 0.865, "0.8367": 0.85, "0.9592": 0.875, "0.9796": 0.88}
+    settings = {
+        "MODEL": "wide",
+        "CUTS": "neurons",
+        "MAX_ROUNDS": "2",
+        "ROUND_SHARE": "0.2",
+        "TARGET_PARAMS": "0.6",
+        "STUB_SCORES": json.dumps(json.loads(found) | {f"share-{share}": score for share, score in shares.items()}),
+    }
+    broken = loop.run("loop.sh", **settings, STUB_BREAK="neuron-share-0.9796")
+    assert "CUDA out of memory" in broken.stderr
+    result = loop.run("loop.sh", **settings)
+    assert result.returncode == 3, result.stderr
+    first, second = state(loop)["rounds"]
+    assert [each["name"] for each in first["candidates"] if each["chosen"]] == ["neurons 0.7656"]
+    assert [each["name"] for each in second["candidates"] if each["chosen"]] == ["neurons 0.9592"]
+    assert len(second["candidates"]) == 4 and second["good"]
+    tried = [values(call["argv"], "--neuron-share") for call in loop.calls(event="python") if "--out" in call["argv"]]
+    assert tried.count(["0.9184"]) == tried.count(["0.9592"]) == 1, "nothing that was measured is made again"
 
 
 @pytest.mark.ci
