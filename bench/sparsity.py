@@ -73,6 +73,7 @@ RETRAINED = (
     "dense",
 )
 MODULES = "mlp|o_proj"
+CONSTANT = "constant_with_warmup"
 
 
 class Bench:
@@ -168,7 +169,7 @@ class Bench:
             max_steps=steps,
             per_device_train_batch_size=args.rows,
             learning_rate=args.learning_rate,
-            lr_scheduler_type="constant_with_warmup",  # alike for all: later events need a rate, too
+            lr_scheduler_type=args.schedule,
             warmup_steps=max(1, steps // 20),
             use_cpu=True,
             bf16=True,
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=4, help="for the history of gradual pruning")
     parser.add_argument("--events", type=int, default=4, help="of gradual pruning")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--schedule", default=CONSTANT, help="of the rate; constant: later events need one, too")
     parser.add_argument("--only", nargs="+", choices=[*UNTRAINED, *RETRAINED], help="measure these alone")
     parser.add_argument("--json", type=result_file, help="also write the result here, and go on from it")
     args = parser.parse_args()
@@ -292,6 +294,8 @@ def main() -> None:
     retraining = {"modules": MODULES} | {
         name: getattr(args, name) for name in ("sparsity", "steps", "rows", "eval_rows", "events", "learning_rate")
     }
+    if args.schedule != CONSTANT:
+        retraining["schedule"] = args.schedule
     settings = {"calibration_tokens": args.calib_tokens, "test_tokens": args.test_tokens} | {"retraining": retraining}
     result = {"model": "SmolLM2-135M-Instruct, bf16"} | known_result(args.json, settings)
     for part, names, measure in (
