@@ -15,16 +15,11 @@ MADE='' # set by claim_work: what a refusal after it takes away again
 die() { echo "error: $*" >&2; exit 2; }  # bad input
 fail() { echo "error: $*" >&2; exit 1; } # something broke
 
-case " $* " in
-  *" --help "* | *" -h "*)
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
-    exit 0
-    ;;
-esac
 remaining=() USER_PLUGINS=() flag=''
 for argument in "$@"; do
   [[ $argument != --* ]] || flag=${argument//_/-}
   case ${argument//_/-} in
+    --help | -h) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0" && exit 0 ;;
     --external-plugins) continue ;; # beside ours, not in their place
     --external-plugins=*) USER_PLUGINS+=("${argument#*=}") && continue ;;
     --overwrite) OVERWRITE=1 ;;
