@@ -526,7 +526,7 @@ claim_work() {
     MADE=$folder
     while [ ! -e "$(dirname "$MADE")" ]; do MADE=$(dirname "$MADE"); done
   fi
-  if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ] && ! compgen -G "$folder/lock-*" >/dev/null; then
+  if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ] && ! ls "$folder"/lock-* &>/dev/null; then
     die "$folder is in the way, and no run's: move it, or choose another OUTPUT"
   fi
   mkdir -p "$folder"

@@ -82,6 +82,13 @@ def test_overwrite_replaces_a_finished_checkpoint(lab, tiny, how):
     assert history(lab.out)
 
 
+def test_a_run_whose_name_has_brackets_is_known_as_one_and_goes_on(lab):
+    for fails in ({"STUB_FAIL_AT": 3}, {}):
+        result = lab.run("full_run.sh", GPUS="", OUTPUT="ckpt/[1] it's", **fails)
+    assert result.returncode == 0, result.stderr
+    assert "--resume_from_checkpoint" in lab.calls()[-1]["argv"]
+
+
 @pytest.mark.parametrize("slashes", ["/", "//"])
 def test_a_trailing_slash_of_output_is_no_matter(slashes, lab):
     result = lab.run("full_run.sh", GPUS="", OUTPUT=f"ckpt/out{slashes}")
