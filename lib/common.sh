@@ -100,7 +100,7 @@ need_gpus() {
 need_number CPU_PROCESSES 1 1024
 need DTYPE '|bfloat16|float16|float32' "choose bfloat16, float16 or float32"
 need CHECKPOINT 'last|best' "choose last or best"
-need_switch PLAIN OVERWRITE RESTART KEEP_RUN MEMORY CHECK
+need_switch PLAIN OVERWRITE RESTART KEEP_RUN MEMORY CHECK REUSE
 [ -z "$GLOBAL_BATCH" ] || need_number GLOBAL_BATCH 1
 [[ $DEEPSPEED =~ ^(|auto|zero[0-3]|zero[23]_offload)$ ]] || [ -f "$DEEPSPEED" ] ||
   die "DEEPSPEED=$(printf %q "$DEEPSPEED"): choose zero1, zero2, zero3, zero2_offload or zero3_offload, a file, or empty"
@@ -205,6 +205,7 @@ refuse_data_flags() {
 # share_batch MOST: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless the user's
 # flags say otherwise. Sets ACCUMULATION and BATCH_ARGS. If GLOBAL_BATCH isn't set, the nearest to DEFAULT_BATCH is taken.
 DEFAULT_BATCH=${DEFAULT_BATCH:-16}
+need_number DEFAULT_BATCH 1
 share_batch() {
   local batch rows=${GLOBAL_BATCH:-$DEFAULT_BATCH} micro accumulation
   value_of per_device_train_batch_size "${USER_ARGS[@]}"
