@@ -235,7 +235,7 @@ share_batch() {
 gpu_memory() {
   local gpu least='' memory
   for gpu in ${CUDA_VISIBLE_DEVICES//,/ }; do
-    memory=$(sed -n "s/^$gpu, \([0-9]*\)$/\1/p" <<< "$DEVICES")
+    memory=$(awk -F ', ' -v gpu="$gpu" '$1 == gpu && $2 ~ /^[0-9]+$/ { print $2 }' <<< "$DEVICES")
     if [ -z "$least" ] || [ "${memory:-0}" -lt "$least" ]; then least=${memory:-0}; fi
   done
   echo "${least:-0}"

@@ -198,6 +198,7 @@ def test_small_gpus_get_one_row_at_once(settle, memory, batch):
         ("0, 81559\\n1, 24576", "", "0"),
         ("NVIDIA-SMI has failed because it could not communicate with the driver", "0", "0"),
         ("0, [N/A]", "0", "0"),
+        ("0, 81559", "MIG-GPU-a/1/0", "0"),
     ],
 )
 def test_the_memory_of_gpus_is_nvidia_smis(lab, said, gpus, expected):
