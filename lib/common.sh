@@ -186,8 +186,9 @@ flags_of() {
     if [[ $word == --* ]]; then
       name=${word#--}
       name=${name%%=*}
+      taken=''
       # shellcheck disable=SC2053  # a pattern
-      taken=$([[ ${name//-/_} == $pattern ]] && echo 1 || true)
+      [[ ${name//-/_} != $pattern ]] || taken=1
     fi
     [ -z "$taken" ] || FLAGS+=("$word")
   done
@@ -202,18 +203,19 @@ refuse_data_flags() {
   done
 }
 
-# share_batch MOST: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless the user's
+# share_batch MOST ARGS...: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless these
 # flags say otherwise. Sets ACCUMULATION and BATCH_ARGS. If GLOBAL_BATCH isn't set, the nearest to DEFAULT_BATCH is taken.
 DEFAULT_BATCH=${DEFAULT_BATCH:-16}
 need_number DEFAULT_BATCH 1
 share_batch() {
-  local batch rows=${GLOBAL_BATCH:-$DEFAULT_BATCH} micro accumulation
-  value_of per_device_train_batch_size "${USER_ARGS[@]}"
+  local most=$1 batch rows=${GLOBAL_BATCH:-$DEFAULT_BATCH} micro accumulation
+  shift
+  value_of per_device_train_batch_size "$@"
   batch=$VALUE
-  value_of gradient_accumulation_steps "${USER_ARGS[@]}"
+  value_of gradient_accumulation_steps "$@"
   accumulation=$VALUE
   if [ -z "$batch" ]; then
-    batch=$1
+    batch=$most
     while [ "$batch" -gt 1 ] && [ $((rows % (batch * WORLD))) -ne 0 ]; do batch=$((batch - 1)); done
   fi
   [[ $batch =~ ^[1-9][0-9]{0,5}$ ]] || die "--per_device_train_batch_size $batch: give a whole number, 1 or more"
@@ -247,11 +249,16 @@ weight_of() { du -cmL --apparent-size "$1"/*.safetensors 2>/dev/null | tail -n 1
 # choose_deepspeed ARGS...: sets ZERO to the DeepSpeed configuration of a run with these flags, or to nothing.
 choose_deepspeed() {
   local megabytes teacher
-  value_of deepspeed "${USER_ARGS[@]}"
-  ZERO=${VALUE:-$DEEPSPEED}
+  ZERO=$DEEPSPEED
+  flags_of deepspeed "$@"
+  if [ ${#FLAGS[@]} -gt 0 ]; then # an empty one turns it off
+    value_of deepspeed "$@"
+    ZERO=$VALUE
+  fi
   [ "$ZERO" = auto ] || return 0
   ZERO=''
-  [ -n "$CUDA_VISIBLE_DEVICES" ] || return 0
+  value_of fsdp "$@"
+  [ -n "$CUDA_VISIBLE_DEVICES" ] && [ -z "$VALUE" ] || return 0
   case " $* " in # single weights and heads have no optimizer state of their own in DeepSpeed's flat buffers
     *" head_rates "* | *" active_heads "* | *" important_heads "* | *" dynamic_sparsity "*) return 0 ;;
   esac
@@ -286,7 +293,7 @@ settle() {
   if [ -z "$CUDA_VISIBLE_DEVICES" ] || [ -n "$PLAIN" ] || [ "$(gpu_memory)" -lt 40000 ]; then
     [ "$kind" = grpo ] || most=1
   fi
-  share_batch "$most"
+  share_batch "$most" "${all[@]}"
   choose_deepspeed "${all[@]}"
   ZERO_STAGE=''
   if [ -n "$ZERO" ]; then ZERO_STAGE=$(python -m prunekit.msswift.settings -- "$ZERO"); fi

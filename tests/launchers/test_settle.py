@@ -82,6 +82,12 @@ def test_what_deepspeed_cannot_do_runs_without_it_and_with_float32_weights(settl
     assert "deepspeed" not in line and line["torch_dtype"] == "float32"
 
 
+@pytest.mark.parametrize("flags", [["--deepspeed", ""], ["--deepspeed="], ["--fsdp", "fsdp2"]], ids=str)
+def test_where_a_flag_turns_deepspeed_off_weights_are_float32(settle, flags):
+    line = settle("sft", *FULL, user=flags, GPUS="0,1")
+    assert line["torch_dtype"] == "float32" and not line.get("deepspeed")
+
+
 @pytest.mark.parametrize("gpus", ["", "0"])
 @pytest.mark.parametrize("deepspeed", ["", "zero2"])
 def test_computing_in_float32_is_never_float16(settle, gpus, deepspeed):
@@ -167,6 +173,14 @@ def test_nodes_share_a_step(settle):
 def test_the_users_own_batch_counts(settle, flag):
     line = settle("sft", *FULL, user=flag, GPUS="0")
     assert line["gradient_accumulation_steps"] == "2"
+
+
+def test_flags_that_are_written_into_a_launcher_count_as_those_on_its_line(settle, packages):
+    packages("liger_kernel")
+    own = ["--per_device_train_batch_size", "2", "--deepspeed", "zero3"]
+    line = settle("sft", *FULL, *own, GPUS="0")
+    assert rows(line) == (2, 8)
+    assert line["deepspeed"] == "zero3" and "use_liger_kernel" not in line
 
 
 def test_the_users_own_accumulation_comes_last(settle):
