@@ -51,7 +51,7 @@ from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX, positions
 from prunekit.msswift.line import check_line, check_whole_names, parse
 from prunekit.msswift.names import check_names, check_rewards
-from prunekit.msswift.settings import zero_optimization
+from prunekit.msswift.settings import saves_shards, zero_optimization
 
 from .lengths import PROMPT, Lengths, check_engine, choose_lengths
 from .zeros_settings import SPLIT_UP, VARIABLES, settings_of
@@ -217,6 +217,24 @@ def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
                 )
 
 
+def check_saved(swift: argparse.Namespace) -> None:
+    """Check that the checkpoints of a training by this line have all weights: they are what is published."""
+    if swift.save_strategy == "no":
+        raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+    if swift.deepspeed and swift.tuner_type == "full":
+        zero, gathers = zero_optimization(swift.deepspeed), "gather_16bit_weights_on_model_save"
+        if zero["stage"] == 3 and True not in (zero.get(gathers), zero.get(f"stage3_{gathers}")):
+            raise PruneKitError(
+                f"--deepspeed {swift.deepspeed[:80]}: its checkpoints would have no weights to publish: say "
+                f'"stage3_{gathers}": true in "zero_optimization"'
+            )
+    if swift.fsdp and saves_shards(swift.fsdp):
+        raise PruneKitError(
+            f"--fsdp {swift.fsdp[:80]}: its checkpoints would have no weights to publish, but shards: give a file with "
+            '"state_dict_type": "FULL_STATE_DICT" in "fsdp_config", or DEEPSPEED=zero3'
+        )
+
+
 def check_best(swift: argparse.Namespace) -> None:
     """Check that a training by this line can name a best checkpoint: one that was evaluated as it was saved."""
     evaluated = swift.val_dataset or swift.cached_val_dataset or swift.split_dataset_ratio
@@ -342,8 +360,7 @@ def main() -> None:
     get = vars(swift).get
     check_line(args.swift, swift, check_environment())
     if args.swift != "export" and not args.reuse_out:
-        if swift.save_strategy == "no":
-            raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+        check_saved(swift)
         if swift.fp16 and swift.use_cpu:
             raise PruneKitError("DTYPE=float16: nothing trains in it on a CPU; choose bfloat16 or float32")
         if args.checkpoint == "best":
