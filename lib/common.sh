@@ -727,7 +727,9 @@ empty_work() {
 }
 
 remove_work() {
+  local gone=$OUTPUT.partial-$$-run # whoever makes OUTPUT the next time removes that, too
   empty_work
   exec 9>&- # NFS keeps a file that is open, and its folder
-  rm -rf "$WORK"
+  mv -T "$WORK" "$gone" # at once: a half of it would be no run's, and in the way of the same command
+  rm -rf "$gone"
 }

@@ -199,6 +199,17 @@ def test_a_stage_killed_while_its_folder_is_removed_is_only_cleaned_up(lab):
     assert len(lab.calls()) == 1 and not lab.work.exists()
 
 
+def test_a_stage_killed_within_the_last_of_its_folder_is_done(lab):
+    """Half of what says whose the folder was is gone."""
+    rm = '#!/bin/sh\n[ -n "$STUB_RM_DIES" ] && [ -e "$2/lock-0" ] && /bin/rm "$2/lock-0" && exit 1\nexec /bin/rm "$@"\n'
+    executable(lab.folder / "env/bin/rm", rm)
+    assert lab.run("full_run.sh", GPUS="", STUB_RM_DIES=1).returncode == 1
+    result = lab.run("full_run.sh", GPUS="")
+    assert result.returncode == 2 and "exists; choose another OUT" in result.stderr, result.stderr
+    assert lab.run("full_run.sh", "--overwrite", GPUS="").returncode == 0
+    assert [path.name for path in lab.out.parent.iterdir()] == ["out"]
+
+
 def test_a_restart_killed_while_it_forgets_is_not_taken_for_a_run_of_its_settings(lab):
     lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
     executable(lab.folder / "env/bin/rm", RM)

@@ -233,9 +233,9 @@ def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_comman
 
 @pytest.mark.slow
 def test_a_loop_killed_while_its_card_is_made_ends_as_it_would_have(loop):
-    executable(loop.folder / "env/bin/rm", '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    executable(loop.folder / "env/bin/mv", '#!/bin/sh\ncase "$*" in *"out.run "*) exit 1 ;; esac\nexec /bin/mv "$@"\n')
     assert loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5").returncode == 1 and loop.out.exists()
-    (loop.folder / "env/bin/rm").unlink()
+    (loop.folder / "env/bin/mv").unlink()
     for other, message in (({"TARGET_PARAMS": "0.6"}, "another targets"), ({"RESTART": 1}, "exists; choose")):
         result = loop.run("loop.sh", **{"MAX_ROUNDS": 1, "TARGET_PARAMS": "0.5"} | other)
         assert result.returncode == 2 and message in result.stderr, result.stderr

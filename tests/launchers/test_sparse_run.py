@@ -72,11 +72,11 @@ def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny
 def test_a_run_killed_after_publishing_is_only_cleaned_up_and_refused_with_other_settings(lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
     done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 2.1)
-    rm = lab.folder / "env/bin/rm"
-    executable(rm, '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    mv = lab.folder / "env/bin/mv"
+    executable(mv, '#!/bin/sh\ncase "$*" in *"out.run "*) exit 1 ;; esac\nexec /bin/mv "$@"\n')
     assert lab.run("sparse_run.sh").returncode == 1
     assert lab.out.exists() and lab.work.exists()
-    rm.unlink()
+    mv.unlink()
     for other, message in (({"WORSE": "0.2", "CYCLES": "1"}, "other settings"), ({"RESTART": "1"}, "exists; choose")):
         result = lab.run("sparse_run.sh", **other)
         assert result.returncode == 2 and message in result.stderr
