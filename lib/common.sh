@@ -498,7 +498,7 @@ run_to_end() {
 end_groups() {
   local code=$? group
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it running
-  for group in "${groups[@]}" $(jobs -p); do end_group "$group"; done
+  for group in "${groups[@]}" $(jobs -pr); do end_group "$group"; done # none that ended: others may have its number
   if [ "$code" -eq 2 ] && [ -n "$MADE" ] && [ ! -e "$WORK/command.sh" ]; then # refused: as if it had never been
     rm -f "$WORK/lock-$NODE_RANK" "$WORK/launcher-$NODE_RANK"
     find "$MADE" -depth -type d -empty -delete 2>/dev/null || true

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.lab import TRAINERS, executable, values
+from helpers.paths import ROOT
 
 from prunekit.checkpoint import history, open_checkpoint
 
@@ -253,6 +254,14 @@ def test_the_orphan_is_found_when_its_wrapper_died_too(lab):
     result = lab.run("full_run.sh", GPUS="")
     assert result.returncode == 0, result.stderr
     assert lab.left() == []
+
+
+def test_what_has_ended_is_not_ended_again(lab):
+    """By then its number may be another process's."""
+    script = f'source "{ROOT}/lib/common.sh"; RUN_MARK=A=b; run_to_end true; end_group() {{ echo "ends $1"; }}'
+    command = ["bash", "-c", script, "full_run.sh"]
+    done = subprocess.run(command, cwd=lab.folder, env=lab.env | {"GPUS": ""}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("launcher", ["full_run.sh", "distil.sh"])
