@@ -327,7 +327,7 @@ else
     echo "$OUTPUT is there already"
     exit "$code"
   fi
-  [ -z "$RESTART" ] || rm -rf "$folder"
+  [ -z "$RESTART" ] || forget "$folder" loop.json
   if [ ! -e "$folder/loop.json" ]; then
     mkdir -p "$folder"
     code=0

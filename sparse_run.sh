@@ -59,7 +59,7 @@ PLAN=(
 preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
 folder=$OUTPUT.cycles
 claim_work
-[ -z "$RESTART" ] || rm -rf "$folder"
+[ -z "$RESTART" ] || forget "$folder" settings.json
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
   --flags "$(quoted CHECKPOINT="$CHECKPOINT" GLOBAL_BATCH="$GLOBAL_BATCH" DTYPE="$DTYPE" "${SPARSIFY_ARGS[@]}" \
     --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")

@@ -720,6 +720,12 @@ clean_up() {
   echo "$STAGE: wrote $OUTPUT"
 }
 
+# forget FOLDER FILE: remove a folder, and last the FILE in it that says what it is of: were this killed, it would say so.
+forget() {
+  [ ! -d "$1" ] || find "$1" -mindepth 1 -maxdepth 1 ! -name "$2" -exec rm -rf {} +
+  rm -rf "$1"
+}
+
 # empty_work: remove all that is large from $WORK. Were this killed, what is left would still say whose it was.
 empty_work() {
   find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' ! -name publishing ! -name command.sh \

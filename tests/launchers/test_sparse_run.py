@@ -169,6 +169,18 @@ def test_cycles_are_refitted_on_the_training_data_if_asked_for(refit, lab, cycle
     assert ("--refit" in flags) == ("--calib" in flags) == bool(refit)
 
 
+def test_cycles_half_forgotten_are_not_taken_for_those_of_other_settings(lab, cycles, tiny):
+    """Killed while it forgets, when files are gone and folders aren't."""
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
+    (cycles / "settings.json").write_text('{"model": "another"}')
+    rm = lab.folder / "env/bin/rm"
+    executable(rm, '#!/bin/sh\nshift\nfind "$@" -maxdepth 1 -type f -delete\nexit 1\n')
+    assert lab.run("sparse_run.sh", RESTART=1).returncode == 1
+    rm.unlink()
+    result = lab.run("sparse_run.sh")
+    assert result.returncode == 2 and "holds cycles with other settings" in result.stderr, result.stderr
+
+
 def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):
     (cycles / "settings.json").write_text('{"model": "another"}')
     result = lab.run("sparse_run.sh")
