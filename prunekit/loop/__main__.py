@@ -112,7 +112,8 @@ def next_round(args: argparse.Namespace) -> None:
     teacher = loop.teacher(this["from"])
     print(f"TEACHER={teacher.relative_to(loop.folder) if teacher else ''}")
     print(f"MOST={this['most']:.0f}")
-    print(f"LEAVES={1 - useful_share(this['most'], this['wanted'], start['sizes']):.4f}")
+    left = 1 - useful_share(this["most"], this["wanted"], start["sizes"])
+    print(f"LEAVES={min(left, 0.9999):.4f}")  # of a little that is missing a layer may be the least that goes, too
     print(f"WANTS={' '.join(this['wanted'])}")
     print(f"KEPT={start['kept']:.4f}")
 
