@@ -335,6 +335,7 @@ else
   [ -z "$RESTART" ] || forget "$folder" loop.json
   if [ ! -e "$folder/loop.json" ]; then
     mkdir -p "$folder"
+    rm -f "$folder/speed.json" # one that was killed before it began may have been of another base
     code=0
     evaluate "$folder/base.json" --model "$MODEL" "${evaluate_args[@]}" || code=$?
     [ "$code" -ne 0 ] || measure_speed "$folder/speed.json" "$MODEL" --parts || code=$?

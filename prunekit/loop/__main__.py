@@ -89,6 +89,7 @@ def begin(args: argparse.Namespace) -> None:
         if args.base_speed:
             loop.note_speed(args.base_speed)
             check_reachable(checkpoint, kinds, {"speed": targets["speed"]}, loop.timing(checkpoint))
+        loop.save()
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:
