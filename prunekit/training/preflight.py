@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
     parser.add_argument(
-        "--needed-columns", nargs="+", default=[], help="columns that rows of the line's --dataset must have"
+        "--needed-columns", nargs="*", default=[], help="columns that rows of the line's --dataset must have"
     )
     parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
     parser.add_argument("--template", help="ms-swift's; default: the one that is most like the checkpoint's own")

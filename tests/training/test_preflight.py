@@ -242,6 +242,11 @@ def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
     assert found["MAX_LENGTH"] == ""
 
 
+def test_rewards_may_need_no_column(preflight, tiny):
+    """REWARD_COLUMNS=() in rl_run.sh."""
+    assert preflight("--model", tiny("gpt2"), "--needed-columns", "--swift", "rlhf", "--").returncode == 0
+
+
 def test_processes_of_the_environment_count(preflight, tiny, monkeypatch):
     line = ["--rlhf_type", "grpo", "--num_generations", "2"]
     head = ["--model", tiny("gpt2"), "--swift", "rlhf", "--"]
