@@ -375,10 +375,10 @@ settle() {
 # plugin_list: sets EXTERNAL, our plugins and the user's, each once.
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
-# wants_hub ARGS...: is one of the data sets no file or folder here, so that ms-swift would fetch it?
+# wants_hub ARGS...: is a data set, a reward or reference model no file or folder here, so that ms-swift would fetch it?
 wants_hub() {
   local word
-  flags_of '*dataset' "$@"
+  flags_of '@(*dataset|reward_model|ref_model)' "$@"
   for word in "${FLAGS[@]}"; do
     [[ $word == --* ]] || [ -e "$word" ] || [ -e "${word%#*}" ] || return 0
   done

@@ -398,6 +398,13 @@ def test_the_hub_is_not_asked_about_a_kernel_that_is_here_unless_data_come_from_
     assert call["env"].get("HF_HUB_OFFLINE") == offline
 
 
+def test_a_reward_model_of_the_hub_is_fetched_though_the_kernel_is_here(lab):
+    (lab.folder / "packages/flash_attn").mkdir()
+    lab.run("rl_run.sh", "--reward_model", "org/judge", "--reward_weights", *[1] * 5, GPUS="0", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert "HF_HUB_OFFLINE" not in call["env"]
+
+
 def test_training_alone_on_a_gpu_may_grow_its_segments(lab):
     lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1)
     [call] = lab.calls()
