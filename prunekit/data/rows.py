@@ -167,7 +167,7 @@ def check_answered(where: str, row: dict[str, Any]) -> None:
     """PruneKitError for messages that aren't a question, at the least, and an assistant's text."""
     if row["messages"][-1]["role"] != "assistant" or not isinstance(row["messages"][-1]["content"], str):
         raise PruneKitError(f"{where} ends without an assistant message to compare with")
-    if len(row["messages"]) == 1:
+    if all(message["role"] == "system" for message in row["messages"][:-1]):  # or none before it
         raise PruneKitError(f"{where} has no question before its answer")
 
 
