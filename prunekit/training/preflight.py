@@ -44,7 +44,7 @@ from prunekit.checkpoint import (
 )
 from prunekit.checkpoint.provenance import check_base
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.rows import ROWS_CHECKED, check_row, is_text, iterate, locate
+from prunekit.data.rows import ROWS_CHECKED, check_row, has_answer, is_text, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.data.tokens import same_tokenizer, tokens_of
 from prunekit.errors import PruneKitError, run_script
@@ -64,12 +64,12 @@ ENVIRONMENT = (  # what ms-swift reads as whole numbers
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
-def check_dataset(name: str, columns: Iterable[str] = ()) -> bool | None:
+def check_dataset(name: str, columns: Iterable[str] = (), learned: bool = False) -> bool | None:
     """Check that a data set's rows are ms-swift's messages, whose images can be read, or all texts (the first 10,000).
 
     Says whether they are texts, {"text": ...}. None of what looks like a hub's `org/name` and is no file or folder
-    here, and of tables and text files: these are left to ms-swift. Raises PruneKitError naming the line, and for files
-    that ms-swift can't read.
+    here, and of tables and text files: these are left to ms-swift. Raises PruneKitError naming the line, for files that
+    ms-swift can't read, and where answers are to be `learned`, if there are none: such a training would learn nothing.
     """
     path = Path(re.sub(r"#\d+$", "", name))
     local = is_file(name) or is_file(path)
@@ -84,18 +84,27 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> bool | None:
     for where, row in islice(iterate(name), ROWS_CHECKED):
         texts = is_text(row) if texts is None else texts
         check_row(where, row, texts, columns)
+        learned = learned and not texts and not has_answer(row["messages"])
+    if learned:
+        raise PruneKitError(
+            f"dataset {file}: no row has an assistant's message, so nothing would be learned: add answers"
+        )
     return texts
 
 
 def check_datasets(
-    names: Iterable[str], columns: Iterable[str] = (), answers: bool = False, held_out: Iterable[str] = ()
+    names: Iterable[str],
+    columns: Iterable[str] = (),
+    answers: bool = False,
+    held_out: Iterable[str] = (),
+    learned: bool = False,
 ) -> bool:
     """Whether data sets of a training are texts. PruneKitError as `check_dataset`, and if some are, others not.
 
     With `answers`, for a training that begins at questions, none may be. Of those `held_out`, FILE#N must have N rows:
     ms-swift repeats rows to train on, and fails on others, when all is loaded.
     """
-    kinds = {name: check_dataset(name, columns) for name in [*names, *held_out]}
+    kinds = {name: check_dataset(name, columns, learned) for name in [*names, *held_out]}
     for name in held_out:
         count = None if kinds[name] is None else locate(name)[1]
         if count is not None and (rows := sum(1 for _ in iterate(name))) < count:
@@ -391,9 +400,11 @@ def main() -> None:
         check_adapter(args.adapter, checkpoint)
     texts = False
     if not swift.columns:  # ms-swift renames columns: rows are left to it
-        texts = check_datasets(swift.dataset, args.needed_columns, args.swift == "rlhf", swift.val_dataset)
+        learned = args.swift == "sft" or get("rlhf_type") == "gkd" and swift.lmbda == 0
+        learned = learned and "all" not in (swift.loss_scale or "").split("+")  # which learns questions, too
+        texts = check_datasets(swift.dataset, args.needed_columns, args.swift == "rlhf", swift.val_dataset, learned)
         for dataset in get("chord_sft_dataset") or ():
-            check_dataset(dataset)
+            check_dataset(dataset, learned=True)
     check_rewards(get("reward_funcs") or (), plugins)
     if get("optimizer") in ("head_rates", "active_heads", "important_heads"):
         from .head_rates import Rates  # torch: seconds
