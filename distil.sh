@@ -71,13 +71,13 @@ if is_zero "$LMBDA"; then # nothing is generated
   ROLLOUT_GPUS=''
 elif [ -n "$CACHE" ]; then
   die "CACHE=$CACHE has what the teacher says of the data's answers, and LMBDA=$LMBDA wants the student's own: leave one out"
-elif [[ $GPUS == *,* ]] && [ -n "$ROLLOUT_GPUS" ]; then
+elif [ -n "$GPUS" ] && [ -n "$ROLLOUT_GPUS" ] && [[ $GPUS == *,* || $ROLLOUT_GPUS != auto ]]; then
   count=$(tr , '\n' <<< "$GPUS" | wc -l)
   servers=1
   if [ -z "$PLAIN" ] && [ "$count" -ge 8 ]; then servers=$((count / 4)); fi # one keeps many waiting
   [ "$ROLLOUT_GPUS" != auto ] || ROLLOUT_GPUS=$(tr , '\n' <<< "$GPUS" | tail -n "$servers" | paste -sd,)
   training_gpus=$(tr , '\n' <<< "$GPUS" | grep -vxFf <(tr , '\n' <<< "$ROLLOUT_GPUS") | paste -sd, || true)
-  [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer"
+  [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer, or none"
   engines=$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)
   value_of vllm_tensor_parallel_size "${USER_ARGS[@]}" # GPUs of an engine
   if [[ $VALUE =~ ^[1-9][0-9]{0,3}$ ]]; then

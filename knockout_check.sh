@@ -107,17 +107,15 @@ if [ "$MODE" != train ]; then
   [ -z "$HEAL" ] && [ "$EXPERTS" = none ] || calib=(--calib "$DATASET")
   best=() # of a whole scan any number may be trained later
   if [[ $FINALISTS =~ ^[1-9] && $RACE$GENERATE != 0 ]]; then best=(--best "$FINALISTS"); fi
-  run_group python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
+  run_to_end python -m prunekit.scan --model "$MODEL" --dataset "$VAL_DATASET" --out "$OUTPUT/scan" "${LAYERS[@]}" \
     --model-type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} ${DTYPE:+--dtype "$DTYPE"} "${SCAN_ARGS[@]}" \
     ${RACE:+--race} "${best[@]}" \
     ${GREEDY:+--greedy "$GREEDY"} ${TARGET_PARAMS:+--target-params "$TARGET_PARAMS"} \
     ${HEAL:+--heal} --experts "$EXPERTS" "${calib[@]}" --generate "$GENERATE" --generate-tokens "$GENERATE_TOKENS" \
     --processes "$processes" --gpus-per-task "$((GPUS_PER_TASK > 0))" # it uses one
-  wait "$GROUP_PID"
 fi
-run_group python -m prunekit.knockout.sweep --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
+run_to_end python -m prunekit.knockout.sweep --model "$MODEL" --model-type "$MODEL_TYPE" --out "$OUTPUT" "${LAYERS[@]}" \
   --finalists "$([ "$MODE" = scan ] && echo 0 || echo "$FINALISTS")" --gpus "$GPUS" --jobs "$JOBS" \
   --gpus-per-task "$GPUS_PER_TASK" --group "${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" -- \
   ${TEMPLATE:+--template "$TEMPLATE"} "${LINE[@]}"
-wait "$GROUP_PID"
 remove_work

@@ -321,6 +321,14 @@ make_card() { # a page to show, of what was published: never worth the loop
     echo "warning: no report card: its messages are above; $OUTPUT is whole" >&2
 }
 
+finish() { # what comes behind OUTPUT, also where that was killed
+  local code=0
+  [ ! -e "$folder/loop.json" ] || python -m prunekit.loop reached --into "$folder" --max-rounds "$MAX_ROUNDS" || code=$?
+  make_card
+  remove_work
+  exit "$code"
+}
+
 # answer NAME TEXT: the value of NAME= in what a step of prunekit.loop says.
 answer() { sed -n "s/^$1=//p" <<< "$2"; }
 lasting() { echo --max_steps "$1"; }
@@ -341,15 +349,13 @@ else
   claim_work
   if [ -z "$RESTART" ] && is_published; then # killed while cleaning up
     [ ! -e "$folder/loop.json" ] || "${BEGIN[@]}" --into "$folder"
-    code=$(cat "$WORK/code" 2>/dev/null || echo 0)
-    make_card
-    remove_work
     echo "$OUTPUT is there already"
-    exit "$code"
+    finish
   fi
-  [ -z "$RESTART" ] || rm -rf "$folder"
+  [ -z "$RESTART" ] || forget "$folder" loop.json
   if [ ! -e "$folder/loop.json" ]; then
     mkdir -p "$folder"
+    rm -f "$folder/speed.json" # one that was killed before it began may have been of another base
     code=0
     evaluate "$folder/base.json" --model "$MODEL" "${evaluate_args[@]}" || code=$?
     [ "$code" -ne 0 ] || measure_speed "$folder/speed.json" "$MODEL" --parts || code=$?
@@ -491,10 +497,5 @@ while [ -n "$END" ]; do
   end_stage "$stage" "$@"
 done
 begin_publishing
-code=0
-python -m prunekit.loop publish --into "$folder" --out "$OUTPUT" --max-rounds "$MAX_ROUNDS" ${OVERWRITE:+--overwrite} || code=$?
-[ "$code" -ne 2 ] || exit 1
-echo "$code" > "$WORK/code"
-make_card
-remove_work
-exit "$code"
+python -m prunekit.loop publish --into "$folder" --out "$OUTPUT" ${OVERWRITE:+--overwrite} || exit 1
+finish

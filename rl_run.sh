@@ -137,9 +137,9 @@ try_rewards() {
 
 DEFAULT_BATCH=32 # answers of an optimizer step, to 4 prompts
 if [ $((DEFAULT_BATCH % WORLD)) -ne 0 ]; then DEFAULT_BATCH=$((8 * WORLD)); fi # whole groups on three GPUs, too
-share_batch 8 >/dev/null
+share_batch 8 "${ARGS[@]}" "${USER_ARGS[@]}" >/dev/null
 # Four steps a rollout: with one, no ratio ever leaves 1, and nothing is clipped. It counts the accumulated ones.
-value_of generation_batch_size "${USER_ARGS[@]}"
+value_of generation_batch_size "${ARGS[@]}" "${USER_ARGS[@]}"
 if [ "$ALGORITHM" != CHORD ] && [ -z "$VALUE" ]; then ALGORITHM_ARGS+=(--steps_per_generation $((4 * ACCUMULATION))); fi
 settle grpo 8 --rlhf_type grpo "${DATA_ARGS[@]}" "${FULL_ARGS[@]}" "${ALGORITHM_ARGS[@]}" "${ARGS[@]}"
 preflight rlhf --needed-columns "${REWARD_COLUMNS[@]}" --disk-factor "$DISK_FACTOR"

@@ -59,7 +59,7 @@ PLAN=(
 preflight sft --disk-factor $((DISK_FACTOR + CYCLES))
 folder=$OUTPUT.cycles
 claim_work
-[ -z "$RESTART" ] || rm -rf "$folder"
+[ -z "$RESTART" ] || forget "$folder" settings.json
 levels=$("${PLAN[@]}" --into "$folder" --data "$DATASET" "$VAL_DATASET" \
   --flags "$(quoted CHECKPOINT="$CHECKPOINT" GLOBAL_BATCH="$GLOBAL_BATCH" DTYPE="$DTYPE" "${SPARSIFY_ARGS[@]}" \
     --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@")")
@@ -100,11 +100,10 @@ for level in $levels; do
       run_to_end python "$ROOT/sparsify.py" --model "$previous" --out "$here.sparse" --sparsity "$level" "${SPARSIFY_ARGS[@]}"
     fi
     if [ ! -e "$here" ] || [ -d "$here.run" ]; then
-      run_group env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
+      run_to_end env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
         WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
-        GPUS="$GPUS" bash "$ROOT/full_run.sh" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@"
-      wait "$GROUP_PID" || fail "cycle $cycle failed: its messages are above; the same command goes on with it"
-      unset 'groups[-1]'
+        GPUS="$GPUS" bash "$ROOT/full_run.sh" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@" ||
+        fail "cycle $cycle failed: its messages are above; the same command goes on with it"
     fi
     evaluate "$here.json" "$here.sparse" "$here"
   fi

@@ -15,16 +15,11 @@ MADE='' # set by claim_work: what a refusal after it takes away again
 die() { echo "error: $*" >&2; exit 2; }  # bad input
 fail() { echo "error: $*" >&2; exit 1; } # something broke
 
-case " $* " in
-  *" --help "* | *" -h "*)
-    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
-    exit 0
-    ;;
-esac
 remaining=() USER_PLUGINS=() flag=''
 for argument in "$@"; do
   [[ $argument != --* ]] || flag=${argument//_/-}
   case ${argument//_/-} in
+    --help | -h) sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0" && exit 0 ;;
     --external-plugins) continue ;; # beside ours, not in their place
     --external-plugins=*) USER_PLUGINS+=("${argument#*=}") && continue ;;
     --overwrite) OVERWRITE=1 ;;
@@ -105,7 +100,7 @@ need_gpus() {
 need_number CPU_PROCESSES 1 1024
 need DTYPE '|bfloat16|float16|float32' "choose bfloat16, float16 or float32"
 need CHECKPOINT 'last|best' "choose last or best"
-need_switch PLAIN OVERWRITE RESTART KEEP_RUN MEMORY CHECK
+need_switch PLAIN OVERWRITE RESTART KEEP_RUN MEMORY CHECK REUSE
 [ -z "$GLOBAL_BATCH" ] || need_number GLOBAL_BATCH 1
 [[ $DEEPSPEED =~ ^(|auto|zero[0-3]|zero[23]_offload)$ ]] || [ -f "$DEEPSPEED" ] ||
   die "DEEPSPEED=$(printf %q "$DEEPSPEED"): choose zero1, zero2, zero3, zero2_offload or zero3_offload, a file, or empty"
@@ -191,8 +186,9 @@ flags_of() {
     if [[ $word == --* ]]; then
       name=${word#--}
       name=${name%%=*}
+      taken=''
       # shellcheck disable=SC2053  # a pattern
-      taken=$([[ ${name//-/_} == $pattern ]] && echo 1 || true)
+      [[ ${name//-/_} != $pattern ]] || taken=1
     fi
     [ -z "$taken" ] || FLAGS+=("$word")
   done
@@ -207,17 +203,19 @@ refuse_data_flags() {
   done
 }
 
-# share_batch MOST: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless the user's
+# share_batch MOST ARGS...: GLOBAL_BATCH rows a step on any number of GPUs, at most MOST of them at once on one, unless these
 # flags say otherwise. Sets ACCUMULATION and BATCH_ARGS. If GLOBAL_BATCH isn't set, the nearest to DEFAULT_BATCH is taken.
 DEFAULT_BATCH=${DEFAULT_BATCH:-16}
+need_number DEFAULT_BATCH 1
 share_batch() {
-  local batch rows=${GLOBAL_BATCH:-$DEFAULT_BATCH} micro accumulation
-  value_of per_device_train_batch_size "${USER_ARGS[@]}"
+  local most=$1 batch rows=${GLOBAL_BATCH:-$DEFAULT_BATCH} micro accumulation
+  shift
+  value_of per_device_train_batch_size "$@"
   batch=$VALUE
-  value_of gradient_accumulation_steps "${USER_ARGS[@]}"
+  value_of gradient_accumulation_steps "$@"
   accumulation=$VALUE
   if [ -z "$batch" ]; then
-    batch=$1
+    batch=$most
     while [ "$batch" -gt 1 ] && [ $((rows % (batch * WORLD))) -ne 0 ]; do batch=$((batch - 1)); done
   fi
   [[ $batch =~ ^[1-9][0-9]{0,5}$ ]] || die "--per_device_train_batch_size $batch: give a whole number, 1 or more"
@@ -239,7 +237,7 @@ share_batch() {
 gpu_memory() {
   local gpu least='' memory
   for gpu in ${CUDA_VISIBLE_DEVICES//,/ }; do
-    memory=$(sed -n "s/^$gpu, \([0-9]*\)$/\1/p" <<< "$DEVICES")
+    memory=$(awk -F ', ' -v gpu="$gpu" '$1 == gpu && $2 ~ /^[0-9]+$/ { print $2 }' <<< "$DEVICES")
     if [ -z "$least" ] || [ "${memory:-0}" -lt "$least" ]; then least=${memory:-0}; fi
   done
   echo "${least:-0}"
@@ -251,11 +249,16 @@ weight_of() { du -cmL --apparent-size "$1"/*.safetensors 2>/dev/null | tail -n 1
 # choose_deepspeed ARGS...: sets ZERO to the DeepSpeed configuration of a run with these flags, or to nothing.
 choose_deepspeed() {
   local megabytes teacher
-  value_of deepspeed "${USER_ARGS[@]}"
-  ZERO=${VALUE:-$DEEPSPEED}
+  ZERO=$DEEPSPEED
+  flags_of deepspeed "$@"
+  if [ ${#FLAGS[@]} -gt 0 ]; then # an empty one turns it off
+    value_of deepspeed "$@"
+    ZERO=$VALUE
+  fi
   [ "$ZERO" = auto ] || return 0
   ZERO=''
-  [ -n "$CUDA_VISIBLE_DEVICES" ] || return 0
+  value_of fsdp "$@"
+  [ -n "$CUDA_VISIBLE_DEVICES" ] && [ -z "$VALUE" ] || return 0
   case " $* " in # single weights and heads have no optimizer state of their own in DeepSpeed's flat buffers
     *" head_rates "* | *" active_heads "* | *" important_heads "* | *" dynamic_sparsity "*) return 0 ;;
   esac
@@ -290,7 +293,7 @@ settle() {
   if [ -z "$CUDA_VISIBLE_DEVICES" ] || [ -n "$PLAIN" ] || [ "$(gpu_memory)" -lt 40000 ]; then
     [ "$kind" = grpo ] || most=1
   fi
-  share_batch "$most"
+  share_batch "$most" "${all[@]}"
   choose_deepspeed "${all[@]}"
   ZERO_STAGE=''
   if [ -n "$ZERO" ]; then ZERO_STAGE=$(python -m prunekit.msswift.settings -- "$ZERO"); fi
@@ -372,10 +375,10 @@ settle() {
 # plugin_list: sets EXTERNAL, our plugins and the user's, each once.
 plugin_list() { mapfile -t EXTERNAL < <(printf '%s\n' "${PLUGINS[@]}" "${USER_PLUGINS[@]}" | awk 'NF && !seen[$0]++'); }
 
-# wants_hub ARGS...: is one of the data sets no file or folder here, so that ms-swift would fetch it?
+# wants_hub ARGS...: is a data set, a reward or reference model no file or folder here, so that ms-swift would fetch it?
 wants_hub() {
   local word
-  flags_of '*dataset' "$@"
+  flags_of '@(*dataset|reward_model|ref_model)' "$@"
   for word in "${FLAGS[@]}"; do
     [[ $word == --* ]] || [ -e "$word" ] || [ -e "${word%#*}" ] || return 0
   done
@@ -495,7 +498,7 @@ run_to_end() {
 end_groups() {
   local code=$? group
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it running
-  for group in "${groups[@]}" $(jobs -p); do end_group "$group"; done
+  for group in "${groups[@]}" $(jobs -pr); do end_group "$group"; done # none that ended: others may have its number
   if [ "$code" -eq 2 ] && [ -n "$MADE" ] && [ ! -e "$WORK/command.sh" ]; then # refused: as if it had never been
     rm -f "$WORK/lock-$NODE_RANK" "$WORK/launcher-$NODE_RANK"
     find "$MADE" -depth -type d -empty -delete 2>/dev/null || true
@@ -531,7 +534,7 @@ claim_work() {
     MADE=$folder
     while [ ! -e "$(dirname "$MADE")" ]; do MADE=$(dirname "$MADE"); done
   fi
-  if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ] && ! compgen -G "$folder/lock-*" >/dev/null; then
+  if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ] && ! ls "$folder"/lock-* &>/dev/null; then
     die "$folder is in the way, and no run's: move it, or choose another OUTPUT"
   fi
   mkdir -p "$folder"
@@ -717,6 +720,12 @@ clean_up() {
   echo "$STAGE: wrote $OUTPUT"
 }
 
+# forget FOLDER FILE: remove a folder, and last the FILE in it that says what it is of: were this killed, it would say so.
+forget() {
+  [ ! -d "$1" ] || find "$1" -mindepth 1 -maxdepth 1 ! -name "$2" -exec rm -rf {} +
+  rm -rf "$1"
+}
+
 # empty_work: remove all that is large from $WORK. Were this killed, what is left would still say whose it was.
 empty_work() {
   find "$WORK" -mindepth 1 -maxdepth 1 ! -name 'lock-*' ! -name 'launcher-*' ! -name publishing ! -name command.sh \
@@ -724,7 +733,9 @@ empty_work() {
 }
 
 remove_work() {
+  local gone=$OUTPUT.partial-$$-run # whoever makes OUTPUT the next time removes that, too
   empty_work
   exec 9>&- # NFS keeps a file that is open, and its folder
-  rm -rf "$WORK"
+  mv -T "$WORK" "$gone" # at once: a half of it would be no run's, and in the way of the same command
+  rm -rf "$gone"
 }

@@ -148,6 +148,11 @@ def check_messages(where: str, row: Any, columns: Iterable[str] = (), images: bo
             raise PruneKitError(f"{where} {problem}")
 
 
+def has_answer(messages: list[dict[str, Any]]) -> bool:
+    """Whether one of these messages is a model's own: what is learned of them."""
+    return any(each["role"] in ("assistant", "tool_call") and each["content"] is not None for each in messages)
+
+
 def is_text(row: Any) -> bool:
     """Whether a row is plain text, {"text": ...}, and no chat: other columns but messages don't matter."""
     return isinstance(row, dict) and "text" in row and "messages" not in row
@@ -167,7 +172,7 @@ def check_answered(where: str, row: dict[str, Any]) -> None:
     """PruneKitError for messages that aren't a question, at the least, and an assistant's text."""
     if row["messages"][-1]["role"] != "assistant" or not isinstance(row["messages"][-1]["content"], str):
         raise PruneKitError(f"{where} ends without an assistant message to compare with")
-    if len(row["messages"]) == 1:
+    if all(message["role"] == "system" for message in row["messages"][:-1]):  # or none before it
         raise PruneKitError(f"{where} has no question before its answer")
 
 

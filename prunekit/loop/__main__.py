@@ -6,12 +6,13 @@
     python -m prunekit.loop choose --into runs/small.loop --model checkpoints/base --scan scan.json --trials trials.json
     python -m prunekit.loop judge --into runs/small.loop
     python -m prunekit.loop publish --into runs/small.loop --out checkpoints/small
+    python -m prunekit.loop reached --into runs/small.loop
 
 next answers ROUND=, FROM= (a folder within INTO; empty: the base), TEACHER= (so, too), MOST= (the parameters that may
 go), LEAVES= (the share of them down to which layers are worth a scan), WANTS= (the targets that are not reached) and
 KEPT=; or END=, why there is no other round. judge answers VERDICT=good, longer (to be recovered for longer) or back.
 trials and choose answer command lines. end answers STAGE=, the next of the stages behind the last round, and FROM=, the
-folder that it begins with; judge-end is judge for that.
+folder that it begins with; judge-end is judge for that. reached ends with exit code 3 where not all targets are.
 """
 
 import argparse
@@ -88,6 +89,7 @@ def begin(args: argparse.Namespace) -> None:
         if args.base_speed:
             loop.note_speed(args.base_speed)
             check_reachable(checkpoint, kinds, {"speed": targets["speed"]}, loop.timing(checkpoint))
+        loop.save()
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:
@@ -111,7 +113,8 @@ def next_round(args: argparse.Namespace) -> None:
     teacher = loop.teacher(this["from"])
     print(f"TEACHER={teacher.relative_to(loop.folder) if teacher else ''}")
     print(f"MOST={this['most']:.0f}")
-    print(f"LEAVES={1 - useful_share(this['most'], this['wanted'], start['sizes']):.4f}")
+    left = 1 - useful_share(this["most"], this["wanted"], start["sizes"])
+    print(f"LEAVES={min(left, 0.9999):.4f}")  # of a little that is missing a layer may be the least that goes, too
     print(f"WANTS={' '.join(this['wanted'])}")
     print(f"SCANNED={1 if any(each.kind == 'layers' for each in loop.known()) else ''}")
     print(f"KEPT={start['kept']:.4f}")
@@ -208,7 +211,7 @@ def judge_end(args: argparse.Namespace) -> None:
     print(f"VERDICT={verdict}")
 
 
-def publish(args: argparse.Namespace) -> int:
+def publish(args: argparse.Namespace) -> None:
     loop = Loop(args.into)
     if not loop.good:
         raise PruneKitError(
@@ -237,8 +240,14 @@ def publish(args: argparse.Namespace) -> int:
     for each in loop.ended:
         if not each["good"]:
             print(f"{each['stage']}: left out: {each.get('nothing') or 'it would keep ' + format(each['kept'], '.1%')}")
-    if wanted := missing(loop.settings["targets"], best["sizes"]):
-        print(f"not reached: {', '.join(f'TARGET_{unit.upper()}' for unit in wanted)}: {loop.end(args.max_rounds)}")
+
+
+def reached(args: argparse.Namespace) -> int:
+    """0: what was published has reached all targets; 3: not all, and it says which, and why there is no other round."""
+    loop = Loop(args.into)
+    if wanted := missing(loop.settings["targets"], loop.best()[1]["sizes"]):
+        why = loop.end(args.max_rounds) or "MAX_ROUNDS were done"
+        print(f"not reached: {', '.join(f'TARGET_{unit.upper()}' for unit in wanted)}: {why}")
         return 3
     return 0
 
@@ -280,13 +289,13 @@ def main() -> int | None:
     parser = Parser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     doing = {"begin": begin, "next": next_round, "trials": trials, "choose": choose_cuts, "judge": judge,
-             "end": end, "judge-end": judge_end, "publish": publish}  # fmt: skip
+             "end": end, "judge-end": judge_end, "publish": publish, "reached": reached}  # fmt: skip
     for name in doing:
         step = steps.add_parser(name)
         step.add_argument("--into", type=Path, required=name != "begin", help="folder of the loop")
         if name in ("begin", "trials", "choose"):
             step.add_argument("--model", required=True)
-        if name in ("next", "publish"):
+        if name in ("next", "reached"):
             step.add_argument("--max-rounds", type=positive_int, default=8)
     parts = steps.choices
     parts["begin"].add_argument("--data", nargs="*", default=[], help="what rounds train and are measured on")

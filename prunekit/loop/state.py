@@ -47,9 +47,10 @@ _LOOP = Keys(
 class Loop:
     """What a folder's loop.json says. `settings`, `base` and `rounds` are as they are in it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, new: dict[str, Any] | None = None):
+        """`new`: what a loop begins with that isn't written down yet."""
         self.folder, self.file = folder, folder / LOOP
-        content = read_json(self.file)
+        content = read_json(self.file) if new is None else new
         check(content, _LOOP, self.file)
         self.content: dict[str, Any] = content
         self.settings, self.base, self.rounds = content["settings"], content["base"], content["rounds"]
@@ -58,6 +59,8 @@ class Loop:
     @classmethod
     def begin(cls, folder: Path, settings: dict[str, Any], base: Mapping[str, float]) -> "Loop":
         """A new loop, or the one that is there if it has the same settings; PruneKitError for one with others.
+
+        It is to be saved, once all is noted that it needs of its base.
 
         What only says where things lie is left out of account (`model`), and how they are trained isn't in them: a
         stage that ran out of memory goes on with smaller batches.
@@ -71,13 +74,11 @@ class Loop:
                     "another OUTPUT, or set RESTART=1 to forget it"
                 )
             loop.settings["model"] = settings["model"]
-            loop.save()
             return loop
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / LOOP, {"settings": settings, "base": {"sizes": base}, "rounds": []})
-        return cls(folder)
+        return cls(folder, {"settings": settings, "base": {"sizes": base}, "rounds": []})
 
     def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.file, self.content)
 
     @property
@@ -186,17 +187,15 @@ class Loop:
         return {key: value for key, value in found.items() if isinstance(value, int | float)}
 
     def note_base(self, file: Path) -> None:
-        """Write down what the base scores. PruneKitError for one of which no share can be kept."""
+        """Note what the base scores. PruneKitError for one of which no share can be kept."""
         self.base["scores"], metric = self.scores(file), self.settings["metric"]
         if metric not in self.base["scores"]:
             raise PruneKitError(f"METRIC={metric}: the base's is NaN or infinite: of that no share can be kept")
         self.kept(self.base["scores"])
-        self.save()
 
     def note_speed(self, file: Path) -> None:
-        """Write down where the base's seconds go: of it what cuts are estimated to save."""
+        """Note where the base's seconds go: of it what cuts are estimated to save."""
         self.base["parts"] = read_parts(file, self.settings["speed_of"])
-        self.save()
 
     def timing(self, model: Outline, share: float = 1.0) -> Timing | None:
         """What estimates seconds, from a model on that took this share of the base's; None where no speed is wanted.

@@ -21,7 +21,7 @@ from prunekit.errors import PruneKitError, need_packages
 
 from .names import assigned, check_choice, check_names, check_registered, model_types, registered, show
 from .ranges import check_numbers
-from .settings import check_settings, read_object, zero_optimization
+from .settings import FSDP, check_settings, read_object, zero_optimization
 from .source import JSON, as_dataclass, constants_in, package, set_in
 
 RENAMED = {
@@ -132,6 +132,8 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
     get = vars(args).get
     if get("fp16") and get("bf16"):
         raise PruneKitError("--fp16 true and --bf16 true exclude each other: give one")
+    if get("fsdp") and get("deepspeed"):
+        raise PruneKitError("--fsdp and --deepspeed (DEEPSPEED=) exclude each other: leave one out")
     if args.warmup_ratio and args.warmup_steps:
         raise PruneKitError("--warmup_ratio and --warmup_steps exclude each other: give one (the other as 0)")
     if (args.packing or args.padding_free) and not str(args.attn_impl).startswith("flash_att"):
@@ -221,7 +223,7 @@ def check_line(kind: str, args: argparse.Namespace, processes: int = 1) -> None:
     for name in ("deepspeed", "teacher_deepspeed"):
         if value := get(name):
             zero_optimization(value, f"--{name}")
-    check_settings("--fsdp", args.fsdp, ["fsdp2"])
+    check_settings("--fsdp", args.fsdp, FSDP)
     check_choice("--ddp_backend", args.ddp_backend, ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"))
     if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", args.max_shard_size, re.IGNORECASE):  # read at the first saving
         raise PruneKitError(f"--max_shard_size {show(args.max_shard_size)}: give a size like 5GB")

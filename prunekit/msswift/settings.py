@@ -16,6 +16,7 @@ from prunekit.errors import PruneKitError, run_script
 from .names import show
 from .source import package
 
+FSDP = ("fsdp2",)
 DEEPSPEED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 AUTO_STAGE = 2  # accelerate's, for "auto"
 
@@ -47,15 +48,24 @@ def check_settings(flag: str, value: str | None, names: Iterable[str]) -> None:
         read_object(flag, value)
 
 
+def _configuration(flag: str, value: str, names: Iterable[str]) -> dict[str, Any]:
+    """What a setting says: a name of ms-swift's, JSON or a file of it. PruneKitError as `check_settings`."""
+    check_settings(flag, value, names)
+    return read_object(flag, str(package("swift") / "config" / f"{value}.json") if value in names else value)
+
+
+def saves_shards(fsdp: str) -> bool:
+    """Whether checkpoints of such a training have each process' share of the weights instead of all."""
+    config = _configuration("--fsdp", fsdp, FSDP).get("fsdp_config")
+    return "FULL_STATE_DICT" not in str(config.get("state_dict_type") if isinstance(config, dict) else None)
+
+
 def zero_optimization(deepspeed: str, flag: str = "--deepspeed") -> dict[str, Any]:
     """What a DeepSpeed configuration (a name of ms-swift's, JSON or a file of it) says of ZeRO; its `stage` is 0 to 3.
 
     PruneKitError if it can't be read, says nothing of ZeRO (accelerate takes no such one), or of another stage.
     """
-    check_settings(flag, deepspeed, DEEPSPEED)
-    named = deepspeed in DEEPSPEED
-    config = read_object(flag, str(package("swift") / "config" / f"{deepspeed}.json") if named else deepspeed)
-    if not isinstance(zero := config.get("zero_optimization"), dict):
+    if not isinstance(zero := _configuration(flag, deepspeed, DEEPSPEED).get("zero_optimization"), dict):
         raise PruneKitError(f'{flag} {show(deepspeed)}: has no "zero_optimization", an object with a "stage"')
     stage = zero.get("stage", 0)
     if stage == "auto":

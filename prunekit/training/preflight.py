@@ -44,14 +44,14 @@ from prunekit.checkpoint import (
 )
 from prunekit.checkpoint.provenance import check_base
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.rows import ROWS_CHECKED, check_row, is_text, iterate, locate
+from prunekit.data.rows import ROWS_CHECKED, check_row, has_answer, is_text, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.data.tokens import same_tokenizer, tokens_of
 from prunekit.errors import PruneKitError, run_script
 from prunekit.families import NAME_PREFIX, positions
 from prunekit.msswift.line import check_line, check_whole_names, parse
 from prunekit.msswift.names import check_names, check_rewards
-from prunekit.msswift.settings import zero_optimization
+from prunekit.msswift.settings import saves_shards, zero_optimization
 
 from .lengths import PROMPT, Lengths, check_engine, choose_lengths
 from .zeros_settings import SPLIT_UP, VARIABLES, settings_of
@@ -64,12 +64,12 @@ ENVIRONMENT = (  # what ms-swift reads as whole numbers
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
-def check_dataset(name: str, columns: Iterable[str] = ()) -> bool | None:
+def check_dataset(name: str, columns: Iterable[str] = (), learned: bool = False) -> bool | None:
     """Check that a data set's rows are ms-swift's messages, whose images can be read, or all texts (the first 10,000).
 
     Says whether they are texts, {"text": ...}. None of what looks like a hub's `org/name` and is no file or folder
-    here, and of tables and text files: these are left to ms-swift. Raises PruneKitError naming the line, and for files
-    that ms-swift can't read.
+    here, and of tables and text files: these are left to ms-swift. Raises PruneKitError naming the line, for files that
+    ms-swift can't read, and where answers are to be `learned`, if there are none: such a training would learn nothing.
     """
     path = Path(re.sub(r"#\d+$", "", name))
     local = is_file(name) or is_file(path)
@@ -84,18 +84,27 @@ def check_dataset(name: str, columns: Iterable[str] = ()) -> bool | None:
     for where, row in islice(iterate(name), ROWS_CHECKED):
         texts = is_text(row) if texts is None else texts
         check_row(where, row, texts, columns)
+        learned = learned and not texts and not has_answer(row["messages"])
+    if learned:
+        raise PruneKitError(
+            f"dataset {file}: no row has an assistant's message, so nothing would be learned: add answers"
+        )
     return texts
 
 
 def check_datasets(
-    names: Iterable[str], columns: Iterable[str] = (), answers: bool = False, held_out: Iterable[str] = ()
+    names: Iterable[str],
+    columns: Iterable[str] = (),
+    answers: bool = False,
+    held_out: Iterable[str] = (),
+    learned: bool = False,
 ) -> bool:
     """Whether data sets of a training are texts. PruneKitError as `check_dataset`, and if some are, others not.
 
     With `answers`, for a training that begins at questions, none may be. Of those `held_out`, FILE#N must have N rows:
     ms-swift repeats rows to train on, and fails on others, when all is loaded.
     """
-    kinds = {name: check_dataset(name, columns) for name in [*names, *held_out]}
+    kinds = {name: check_dataset(name, columns, learned) for name in [*names, *held_out]}
     for name in held_out:
         count = None if kinds[name] is None else locate(name)[1]
         if count is not None and (rows := sum(1 for _ in iterate(name))) < count:
@@ -217,6 +226,24 @@ def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
                 )
 
 
+def check_saved(swift: argparse.Namespace) -> None:
+    """Check that the checkpoints of a training by this line have all weights: they are what is published."""
+    if swift.save_strategy == "no":
+        raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+    if swift.deepspeed and swift.tuner_type == "full":
+        zero, gathers = zero_optimization(swift.deepspeed), "gather_16bit_weights_on_model_save"
+        if zero["stage"] == 3 and True not in (zero.get(gathers), zero.get(f"stage3_{gathers}")):
+            raise PruneKitError(
+                f"--deepspeed {swift.deepspeed[:80]}: its checkpoints would have no weights to publish: say "
+                f'"stage3_{gathers}": true in "zero_optimization"'
+            )
+    if swift.fsdp and saves_shards(swift.fsdp):
+        raise PruneKitError(
+            f"--fsdp {swift.fsdp[:80]}: its checkpoints would have no weights to publish, but shards: give a file with "
+            '"state_dict_type": "FULL_STATE_DICT" in "fsdp_config", or DEEPSPEED=zero3'
+        )
+
+
 def check_best(swift: argparse.Namespace) -> None:
     """Check that a training by this line can name a best checkpoint: one that was evaluated as it was saved."""
     evaluated = swift.val_dataset or swift.cached_val_dataset or swift.split_dataset_ratio
@@ -323,7 +350,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--adapter", type=Path, help="folder with adapter_config.json")
     parser.add_argument(
-        "--needed-columns", nargs="+", default=[], help="columns that rows of the line's --dataset must have"
+        "--needed-columns", nargs="*", default=[], help="columns that rows of the line's --dataset must have"
     )
     parser.add_argument("--model-type", help="ms-swift's; default: the architecture")
     parser.add_argument("--template", help="ms-swift's; default: the one that is most like the checkpoint's own")
@@ -342,8 +369,7 @@ def main() -> None:
     get = vars(swift).get
     check_line(args.swift, swift, check_environment())
     if args.swift != "export" and not args.reuse_out:
-        if swift.save_strategy == "no":
-            raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+        check_saved(swift)
         if swift.fp16 and swift.use_cpu:
             raise PruneKitError("DTYPE=float16: nothing trains in it on a CPU; choose bfloat16 or float32")
         if args.checkpoint == "best":
@@ -374,9 +400,11 @@ def main() -> None:
         check_adapter(args.adapter, checkpoint)
     texts = False
     if not swift.columns:  # ms-swift renames columns: rows are left to it
-        texts = check_datasets(swift.dataset, args.needed_columns, args.swift == "rlhf", swift.val_dataset)
+        learned = args.swift == "sft" or get("rlhf_type") == "gkd" and swift.lmbda == 0
+        learned = learned and "all" not in (swift.loss_scale or "").split("+")  # which learns questions, too
+        texts = check_datasets(swift.dataset, args.needed_columns, args.swift == "rlhf", swift.val_dataset, learned)
         for dataset in get("chord_sft_dataset") or ():
-            check_dataset(dataset)
+            check_dataset(dataset, learned=True)
     check_rewards(get("reward_funcs") or (), plugins)
     if get("optimizer") in ("head_rates", "active_heads", "important_heads"):
         from .head_rates import Rates  # torch: seconds

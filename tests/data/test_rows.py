@@ -250,3 +250,9 @@ def test_a_data_set_named_twice_is_refused(tmp_path):
 def test_an_answer_that_is_no_text_can_t_be_compared_with(tmp_path, content):
     rows = [{"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": content}]}]
     assert "line 1 ends without an assistant message" in refused(read_answered, write(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "Answer."}]])
+def test_an_answer_to_no_question_can_t_be_made_again(tmp_path, before):
+    rows = [{"messages": [*before, ROWS[0]["messages"][1]]}]
+    assert "line 1 has no question before its answer" in refused(read_answered, write(tmp_path / "a.jsonl", rows))

@@ -79,7 +79,7 @@ class Lab:
         executable(folder / "env/bin/python", PYTHON)
         Image.new("RGB", (56, 28)).save(folder / "image.png")
         row = {
-            "messages": [{"role": "user", "content": "<image>?"}],
+            "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}],
             "images": ["image.png"],
             "solution": "a",
         }

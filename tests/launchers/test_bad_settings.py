@@ -26,9 +26,9 @@ EVERY = [*LAUNCHERS, "knockout_check.sh", "progressive_run.sh", "sparse_run.sh",
 BAD_SETTINGS = [
     *(({name: value}, "full_run.sh") for name, value in {
         "CPU_PROCESSES": "abc", "NNODES": "many", "NODE_RANK": "1", "MASTER_PORT": "70000", "DTYPE": "fp16",
-        "PLAIN": "yes",
+        "PLAIN": "yes", "REUSE": "yes",
         "RESTART": "yes", "KEEP_RUN": "-", "OVERWRITE": "true", "CHECKPOINT": "first", "GLOBAL_BATCH": "0",
-        "DEEPSPEED": "zero9",
+        "DEFAULT_BATCH": "PLUGINS[$(touch pwned)]", "DEEPSPEED": "zero9",
     }.items()),
     *(({"GPUS": gpus}, "full_run.sh") for gpus in ("abc", "99", "0,0", "-1", "0,", "0 1")),
     ({"NNODES": "2"}, "full_run.sh"),

@@ -9,7 +9,7 @@ from helpers.lab import check_flags, free_port, values
 
 @pytest.mark.parametrize(
     ("gpus", "rollout", "training"),
-    [("0,1", "1", "0"), ("0,1,2,10", "10", "0,1,2"), ("0,1,2,3", "0,1", "2,3")],
+    [("0,1", "1", "0"), ("0", "1", "0"), ("0,1,2,10", "10", "0,1,2"), ("0,1,2,3", "0,1", "2,3")],
 )
 def test_a_rollout_server_takes_some_gpus_and_training_the_others(lab, gpus, rollout, training):
     port = free_port()

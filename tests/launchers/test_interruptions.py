@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.lab import TRAINERS, executable, values
+from helpers.paths import ROOT
 
 from prunekit.checkpoint import history, open_checkpoint
 
@@ -80,6 +81,13 @@ def test_overwrite_replaces_a_finished_checkpoint(lab, tiny, how):
     assert result.returncode == 0, result.stderr
     assert lab.out.stat().st_ino != inode
     assert history(lab.out)
+
+
+def test_a_run_whose_name_has_brackets_is_known_as_one_and_goes_on(lab):
+    for fails in ({"STUB_FAIL_AT": 3}, {}):
+        result = lab.run("full_run.sh", GPUS="", OUTPUT="ckpt/[1] it's", **fails)
+    assert result.returncode == 0, result.stderr
+    assert "--resume_from_checkpoint" in lab.calls()[-1]["argv"]
 
 
 @pytest.mark.parametrize("slashes", ["/", "//"])
@@ -192,6 +200,17 @@ def test_a_stage_killed_while_its_folder_is_removed_is_only_cleaned_up(lab):
     assert len(lab.calls()) == 1 and not lab.work.exists()
 
 
+def test_a_stage_killed_within_the_last_of_its_folder_is_done(lab):
+    """Half of what says whose the folder was is gone."""
+    rm = '#!/bin/sh\n[ -n "$STUB_RM_DIES" ] && [ -e "$2/lock-0" ] && /bin/rm "$2/lock-0" && exit 1\nexec /bin/rm "$@"\n'
+    executable(lab.folder / "env/bin/rm", rm)
+    assert lab.run("full_run.sh", GPUS="", STUB_RM_DIES=1).returncode == 1
+    result = lab.run("full_run.sh", GPUS="")
+    assert result.returncode == 2 and "exists; choose another OUT" in result.stderr, result.stderr
+    assert lab.run("full_run.sh", "--overwrite", GPUS="").returncode == 0
+    assert [path.name for path in lab.out.parent.iterdir()] == ["out"]
+
+
 def test_a_restart_killed_while_it_forgets_is_not_taken_for_a_run_of_its_settings(lab):
     lab.run("full_run.sh", GPUS="", STUB_FAIL_AT=3)
     executable(lab.folder / "env/bin/rm", RM)
@@ -235,6 +254,14 @@ def test_the_orphan_is_found_when_its_wrapper_died_too(lab):
     result = lab.run("full_run.sh", GPUS="")
     assert result.returncode == 0, result.stderr
     assert lab.left() == []
+
+
+def test_what_has_ended_is_not_ended_again(lab):
+    """By then its number may be another process's."""
+    script = f'source "{ROOT}/lib/common.sh"; RUN_MARK=A=b; run_to_end true; end_group() {{ echo "ends $1"; }}'
+    command = ["bash", "-c", script, "full_run.sh"]
+    done = subprocess.run(command, cwd=lab.folder, env=lab.env | {"GPUS": ""}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("launcher", ["full_run.sh", "distil.sh"])

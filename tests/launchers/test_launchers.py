@@ -119,6 +119,12 @@ def test_help_prints_the_header_and_runs_nothing(lab, launcher):
     assert sorted(lab.folder.rglob("*")) == before
 
 
+def test_a_value_that_says_how_to_ask_for_help_is_no_call_for_it(lab):
+    lab.run("full_run.sh", "--system", "Answer -h or --help by a list.", GPUS="", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert values(call["argv"], "--system") == ["Answer -h or --help by a list."]
+
+
 def test_settings_of_the_environment_reach_the_command(lab):
     env = {
         "MODEL_TYPE": "qwen3_vl_emb",

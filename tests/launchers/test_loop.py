@@ -261,15 +261,27 @@ def test_a_stage_that_breaks_ends_the_round_in_its_own_words_and_the_same_comman
 
 
 @pytest.mark.slow
-def test_a_loop_killed_while_its_card_is_made_ends_as_it_would_have(loop):
-    executable(loop.folder / "env/bin/rm", '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+def test_a_loop_half_forgotten_is_not_taken_for_one_of_other_settings(loop):
+    assert loop.run("loop.sh", STUB_FAIL_AT=3).returncode == 1
+    rm = loop.folder / "env/bin/rm"
+    forgets = 'case "$*" in *.loop*) find "$@" -maxdepth 1 -type f -delete; exit 1 ;; esac'
+    executable(rm, f'#!/bin/sh\nshift\n{forgets}\nexec /bin/rm -rf "$@"\n')
+    assert loop.run("loop.sh", RESTART=1, TARGET_PARAMS="0.9").returncode == 1
+    rm.unlink()
+    result = loop.run("loop.sh", TARGET_PARAMS="0.9")
+    assert result.returncode == 2 and "holds a loop with another targets" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_a_loop_killed_behind_its_publishing_ends_as_it_would_have(loop):
+    executable(loop.folder / "env/bin/mv", '#!/bin/sh\ncase "$*" in *"out.run "*) exit 1 ;; esac\nexec /bin/mv "$@"\n')
     assert loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5").returncode == 1 and loop.out.exists()
-    (loop.folder / "env/bin/rm").unlink()
+    (loop.folder / "env/bin/mv").unlink()
     for other, message in (({"TARGET_PARAMS": "0.6"}, "another targets"), ({"RESTART": 1}, "exists; choose")):
         result = loop.run("loop.sh", **{"MAX_ROUNDS": 1, "TARGET_PARAMS": "0.5"} | other)
         assert result.returncode == 2 and message in result.stderr, result.stderr
     result = loop.run("loop.sh", MAX_ROUNDS=1, TARGET_PARAMS="0.5")
-    assert result.returncode == 3 and "is there already" in result.stdout, result.stderr
+    assert result.returncode == 3 and "is there already\nnot reached: TARGET_PARAMS: " in result.stdout, result.stderr
     assert not loop.work.exists()
 
 

@@ -82,6 +82,12 @@ def test_what_deepspeed_cannot_do_runs_without_it_and_with_float32_weights(settl
     assert "deepspeed" not in line and line["torch_dtype"] == "float32"
 
 
+@pytest.mark.parametrize("flags", [["--deepspeed", ""], ["--deepspeed="], ["--fsdp", "fsdp2"]], ids=str)
+def test_where_a_flag_turns_deepspeed_off_weights_are_float32(settle, flags):
+    line = settle("sft", *FULL, user=flags, GPUS="0,1")
+    assert line["torch_dtype"] == "float32" and not line.get("deepspeed")
+
+
 @pytest.mark.parametrize("gpus", ["", "0"])
 @pytest.mark.parametrize("deepspeed", ["", "zero2"])
 def test_computing_in_float32_is_never_float16(settle, gpus, deepspeed):
@@ -169,6 +175,14 @@ def test_the_users_own_batch_counts(settle, flag):
     assert line["gradient_accumulation_steps"] == "2"
 
 
+def test_flags_that_are_written_into_a_launcher_count_as_those_on_its_line(settle, packages):
+    packages("liger_kernel")
+    own = ["--per_device_train_batch_size", "2", "--deepspeed", "zero3"]
+    line = settle("sft", *FULL, *own, GPUS="0")
+    assert rows(line) == (2, 8)
+    assert line["deepspeed"] == "zero3" and "use_liger_kernel" not in line
+
+
 def test_the_users_own_accumulation_comes_last(settle):
     line = settle("sft", *FULL, user=["--gradient_accumulation_steps", "7"], GPUS="0", GLOBAL_BATCH=5)
     assert line["gradient_accumulation_steps"] == "7"
@@ -198,6 +212,7 @@ def test_small_gpus_get_one_row_at_once(settle, memory, batch):
         ("0, 81559\\n1, 24576", "", "0"),
         ("NVIDIA-SMI has failed because it could not communicate with the driver", "0", "0"),
         ("0, [N/A]", "0", "0"),
+        ("0, 81559", "MIG-GPU-a/1/0", "0"),
     ],
 )
 def test_the_memory_of_gpus_is_nvidia_smis(lab, said, gpus, expected):
@@ -381,6 +396,13 @@ def test_the_hub_is_not_asked_about_a_kernel_that_is_here_unless_data_come_from_
     lab.run("full_run.sh", GPUS="0", STUB_FAIL_AT=1, **env)
     [call] = lab.calls()
     assert call["env"].get("HF_HUB_OFFLINE") == offline
+
+
+def test_a_reward_model_of_the_hub_is_fetched_though_the_kernel_is_here(lab):
+    (lab.folder / "packages/flash_attn").mkdir()
+    lab.run("rl_run.sh", "--reward_model", "org/judge", "--reward_weights", *[1] * 5, GPUS="0", STUB_FAIL_AT=1)
+    [call] = lab.calls()
+    assert "HF_HUB_OFFLINE" not in call["env"]
 
 
 def test_training_alone_on_a_gpu_may_grow_its_segments(lab):

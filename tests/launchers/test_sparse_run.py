@@ -72,11 +72,11 @@ def test_the_published_folder_has_the_command_of_the_whole_run(lab, cycles, tiny
 def test_a_run_killed_after_publishing_is_only_cleaned_up_and_refused_with_other_settings(lab, cycles, tiny):
     done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
     done(cycles, tiny("qwen3_vl"), 2, 0.6, 3.5, 2.1)
-    rm = lab.folder / "env/bin/rm"
-    executable(rm, '#!/bin/sh\ncase "$*" in *out.run*) exit 1 ;; esac\nexec /bin/rm "$@"\n')
+    mv = lab.folder / "env/bin/mv"
+    executable(mv, '#!/bin/sh\ncase "$*" in *"out.run "*) exit 1 ;; esac\nexec /bin/mv "$@"\n')
     assert lab.run("sparse_run.sh").returncode == 1
     assert lab.out.exists() and lab.work.exists()
-    rm.unlink()
+    mv.unlink()
     for other, message in (({"WORSE": "0.2", "CYCLES": "1"}, "other settings"), ({"RESTART": "1"}, "exists; choose")):
         result = lab.run("sparse_run.sh", **other)
         assert result.returncode == 2 and message in result.stderr
@@ -167,6 +167,18 @@ def test_cycles_are_refitted_on_the_training_data_if_asked_for(refit, lab, cycle
     lab.run("sparse_run.sh", REFIT=refit)
     flags = json.loads((cycles / "settings.json").read_text())["flags"]
     assert ("--refit" in flags) == ("--calib" in flags) == bool(refit)
+
+
+def test_cycles_half_forgotten_are_not_taken_for_those_of_other_settings(lab, cycles, tiny):
+    """Killed while it forgets, when files are gone and folders aren't."""
+    done(cycles, tiny("qwen3_vl"), 1, 0.3, 2.5, 2.05)
+    (cycles / "settings.json").write_text('{"model": "another"}')
+    rm = lab.folder / "env/bin/rm"
+    executable(rm, '#!/bin/sh\nshift\nfind "$@" -maxdepth 1 -type f -delete\nexit 1\n')
+    assert lab.run("sparse_run.sh", RESTART=1).returncode == 1
+    rm.unlink()
+    result = lab.run("sparse_run.sh")
+    assert result.returncode == 2 and "holds cycles with other settings" in result.stderr, result.stderr
 
 
 def test_other_settings_for_cycles_that_are_there_are_refused(lab, cycles):

@@ -1,5 +1,6 @@
 """loop.json: rounds begin, are judged, fail and end; what is tidied away."""
 
+import argparse
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 from helpers.cuts import cut_width
 
 from prunekit.errors import PruneKitError
+from prunekit.loop.__main__ import next_round
 from prunekit.loop.candidates import sizes
 from prunekit.loop.choice import Candidate
 from prunekit.loop.state import Loop
@@ -24,6 +26,7 @@ def loop(tiny, tmp_path):
                 "keep": 0.9, "metric": "token_acc", "cuts": ["neurons"], "share": 0.25}  # fmt: skip
     made = Loop.begin(tmp_path / "loop", settings, base)
     made.note_base(measured(tmp_path / "base.json", 1.0))
+    made.save()
     return made
 
 
@@ -109,6 +112,20 @@ def test_it_ends_where_targets_are_reached_or_rounds_are_used_up(loop):
     assert Loop(loop.folder).end(1) == "MAX_ROUNDS=1 are done"
     do_round(Loop(loop.folder), 0.95, share=0.25)
     assert Loop(loop.folder).end(8) == "all targets are reached"
+
+
+def test_a_loop_that_begins_is_not_written_down_without_what_it_needs_of_its_base(loop, tmp_path):
+    made = Loop.begin(tmp_path / "new", loop.settings, loop.base["sizes"])
+    with pytest.raises(PruneKitError, match="gone.json"):
+        made.note_base(tmp_path / "gone.json")
+    assert not made.folder.exists()
+
+
+def test_where_a_parameter_is_missing_a_layer_may_go(loop, capsys):
+    loop.settings["targets"]["params"] = loop.base["sizes"]["params"] - 1
+    loop.save()
+    next_round(argparse.Namespace(into=loop.folder, dry_run=False, keep_rounds="good", max_rounds=8))
+    assert "LEAVES=0.9999\n" in capsys.readouterr().out, "of all parameters no path of a scan takes any"
 
 
 def test_other_settings_are_refused_and_a_base_that_moved_is_not(loop):

@@ -144,6 +144,7 @@ def test_what_swift_takes_passes(line):
         ("--custom_dataset_info gone.json", r"gone.json: no such file"),
         ("--adapters gone", r"--adapters gone: no such folder"),
         ("--max_shard_size 5G", r"--max_shard_size 5G: give a size like 5GB"),
+        ("--fsdp fsdp2 --deepspeed zero2", r"--fsdp and --deepspeed \(DEEPSPEED=\) exclude each other"),
         ("--fsdp fsdp3", r"--fsdp fsdp3: no such file, and none of fsdp2"),
         ("--eval_strategy step", r"--eval_strategy step is unknown: .*did you mean steps\?"),
         ("--resume_from_checkpoint gone", r"--resume_from_checkpoint gone: no such folder"),

@@ -1,5 +1,7 @@
 """What launchers refuse before anything is written: environment, port, disk, and the command itself."""
 
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 
 from prunekit.errors import PruneKitError
 from prunekit.msswift.line import parse
-from prunekit.training.preflight import check_best, check_disk, check_environment, check_port, free_ports, main
+from prunekit.training.preflight import (
+    check_best,
+    check_disk,
+    check_environment,
+    check_port,
+    check_saved,
+    free_ports,
+    main,
+)
 
 # --- the best checkpoint ------------------------------------------------------------------------------------------
 
@@ -182,7 +192,8 @@ def test_what_a_plugin_would_refuse_is_refused_before_it_is_loaded(
     monkeypatch.setenv("PRUNEKIT_GRADUAL", settings)
     monkeypatch.setattr("prunekit.msswift.line.check_packages", lambda args: None)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 3}}')
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}))
     plugins = [str(ROOT / f"plugins/{name}.py") for name in ("head_rates", "sparsity")]
     words = ["--tuner_type", "full", "--torch_dtype", "float32", "--external_plugins", *plugins, *line.split()]
     head = ["--model", str(tiny("gpt2")), "--out", str(tmp_path / "out"), "--swift", "sft"]
@@ -203,6 +214,25 @@ def test_a_training_that_would_fail_or_keep_nothing_is_refused(preflight, tiny, 
     assert result.returncode == 2 and message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('--deepspeed={"zero_optimization":{"stage":3}}', '"stage3_gather_16bit_weights_on_model_save": true'),
+        ("--fsdp=fsdp2", '"state_dict_type": "FULL_STATE_DICT"'),
+        ('--fsdp={"fsdp_config":{"state_dict_type":"SHARDED_STATE_DICT"}}', '"state_dict_type": "FULL_STATE_DICT"'),
+        ('--fsdp={"fsdp_config":{"state_dict_type":"FULL_STATE_DICT"}}', ""),
+        ('--deepspeed={"zero_optimization":{"stage":3}} --tuner_type=lora', ""),  # of an adapter all is saved
+        ("--deepspeed=zero3", ""),
+        ("--deepspeed=zero3_offload", ""),
+        ('--deepspeed={"zero_optimization":{"stage":3,"gather_16bit_weights_on_model_save":true}}', ""),
+    ],
+)
+def test_a_training_whose_checkpoints_would_lack_weights_is_refused(line, message):
+    args = parse("sft", ["--tuner_type", "full", *line.split()])
+    with pytest.raises(PruneKitError, match=message) if message else contextlib.nullcontext():
+        check_saved(args)
+
+
 def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
     line = ["--rlhf_type", "gkd", "--lmbda", "1", "--max_length", "100", "--max_completion_length", "16"]
     found = answers(preflight("--model", tiny("gpt2"), "--swift", "rlhf", "--", *line))
@@ -210,6 +240,11 @@ def test_lengths_for_a_merged_line_are_answered(preflight, tiny):
     line[line.index("100")] = "40"
     found = answers(preflight("--model", tiny("gpt2"), "--swift", "rlhf", "--", *line))
     assert found["MAX_LENGTH"] == ""
+
+
+def test_rewards_may_need_no_column(preflight, tiny):
+    """REWARD_COLUMNS=() in rl_run.sh."""
+    assert preflight("--model", tiny("gpt2"), "--needed-columns", "--swift", "rlhf", "--").returncode == 0
 
 
 def test_processes_of_the_environment_count(preflight, tiny, monkeypatch):

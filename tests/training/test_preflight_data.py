@@ -29,6 +29,19 @@ def data(tmp_path, monkeypatch):
     return write
 
 
+ASKED = {"messages": ROW["messages"][:1]}
+
+
+@pytest.mark.parametrize("last", [ASKED, {"messages": [*ASKED["messages"], {"role": "assistant", "content": None}]}])
+def test_rows_of_which_none_has_an_answer_teach_nothing(data, last):
+    """ms-swift trains on them to the end, at a loss of 0."""
+    with pytest.raises(PruneKitError, match="no row has an assistant's message, so nothing would be learned"):
+        check_datasets([data(ASKED, last)], learned=True)
+    assert not check_datasets([data(ASKED, last)]), "a policy answers itself"
+    assert not check_datasets([data(ASKED, ROW)], learned=True)
+    assert check_datasets([data({"text": "a"})], learned=True)
+
+
 MESSAGES = st.lists(JSON | st.fixed_dictionaries({"role": JSON, "content": JSON}), max_size=3)
 ROWS = st.fixed_dictionaries(
     {},
