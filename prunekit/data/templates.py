@@ -90,12 +90,13 @@ def find_template(
     likely = {name: likeness(name) / len(turns) for name in names}
     name = max(names, key=likely.__getitem__)  # the first of equals, in ms-swift's order
     name = only if only and likely[name] < ALIKE else name
+    unlike = chat and likely[name] < ALIKE
     print(
-        f"{checkpoint.path}: chat template {name}, {likely[name]:.0%} like its own; TEMPLATE= (--template) chooses "
-        "another",
+        f"{'warning: ' * unlike}{checkpoint.path}: chat template {name}, {likely[name]:.0%} like its own"
+        f"{', so that rows are not written as it was taught them' * unlike}; TEMPLATE= (--template) chooses another",
         file=sys.stderr,
     )
-    return None if name == only else name
+    return name
 
 
 @contextlib.contextmanager

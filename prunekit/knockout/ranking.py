@@ -47,6 +47,12 @@ def read_ranking(file: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """A ranking.json of this model. PruneKitError if it isn't, or isn't what `build_ranking` makes."""
     ranking = read_json(file)
     check(ranking, _RANKING, f"the ranking isn't one that knockout_check.sh wrote ({RANKING})")
+    said = [*ranking["removals"], *(ranking.get("greedy") or {"path": ()})["path"]]
+    if said and not any("relative" in entry for entry in said):  # nor would importances of it be more than none
+        raise PruneKitError(
+            f"{file}: doesn't say what a removal keeps of the baseline, as a scan's own file doesn't: give "
+            f"the {RANKING} of knockout_check.sh (MODE=scan: without trainings)"
+        )
     check_ranking(checkpoint, ranking)
     return ranking
 

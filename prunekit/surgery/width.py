@@ -124,7 +124,8 @@ def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, g
     sizes = [1] if groups is None or family.kv_heads is None else range(1, size + 1)
     each = range(1, count + 1) if groups is None or family.kv_heads is None else [groups]
     allowed = sorted({number * n for number in each for n in sizes} - {count})
-    if not mask and family.removable_heads == "divisors":
+    divisors = not mask and family.removable_heads == "divisors"
+    if divisors:
         allowed = [number for number in allowed if hidden % number == 0]
     wanted, said = (size * groups, f"--kv-groups {groups}") if groups else (None, "")
     if keep is not None:
@@ -136,12 +137,13 @@ def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, g
         why = f"{kv_heads} KV heads, each shared by {size}" if size > 1 else "a KV head for each"
         if family.kv_heads is None:
             why = "none of them shared"
-        if not mask and family.removable_heads == "divisors":
+        if divisors:
             why += f", and transformers wants a divisor of {family.hidden} {hidden}"
-        raise PruneKitError(
-            f"{said}: the model has {count} attention heads ({why}); "
-            + (f"keep one of {', '.join(map(str, allowed))}" if allowed else "none can go")
-        )
+        instead = f"keep one of {', '.join(map(str, allowed))}" if allowed else "none can go"
+        if not allowed and divisors and groups != kv_heads:  # one KV head with one query head always can stay
+            others = [number for number in range(1, kv_heads) if any(hidden % (number * n) == 0 for n in sizes)]
+            instead = f"with so many KV heads there is none: give --kv-groups {' or '.join(map(str, others))}"
+        raise PruneKitError(f"{said}: the model has {count} attention heads ({why}); {instead}")
     return Heads(int(wanted), int(wanted) if groups is None else groups, dim)
 
 

@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from prunekit.errors import PruneKitError
+
 from .distillation_loss import distillation_loss, top_k
 from .ledger import Ledger
 
@@ -89,7 +91,15 @@ def _student(config: Any, step: Step) -> nn.Module:
         return model
     import peft
 
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**dict(step.lora))).train()
+    lora = dict(step.lora)
+    if lora["target_modules"] == "all-linear":  # as ms-swift reads it: peft takes the experts of a mixture, too
+        head = model.get_output_embeddings()
+        linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
+        lora["target_modules"] = linear
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**lora)).train()
+    except ValueError as error:
+        raise PruneKitError(f"peft refuses this LoRA of a {config.model_type}: {error}") from None
     # DeepSpeed turns all of it into the type to compute in; else adapters are float32
     return adapted if step.autocast else adapted.to(getattr(torch, step.weights))
 

@@ -100,16 +100,24 @@ def test_a_name_of_the_hub_is_left_to_swift(chatting):
     assert find_template(open_checkpoint(chatting("qwen3", HYBRID, "Qwen3-8B"))) is None
 
 
-@pytest.mark.parametrize(
-    ("chat_template", "said"),
-    [(INST, "chat template llama, "), (HEADERS, "chat template llama, "), (None, "")],
-    ids=["its own", "like none", "none"],
-)
-def test_where_swift_has_one_alone_it_is_left_to_it_unless_the_checkpoint_writes_otherwise(
-    chat_template, said, chatting, capsys
+@pytest.mark.parametrize("chat_template", [INST, HEADERS], ids=["without its system message", "like none"])
+def test_where_swift_has_one_alone_it_is_taken_and_a_checkpoint_that_writes_otherwise_warned_of(
+    chat_template, chatting, capsys
 ):
-    assert find_template(open_checkpoint(chatting("mistral", chat_template))) is None
-    assert said in capsys.readouterr().err
+    assert find_template(open_checkpoint(chatting("mistral", chat_template))) == "llama"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("warning: ") and "chat template llama, " in said[0] and "as it was taught" in said[0]
+
+
+def test_where_swift_has_one_alone_and_the_checkpoint_none_it_is_left_to_swift(chatting, capsys):
+    assert find_template(open_checkpoint(chatting("mistral", None))) is None
+    assert not capsys.readouterr().err
+
+
+def test_of_texts_no_template_is_warned_of(chatting, capsys):
+    assert find_template(open_checkpoint(chatting("mistral", INST)), chat=False) == "llama"
+    assert not capsys.readouterr().err.startswith("warning: ")
 
 
 def test_a_template_that_cant_be_told_is_asked_for_in_one_line(chatting):

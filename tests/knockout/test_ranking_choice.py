@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from helpers.rankings import path, removal, scan
 
 from prunekit.checkpoint import open_checkpoint, statistics
 from prunekit.errors import PruneKitError
-from prunekit.knockout.ranking import choose_from_ranking, knockout_importance, read_ranking
+from prunekit.knockout.ranking import build_ranking, choose_from_ranking, knockout_importance, read_ranking
 from prunekit.surgery.layers import plan_layers
 
 
@@ -162,3 +163,12 @@ def test_a_file_that_is_no_ranking_is_refused(tiny, tmp_path):
     (tmp_path / "ranking.json").write_text('{"layers": []}')
     with pytest.raises(PruneKitError, match="isn't one that knockout_check.sh wrote.*removals is missing"):
         read_ranking(tmp_path / "ranking.json", open_checkpoint(tiny("llama")))
+
+
+def test_what_a_scan_alone_wrote_is_no_ranking(tiny, tmp_path):
+    found = scan(removal(0, 0.9), greedy=path(0.8, 0.7))
+    (tmp_path / "scan.json").write_text(json.dumps(found))
+    with pytest.raises(PruneKitError, match="what a removal keeps.*give the ranking.json of knockout_check.sh"):
+        read_ranking(tmp_path / "scan.json", open_checkpoint(tiny("llama")))
+    (tmp_path / "ranking.json").write_text(json.dumps(build_ranking(found, [], "a model", {})))
+    assert read_ranking(tmp_path / "ranking.json", open_checkpoint(tiny("llama")))["removals"]

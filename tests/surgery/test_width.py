@@ -351,6 +351,15 @@ def test_impossible_cuts_are_refused(family, wanted, message, tiny):
         plan_width(open_checkpoint(tiny(family)), **wanted)
 
 
+def test_kv_groups_with_which_no_head_can_go_are_refused_with_those_with_which_some_can(tmp_path):
+    config = hf.LlamaConfig(**TEXT | {"num_attention_heads": 8, "num_key_value_heads": 4}, head_dim=16)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    with pytest.raises(PruneKitError, match="--kv-groups 3: .*give --kv-groups 1 or 2$"):
+        plan_width(checkpoint, kv_groups=3)
+    assert [plan_width(checkpoint, kv_groups=number).heads.query for number in (1, 2)] == [2, 4]
+
+
 def test_transformers_refuses_llamas_whose_heads_dont_divide_hidden_and_so_do_we(tmp_path):
     config = hf.LlamaConfig(**TEXT | {"num_attention_heads": 8, "num_key_value_heads": 1}, head_dim=16)
     hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "in")

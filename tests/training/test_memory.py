@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.errors import PruneKitError
 from prunekit.memory import defaults
 from prunekit.msswift.line import parse
 from prunekit.training.ledger import Ledger
@@ -127,6 +128,21 @@ def test_an_adapter_alone_is_trained(tmp_path):
     found = go_through(tmp_path, Step("sft", Rows(1, 16, 0, 8), **FLOATS, lora=lora))
     per_layer = 4 * (32 + 8 * 16) + 4 * (48 + 32)  # rank times inputs and outputs
     assert found.trained == 5 * per_layer
+
+
+def test_of_a_mixture_all_linear_is_its_attention_as_ms_swift_reads_it(tmp_path):
+    config_folder("mixtral", tmp_path)
+    lora = (("r", 4), ("lora_dropout", 0.05), ("target_modules", "all-linear"))
+    found = go_through(tmp_path, Step("sft", Rows(1, 16, 0, 8), **FLOATS, lora=lora))
+    per_layer = 4 * (2 * (32 + 4 * 16) + 2 * (32 + 2 * 16))
+    assert found.trained == 5 * per_layer
+
+
+def test_an_adapter_that_peft_refuses_is_a_mistake_in_one_line(tmp_path):
+    config_folder("qwen3_moe", tmp_path)  # of its dense layers' names it takes the experts, too
+    lora = (("r", 4), ("lora_dropout", 0.05), ("target_modules", "all-linear"))
+    with pytest.raises(PruneKitError, match="peft refuses this LoRA of a qwen3_moe: .*lora_dropout"):
+        go_through(tmp_path, Step("sft", Rows(1, 16, 0, 8), **FLOATS, lora=lora))
 
 
 def account(weights=2000, trained=1000, peak=None):
