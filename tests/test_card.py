@@ -123,7 +123,11 @@ def test_a_loops_rounds_and_the_lines_that_ran_are_on_the_page(models, tmp_path)
         "tries": tries,
         "sizes": sizes(models / "first"),
     }
-    loop.rounds[0]["candidates"] = [{"name": "text-01", "chosen": True}, {"name": "neurons 0.5", "chosen": False}]
+    cuts = [("layers", "text-01", True), ("neurons", "neurons 0.5", False)]
+    loop.rounds[0]["candidates"] = [
+        {"kind": kind, "name": name, "cost": 0.1, "saved": {"params": 1.0}, "flags": [], "chosen": chosen}
+        for kind, name, chosen in cuts
+    ]
     loop.ended.append({"stage": "rl", "good": False, "from": "x", "nothing": "skipped"})
     loop.save()
     (loop.folder / "seconds").write_text(
