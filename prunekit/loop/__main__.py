@@ -9,10 +9,12 @@
     python -m prunekit.loop reached --into runs/small.loop
 
 next answers ROUND=, FROM= (a folder within INTO; empty: the base), TEACHER= (so, too), MOST= (the parameters that may
-go), LEAVES= (the share of them down to which layers are worth a scan), WANTS= (the targets that are not reached) and
-KEPT=; or END=, why there is no other round. judge answers VERDICT=good, longer (to be recovered for longer) or back.
-trials and choose answer command lines. end answers STAGE=, the next of the stages behind the last round, and FROM=, the
-folder that it begins with; judge-end is judge for that. reached ends with exit code 3 where not all targets are.
+go), LEAVES= (the share of them down to which layers are worth a scan), WANTS= (the targets that are not reached),
+SCANNED=1 (a failed round has scanned this model) and KEPT=; or END=, why there is no other round. judge answers
+VERDICT=good, longer (to be recovered for longer) or back. trials and choose answer command lines; choose ends with exit
+code 3 where nothing fits, and with 4 where smaller cuts are worth a trial first (trials --finer). end answers STAGE=,
+the next of the stages behind the last round, and FROM=, the folder that it begins with; judge-end is judge for that.
+reached ends with exit code 3 where not all targets are.
 """
 
 import argparse
