@@ -16,7 +16,7 @@ token_acc, untrained and after equal recovery.
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
 Of a loop that goes on it is that of this call.
 SmolLM2 (bash bench/setup.sh) goes on with pieces of Wikipedia, and is judged by the loss of sixteen other pieces: a
-round takes an hour of one core.
+round took 72 minutes of one core beside other work, its recovery for longer included.
 With --log FILE it says this of a loop that has ended, whose last line there was "SECONDS s".
 """
 

@@ -145,7 +145,8 @@ def choose_cuts(args: argparse.Namespace) -> int:
     candidates = from_path(checkpoint, args.scan, timing) if args.scan else []
     for file in args.trials:
         candidates += from_trials(checkpoint, file, timing)
-    candidates += [each for each in loop.known() if each.name not in {new.name for new in candidates}]
+    measured = {each.name for each in candidates}
+    candidates += [each for each in loop.known() if each.name not in measured]
     most = loop.affordable()
     if math.isfinite(most):
         print(
