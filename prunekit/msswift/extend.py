@@ -1,5 +1,6 @@
-"""What ms-swift learns from Prune-Kit: GPT-2, the image tokens of any tokenizer, and plugins that a user names."""
+"""What ms-swift learns from Prune-Kit: GPT-2, image tokens (any tokenizer's, none in answers), a user's plugins."""
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,36 @@ def take_image_tokens_from_tokenizers() -> None:
     Qwen2VLTemplate.video_token_id = property(lambda template: template.processor.video_token_id)
 
 
+def keep_image_tokens_out_of_answers() -> None:
+    """Let no engine of ms-swift's answer with a token that stands for an image, a video or sound.
+
+    A damaged student does, and a training on its own answers then ends where the model looks for the image to it. Of
+    what the template says (placeholder_tokens); engines that ask neither transformers nor vLLM stay as they are.
+    """
+    from swift.infer_engine.infer_engine import InferEngine
+
+    begin = InferEngine.__init__
+    if hasattr(begin, "__wrapped__"):
+        return
+
+    @functools.wraps(begin)
+    def begin_without_image_tokens(engine, *args, **kwargs):
+        begin(engine, *args, **kwargs)
+        prepare, forbidden = engine._prepare_generation_config, sorted(set(engine.template.placeholder_tokens))
+
+        def prepare_without_image_tokens(request_config):
+            config = prepare(request_config)
+            if forbidden and hasattr(config, "suppress_tokens"):  # transformers
+                config.suppress_tokens = [*(config.suppress_tokens or ()), *forbidden]
+            elif forbidden and hasattr(config, "logit_bias"):  # vLLM, which bears no less than -100
+                config.logit_bias = (config.logit_bias or {}) | dict.fromkeys(forbidden, -100.0)
+            return config
+
+        engine._prepare_generation_config = prepare_without_image_tokens
+
+    InferEngine.__init__ = begin_without_image_tokens
+
+
 def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does.
 
@@ -45,6 +76,7 @@ def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
 
     register_gpt2()
     take_image_tokens_from_tokenizers()
+    keep_image_tokens_out_of_answers()
     for plugin in plugins:
         try:
             import_external_file(str(plugin))

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from helpers.cuts import cut_width
-from helpers.paths import ROOT
+from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import load
 
 from prunekit.errors import PruneKitError
@@ -176,6 +176,48 @@ def test_the_ids_of_images_and_videos_are_those_of_the_models_own_tokenizer(swif
     template = object.__new__(swift.qwen_vl)
     template.processor = SimpleNamespace(image_token_id=3, video_token_id=4)
     assert (template.image_token_id, template.video_token_id) == (3, 4)
+
+
+@pytest.fixture
+def image_lover(swift):
+    """An engine whose model finds the token of an image likelier than all others."""
+    from swift.infer_engine import TransformersEngine
+
+    engine = TransformersEngine(str(EMBEDDED), model_type="qwen3_vl", torch_dtype=torch.float32)
+    image = engine.template.processor.image_token_id
+
+    def love(module, inputs, logits):
+        logits[..., image] += 1e4
+
+    engine.model.lm_head.register_forward_hook(love)
+    return engine
+
+
+def test_no_answer_has_a_token_that_stands_for_an_image(swift, image_lover):
+    from swift.infer_engine import InferRequest, RequestConfig
+
+    request = InferRequest([{"role": "user", "content": "Read this."}])
+    answers = image_lover.infer([request], RequestConfig(max_tokens=3, temperature=1, return_details=True))
+    tokens = answers[0].choices[0].token_ids
+    assert tokens and image_lover.template.image_token_id not in tokens
+
+
+def test_vllms_answers_have_none_either(swift):
+    from swift.infer_engine.infer_engine import InferEngine
+
+    class Engine(InferEngine):
+        infer_async = None
+
+        def _prepare_generation_config(self, request_config):
+            return SimpleNamespace(logit_bias=None)
+
+    model = SimpleNamespace(model_dir="", model_name="", max_model_len=9, task_type="causal_lm", config=None)
+    template = SimpleNamespace(
+        processor=SimpleNamespace(model_info=model, model_meta=None),
+        template_meta=SimpleNamespace(template_type="qwen3_vl"),
+        placeholder_tokens=[3, 4, 3],
+    )
+    assert Engine(template)._prepare_generation_config(None).logit_bias == {3: -100, 4: -100}
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):
