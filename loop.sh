@@ -102,6 +102,8 @@ need KEEP '0?\.[0-9]*[1-9][0-9]*|1(\.0*)?' "give the share of the base's $METRIC
 need ROUND_SHARE '0?\.[0-9]*[1-9][0-9]*' "give a share of the weights, as 0.25"
 kind='(layers|experts|heads|neurons|kv|vocabulary)'
 need CUTS "$kind( +$kind)*" "choose from layers, experts, heads, neurons, kv and vocabulary"
+[[ " $CUTS " != *" vocabulary "* || " $END " != *" rl "* || ${ALGORITHM:-} != OPD ]] ||
+  die "ALGORITHM=OPD: its TEACHER has the tokens that CUTS=vocabulary takes away: cut no vocabulary, or choose another ALGORITHM"
 [ -n "$TARGET_PARAMS$TARGET_BYTES$TARGET_KV$TARGET_SPEED" ] ||
   die "no target: set TARGET_PARAMS, TARGET_BYTES, TARGET_KV or TARGET_SPEED"
 [[ $METRIC != reward || " ${evaluate_args[*]} " == *" --rewards "* ]] ||

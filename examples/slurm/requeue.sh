@@ -10,20 +10,25 @@ PRUNEKIT=${PRUNEKIT:-${SLURM_SUBMIT_DIR:-$PWD}}
 # until_done COMMAND...: run it, unless an earlier turn of this job has finished OUTPUT. Slurm sends USR1 before the time is
 # up (--signal): then it is ended, and the job put into the queue again, where the same command goes on.
 until_done() {
-  local child code=0
+  local child code=0 before
   while [[ ${OUTPUT:?set OUTPUT} == ?*/ ]]; do OUTPUT=${OUTPUT%/}; done
+  before=$OUTPUT.before-$SLURM_JOB_ID # younger than what the first turn found there
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     unset RESTART # it was for the first turn
-    if [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT.run" ]; then
+    if [ -e "$OUTPUT" ] && [ ! -e "$OUTPUT.run" ] && { [ ! -e "$before" ] || [ "$OUTPUT" -nt "$before" ]; }; then
       echo "$OUTPUT is there already"
+      rm -f "$before"
       return
     fi
+  elif [ -e "$OUTPUT" ]; then
+    touch "$before"
   fi
   "$@" &
   child=$!
   trap 'end "$child"; scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
   trap 'end "$child"; exit 143' TERM # preempted: Slurm requeues it itself
   wait "$child" || code=$?
+  rm -f "$before"
   return "$code"
 }
 end() {

@@ -138,6 +138,8 @@ def read_json(path: Path, **how: Any) -> Any:
     """A JSON file's content; PruneKitError if it can't be read or parsed. `how` goes to json.loads."""
     try:
         return json.loads(path.read_bytes(), **how)
+    except FileNotFoundError as error:
+        raise PruneKitError(f"{path}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise PruneKitError(f"{path}: can't be read as JSON ({error})") from error
 

@@ -378,6 +378,10 @@ def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
         ({"CUTS": "kv kv"}, "each once"),
         ({"TARGET_SPEED": "0.5"}, "TARGET_SPEED=0.5: give how many times as fast"),
         ({"CUTS": "layers vocabulary"}, "tokenizer.json"),
+        (
+            {"CUTS": "layers vocabulary", "END": "rl", "RL_DATASET": "train.jsonl", "ALGORITHM": "OPD"},
+            "ALGORITHM=OPD: its TEACHER has the tokens",
+        ),
         ({"CUTS": "layers experts"}, "CUTS has experts: {model}: qwen3_vl without a mixture of experts"),
         ({"MAX_ROUNDS": "99999999"}, "GB free, out may need"),
         ({"DISTIL_STEPS": "9", "GPUS": "0,1", "STUB_GPUS": "2", "ROLLOUT_GPUS": "9"}, "there is no GPU 9 here"),

@@ -1,5 +1,6 @@
 """Jobs for Slurm, with a `srun` and a `scontrol` in their places: what each node gets, and a job that is requeued."""
 
+import shutil
 import signal
 import subprocess
 
@@ -74,6 +75,19 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(slurm, lab):
     assert len(lab.calls("sft")) == 2
     finish(slurm("train.sbatch", "full_run.sh", "--overwrite"))
     assert len(lab.calls("sft")) == 3, "a first turn is told what to do"
+
+
+def test_what_a_job_is_to_overwrite_is_not_taken_for_its_result(slurm, lab):
+    lab.run("full_run.sh", GPUS="")
+    process = slurm("train.sbatch", "full_run.sh", "--overwrite", STUB_HANG_AT=3)
+    wait_for(lambda: lab.calls(event="hang"))
+    process.send_signal(signal.SIGUSR1)
+    finish(process)
+    wait_for(lambda: not lab.left())
+    shutil.rmtree(lab.work)  # as if it had been ended before it began to train
+    turns = [finish(slurm("train.sbatch", "full_run.sh", "--overwrite", SLURM_RESTART_COUNT=n)) for n in (1, 2)]
+    assert ["is there already" in said for said in turns] == [False, True]
+    assert not list(lab.out.parent.glob("*.before-*"))
 
 
 def test_a_job_that_was_to_restart_does_so_in_its_first_turn_only(slurm, lab):
