@@ -114,6 +114,7 @@ case $METRIC in
 esac
 
 refuse_data_flags "$@"
+[ -z "$REUSE" ] || die "REUSE=1: is for a single training; leave it out: the same command goes on by itself"
 
 result=distilled
 [ "$DISTIL_STEPS" -gt 0 ] || result=recovered

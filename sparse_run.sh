@@ -47,6 +47,7 @@ need SCHEDULE 'exponential|cubic' "choose exponential or cubic"
 need SCORE 'magnitude|wanda|gradient' "choose magnitude, wanda or gradient"
 one_node "cycles run on one node; its GPUs all take part"
 refuse_data_flags "$@"
+[ -z "$REUSE" ] || die "REUSE=1: is for a single training; leave it out: the same command goes on by itself"
 flags_of callbacks "$@"
 [[ ${#FLAGS[@]} -eq 0 || " ${FLAGS[*]} " == *" keep_zeros "* ]] ||
   die "${FLAGS[*]}: name keep_zeros, too, without which a cycle would train its zeros away"

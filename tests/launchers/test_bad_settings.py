@@ -43,6 +43,7 @@ BAD_SETTINGS = [
     }.items()),
     *(({name: value}, "sparse_run.sh") for name, value in {
         "REFIT": "yes", "CYCLES": "-1", "SPARSITY": "1", "START": "x", "WORSE": "nan", "SCHEDULE": "x", "SCORE": "x",
+        "REUSE": "1",
     }.items()),
     *(({name: value}, "loop.sh") for name, value in {
         "TARGET_PARAMS": "1.5", "TARGET_BYTES": "5GB", "TARGET_KV": "0", "KEEP": "97", "METRIC": "bleu",

@@ -371,6 +371,7 @@ def test_a_finished_loop_is_refused_as_any_output_that_exists(loop):
         ({"TARGET_BYTES": "5e9"}, "TARGET_BYTES: {model} is as small as that already"),
         ({"TARGET_PARAMS": "", "TARGET_KV": "0.5", "CUTS": "neurons"}, "TARGET_KV: is"),
         ({"TARGET_PARAMS": "0.3", "CUTS": "kv"}, "TARGET_PARAMS: is"),
+        ({"REUSE": "1"}, "REUSE=1: is for a single training"),
         ({"METRIC": "reward"}, "of which rewards?"),
         ({"METRIC": "exact_match"}, "has no exact_match (METRIC)"),
         ({"STUB_SCORES": '{"qwen3_vl": 0}'}, "of that no share can be kept"),
