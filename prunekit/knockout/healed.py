@@ -14,7 +14,7 @@ from prunekit.surgery.layers_fit import fit_layers
 from prunekit.surgery.sides import Projection, Sides, reached
 
 from .removal import BASELINE, Removal
-from .scanner import Scanner
+from .scanner import Scanner, Trace
 
 
 class HealedScanner:
@@ -38,6 +38,8 @@ class HealedScanner:
         parameters = [p for projection in projections for p in projection.parameters.values()]
         self.uncut = [(parameter, parameter.data) for parameter in parameters]
         self.healed: tuple[Removal, ...] = ()
+        # Of the model as it is healed now: each batch's pass, and what it scores
+        self.runs: list[tuple[Trace, dict[str, list]]] = []
 
     @contextlib.contextmanager
     def uncut_weights(self) -> Iterator[None]:
@@ -55,6 +57,7 @@ class HealedScanner:
         """Refit the model for this cut, from its own weights."""
         if tuple(gone) == self.healed:
             return
+        self.runs = []
         for parameter, data in self.uncut:
             parameter.data = data.clone()
         if gone and find_seams(plan := self.scanner.plan(gone)):
@@ -72,29 +75,31 @@ class HealedScanner:
         self.heal(gone)
         scanner, batches = self.scanner, range(len(self.scanner.batches))
         with torch.inference_mode():
-            traces, room = [], scanner.state_bytes
-            scanner.state_bytes //= len(batches)  # all batches' states are kept at once
-            for index in batches:
-                with scanner.without(gone):
-                    traces.append(scanner.trace(scanner.batches[index], gone))
-            scanner.state_bytes = room
+            runs = self._runs_without(gone)
             records: list[dict[str, Any]] = [
-                {
-                    "scores": {BASELINE: scanner.score(trace.final, index)},
-                    "influence": trace.influence,
-                    "seconds": trace.seconds,
-                }
-                for index, trace in enumerate(traces)
+                {"scores": {BASELINE: score}, "influence": trace.influence, "seconds": trace.seconds}
+                for trace, score in runs
             ]
             for stack in self.stacks:
                 mine = sorted(k for k in candidates if k.stack == stack)
                 for candidate, start in self._refitted(stack, gone, mine):
                     for index in batches:
-                        final = scanner.final_without(candidate, gone, traces[index], scanner.batches[index], start)
+                        final = scanner.final_without(candidate, gone, runs[index][0], scanner.batches[index], start)
                         scores = records[index]["scores"]
                         scores[str(candidate)] = scores[BASELINE] if final is None else scanner.score(final, index)
                     scored()
         return records
+
+    def _runs_without(self, gone: Sequence[Removal]) -> list[tuple[Trace, dict[str, list]]]:
+        """Every batch run without `gone`, for which the model is healed, and scored: once, while that is so."""
+        scanner, room = self.scanner, self.scanner.state_bytes
+        if not self.runs:
+            scanner.state_bytes //= len(scanner.batches)  # all batches' states are kept at once
+            with scanner.without(gone):
+                traces = [scanner.trace(batch, gone) for batch in scanner.batches]
+            scanner.state_bytes = room
+            self.runs = [(trace, scanner.score(trace.final, index)) for index, trace in enumerate(traces)]
+        return self.runs
 
     def _refitted(
         self, stack: str, gone: Sequence[Removal], candidates: Sequence[Removal]

@@ -79,6 +79,26 @@ def test_a_scan_leaves_the_healed_weights_and_the_uncut_ones_as_they_were(tiny):
     assert all(torch.equal(a, b) for a, b in zip(uncut, scanner.model.parameters(), strict=True))
 
 
+def test_a_model_that_is_as_it_was_is_not_run_again(tiny, monkeypatch):
+    scanner, runs = healed_scanner(tiny("llama")), []
+    trace = scanner.scanner.trace
+    monkeypatch.setattr(scanner.scanner, "trace", lambda batch, gone: runs.append(str(gone)) or trace(batch, gone))
+    for gone in ([], [Removal("text", 1)]):
+        scanner.measure(gone, [])
+        scanner.measure(gone, [Removal("text", 2), Removal("text", 3)])
+        scanner.measure(gone, [Removal("text", 4)])
+    assert len(runs) == 2 * len(SCORED) and len(set(runs)) == 2
+
+
+def test_candidates_that_come_later_are_scored_as_all_at_once(tiny):
+    scanner, gone = healed_scanner(tiny("qwen3_vl")), [Removal("text", 1)]
+    scanner.scanner.state_bytes = 4000  # few states are kept, and those in between found again
+    first, last = Removal("text", 4), Removal("text", 2)
+    found = [loss(scanner.measure(gone, [candidate]), str(candidate)) for candidate in (first, last)]
+    together = healed_scanner(tiny("qwen3_vl")).measure(gone, [first, last])
+    assert found == pytest.approx([loss(together, str(candidate)) for candidate in (first, last)], rel=1e-5)
+
+
 def test_a_scan_keeps_its_room_for_states(tiny):
     scanner = HealedScanner(
         Scanner(open_checkpoint(tiny("llama")), load(tiny("llama")), text_batches(3, seed=5)),
