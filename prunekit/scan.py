@@ -209,7 +209,7 @@ def search(
     if args.greedy or args.target_params:
         searched = scan
         if calib and args.heal:
-            searched = HealedScan(job, args.out / "records-healed.jsonl", calib, args.calib_tokens)
+            searched = HealedScan(job, args.out / "records-seams.jsonl", calib, args.calib_tokens)
         race_share = args.race_share if args.race and not args.heal else None
         path = find_path(searched, candidates, args.greedy, args.target_params, race_share, *answers, args.gate)
         result["greedy"] = {

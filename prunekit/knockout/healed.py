@@ -18,10 +18,11 @@ from .scanner import Scanner, Trace
 
 
 class HealedScanner:
-    """A scanner whose model is healed after each cut, as `manual_select.py --heal` heals it.
+    """A scanner whose model has its seams healed after each cut, as `manual_select.py --heal` heals them.
 
-    A candidate is scored with the layer before its seam refitted; what is gone already was healed whole, the layers
-    behind the seams too. Raises PruneKitError for a family that can't be healed.
+    That is the layer before each seam, of a candidate as of what is gone already. The layers behind seams stay as they
+    are: to refit them costs most of healing, and chooses the same (docs/knockout.md). Raises PruneKitError for a family
+    that can't be healed.
     """
 
     def __init__(self, scanner: Scanner, data: Calibration):
@@ -62,7 +63,7 @@ class HealedScanner:
             parameter.data = data.clone()
         if gone and find_seams(plan := self.scanner.plan(gone)):
             check_healable(plan)
-            fit_layers(plan, self.model, self.data)
+            fit_layers(plan, self.model, self.data, behind=False)
         self.healed = tuple(gone)
 
     def measure(

@@ -29,8 +29,10 @@ from .sides import Fit, Sides, reached
 
 
 @torch.inference_mode()
-def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: bool | None = None) -> LayersCut:
-    """Refit the layer before each seam, then the layers behind it up to the next one.
+def fit_layers(
+    plan: LayersPlan, model: nn.Module, data: Calibration, quiet: bool | None = None, behind: bool = True
+) -> LayersCut:
+    """Refit the layer before each seam, then with `behind` the layers behind it up to the next one.
 
     `model` is the uncut model; it ends up with the refitted weights. Ridges are chosen on the held-out rows, whose loss
     says what is kept: the refit before a seam unless it raises that clearly, those behind it only if they lower it (a
@@ -40,7 +42,8 @@ def fit_layers(plan: LayersPlan, model: nn.Module, data: Calibration, quiet: boo
     Memory: three states per token, and the normal matrix of one layer. Raises as `check_healable` and `reached`.
     """
     check_healable(plan)
-    family, seams = plan.source.family, find_seams(plan)
+    family = plan.source.family
+    seams = [seam if behind else replace(seam, behind=()) for seam in find_seams(plan)]
     rows = {stack: reached(model, family, stack, data.fit, data.held_out) for stack in {s.stack for s in seams}}
 
     def held_out_losses() -> torch.Tensor:
