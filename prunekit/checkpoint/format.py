@@ -202,7 +202,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def named(path: str | Path) -> Path:
-    """The path, if its name can be written into JSON and cards."""
+    """The path, if its name can be written into JSON and cards, and no shell has left a ~ in front (--out=~/x)."""
+    if Path(path).parts[:1] == ("~",):
+        raise PruneKitError(f"{path}: the shell left the ~ as it is; write $HOME in its place")
     try:
         str(path).encode()
     except UnicodeEncodeError:
