@@ -74,7 +74,7 @@ def main() -> int:
     folders = list(arguments.model)
     if arguments.out:
         checkpoint = open_checkpoint(arguments.model[-1])
-        check_out(arguments.out, checkpoint.path, overwrite=arguments.overwrite)
+        check_out(arguments.out, checkpoint.path, *arguments.model, overwrite=arguments.overwrite)
         form = choose_format(checkpoint, arguments.format)
         entry = deploy(checkpoint, arguments.out, form, arguments.overwrite)
         same = entry["metrics"]

@@ -100,8 +100,15 @@ def device(text: str) -> str:
     return text
 
 
+def check_home(path: str | Path) -> None:
+    """PruneKitError for a ~ that the shell has left in front, as in --out=~/x."""
+    if Path(path).parts[:1] == ("~",):
+        raise PruneKitError(f"{path}: the shell left the ~ as it is; write $HOME in its place")
+
+
 def new_file(text: str) -> Path:
     """A path to write a file to: its folder is there and may be written to, and it is no folder itself."""
+    check_home(text)
     path, folder = Path(text), Path(text).parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{folder} is no folder that you may write to: make it first")

@@ -68,6 +68,9 @@ def users_fault(error: BaseException) -> str | None:
             return str(error)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"{_name(error) or 'the files to write'}: the disk is full; make room or choose another disk"
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported for this
+            said = ". ".join(str(error).split(". ")[:3])
+            return f"{said}: lower --batch-size, --batch-tokens or --max-length, or take a GPU with more memory"
         case OSError() if _name(error) and error.strerror:
             return f"{_name(error)}: {error.strerror}"
         case UnicodeEncodeError() if re.search(r"[\ud800-\udfff]", error.object):

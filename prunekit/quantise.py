@@ -14,7 +14,7 @@ from typing import Any
 from prunekit.arguments import Parser, check_beside, positive_int
 from prunekit.checkpoint import Checkpoint, check_out, new_folder, open_checkpoint
 from prunekit.checkpoint.records import COMMAND
-from prunekit.data.batches import BESIDE_CALIB, add_calibration_arguments, model_and_calibration
+from prunekit.data.batches import BESIDE_CALIB, add_calibration_arguments, model_and_calibration, read_calibration
 from prunekit.errors import run_script
 from prunekit.serving.quantise import (
     SCHEMES,
@@ -74,6 +74,8 @@ def main() -> None:
     plan = plan_quantise(source, args.method, args.group)
     print(said(plan))
     if args.dry_run:
+        if args.calib:
+            read_calibration(args.calib)  # what is bad is named now, too
         return
     need_llm_compressor()
     calibrated: Any = None

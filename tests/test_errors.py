@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.paths import ROOT
 
 from prunekit.errors import PruneKitError, quoted, run_script
@@ -87,6 +88,13 @@ def test_a_name_of_several_lines_is_one_line(capsys):
 def test_brackets_in_brackets_are_one_line_where_json_is_read(capsys):
     code, lines = ended(lambda: json.loads("[" * 100_000), capsys)
     assert (code, len(lines)) == (2, 1)
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_lower(capsys):
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB. Of these ..."
+    code, lines = ended(failing(torch.OutOfMemoryError(said)), capsys)
+    assert (code, len(lines)) == (2, 1)
+    assert "Tried to allocate 2.00 GiB" in lines[0] and "lower --batch-size" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prunekit.arguments import check_home
 from prunekit.errors import PruneKitError
 from prunekit.families import Family, family_of
 
@@ -202,7 +203,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def named(path: str | Path) -> Path:
-    """The path, if its name can be written into JSON and cards."""
+    """The path, if its name can be written into JSON and cards; raises as `check_home`, too."""
+    check_home(path)
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from prunekit.errors import PruneKitError
 
 from .atomic import write_json
 from .folder import fingerprint
-from .format import read_json
+from .format import named, read_json
 
 __all__ = ["claim_folder", "fingerprint"]  # which settings hold, as what they depend on
 
@@ -25,6 +25,7 @@ def claim_folder(out: Path, settings: dict[str, Any], what: str) -> Iterator[Non
     Raises PruneKitError if it holds anything else, work of other settings, or if another process is at it. Such a
     refusal, or one that the block raises before it wrote anything, leaves nothing of the claim.
     """
+    named(out)
     _check_settings(out, settings, what)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)

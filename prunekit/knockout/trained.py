@@ -206,7 +206,8 @@ class Sweep:
 
         To close the iterator early, as KeyboardInterrupt does, ends the runs that are going on; they leave no record.
         """
-        (self.training.out / "runs").mkdir(parents=True, exist_ok=True)
+        if runs:  # MODE=scan takes the folder for trainings, which it leaves alone
+            (self.training.out / "runs").mkdir(parents=True, exist_ok=True)
         pairs = (
             self._on_cluster(runs)
             if os.environ.get("RAY_ADDRESS")

@@ -75,7 +75,7 @@ def read_texts(file: Path) -> list[Text]:
     if file.suffix == ".jsonl":
         return [_text_of(where, row) for where, row in iterate(file)]
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise PruneKitError(f"{file} is not UTF-8 text ({error.reason}): convert it") from None
     if not lines[-1]:

@@ -18,6 +18,7 @@ from helpers.checkpoints import assert_same_weights, copy_whole, entry, write_ra
 from helpers.paths import ROOT
 from helpers.tiny_models import load
 
+from prunekit.arguments import new_file
 from prunekit.checkpoint import (
     HISTORY,
     atomic,
@@ -28,6 +29,7 @@ from prunekit.checkpoint import (
     scratch_folder,
     write_json,
 )
+from prunekit.checkpoint.work_folder import claim_folder
 from prunekit.errors import PruneKitError
 
 
@@ -110,6 +112,16 @@ def test_the_input_is_never_overwritten(where, own):
     folder = own("llama")
     with pytest.raises(PruneKitError, match="is or holds the input"):
         check_out(folder / where, folder, overwrite=True)
+
+
+def test_a_home_that_the_shell_left_as_it_is_is_no_folders_name(tmp_path, monkeypatch):
+    """--out=~/x: bash expands it as a word of its own alone. What would be made is a folder called ~, here."""
+    monkeypatch.chdir(tmp_path)
+    claim = claim_folder(Path("~/x"), {}, "scan")
+    for call in (lambda: check_out("~/x"), lambda: open_checkpoint("~/x"), lambda: new_file("~/x"), claim.__enter__):
+        with pytest.raises(PruneKitError, match=r"~/x: the shell left the ~ as it is; write \$HOME"):
+            call()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])

@@ -30,6 +30,12 @@ def sweep(folder, out):
     return Sweep(StubTraining(folder, "qwen3_vl", out / "trained", (), "group"), [], 2)
 
 
+def test_a_sweep_of_nothing_leaves_no_folder_of_trainings(tmp_path):
+    """As MODE=scan is one: the launcher takes that folder for trainings, and would refuse the same command again."""
+    assert not list(sweep(tmp_path / "model", tmp_path).do_all([]))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_sweep_without_a_scan_writes_a_ranking_relative_to_its_trained_baseline(tiny, tmp_path):
     runs = [None, *list_removals(open_checkpoint(tiny("qwen3_vl")), "0-1", "none")]
     sweep_all(sweep(tiny("qwen3_vl"), tmp_path), runs, None, tmp_path)

@@ -203,6 +203,9 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(served, tmp_pat
         assert (done.returncode, done.stdout) == (2, "") and "give --" in done.stderr
     done = script_here("deploy.py", *arguments[:2], "--out", arguments[1], "--overwrite")
     assert done.returncode == 2 and "is or holds the input" in done.stderr
+    measured = served("bert", "onnx")[0]  # a model beside the last one is an input, too
+    done = script_here("deploy.py", "--model", measured, arguments[1], "--out", measured, "--overwrite")
+    assert done.returncode == 2 and f"is or holds the input {measured}" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -135,6 +135,12 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tiny, tmp_path, caps
     assert not any(tmp_path.iterdir())
 
 
+def test_a_dry_run_names_rows_that_are_not_there(tiny, tmp_path):
+    with pytest.raises(PruneKitError, match="gone.jsonl is not there"):
+        run("--model", tiny("llama"), "--out", tmp_path / "out", "--method", "gptq", "--group", 16, "--dry-run",
+            "--calib", tmp_path / "gone.jsonl")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -101,6 +101,11 @@ def test_a_score_is_the_softmax_of_the_models_logits(trained):
     assert tagged.entities[0]["score"] == pytest.approx(float(wanted[3]))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfAna\n")
+    assert read_texts(tmp_path / "a.txt") == [Text("Ana", [(0, 3)])]
+
+
 def test_words_of_rows_are_kept_as_they_are(tagger, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", 8)
     for text, row in zip(read_texts(file), read_rows(file)):
