@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--json", type=new_file, help="also write the results here")
     args = parser.parse_args()
-    checkpoints = [open_checkpoint(model) for model in args.models]
+    checkpoints = [open_checkpoint(model, quantised=True) for model in args.models]
     for checkpoint in checkpoints:
         check_causal(checkpoint)
         check_no_remote_code(checkpoint.path)

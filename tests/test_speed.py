@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from helpers.quantised import write_fp8
 
 from prunekit import speed
 from prunekit.errors import PruneKitError
@@ -44,6 +45,12 @@ def test_each_model_is_held_against_the_first(run, tiny, tmp_path, capsys):
 def test_what_cannot_be_measured_says_so_and_ends_it_with_a_code(run, tiny, capsys):
     assert run(tiny("llama"), tiny("gpt2")) == 2
     assert f"{tiny('gpt2')}: no memory" in capsys.readouterr().out
+
+
+def test_quantised_weights_are_timed_too(run, tiny, tmp_path, capsys):
+    write_fp8(tiny("llama"), tmp_path / "fp8")
+    assert run(tiny("llama"), tmp_path / "fp8") == 0
+    assert f"{tmp_path / 'fp8'}  batch 1  prefill 3 s" in capsys.readouterr().out
 
 
 def test_an_encoder_is_refused(run, tiny):
