@@ -1,4 +1,4 @@
-"""What ms-swift learns from Prune-Kit: GPT-2, image tokens (any tokenizer's, none in answers), a user's plugins."""
+"""What ms-swift learns from Prune-Kit: GPT-2, image tokens (any tokenizer's), what an answer is, a user's plugins."""
 
 import functools
 from collections.abc import Iterable
@@ -67,6 +67,27 @@ def keep_image_tokens_out_of_answers() -> None:
     InferEngine.__init__ = begin_without_image_tokens
 
 
+def keep_given_words_out_of_answers() -> None:
+    """Let an answer be what the model said, and not begin with what its template had said for it.
+
+    To Qwen3 and Qwen3.5 an empty <think> block is given behind the question, and ms-swift writes it before the answer:
+    none would be its row's truth, to a reward or an evaluation. What begins a thinking model's answer (<think>) stays.
+    """
+    from swift.template import Template
+
+    decode = Template.decode_generate_ids
+    if hasattr(decode, "__wrapped__"):
+        return
+
+    @functools.wraps(decode)
+    def decode_without_prefix(template, generate_ids, *, first_token=True, template_inputs=None, **kwargs):
+        given = template._get_response_prefix(template_inputs) == template.template_meta.non_thinking_prefix
+        first = first_token and not given  # which is what ms-swift writes it before
+        return decode(template, generate_ids, first_token=first, template_inputs=template_inputs, **kwargs)
+
+    Template.decode_generate_ids = decode_without_prefix
+
+
 def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does.
 
@@ -77,6 +98,7 @@ def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     register_gpt2()
     take_image_tokens_from_tokenizers()
     keep_image_tokens_out_of_answers()
+    keep_given_words_out_of_answers()
     for plugin in plugins:
         try:
             import_external_file(str(plugin))
