@@ -88,6 +88,36 @@ def keep_given_words_out_of_answers() -> None:
     Template.decode_generate_ids = decode_without_prefix
 
 
+def keep_ends_of_answers() -> None:
+    """Let transformers' answers, as vLLM's, have the token that ended them, where that pads others, too.
+
+    ms-swift drops all padding tokens. Where a text ends by the same (Llama, SmolLM2, GPT-2) a training on a model's own
+    answers would never see one end, and ms-swift's GRPO fails on one of no tokens.
+    """
+    from swift.infer_engine import TransformersEngine
+
+    infer = TransformersEngine._infer_full
+    if hasattr(infer, "__wrapped__"):
+        return
+
+    @functools.wraps(infer)
+    def infer_with_ends(engine, *args, generation_config, **kwargs):
+        responses = infer(engine, *args, generation_config=generation_config, **kwargs)
+        pad, ends = engine.tokenizer.pad_token_id, generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        words = tuple(getattr(generation_config, "stop_words", None) or ())
+        for choice in (choice for response in responses for choice in response.choices):
+            ids = choice.token_ids
+            if ids is None:
+                continue
+            ended = choice.finish_reason == "stop" and pad in ends  # it may be by a word or by another token
+            if not ids or (ended and ids[-1] not in ends and not engine.tokenizer.decode(ids[-20:]).endswith(words)):
+                ids.append(pad)
+        return responses
+
+    TransformersEngine._infer_full = infer_with_ends
+
+
 def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does.
 
@@ -99,6 +129,7 @@ def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     take_image_tokens_from_tokenizers()
     keep_image_tokens_out_of_answers()
     keep_given_words_out_of_answers()
+    keep_ends_of_answers()
     for plugin in plugins:
         try:
             import_external_file(str(plugin))
