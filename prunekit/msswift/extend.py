@@ -52,7 +52,10 @@ def keep_image_tokens_out_of_answers() -> None:
     @functools.wraps(begin)
     def begin_without_image_tokens(engine, *args, **kwargs):
         begin(engine, *args, **kwargs)
-        prepare, forbidden = engine._prepare_generation_config, sorted(set(engine.template.placeholder_tokens))
+        prepare = engine._prepare_generation_config
+        forbidden = sorted(
+            {token for token in engine.template.placeholder_tokens if token is not None}
+        )  # its tokenizer's
 
         def prepare_without_image_tokens(request_config):
             config = prepare(request_config)

@@ -217,7 +217,7 @@ def test_vllms_answers_have_none_either(swift):
     template = SimpleNamespace(
         processor=SimpleNamespace(model_info=model, model_meta=None),
         template_meta=SimpleNamespace(template_type="qwen3_vl"),
-        placeholder_tokens=[3, 4, 3],
+        placeholder_tokens=[3, 4, 3, None],  # a tokenizer needn't have all
     )
     assert Engine(template)._prepare_generation_config(None).logit_bias == {3: -100, 4: -100}
 
