@@ -78,6 +78,10 @@ elif [ -n "$GPUS" ] && [ -n "$ROLLOUT_GPUS" ] && [[ $GPUS == *,* || $ROLLOUT_GPU
   [ "$ROLLOUT_GPUS" != auto ] || ROLLOUT_GPUS=$(tr , '\n' <<< "$GPUS" | tail -n "$servers" | paste -sd,)
   training_gpus=$(tr , '\n' <<< "$GPUS" | grep -vxFf <(tr , '\n' <<< "$ROLLOUT_GPUS") | paste -sd, || true)
   [ -n "$training_gpus" ] || die "ROLLOUT_GPUS=$ROLLOUT_GPUS leaves no GPU of $GPUS for training: name fewer, or none"
+  value_of vllm_mode "${USER_ARGS[@]}"
+  [ "$VALUE" != colocate ] || die "--vllm_mode colocate: set ROLLOUT_GPUS= (empty) instead, or a server has GPUs for nothing"
+  flags_of 'vllm_server_@(base_url|host|port|group_port)' "${USER_ARGS[@]}"
+  [ ${#FLAGS[@]} -eq 0 ] || die "${FLAGS[0]}: the server is distil.sh's own (ROLLOUT_PORT=); for one of yours set ROLLOUT_GPUS= (empty)"
   engines=$(tr , '\n' <<< "$ROLLOUT_GPUS" | wc -l)
   value_of vllm_tensor_parallel_size "${USER_ARGS[@]}" # GPUs of an engine
   if [[ $VALUE =~ ^[1-9][0-9]{0,3}$ ]]; then
@@ -110,7 +114,10 @@ if [ -n "$ROLLOUT_GPUS" ]; then
     --vllm_gpu_memory_utilization 0.9
     ${ENGINE_LENGTH:+--vllm_max_model_len "$ENGINE_LENGTH"}
   )
-  flags_of 'vllm_!(mode|server_*)' "${USER_ARGS[@]}"
+  # Those for vLLM, and those by which a question is written, which the server does.
+  asks='system|max_pixels|model_kwargs|agent_template|norm_bbox|use_chat_template|template_backend|response_prefix'
+  asks+='|enable_thinking|preserve_thinking|new_special_tokens|rope_scaling'
+  flags_of "@(vllm_!(mode|server_*)|$asks)" "${USER_ARGS[@]}"
   if is_main_node; then
     SERVER=(
       "http://127.0.0.1:$ROLLOUT_PORT/health/" "$ROLLOUT_DEADLINE"

@@ -1,11 +1,16 @@
-"""Image tokens that ms-swift's templates and engines take for any model's. Every launcher loads this.
+"""Image tokens that ms-swift's templates take for any model's, and what its engines answer. Every launcher loads this.
 
 ms-swift hard-codes the ids of Qwen's tokenizer (151655, 151656). A model with another vocabulary, such as the
 tiny one of examples/tiny_ocr, would find no image in its prompt; for Qwen's own tokenizer nothing changes. And no
 engine answers with such a token: a model that learns from its own answers would look for the image.
+
+An answer is all that the model said, the token that ended it included, and nothing that was said for it: ms-swift puts
+Qwen3's empty <think> block before it, and drops the end of one where that is the padding token, too.
 """
 
-from prunekit.msswift.extend import keep_image_tokens_out_of_answers, take_image_tokens_from_tokenizers
+from prunekit.msswift import extend
 
-take_image_tokens_from_tokenizers()
-keep_image_tokens_out_of_answers()
+extend.take_image_tokens_from_tokenizers()
+extend.keep_image_tokens_out_of_answers()
+extend.keep_given_words_out_of_answers()
+extend.keep_ends_of_answers()

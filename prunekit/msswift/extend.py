@@ -1,4 +1,4 @@
-"""What ms-swift learns from Prune-Kit: GPT-2, image tokens (any tokenizer's, none in answers), a user's plugins."""
+"""What ms-swift learns from Prune-Kit: GPT-2, image tokens (any tokenizer's), what an answer is, a user's plugins."""
 
 import functools
 from collections.abc import Iterable
@@ -52,7 +52,10 @@ def keep_image_tokens_out_of_answers() -> None:
     @functools.wraps(begin)
     def begin_without_image_tokens(engine, *args, **kwargs):
         begin(engine, *args, **kwargs)
-        prepare, forbidden = engine._prepare_generation_config, sorted(set(engine.template.placeholder_tokens))
+        prepare = engine._prepare_generation_config
+        forbidden = sorted(
+            {token for token in engine.template.placeholder_tokens if token is not None}
+        )  # its tokenizer's
 
         def prepare_without_image_tokens(request_config):
             config = prepare(request_config)
@@ -67,6 +70,57 @@ def keep_image_tokens_out_of_answers() -> None:
     InferEngine.__init__ = begin_without_image_tokens
 
 
+def keep_given_words_out_of_answers() -> None:
+    """Let an answer be what the model said, and not begin with what its template had said for it.
+
+    To Qwen3 and Qwen3.5 an empty <think> block is given behind the question, and ms-swift writes it before the answer:
+    none would be its row's truth, to a reward or an evaluation. What begins a thinking model's answer (<think>) stays.
+    """
+    from swift.template import Template
+
+    decode = Template.decode_generate_ids
+    if hasattr(decode, "__wrapped__"):
+        return
+
+    @functools.wraps(decode)
+    def decode_without_prefix(template, generate_ids, *, first_token=True, template_inputs=None, **kwargs):
+        given = template._get_response_prefix(template_inputs) == template.template_meta.non_thinking_prefix
+        first = first_token and not given  # which is what ms-swift writes it before
+        return decode(template, generate_ids, first_token=first, template_inputs=template_inputs, **kwargs)
+
+    Template.decode_generate_ids = decode_without_prefix
+
+
+def keep_ends_of_answers() -> None:
+    """Let transformers' answers, as vLLM's, have the token that ended them, where that pads others, too.
+
+    ms-swift drops all padding tokens. Where a text ends by the same (Llama, SmolLM2, GPT-2) a training on a model's own
+    answers would never see one end, and ms-swift's GRPO fails on one of no tokens.
+    """
+    from swift.infer_engine import TransformersEngine
+
+    infer = TransformersEngine._infer_full
+    if hasattr(infer, "__wrapped__"):
+        return
+
+    @functools.wraps(infer)
+    def infer_with_ends(engine, *args, generation_config, **kwargs):
+        responses = infer(engine, *args, generation_config=generation_config, **kwargs)
+        pad, ends = engine.tokenizer.pad_token_id, generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        words = tuple(getattr(generation_config, "stop_words", None) or ())
+        for choice in (choice for response in responses for choice in response.choices):
+            ids = choice.token_ids
+            if ids is None:
+                continue
+            ended = choice.finish_reason == "stop" and pad in ends  # it may be by a word or by another token
+            if not ids or (ended and ids[-1] not in ends and not engine.tokenizer.decode(ids[-20:]).endswith(words)):
+                ids.append(pad)
+        return responses
+
+    TransformersEngine._infer_full = infer_with_ends
+
+
 def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does.
 
@@ -77,6 +131,8 @@ def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     register_gpt2()
     take_image_tokens_from_tokenizers()
     keep_image_tokens_out_of_answers()
+    keep_given_words_out_of_answers()
+    keep_ends_of_answers()
     for plugin in plugins:
         try:
             import_external_file(str(plugin))

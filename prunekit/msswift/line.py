@@ -145,6 +145,9 @@ def _check_together(kind: str, args: argparse.Namespace, processes: int) -> None
         return
     if args.use_vllm and not args.vllm_mode or args.vllm_mode and not args.use_vllm:
         raise PruneKitError("--use_vllm true and --vllm_mode server or colocate belong together: give both or neither")
+    for name in ("min_p", "structured_outputs_regex"):
+        if get(name) and not args.use_vllm:
+            raise PruneKitError(f"--{name}: answers go by it where vLLM generates, and not here: leave it out")
     if args.teacher_model and args.teacher_model_server:
         raise PruneKitError("--teacher_model and --teacher_model_server exclude each other: leave one out")
     if args.rlhf_type == "gkd" and "://" in (args.teacher_model_server or "") and args.temperature != 1:

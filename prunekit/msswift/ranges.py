@@ -43,6 +43,8 @@ def check_numbers(args: argparse.Namespace) -> None:
                 wrong = "give a number from 0 to 1" + (", below 1" if name in BELOW_ONE else "")
             elif name == "beta" and getattr(args, "rlhf_type", "") == "gkd" and number > 1:
                 wrong = "give a number from 0 (forward KL) to 1 (reverse KL)"
+            elif name == "temperature" and number == 0 and getattr(args, "rlhf_type", "") in ("gkd", "grpo"):
+                wrong = "give a number above 0: the loss divides by it"
             elif name == "vllm_gpu_memory_utilization" and number == 0:
                 wrong = "give a share of the GPU's memory, above 0"
             elif name == "max_steps" and (number == 0 or number < -1):

@@ -173,8 +173,13 @@ class DistillationTrainer(GKDTrainer):
 
     def _prepare_batch_inputs(self, samples):
         chunks = super()._prepare_batch_inputs(samples)
+        teacher = self.teacher_model and self.accelerator.unwrap_model(self.teacher_model).config.get_text_config()
         for chunk, part in zip(chunks, self.split_by_mini_batches(samples), strict=True):
             chunk["samples"] = part
+            if teacher:  # a student whose embedding is padded to more rows may answer with one that its teacher hasn't
+                inputs = chunk["teacher_model_inputs"]
+                known = inputs["input_ids"] < teacher.vocab_size
+                inputs["input_ids"] = inputs["input_ids"].where(known, self.template.tokenizer.pad_token_id)
         return chunks
 
     def compute_loss(self, model, inputs, *args, **kwargs):

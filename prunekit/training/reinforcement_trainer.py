@@ -10,7 +10,7 @@ from swift.rlhf_trainers import GRPOTrainer
 from prunekit.data.rewards import GuardedReward, guard
 from prunekit.errors import PruneKitError
 
-for name in ("_prepare_rewards", "_compute_rewards_per_func", "_prepare_batch_inputs"):
+for name in ("_prepare_rewards", "_compute_rewards_per_func", "_compute_teacher_logps", "_prepare_batch_inputs"):
     if not hasattr(GRPOTrainer, name):
         raise PruneKitError(f"ms-swift {swift.__version__}: its GRPO trainer has no {name}; install ms-swift 4.6")
 
@@ -36,6 +36,15 @@ class GuardedGRPOTrainer(GRPOTrainer):
         for each, count in zip(guards, counts.tolist(), strict=True):
             metrics[f"rewards/{each.name}/failed"].append(count)
         return rewards
+
+    def _compute_teacher_logps(self, model_inputs, *args, **kwargs):
+        """Of a token that the teacher's embedding, padded to fewer rows, hasn't, it says what it says of padding."""
+        if self.teacher_model is not None:
+            teacher = self.accelerator.unwrap_model(self.teacher_model).config.get_text_config()
+            ids = model_inputs["input_ids"]
+            known = ids.where(ids < teacher.vocab_size, self.template.tokenizer.pad_token_id)
+            model_inputs = {**model_inputs, "input_ids": known}
+        return super()._compute_teacher_logps(model_inputs, *args, **kwargs)
 
     def _prepare_batch_inputs(self, samples):
         """DAPO and CISPO divide by the tokens of an optimizer step; ms-swift does by those of a rollout, of several."""

@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from prunekit.checkpoint import open_checkpoint
 from prunekit.data.templates import find_template, load_template
 from prunekit.errors import PruneKitError
+from prunekit.msswift.extend import load_plugins
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 ASSISTANT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 HYBRID = CHATML.replace("m.content", "('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content")
 HYBRID += ASSISTANT + "{% if add_generation_prompt and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+THINKING = CHATML + ASSISTANT.replace("assistant\n", "assistant\n<think>\n")
 SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 HEADERS = (
     "<|begin_of_text|>{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content"
@@ -63,7 +65,7 @@ def preflight(folder):
     [
         ("qwen3", HYBRID, "qwen3"),
         ("qwen3", CHATML + ASSISTANT, "qwen3_nothinking"),
-        ("qwen3", CHATML + ASSISTANT.replace("assistant\n", "assistant\n<think>\n"), "qwen3_thinking"),
+        ("qwen3", THINKING, "qwen3_thinking"),
         ("qwen2", SYSTEM + CHATML + ASSISTANT, "qwen2_5"),
         ("llama", HEADERS, "llama3"),
         ("llama", CHATML + ASSISTANT, "chatml"),
@@ -75,6 +77,17 @@ def preflight(folder):
 def test_the_template_is_the_one_that_writes_as_the_checkpoints_own(family, chat_template, name, chatting, capsys):
     assert find_template(open_checkpoint(chatting(family, chat_template))) == name
     assert f"chat template {name}, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "name", "answer"),
+    [(HYBRID, "qwen3", "5."), (THINKING, "qwen3_thinking", "<think>\n5.")],
+)
+def test_what_a_template_says_before_an_answer_is_no_part_of_it(chatting, chat_template, name, answer):
+    load_plugins()
+    template = load_template(open_checkpoint(chatting("qwen3", chat_template)), 100)
+    assert template.template_meta.template_type == name
+    assert template.decode_generate_ids(template.tokenizer.encode("5.")) == answer, "thoughts begin with it"
 
 
 def test_preflight_answers_with_it(chatting):

@@ -191,6 +191,8 @@ def test_bad_data_is_refused_and_its_line_named(lab, content, message):
         ("distil.sh", {"TEACHER": "absent"}, [], "absent"),
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_GPUS": "0,1"}, [], "leaves no GPU"),
         ("distil.sh", {"GPUS": "0,1", "ROLLOUT_PORT": "many"}, [], "ROLLOUT_PORT=many: give a whole number"),
+        ("distil.sh", {"GPUS": "0,1"}, ["--vllm_mode", "colocate"], "--vllm_mode colocate: set ROLLOUT_GPUS= (empty)"),
+        ("distil.sh", {"GPUS": "0,1"}, ["--vllm-server-port=8000"], "--vllm-server-port: the server is"),
         ("export_lora.sh", {"ADAPTER": "env"}, [], "env holds no adapter"),
         (
             "rl_run.sh",

@@ -154,6 +154,16 @@ def test_flags_for_vllm_reach_the_server(lab, parsers):
     check_flags(parsers["rollout"], server["argv"][1:])
 
 
+def test_flags_by_which_questions_are_written_reach_the_server_that_writes_them(lab, parsers):
+    user = ["--system", "Read.", "--max-pixels=1024", "--enable_thinking", "true", "--learning_rate", "1e-5"]
+    lab.run("distil.sh", *user, GPUS="0,1", STUB_FAIL_AT=1)
+    [server] = lab.calls("rollout")
+    check_flags(parsers["rollout"], server["argv"][1:])
+    told = {flag: values(server["argv"], flag) for flag in ("--system", "--max-pixels", "--enable_thinking")}
+    assert told == {"--system": ["Read."], "--max-pixels": ["1024"], "--enable_thinking": ["true"]}
+    assert "--learning_rate" not in server["argv"]
+
+
 @pytest.mark.parametrize(("gpus", "kind"), [("0", "rlhf"), ("0,1", "rollout")])
 def test_the_engine_is_as_long_as_a_row_and_its_answer_and_no_longer_than_the_model(lab, gpus, kind):
     settings = json.loads((Path(lab.env["MODEL"]) / "config.json").read_text())

@@ -177,6 +177,7 @@ def test_a_shortened_flag_is_refused_by_its_whole_name(line, flag):
             "--rlhf_type gkd --teacher_model_type qwen3vl",
             r"--teacher_model_type qwen3vl is unknown: .*qwen3_vl",
         ),
+        ("--rlhf_type grpo --min_p 0.1", r"--min_p: answers go by it where vLLM generates"),
         ("--rlhf_type gkd --gkd_logits_topk 8 --use_liger_kernel true", r"exclude each other"),
         ("--rlhf_type gkd --teacher_model a --teacher_model_server b", r"exclude each other"),
         ("--rlhf_type gkd --teacher_model_server http://a:1 --temperature 0.5", r"--temperature 0.5: .* answers at"),

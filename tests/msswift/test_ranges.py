@@ -24,6 +24,8 @@ from prunekit.errors import PruneKitError
         ("rlhf", "--rlhf_type gkd --lmbda 1.5", r"--lmbda 1.5: give a number from 0 to 1"),
         ("rlhf", "--rlhf_type gkd --beta 2", r"--beta 2.0: give a number from 0 .*to 1"),
         ("rlhf", "--rlhf_type gkd --gkd_logits_topk 0", r"--gkd_logits_topk 0: give a number above 0"),
+        ("rlhf", "--rlhf_type gkd --temperature 0", r"--temperature 0.0: give .* above 0: the loss divides by it"),
+        ("rlhf", "--rlhf_type grpo --temperature 0", r"--temperature 0.0: give a number above 0"),
         ("rlhf", "--rlhf_type gkd --vllm_gpu_memory_utilization 0", r"give a share of the GPU's memory, above 0"),
     ],
 )

@@ -6,9 +6,11 @@ import peft
 import pytest
 import torch
 from helpers.cuts import cut_width
+from helpers.parrot import save_parrot
 from helpers.paths import EMBEDDED, ROOT
 from helpers.tiny_models import load
 
+from prunekit.data.answers import load_engine
 from prunekit.errors import PruneKitError
 from prunekit.msswift.extend import load_plugins
 
@@ -215,9 +217,23 @@ def test_vllms_answers_have_none_either(swift):
     template = SimpleNamespace(
         processor=SimpleNamespace(model_info=model, model_meta=None),
         template_meta=SimpleNamespace(template_type="qwen3_vl"),
-        placeholder_tokens=[3, 4, 3],
+        placeholder_tokens=[3, 4, 3, None],  # a tokenizer needn't have all
     )
     assert Engine(template)._prepare_generation_config(None).logit_bias == {3: -100, 4: -100}
+
+
+@pytest.mark.parametrize(
+    ("word", "limit", "tokens"),
+    [("cat", 9, [*"cat", "[EOS]"]), ("cat", 4, [*"cat", "[EOS]"]), ("cat", 2, [*"ca"]), ("", 9, ["[EOS]"])],
+)
+def test_an_answer_has_the_token_that_ends_it_where_that_is_the_padding_too(swift, tmp_path, word, limit, tokens):
+    from swift.infer_engine import InferRequest, RequestConfig
+
+    engine = load_engine(save_parrot(tmp_path / "parrot", word=word), "cpu")
+    engine.tokenizer.pad_token = "[EOS]"
+    request = InferRequest([{"role": "user", "content": "what?"}])
+    [answer] = engine.infer([request], RequestConfig(max_tokens=limit, temperature=0, return_details=True))
+    assert engine.tokenizer.convert_ids_to_tokens(answer.choices[0].token_ids) == tokens
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(tmp_path):

@@ -103,6 +103,21 @@ def test_of_a_teachers_top_k_tokens_that_the_student_has_not_are_left_out(traine
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+def test_a_teacher_is_not_asked_of_tokens_that_its_embedding_has_not(trainer_module, monkeypatch):
+    inputs = {"input_ids": torch.tensor([[5, 299, 300]])}
+    batches = [{"model_inputs": inputs, "teacher_model_inputs": dict(inputs)}]
+    monkeypatch.setattr(trainer_module.GKDTrainer, "_prepare_batch_inputs", lambda *_: batches)
+    monkeypatch.setattr(trainer_module.GKDTrainer, "split_by_mini_batches", lambda *_: [["row"]])
+    one = trainer_module.DistillationTrainer.__new__(trainer_module.DistillationTrainer)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
+    one.teacher_model = SimpleNamespace(config=config)
+    one.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    one.template = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+    [batch] = one._prepare_batch_inputs(["row"])
+    assert batch["teacher_model_inputs"]["input_ids"].tolist() == [[5, 299, 0]]
+    assert batch["model_inputs"]["input_ids"].tolist() == [[5, 299, 300]]
+
+
 def test_another_ms_swift_is_refused(trainer_module, monkeypatch):
     def renamed(self, student_logits, teacher_output, labels, chunk_size):
         pass

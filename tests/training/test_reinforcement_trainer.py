@@ -21,3 +21,15 @@ def test_dapo_divides_by_the_tokens_of_an_optimizer_step_not_of_a_rollout(monkey
     trainer.model, trainer.accelerator = torch.nn.Linear(1, 1), Accelerator(cpu=True)
     found = trainer._prepare_batch_inputs([3, 1, 2, 6])
     assert [int(each["grpo_batch"].num_items_in_batch) for each in found] == tokens
+
+
+def test_a_teacher_is_not_asked_of_tokens_that_its_embedding_has_not(monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_compute_teacher_logps", lambda trainer, inputs, batch: inputs["input_ids"])
+    trainer = GuardedGRPOTrainer.__new__(GuardedGRPOTrainer)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
+    trainer.teacher_model = SimpleNamespace(config=config)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    trainer.template = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+    inputs = {"input_ids": torch.tensor([[5, 299, 300]])}
+    assert trainer._compute_teacher_logps(inputs, None).tolist() == [[5, 299, 0]]
+    assert inputs["input_ids"].tolist() == [[5, 299, 300]], "what the student is asked of stays"
