@@ -220,7 +220,7 @@ def train(
 ) -> list[dict]:
     """Records of trained knockouts; those that an earlier call did aren't repeated."""
     model_type = open_checkpoint(model).config["model_type"]
-    plugins = ["--external_plugins", str(ROOT / "plugins" / "image_tokens.py")]
+    plugins = ["--external_plugins", str(ROOT / "plugins" / "images_and_answers.py")]
     flags = (*plugins, "--dataset", str(data), "--val_dataset", str(validation), *arguments)
     sweep = Sweep(Training(model, model_type, out, flags, "bench"), [], jobs)
     done = sweep.finished(runs)

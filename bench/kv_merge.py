@@ -255,7 +255,7 @@ def train(model: Path, out: Path, steps: int, flags: list[str], stop_at: float |
         steps,
     ]
     words += ["--model_type", open_checkpoint(model).config["model_type"], *flags]
-    words += ["--external_plugins", ROOT / "plugins" / "image_tokens.py"]
+    words += ["--external_plugins", ROOT / "plugins" / "images_and_answers.py"]
 
     def evaluations() -> list[dict[str, float]]:
         if not (out / "logging.jsonl").exists():

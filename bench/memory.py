@@ -218,7 +218,7 @@ def train(name: str, line: list[str], runs: Path) -> tuple[Recorder, list[str]]:
 
     rlhf = "--rlhf_type" in line
     model_type = json.loads((model_folder(name, runs) / "config.json").read_text())["model_type"]
-    plugins = [str(PLUGINS / f"{each}.py") for each in ("image_tokens", "gpt2_model")]
+    plugins = [str(PLUGINS / f"{each}.py") for each in ("images_and_answers", "gpt2_model")]
     if "--teacher_model" in line:
         plugins.append(str(PLUGINS / "distillation.py"))
         at = line.index("--teacher_model") + 1

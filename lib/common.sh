@@ -113,7 +113,7 @@ need_number NODE_RANK 0
 need_gpus GPUS
 
 PLUGINS=(
-  "$ROOT/plugins/image_tokens.py"
+  "$ROOT/plugins/images_and_answers.py"
   "$ROOT/plugins/gpt2_model.py"
   "$ROOT/plugins/head_rates.py" # --optimizer head_rates, active_heads, important_heads
 )

@@ -44,18 +44,21 @@ def keep_image_tokens_out_of_answers() -> None:
     what the template says (placeholder_tokens); engines that ask neither transformers nor vLLM stay as they are.
     """
     from swift.infer_engine.infer_engine import InferEngine
+    from swift.template import Template
 
-    begin = InferEngine.__init__
+    begin, find = InferEngine.__init__, Template._init_placeholder_tokens
     if hasattr(begin, "__wrapped__"):
         return
+
+    def find_its_own(template):  # ms-swift puts the ids of every model of a process into the class's list
+        template.placeholder_tokens = list(template.placeholder_tokens)
+        find(template)
 
     @functools.wraps(begin)
     def begin_without_image_tokens(engine, *args, **kwargs):
         begin(engine, *args, **kwargs)
         prepare = engine._prepare_generation_config
-        forbidden = sorted(
-            {token for token in engine.template.placeholder_tokens if token is not None}
-        )  # its tokenizer's
+        forbidden = sorted(set(engine.template.placeholder_tokens) - {None})  # what the tokenizer hasn't is None
 
         def prepare_without_image_tokens(request_config):
             config = prepare(request_config)
@@ -67,7 +70,7 @@ def keep_image_tokens_out_of_answers() -> None:
 
         engine._prepare_generation_config = prepare_without_image_tokens
 
-    InferEngine.__init__ = begin_without_image_tokens
+    InferEngine.__init__, Template._init_placeholder_tokens = begin_without_image_tokens, find_its_own
 
 
 def keep_given_words_out_of_answers() -> None:

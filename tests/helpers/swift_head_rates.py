@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 from swift import rlhf_main, sft_main
 
 MODEL, DATASET, OUT = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-PLUGINS = [str(ROOT / "plugins" / f"{name}.py") for name in ("image_tokens", "head_rates", "ocr_rewards")]
+PLUGINS = [str(ROOT / "plugins" / f"{name}.py") for name in ("images_and_answers", "head_rates", "ocr_rewards")]
 
 
 def run(main, name: str, *more: str, optimizer: str = "head_rates") -> None:

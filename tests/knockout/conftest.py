@@ -28,7 +28,7 @@ def pictures(tmp_path_factory):
 def reader(pictures, tmp_path_factory):
     """How to train the embedded reader, a Qwen3-VL, for two steps."""
     arguments = (
-        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "image_tokens.py"),
+        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "images_and_answers.py"),
         "--dataset", str(pictures), "--val_dataset", str(pictures),
     )  # fmt: skip
     return Training(EMBEDDED, "qwen3_vl", tmp_path_factory.mktemp("reader"), arguments, "group")

@@ -67,7 +67,7 @@ def test_a_knockout_trains_a_lora_and_keeps_the_users_callbacks(reader, tmp_path
         f"        Path({str(tmp_path / 'seen')!r}).write_text(f'{{type(model).__name__}} {{len(layers)}}')\n"
         "callbacks_map['counter'] = Counter\n"
     )
-    plugins = (str(ROOT / "plugins" / "image_tokens.py"), str(plugin))
+    plugins = (str(ROOT / "plugins" / "images_and_answers.py"), str(plugin))
     more = ("--tuner_type", "lora", "--callbacks", "counter", "--external_plugins", *plugins)
     result = replace(reader, arguments=(*reader.arguments, *more)).result(Removal("text", 3), [])
     assert result["error"] is None
@@ -260,7 +260,7 @@ def test_layers_that_a_model_needs_end_behind_those_that_it_doesn_t(tmp_path):
         rows = (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()[:count]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     arguments = (
-        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "image_tokens.py"), "--learning_rate", "1e-4",
+        *FLAGS, "--external_plugins", str(ROOT / "plugins" / "images_and_answers.py"), "--learning_rate", "1e-4",
         "--max_steps", "4", "--eval_steps", "4", "--per_device_eval_batch_size", "40",
         "--dataset", str(tmp_path / "train.jsonl"), "--val_dataset", str(tmp_path / "val.jsonl"),
     )  # fmt: skip

@@ -233,7 +233,7 @@ def test_the_users_plugins_come_beside_ours_and_not_in_their_place(lab):
     lab.run("full_run.sh", "--external_plugins", plugin, "--max_steps", 3, GPUS="", STUB_FAIL_AT=1)
     [call] = lab.calls()
     names = [Path(name).name for name in values(call["argv"], "--external_plugins")]
-    assert names[0] == "image_tokens.py" and names[-1] == "mine.py"
+    assert names[0] == "images_and_answers.py" and names[-1] == "mine.py"
     assert call["argv"].count("--external_plugins") == 1
     assert values(call["argv"], "--max_steps") == ["3"]
 

@@ -158,7 +158,7 @@ def test_a_cycle_is_trained_with_its_zeros_kept_and_only_once(lab, cycles):
     assert last("--model")[0].endswith("out.cycles/1.sparse")
     plugins = list(itertools.takewhile(lambda word: not word.startswith("--"), last("--external_plugins")))
     names = [plugin.rpartition("/")[2] for plugin in plugins]
-    assert names[0] == "image_tokens.py" and names[-1] == "sparsity.py"
+    assert names[0] == "images_and_answers.py" and names[-1] == "sparsity.py"
     assert zeros(cycles / "1") == zeros(cycles / "1.sparse") > 0
 
 

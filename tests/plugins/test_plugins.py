@@ -204,6 +204,18 @@ def test_no_answer_has_a_token_that_stands_for_an_image(swift, image_lover):
     assert tokens and image_lover.template.image_token_id not in tokens
 
 
+def test_the_image_tokens_of_a_template_are_those_of_its_own_tokenizer(swift):
+    found = []
+    for start in (3, 30):
+        template = object.__new__(swift.qwen_vl)
+        ids = {"<|image_pad|>": start, "<|video_pad|>": start + 1}
+        tokenizer = SimpleNamespace(convert_tokens_to_ids=ids.get)
+        template.processor = SimpleNamespace(image_token_id=start, video_token_id=start + 1, tokenizer=tokenizer)
+        template._init_placeholder_tokens()
+        found.append(set(template.placeholder_tokens))
+    assert found == [{3, 4}, {30, 31}]
+
+
 def test_vllms_answers_have_none_either(swift):
     from swift.infer_engine.infer_engine import InferEngine
 

@@ -291,7 +291,7 @@ def swift_gkd(student, data, run) -> subprocess.CompletedProcess:
         --dataloader_num_workers 0 --gradient_accumulation_steps 1 --per_device_train_batch_size 2
         --max_steps 2 --logging_steps 1 --save_strategy no --report_to none --learning_rate 1e-5
         --output_dir {run}
-        --external_plugins {ROOT}/plugins/image_tokens.py {ROOT}/plugins/distillation.py
+        --external_plugins {ROOT}/plugins/images_and_answers.py {ROOT}/plugins/distillation.py
     """
     return subprocess.run(
         [shutil.which("swift"), "rlhf", *flags.split()],

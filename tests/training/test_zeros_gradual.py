@@ -140,7 +140,7 @@ def test_two_processes_of_distillation_killed_and_resumed_prune_exactly(tmp_path
         "PRUNEKIT_GRADUAL": "sparsity=0.6 events=4 modules=language_model", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [
-        "bash", "distil.sh", "--external_plugins", "plugins/image_tokens.py", "plugins/sparsity.py",
+        "bash", "distil.sh", "--external_plugins", "plugins/images_and_answers.py", "plugins/sparsity.py",
         "--callbacks", "gradual_pruning", "--max_steps", "8", "--save_steps", "2", "--eval_steps", "8",
         "--max_completion_length", "4", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
         "--per_device_eval_batch_size", "20", "--logging_steps", "1", "--learning_rate", "1e-3",

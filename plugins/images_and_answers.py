@@ -1,4 +1,4 @@
-"""Image tokens that ms-swift's templates take for any model's, and what its engines answer. Every launcher loads this.
+"""What ms-swift takes for the tokens of images, and for an answer. Every launcher loads this.
 
 ms-swift hard-codes the ids of Qwen's tokenizer (151655, 151656). A model with another vocabulary, such as the
 tiny one of examples/tiny_ocr, would find no image in its prompt; for Qwen's own tokenizer nothing changes. And no
