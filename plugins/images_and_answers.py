@@ -8,9 +8,6 @@ An answer is all that the model said, the token that ended it included, and noth
 Qwen3's empty <think> block before it, and drops the end of one where that is the padding token, too.
 """
 
-from prunekit.msswift import extend
+from prunekit.msswift.extend import understand_images_and_answers
 
-extend.take_image_tokens_from_tokenizers()
-extend.keep_image_tokens_out_of_answers()
-extend.keep_given_words_out_of_answers()
-extend.keep_ends_of_answers()
+understand_images_and_answers()

@@ -124,6 +124,14 @@ def keep_ends_of_answers() -> None:
     TransformersEngine._infer_full = infer_with_ends
 
 
+def understand_images_and_answers() -> None:
+    """All of the above for templates and engines: what plugins/images_and_answers.py gives every launcher."""
+    take_image_tokens_from_tokenizers()
+    keep_image_tokens_out_of_answers()
+    keep_given_words_out_of_answers()
+    keep_ends_of_answers()
+
+
 def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     """Import ms-swift in this process with all of the above, and plugins as its --external_plugins does.
 
@@ -132,10 +140,7 @@ def load_plugins(plugins: Iterable[str | Path] = ()) -> None:
     from swift.utils import import_external_file
 
     register_gpt2()
-    take_image_tokens_from_tokenizers()
-    keep_image_tokens_out_of_answers()
-    keep_given_words_out_of_answers()
-    keep_ends_of_answers()
+    understand_images_and_answers()
     for plugin in plugins:
         try:
             import_external_file(str(plugin))

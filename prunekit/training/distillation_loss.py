@@ -147,3 +147,11 @@ def distillation_loss(
     """
     teacher_rows = rows if teacher_rows is None else teacher_rows
     return _Loss.apply(student, rows, teacher, teacher_rows, beta, temperature)
+
+
+def known_to(teacher, ids: torch.Tensor, padding: int) -> torch.Tensor:
+    """Token ids of any shape, with `padding` for those that a teacher's embedding has no row for.
+
+    A student whose embedding is padded to more rows may answer with such a one.
+    """
+    return ids.where(ids < teacher.config.get_text_config().vocab_size, padding)

@@ -19,7 +19,7 @@ from prunekit.checkpoint import fingerprint, open_checkpoint
 from prunekit.data.rows import find_question
 from prunekit.errors import PruneKitError
 
-from .distillation_loss import TopK, distillation_loss, top_k
+from .distillation_loss import TopK, distillation_loss, known_to, top_k
 from .teacher_cache import SETTINGS, Settings, TeacherCache, row_key
 
 FILL = "PRUNEKIT_FILL_CACHE"  # in the environment: a folder to fill; the model is the teacher then
@@ -173,13 +173,12 @@ class DistillationTrainer(GKDTrainer):
 
     def _prepare_batch_inputs(self, samples):
         chunks = super()._prepare_batch_inputs(samples)
-        teacher = self.teacher_model and self.accelerator.unwrap_model(self.teacher_model).config.get_text_config()
+        teacher = self.teacher_model and self.accelerator.unwrap_model(self.teacher_model)
         for chunk, part in zip(chunks, self.split_by_mini_batches(samples), strict=True):
             chunk["samples"] = part
-            if teacher:  # a student whose embedding is padded to more rows may answer with one that its teacher hasn't
+            if teacher:
                 inputs = chunk["teacher_model_inputs"]
-                known = inputs["input_ids"] < teacher.vocab_size
-                inputs["input_ids"] = inputs["input_ids"].where(known, self.template.tokenizer.pad_token_id)
+                inputs["input_ids"] = known_to(teacher, inputs["input_ids"], self.template.tokenizer.pad_token_id)
         return chunks
 
     def compute_loss(self, model, inputs, *args, **kwargs):

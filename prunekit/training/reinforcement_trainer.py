@@ -10,6 +10,8 @@ from swift.rlhf_trainers import GRPOTrainer
 from prunekit.data.rewards import GuardedReward, guard
 from prunekit.errors import PruneKitError
 
+from .distillation_loss import known_to
+
 for name in ("_prepare_rewards", "_compute_rewards_per_func", "_compute_teacher_logps", "_prepare_batch_inputs"):
     if not hasattr(GRPOTrainer, name):
         raise PruneKitError(f"ms-swift {swift.__version__}: its GRPO trainer has no {name}; install ms-swift 4.6")
@@ -40,10 +42,8 @@ class GuardedGRPOTrainer(GRPOTrainer):
     def _compute_teacher_logps(self, model_inputs, *args, **kwargs):
         """Of a token that the teacher's embedding, padded to fewer rows, hasn't, it says what it says of padding."""
         if self.teacher_model is not None:
-            teacher = self.accelerator.unwrap_model(self.teacher_model).config.get_text_config()
-            ids = model_inputs["input_ids"]
-            known = ids.where(ids < teacher.vocab_size, self.template.tokenizer.pad_token_id)
-            model_inputs = {**model_inputs, "input_ids": known}
+            teacher, padding = self.accelerator.unwrap_model(self.teacher_model), self.template.tokenizer.pad_token_id
+            model_inputs = {**model_inputs, "input_ids": known_to(teacher, model_inputs["input_ids"], padding)}
         return super()._compute_teacher_logps(model_inputs, *args, **kwargs)
 
     def _prepare_batch_inputs(self, samples):
