@@ -16,6 +16,7 @@ continues an interrupted run from its last whole checkpoint in OUT.run. One proc
 
 import argparse
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from prunekit.checkpoint import Checkpoint, check_out, history, open_checkpoint,
 from prunekit.checkpoint.provenance import model_record
 from prunekit.checkpoint.records import CURVES, LOG
 from prunekit.checkpoint.training_run import whole_checkpoints
-from prunekit.checkpoint.work_folder import claim_folder, fingerprint
+from prunekit.checkpoint.work_folder import begin_publishing, claim_folder, fingerprint, is_published, remove_work
 from prunekit.errors import PruneKitError, need_packages, run_script
 from prunekit.families import positions
 from prunekit.report import draw_curves
@@ -118,6 +119,19 @@ def train_model(
     return folder, metrics
 
 
+def finish(out: Path, run: Path) -> None:
+    """What is left to do when OUT is published."""
+    try:
+        draw_curves(out, out / CURVES)
+    except PruneKitError as error:  # --logging_strategy no
+        print(f"warning: no figure: {error}", file=sys.stderr)
+    entry = history(out)[-1]
+    remove_work(run, out)
+    if "f1" in (entry["metrics"] or {}):
+        print(scores_table(entry["metrics"]))
+    print(f"wrote {out} ({entry['parameters']:,} parameters)")
+
+
 def main() -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="checkpoint folder to train")
@@ -162,7 +176,9 @@ def main() -> None:
         raise PruneKitError(f"{checkpoint.path}: {family.model_type} is no encoder; full_run.sh trains it")
     teacher = open_checkpoint(arguments.teacher) if arguments.teacher else None
     inputs = [each.path for each in (checkpoint, teacher) if each]
-    out = check_out(arguments.out, *inputs, overwrite=arguments.overwrite)
+    run = arguments.out.parent / f"{arguments.out.name}.run"
+    published = is_published(run, arguments.out)  # and killed before the run was removed
+    out = check_out(arguments.out, *inputs, overwrite=arguments.overwrite or published)
     limit = positions(checkpoint.config)
     max_length = arguments.max_length or min(512, limit)
     if not 8 <= max_length <= limit:
@@ -197,7 +213,6 @@ def main() -> None:
     if teacher:
         check_teacher(teacher, checkpoint, labels, arguments.hidden_weight > 0, kind)
 
-    run = out.with_name(f"{out.name}.run")
     rate = LORA_RATE if arguments.lora_rank else RATE
     training = training_arguments(flags, run, out.name, validate=bool(arguments.val_dataset), rate=rate)
     settings = {
@@ -206,9 +221,12 @@ def main() -> None:
         "models": [fingerprint(each) for each in (checkpoint, teacher) if each],
         "data": [each.record for each in rows],
     }
-    if "wandb" in training.report_to:
+    if "wandb" in training.report_to and not published:
         setup_wandb(out)
     with claim_folder(run, settings, "training run"):
+        if published:
+            finish(out, run)
+            return
         try:
             tokenizer = load_tokenizer(checkpoint.path)
             data = encode_all(rows, tokenizer, labels, max_length)
@@ -218,7 +236,8 @@ def main() -> None:
                 shutil.rmtree(run)  # a mistake found late: nothing to go on with
             raise
         names = {name: number for number, name in labels.items()}
-        entry = publish(
+        begin_publishing(run, out)
+        publish(
             folder,
             out,
             checkpoint.path,
@@ -239,11 +258,7 @@ def main() -> None:
             overwrite=arguments.overwrite,
             new_head={"id2label": labels, "label2id": names} if arguments.new_head else None,
         )
-        shutil.rmtree(run)
-    draw_curves(out, out / CURVES)
-    if "f1" in metrics:
-        print(scores_table(metrics))
-    print(f"wrote {out} ({entry['parameters']:,} parameters)")
+        finish(out, run)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,36 @@ def claim_folder(out: Path, settings: dict[str, Any], what: str) -> Iterator[Non
                     for folder in made:
                         folder.rmdir()
             raise
+
+
+def _number(out: Path) -> str:
+    try:
+        return str(out.stat().st_ino)
+    except OSError:
+        return "none"
+
+
+def begin_publishing(folder: Path, out: Path) -> None:
+    """Keep in a folder of work which folder OUT is, before it is replaced by what the work has made."""
+    draft = folder / "publishing.new"
+    draft.write_text(_number(out))
+    draft.replace(folder / "publishing")
+
+
+def is_published(folder: Path, out: Path) -> bool:
+    """Whether OUT is what this work has made: another folder than when it began to publish."""
+    try:
+        before = (folder / "publishing").read_text()
+    except OSError:
+        return False
+    return _number(out) not in ("none", before)
+
+
+def remove_work(folder: Path, out: Path) -> None:
+    """Remove a folder of work at once: a half of it would be no work's, and in the way of the same command."""
+    gone = out.with_name(f"{out.name}.partial-{os.getpid()}-run")  # whoever makes OUT the next time removes that, too
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _check_settings(out: Path, settings: dict[str, Any], what: str) -> None:

@@ -221,7 +221,7 @@ def train(
     Returns the checkpoint-N folder to publish, the one of the best F1 if there is `validation` (the last without
     load_best_model_at_end), and its metrics: loss and scores on the validation rows, or the mean training loss.
     """
-    from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+    from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainerState
 
     run = Path(arguments.output_dir)
     scores: dict[str, Any] = {}
@@ -247,16 +247,32 @@ def train(
     if distillation:
         distillation.teacher.to(arguments.device).eval()
     whole = whole_checkpoints(run)
-    if whole:
-        print(f"resuming from {whole[max(whole)]}")
-    result = trainer.train(resume_from_checkpoint=str(whole[max(whole)]) if whole else None)
-    whole = whole_checkpoints(run)
-    last = whole[max(whole)]
+    last = whole[max(whole)] if whole else None
+    state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else None
+    if state and state.global_step >= state.max_steps:  # killed since: a Trainer would take a step more
+        print(f"all steps are taken, in {last}")
+        trainer.state = state
+        best = arguments.load_best_model_at_end and state.best_model_checkpoint
+        trainer._load_from_checkpoint(str(run / Path(best).name if best else last))
+    else:
+        if last:
+            print(f"resuming from {last}")
+        trainer.train(resume_from_checkpoint=last and str(last))
+        whole = whole_checkpoints(run)
+        last = whole[max(whole)]
+    assert last
     if not validation:
-        return last, {"train_loss": result.training_loss}
+        return last, _mean_loss(trainer.state.log_history)
     best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint
     loss = trainer.evaluate()["eval_loss"]  # of what is in memory: that, or the last
-    return Path(best or last), {"loss": loss, **scores}
+    return run / Path(best).name if best else last, {"loss": loss, **scores}
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The train_loss of all steps up to the last logged one; the Trainer's own is of those since it was resumed."""
+    logged = [(record["step"], record["loss"]) for record in history if "loss" in record]
+    sums = [loss * (step - before) for (step, loss), before in zip(logged, [0, *(step for step, _ in logged)])]
+    return {"train_loss": sum(sums) / logged[-1][0]} if logged else {}
 
 
 def check_teacher(

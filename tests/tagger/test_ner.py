@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from prunekit.checkpoint import history, open_checkpoint
 from prunekit.checkpoint.provenance import data_record
+from prunekit.checkpoint.write import write_checkpoint
 from prunekit.errors import PruneKitError
 from prunekit.ner import evaluate, main
 from prunekit.serving.run import load_served, pad
@@ -240,6 +241,40 @@ def test_a_killed_run_leaves_no_out_and_the_same_command_goes_on(tagger, rows, t
     assert "resuming from" in capsys.readouterr().out
     load(tmp_path / "out")
     assert not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "written"),
+    [(["--max_steps", 5], False), (["--max_steps", 5], True), (["--lora-rank", 4], False)],
+    ids=["before", "after", "validated"],
+)
+def test_a_run_killed_around_its_publishing_is_published_as_one_that_was_not(
+    flags, written, tagger, rows, tmp_path, ner_run, monkeypatch, capsys
+):
+    """Its training had ended: nothing is trained again, and what is recorded is what was measured."""
+    if flags[0] == "--lora-rank":
+        flags = [*flags, "--val-dataset", rows, "--num_train_epochs", 2]
+    arguments = ["--model", tagger("bert"), "--dataset", rows, "--logging_steps", 1, *flags, *QUICK]
+    ner_run(*arguments, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+
+        def killed(*args, **kwargs):
+            if written:
+                write_checkpoint(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        patch.setattr("prunekit.training.publish.write_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ner_run(*arguments, "--out", tmp_path / "out")
+    assert (tmp_path / "out").exists() == written
+    capsys.readouterr()
+    ner_run(*arguments, "--out", tmp_path / "out")
+    assert "resuming" not in capsys.readouterr().out
+    assert not (tmp_path / "out.run").exists()
+    one, two = (history(tmp_path / name)[-1]["metrics"] for name in ("whole", "out"))
+    assert one == two
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 def test_models_are_compared_in_a_table_a_json_and_a_picture(tagger, rows, tmp_path, monkeypatch, capsys):
