@@ -134,6 +134,11 @@ fill_cache() {
   mark=$(python -m prunekit.training.teacher_cache "$CACHE" --teacher "$TEACHER" -- "${LINE[@]}" | sed -n 's/^MARK=//p')
   [ ! -e "$mark" ] || [ -n "$REFILL" ] || return 0
   claim_work
+  if [ -z "$RESTART" ] && [ -e "$WORK/command.sh" ]; then # refused before the filling, not after it
+    training rlhf look_at_run
+    [ -e "$CACHE/cache.json" ] || CHANGED='' # by a cache that was removed
+    refuse_another_run
+  fi
   FLAGS=("${LINE[@]}")
   is_zero3 || flags_of '!(deepspeed)' "${LINE[@]}" # no other ZeRO has a model answer that isn't trained
   run_to_end env PRUNEKIT_FILL_CACHE="$CACHE" swift rlhf --model "$TEACHER" --model_type "$TEACHER_TYPE" \

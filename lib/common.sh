@@ -597,35 +597,51 @@ alike() {
       "(DEEPSPEED, --per_device_train_batch_size, --attn_impl, ...): $1"
 }
 
+# look_at_run KIND ARGS...: sets COMMAND, ms-swift's, and what tells it from the run in $WORK (or with REUSE from $OUTPUT, if
+# that is what is there: FROM): TYPED, how it is typed, SAME, if so was that, MADE_FROM, and CHANGED, what of this was another.
+look_at_run() {
+  local found
+  COMMAND=(swift "$1" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "${@:2}")
+  TYPED=$(quoted "${COMMAND[@]}")
+  if [[ -n ${HEAD_RATES:-} && $TYPED == *_heads" "* || -n ${HEAD_RATES:-} && $TYPED == *" head_rates "* ]]; then
+    TYPED="HEAD_RATES=$(printf %q "$HEAD_RATES") $TYPED" # of these optimizers a setting, too
+  fi
+  FROM=$WORK
+  [ -z "$REUSE" ] || [ -e "$WORK/command.sh" ] || [ ! -e "$OUTPUT" ] || FROM=$OUTPUT
+  found=$(python -m prunekit.checkpoint.provenance --of "$FROM" -- "${COMMAND[@]:2}")
+  MADE_FROM=$(sed -n 's/^MADE_FROM=//p' <<< "$found")
+  CHANGED=$(sed -n 's/^CHANGED=//p' <<< "$found")
+  SAME=''
+  if [ ! -e "$FROM/command.sh" ] || [ "$(tail -n 1 "$FROM/command.sh")" = "$TYPED" ]; then SAME=1; fi
+}
+
+# refuse_another_run: refuse to resume a run in $WORK that isn't the one that look_at_run was told of.
+refuse_another_run() {
+  [ -z "$CHANGED" ] || die "$WORK holds an interrupted run $CHANGED: put that back, or set RESTART=1 to forget it"
+  if [ -n "${ZERO:-}" ] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
+    die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"
+  fi
+  [ -n "$SAME" ] ||
+    die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
+}
+
 # run_swift KIND ARGS...: run ms-swift in $WORK, resuming an interrupted run of the same settings. If SERVER is set
 # (what start_server takes), that runs beside it. PORTS are flags that may be others when a run goes on.
 SERVER=() PORTS=()
 run_swift() {
-  local kind=$1
-  shift
-  local -a command=(swift "$kind" --model "$MODEL" --model_type "$MODEL_TYPE" ${TEMPLATE:+--template "$TEMPLATE"} "$@")
-  local line found from changed resume='' same=''
-  line=$(quoted "${command[@]}")
-  if [[ -n ${HEAD_RATES:-} && $line == *_heads" "* || -n ${HEAD_RATES:-} && $line == *" head_rates "* ]]; then
-    line="HEAD_RATES=$(printf %q "$HEAD_RATES") $line" # of these optimizers a setting, too
-  fi
-  from=$WORK
-  [ -z "$REUSE" ] || [ -e "$WORK/command.sh" ] || [ ! -e "$OUTPUT" ] || from=$OUTPUT
-  found=$(python -m prunekit.checkpoint.provenance --of "$from" -- "${command[@]:2}")
-  changed=$(sed -n 's/^CHANGED=//p' <<< "$found")
-  if [ ! -e "$from/command.sh" ] || [ "$(tail -n 1 "$from/command.sh")" = "$line" ]; then same=1; fi
-  if [ -n "$changed" ]; then same=''; fi
-  if [ "$from" = "$OUTPUT" ]; then
+  local resume=''
+  look_at_run "$@"
+  if [ "$FROM" = "$OUTPUT" ]; then
     if [ -z "$RESTART$OVERWRITE" ]; then
       rm -rf "$WORK"
-      [ -n "$same" ] || die "$OUTPUT was made ${changed:-with other settings}: set RESTART=1 to make it anew"
+      [ -n "$SAME" ] && [ -z "$CHANGED" ] || die "$OUTPUT was made ${CHANGED:-with other settings}: set RESTART=1 to make it anew"
       echo "$OUTPUT is there already"
       exit 0
     fi
-    same=1 changed=''
+    SAME=1 CHANGED=''
   fi
   [ -z "$REUSE" ] || OVERWRITE=1
-  if [ -z "$RESTART" ] && [ -n "$same" ] && is_published; then # killed while cleaning up
+  if [ -z "$RESTART" ] && [ -n "$SAME" ] && [ -z "$CHANGED" ] && is_published; then # killed while cleaning up
     if is_main_node; then clean_up; fi
     exit 0
   elif is_published; then
@@ -638,13 +654,8 @@ run_swift() {
       rm -f "$WORK"/{publishing,command.sh,made_from.json}
     fi
   else
-    is_main_node || alike "$line"
-    [ -z "$changed" ] || die "$WORK holds an interrupted run $changed: put that back, or set RESTART=1 to forget it"
-    if [ -n "${ZERO:-}" ] && [ -e "$WORK/world" ] && [ "$(< "$WORK/world")" != "$WORLD" ]; then
-      die "$WORK holds a run of $(< "$WORK/world") processes, and DeepSpeed resumes with no other number: name as many GPUs, or set RESTART=1"
-    fi
-    [ -n "$same" ] ||
-      die "$WORK holds an interrupted run with other settings: repeat those (its command.sh), or set RESTART=1 to forget it"
+    is_main_node || alike "$TYPED"
+    refuse_another_run
     resume=$(python -m prunekit.training.publish --run "$WORK" --find-resume)
     if [ "$resume" = ended ]; then
       echo "all steps are taken, in $WORK"
@@ -652,9 +663,9 @@ run_swift() {
     fi
   fi
   if is_main_node; then
-    sed -n 's/^MADE_FROM=//p' <<< "$found" > "$WORK/made_from.json.new"
+    echo "$MADE_FROM" > "$WORK/made_from.json.new"
     mv "$WORK/made_from.json.new" "$WORK/made_from.json"
-    printf '%s\n' "# $STAGE, run in $PWD" "$line" > "$WORK/command.sh.new"
+    printf '%s\n' "# $STAGE, run in $PWD" "$TYPED" > "$WORK/command.sh.new"
     mv "$WORK/command.sh.new" "$WORK/command.sh"
     echo "$WORLD" > "$WORK/world"
   fi
@@ -663,21 +674,24 @@ run_swift() {
     python -m prunekit.training.stale_locks
   fi
   if [ ${#SERVER[@]} -gt 0 ]; then start_server "${SERVER[@]}"; fi
-  command+=("${PORTS[@]}")
-  echo "+ $(quoted "${command[@]}")"
+  COMMAND+=("${PORTS[@]}")
+  echo "+ $(quoted "${COMMAND[@]}")"
   if [ -n "$resume" ]; then
     echo "resuming from $resume"
-    command+=(--resume_from_checkpoint "$resume")
+    COMMAND+=(--resume_from_checkpoint "$resume")
   fi
-  run_to_end "${command[@]}" ||
+  run_to_end "${COMMAND[@]}" ||
     fail "$STAGE failed (exit code $?): its messages are above; the same command goes on from its last checkpoint"
 }
+
+# training sft|rlhf FUNCTION: call it with the whole line of a training by LINE.
+training() { "$2" "$1" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "${LINE[@]}" --output_dir "$WORK"; }
 
 # train sft|rlhf: train $MODEL in $OUTPUT.run by LINE and publish $OUTPUT.
 train() {
   claim_work
   setup_wandb
-  run_swift "$1" --run_name "${RUN_NAME:-$STAGE-$(basename "$OUTPUT")}" "${LINE[@]}" --output_dir "$WORK"
+  training "$1" run_swift
   if is_main_node; then publish; fi
 }
 

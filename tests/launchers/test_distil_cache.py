@@ -1,6 +1,7 @@
 """distil.sh with CACHE: a teacher that is asked once, and then no teacher."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -83,6 +84,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(lab, settings, message):
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert sorted(path.name for path in lab.folder.iterdir()) == before and lab.calls() == []
+
+
+@pytest.mark.parametrize("cache", ["cache", "elsewhere"])
+def test_an_interrupted_run_of_other_settings_is_refused_before_a_cache_is_filled(lab, cache):
+    lab.run("distil.sh", OUTPUT="ckpt/first", **CACHE)
+    assert lab.run("distil.sh", STUB_FAIL_AT=2, **CACHE).returncode == 1
+    calls = len(lab.calls("rlhf"))
+    shutil.rmtree(lab.folder / "cache")
+    result = lab.run("distil.sh", "--max_steps", 7, GPUS="", CACHE=cache)
+    assert result.returncode == 2 and "interrupted run with other settings" in result.stderr
+    assert len(lab.calls("rlhf")) == calls and not (lab.folder / cache).exists()
 
 
 @pytest.mark.ci
