@@ -1,8 +1,10 @@
 """Tasks that the field knows: lm-eval's, for text, and EvalScope's, for pictures, too; ms-swift's engine answers."""
 
+import contextlib
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from prunekit.errors import PruneKitError, need_packages
 from prunekit.families import positions
 
 LM_EVAL, EVALSCOPE = "--tasks", "--benchmarks"
+UNREACHED = {  # what requests, httpx, huggingface_hub and datasets raise
+    "ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "MaxRetryError", "gaierror",
+    "LocalEntryNotFoundError", "OfflineModeIsEnabled",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,30 @@ def run_tasks(engine, model: Path, config: dict[str, Any], tasks: Tasks) -> dict
     """By the task's name its metrics, and `samples`; `engine` is `load_engine`'s, `config` the model's."""
     found: dict[str, dict[str, Any]] = {}
     if tasks.lm_eval:
-        found |= _by_lm_eval(engine, model, config, tasks)
+        with _fetching(LM_EVAL, tasks.lm_eval):
+            found |= _by_lm_eval(engine, model, config, tasks)
     if tasks.evalscope:
-        found |= _by_evalscope(engine, model, tasks)
+        with _fetching(EVALSCOPE, tasks.evalscope):
+            found |= _by_evalscope(engine, model, tasks)
     return found
+
+
+@contextlib.contextmanager
+def _fetching(flag: str, names: tuple[str, ...]) -> Iterator[None]:
+    """PruneKitError where what is raised comes from a network that isn't there."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, ConnectionError | TimeoutError) or type(cause).__name__ in UNREACHED):
+            cause = cause.__cause__ or cause.__context__
+        if not cause:
+            raise
+        said = next(iter(str(error).splitlines()), "")[:200]
+        raise PruneKitError(
+            f"{flag} {' '.join(names)}: rows that aren't here can't be fetched ({said or type(error).__name__}): ask "
+            "where there is a network, which is needed once"
+        ) from None
 
 
 def _by_lm_eval(engine, model: Path, config: dict[str, Any], tasks: Tasks) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,13 @@
 """What lm-eval finds, as scores of our table."""
 
-import pytest
+from pathlib import Path
 
-from prunekit.data.tasks import Tasks, json_object, scores_of
+import pytest
+import requests
+
+from prunekit.data import tasks as module
+from prunekit.data.tasks import Tasks, json_object, run_tasks, scores_of
+from prunekit.errors import PruneKitError
 
 
 def test_metrics_are_numbers_by_their_makers_names():
@@ -26,3 +31,19 @@ def test_a_json_argument_is_an_object():
 
 def test_nothing_asked_for_is_no_task():
     assert not Tasks(limit=3) and Tasks(("a",)) and Tasks(evalscope=("b",))
+
+
+@pytest.mark.parametrize("way", ["lm_eval", "evalscope"])
+def test_a_network_that_is_not_there_is_a_users_error_and_nothing_else_is(monkeypatch, way):
+    def unreached(*_):
+        try:
+            raise requests.exceptions.ProxyError("no route\nto the hub")
+        except requests.exceptions.ProxyError:
+            raise ValueError("couldn't load it") from None
+
+    monkeypatch.setattr(module, f"_by_{way}", unreached)
+    with pytest.raises(PruneKitError, match=r"^--\w+ a b: rows that aren't here can't be fetched \(couldn't load it\)"):
+        run_tasks(None, Path(), {}, Tasks(**{way: ("a", "b")}))
+    monkeypatch.setattr(module, f"_by_{way}", lambda *_: {}[0])
+    with pytest.raises(KeyError):
+        run_tasks(None, Path(), {}, Tasks(**{way: ("a", "b")}))
