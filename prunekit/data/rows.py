@@ -139,6 +139,8 @@ def check_messages(where: str, row: Any, columns: Iterable[str] = (), images: bo
         problem = 'has a message without "role" and "content"'
     elif not all(isinstance(m["role"], str) and isinstance(m["content"], str | list | None) for m in messages):
         problem = 'has a message whose "role" or "content" is no text'
+    elif all(message["role"] == "system" for message in messages):  # ms-swift would put another row in its place
+        problem = "has a system message alone"
     elif missing := [column for column in columns if column not in row]:
         problem = f'has no column "{missing[0]}"'
     if problem:
@@ -172,7 +174,12 @@ def check_answered(where: str, row: dict[str, Any]) -> None:
     """PruneKitError for messages that aren't a question, at the least, and an assistant's text."""
     if row["messages"][-1]["role"] != "assistant" or not isinstance(row["messages"][-1]["content"], str):
         raise PruneKitError(f"{where} ends without an assistant message to compare with")
-    if all(message["role"] == "system" for message in row["messages"][:-1]):  # or none before it
+    check_asks(where, row["messages"])
+
+
+def check_asks(where: str, messages: list[dict[str, Any]]) -> None:
+    """PruneKitError for messages that have no question, before their answer if there is one."""
+    if all(message["role"] == "system" for message in question_of(messages)):  # or there is none
         raise PruneKitError(f"{where} has no question before its answer")
 
 

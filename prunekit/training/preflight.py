@@ -44,7 +44,7 @@ from prunekit.checkpoint import (
 )
 from prunekit.checkpoint.provenance import check_base
 from prunekit.checkpoint.remote_code import check_no_remote_code
-from prunekit.data.rows import ROWS_CHECKED, check_row, has_answer, is_text, iterate, locate
+from prunekit.data.rows import ROWS_CHECKED, check_asks, check_row, has_answer, is_text, iterate, locate
 from prunekit.data.templates import find_template
 from prunekit.data.tokens import same_tokenizer, tokens_of
 from prunekit.errors import PruneKitError, run_script
@@ -64,12 +64,17 @@ ENVIRONMENT = (  # what ms-swift reads as whole numbers
 HUB_DATASET = re.compile(r"(?:(?:hf|ms)::)?[\w.-]+/[\w.-]+(?::[\w./-]+)?", re.IGNORECASE)
 
 
-def check_dataset(name: str, columns: Iterable[str] = (), learned: bool = False) -> bool | None:
+def check_dataset(
+    name: str, columns: Iterable[str] = (), learned: bool = False, held_out: bool = False, asked: bool = False
+) -> bool | None:
     """Check that a data set's rows are ms-swift's messages, whose images can be read, or all texts (the first 10,000).
+
+    Of FILE#N all that N rows are drawn from; of one that is `held_out` the first N, which are taken.
 
     Says whether they are texts, {"text": ...}. None of what looks like a hub's `org/name` and is no file or folder
     here, and of tables and text files: these are left to ms-swift. Raises PruneKitError naming the line, for files that
     ms-swift can't read, and where answers are to be `learned`, if there are none: such a training would learn nothing.
+    Where a model is `asked` all rows must have a question.
     """
     path = Path(re.sub(r"#\d+$", "", name))
     local = is_file(name) or is_file(path)
@@ -81,9 +86,11 @@ def check_dataset(name: str, columns: Iterable[str] = (), learned: bool = False)
     if file.suffix not in (".jsonl", ".json"):
         return None
     texts: bool | None = None
-    for where, row in islice(iterate(name), ROWS_CHECKED):
+    for where, row in islice(iterate(name if held_out else file), ROWS_CHECKED):
         texts = is_text(row) if texts is None else texts
         check_row(where, row, texts, columns)
+        if asked and not texts:
+            check_asks(where, row["messages"])
         learned = learned and not texts and not has_answer(row["messages"])
     if learned:
         raise PruneKitError(
@@ -98,13 +105,15 @@ def check_datasets(
     answers: bool = False,
     held_out: Iterable[str] = (),
     learned: bool = False,
+    asked: bool = False,
 ) -> bool:
     """Whether data sets of a training are texts. PruneKitError as `check_dataset`, and if some are, others not.
 
     With `answers`, for a training that begins at questions, none may be. Of those `held_out`, FILE#N must have N rows:
-    ms-swift repeats rows to train on, and fails on others, when all is loaded.
+    ms-swift repeats rows to train on, and fails on others, when all is loaded. Others are as for `check_dataset`.
     """
-    kinds = {name: check_dataset(name, columns, learned) for name in [*names, *held_out]}
+    kinds = {name: check_dataset(name, columns, learned, asked=asked) for name in names}
+    kinds |= {name: check_dataset(name, columns, learned, held_out=True, asked=asked) for name in held_out}
     for name in held_out:
         count = None if kinds[name] is None else locate(name)[1]
         if count is not None and (rows := sum(1 for _ in iterate(name))) < count:
@@ -400,9 +409,11 @@ def main() -> None:
         check_adapter(args.adapter, checkpoint)
     texts = False
     if not swift.columns:  # ms-swift renames columns: rows are left to it
-        learned = args.swift == "sft" or get("rlhf_type") == "gkd" and swift.lmbda == 0
+        rlhf = args.swift == "rlhf"
+        asked = rlhf and not (swift.rlhf_type == "gkd" and swift.lmbda == 0)
+        learned = args.swift != "export" and not asked
         learned = learned and "all" not in (swift.loss_scale or "").split("+")  # which learns questions, too
-        texts = check_datasets(swift.dataset, args.needed_columns, args.swift == "rlhf", swift.val_dataset, learned)
+        texts = check_datasets(swift.dataset, args.needed_columns, rlhf, swift.val_dataset, learned, asked)
         for dataset in get("chord_sft_dataset") or ():
             check_dataset(dataset, learned=True)
     check_rewards(get("reward_funcs") or (), plugins)

@@ -124,6 +124,7 @@ def test_images_are_looked_up_where_swift_looks(data, tmp_path, monkeypatch):
         ({"messages": "hello"}, 'has no list "messages"'),
         ({"messages": []}, 'has no list "messages"'),
         ({"messages": [{"role": "user"}]}, 'has a message without "role" and "content"'),
+        ({"messages": [{"role": "system", "content": "Read."}]}, "has a system message alone"),
         (ROW, 'has no column "solution"'),
     ],
     ids=str,
@@ -134,12 +135,27 @@ def test_a_bad_row_is_named_with_its_line(data, row, problem):
         check_dataset(data(good, good, row), ["solution"])
 
 
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Read."}]])
+def test_an_answer_without_a_question_is_learned_but_not_asked_for(data, system):
+    name = data(ROW, {"messages": [*system, ROW["messages"][-1]]})
+    check_datasets([name], learned=True)
+    with pytest.raises(PruneKitError, match="line 2 has no question before its answer"):
+        check_datasets([name], answers=True, asked=True)
+
+
 def test_an_empty_file_and_an_empty_line_are_refused(data):
     with pytest.raises(PruneKitError, match="is empty: it needs at least one row"):
         check_dataset(data())
     Path("data.jsonl").write_text("\n" + json.dumps(ROW))
     with pytest.raises(PruneKitError, match="line 1 is empty"):
         check_dataset("data.jsonl")
+
+
+def test_rows_that_a_training_may_draw_are_checked_and_not_the_first_alone(data):
+    name = data(ROW, {"messages": []})
+    check_datasets([], held_out=[f"{name}#1"])
+    with pytest.raises(PruneKitError, match="line 2 has no list"):
+        check_datasets([f"{name}#1"])
 
 
 @pytest.mark.parametrize("name", ["data.jsonl#100", "odd#7.jsonl", "odd.jsonl#7"])
