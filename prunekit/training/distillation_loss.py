@@ -74,6 +74,19 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
+def _widened(log_probs: Tensor, vocabulary: int, beta: float) -> Tensor:
+    """A teacher's log-probabilities, with those of further ids, which only the student's head has: it says them never.
+
+    Left out, they'd keep what the student puts on them, for no loss tells of it. Reverse KL, which would be infinite,
+    gets SMALLEST_TAIL for all of them together.
+    """
+    more = vocabulary - log_probs.shape[-1]
+    if more == 0:
+        return log_probs
+    never = math.log(SMALLEST_TAIL / more) if beta == 1 else -math.inf
+    return torch.nn.functional.pad(log_probs, (0, more), value=never)
+
+
 def _divergence(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """(loss (N,), its slope by the student's logits (N, J)), of log-probabilities (N, J) that both sum to 1."""
     p, q = teacher.exp(), student.exp()
@@ -118,7 +131,7 @@ class _Loss(torch.autograd.Function):
                 loss, slope = _over_buckets(logits, TopK(*(part[here] for part in teacher)), beta)
             else:
                 wanted = _tempered(teacher, teacher_rows[here], temperature).log_softmax(-1)
-                loss, slope = _divergence(logits.log_softmax(-1), wanted, beta)
+                loss, slope = _divergence(logits.log_softmax(-1), _widened(wanted, logits.shape[-1], beta), beta)
             total += loss.sum()
             if gradient is not None:
                 gradient[piece] = slope.div_(temperature).to(gradient.dtype)
@@ -143,7 +156,8 @@ def distillation_loss(
     """The divergence in nats, summed over positions: fp32, a scalar. It can be differentiated once.
 
     `student`: logits (positions, vocabulary) in any floating dtype, of which the `rows` (N,) count. `teacher`: logits
-    over the same vocabulary, of which `teacher_rows` (N,) count (default: `rows`), or a TopK of N positions.
+    over the same vocabulary or the first of its ids, of which `teacher_rows` (N,) count (default: `rows`), or a TopK of
+    N positions, for which ids that the teacher hasn't are in the tail.
     """
     teacher_rows = rows if teacher_rows is None else teacher_rows
     return _Loss.apply(student, rows, teacher, teacher_rows, beta, temperature)

@@ -156,10 +156,8 @@ class DistillationTrainer(GKDTrainer):
             known = (log_probs > -torch.inf).any(-1)
             rows, teacher = rows[known], TopK.without_tail(indices[known], log_probs[known])
         else:
-            teacher = teacher_output.full_logits.flatten(0, 1)
-            # Embeddings are padded to different sizes: tokens are what both have.
-            common = min(student.shape[-1], teacher.shape[-1])
-            student, teacher = student[:, :common], teacher[:, :common]
+            # Embeddings are padded to different sizes: what the student's hasn't it can't learn.
+            teacher = teacher_output.full_logits.flatten(0, 1)[:, : student.shape[-1]]
             if self.gkd_logits_topk is not None:
                 teacher = top_k(teacher, teacher_rows, self.gkd_logits_topk, self.temperature)
         if isinstance(teacher, TopK):

@@ -205,8 +205,7 @@ def _gkd_loss(model, step: Step, inputs: dict[str, Any], teacher: nn.Module | No
         with torch.no_grad():
             logits = _forward(teacher, step, inputs).logits.flatten(0, 1)
         ledger.add("teacher", -visit)
-        common = min(student.shape[-1], logits.shape[-1])
-        student, logits = student[..., :common], logits[:, :common]
+        logits = logits[:, : student.shape[-1]]
         wanted = logits if step.top_k is None else top_k(logits, rows, step.top_k)
     return distillation_loss(student.flatten(0, 1), rows, wanted, rows, 1.0, 0.9) / len(rows)
 

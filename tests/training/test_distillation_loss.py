@@ -179,6 +179,23 @@ def test_entries_that_are_no_token_belong_to_the_tail():
         torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("k", [None, 8])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_what_a_student_puts_on_ids_that_the_teacher_has_not_is_unlearned(beta, k):
+    student, teacher = pair()
+    longer = torch.cat([student, student.logsumexp(-1, keepdim=True).expand(-1, 2)], -1)  # two thirds of its mass
+    gone = torch.cat([student, torch.full((len(ROWS), 2), -1e4)], -1)
+    known = top_k(teacher, ROWS, k) if k else teacher
+    losses = [distillation_loss(each, ROWS, known, beta=beta).item() for each in (longer, student, gone)]
+    assert losses[0] > losses[1] + 0.05 * len(ROWS) and losses[2] == pytest.approx(losses[1], rel=1e-4)
+    longer.requires_grad_()
+    (gradient,) = torch.autograd.grad(distillation_loss(longer, ROWS, known, beta=beta), longer)
+    assert (gradient[:, -2:] > 0.01).all() and gradient.sum(-1).abs().max() < 1e-5
+    if beta == 0 and k is None:  # the divergence over all ids, of which the teacher says the last with probability 0
+        wanted = (teacher.softmax(-1) * (teacher.log_softmax(-1) - longer.log_softmax(-1)[:, :-2])).sum()
+        assert losses[0] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_a_nan_is_not_hidden():
     student, teacher = pair()
     student[3, 7] = math.nan

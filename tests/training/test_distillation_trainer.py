@@ -88,6 +88,20 @@ def test_a_longer_padded_vocabulary_is_left_out(trainer_module):
     assert losses[:2] == losses[2:]
 
 
+@pytest.mark.parametrize("k", [None, 8])
+def test_a_longer_head_of_the_students_counts(trainer_module, k):
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    student, teacher, labels = frames([[3, 4], [11]])
+    losses = []
+    for high in (-1e4, 50.0):
+        longer = torch.cat([student, torch.full((2, 12, 7), high)], -1)
+        output = TeacherOutput(full_logits=teacher, labels=labels)
+        settings = SimpleNamespace(gkd_logits_topk=k, beta=1.0, temperature=1.0)
+        losses.append(trainer_module.DistillationTrainer._compute_jsd_loss(settings, longer, output, labels).item())
+    assert losses[1] > losses[0] + 0.5
+
+
 def test_of_a_teachers_top_k_tokens_that_the_student_has_not_are_left_out(trainer_module):
     from swift.rlhf_trainers.gkd_loss import TeacherOutput
 
