@@ -81,6 +81,11 @@ for number in 1 2 3; do
   input=$output
   if ! is_main_node && [ "$number" != 3 ]; then
     echo "waiting for $output, which the first node publishes"
-    until [ -e "$output" ] && { [ -n "$KEEP_RUN" ] || [ ! -e "$output.run" ]; }; do sleep 1; done
+    until [ -e "$output" ] && { [ -n "$KEEP_RUN" ] || [ ! -e "$output.run" ]; }; do
+      # since this node began: not in an earlier run
+      [ ! "$output.run/failed-0" -nt "$output.run/launcher-$NODE_RANK" ] ||
+        fail "the first node has failed: its messages say why; the same command on all goes on"
+      sleep 1
+    done
   fi
 done

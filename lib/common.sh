@@ -502,6 +502,8 @@ end_groups() {
   if [ "$code" -eq 2 ] && [ -n "$MADE" ] && [ ! -e "$WORK/command.sh" ]; then # refused: as if it had never been
     rm -f "$WORK/lock-$NODE_RANK" "$WORK/launcher-$NODE_RANK"
     find "$MADE" -depth -type d -empty -delete 2>/dev/null || true
+  elif [ "$code" -ne 0 ] && [ -n "$WORK" ]; then
+    touch "$WORK/failed-$NODE_RANK" 2>/dev/null || true # to nodes that wait for this one
   fi
 }
 trap end_groups EXIT

@@ -145,6 +145,19 @@ def test_a_node_that_publishes_nothing_waits_for_the_phase_that_another_does(nar
     assert len(narrow.calls()) == 6 and history(narrow.out)[-1]["stage"] == "progressive_run-3"
 
 
+@pytest.mark.slow
+def test_a_node_does_not_wait_for_a_phase_that_another_failed_to_publish(narrow):
+    broken = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) exit 1 ;; esac\nexec {sys.executable} "$@"\n'
+    executable(narrow.folder / "env/bin/python", broken)
+    nodes = [
+        narrow.start("progressive_run.sh", GPUS="", NNODES=2, NODE_RANK=rank, MASTER_ADDR="a", STUB_MEET=1)
+        for rank in (0, 1)
+    ]
+    for node, said in zip(nodes, ("", "the first node has failed")):
+        _, err = node.communicate(timeout=120)
+        assert node.returncode == 1 and said in err
+
+
 def test_a_check_of_phases_is_of_all_three_and_writes_nothing(narrow):
     before = sorted(narrow.folder.rglob("*"))
     result = narrow.run("progressive_run.sh", GPUS="", CHECK=1)
