@@ -201,6 +201,8 @@ def training_arguments(flags: list[str], run: Path, name: str, validate: bool, r
         raise PruneKitError(f"--num_train_epochs {arguments.num_train_epochs}: nothing would be trained")
     if arguments.save_strategy == "no":
         raise PruneKitError("--save_strategy no: what is trained is published from a checkpoint; leave it out")
+    if given := arguments.resume_from_checkpoint:
+        raise PruneKitError(f"--resume_from_checkpoint {given}: leave it out: the same command goes on from {run}")
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if unknown:
         raise PruneKitError(f"{unknown[0]}: neither ner_run.py nor transformers' TrainingArguments knows it")

@@ -317,6 +317,7 @@ def test_labels_that_the_model_has_not_end_with_one_line(tagger, tmp_path, scrip
         (["--max-length", 65], "--max-length 65: choose 8 to 64"),
         (["--no_such_flag", 1], "--no_such_flag: neither"),
         (["--save_strategy", "no"], "--save_strategy no"),
+        (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint x: leave it out"),
         (["--output_dir", "x"], "--output_dir: is"),
         (["--output-dir=x"], "--output_dir: is"),
         (["--val-dataset", "missing.jsonl"], "missing.jsonl is not there"),
