@@ -72,6 +72,7 @@ for number in 1 2 3; do
   echo "phase $number: $input -> $output"
   times=$([ "$number" = 3 ] && echo 4 || echo 1)
   HEAD_RATES=$rates MODEL=$input OUTPUT=$output STAGE=$STAGE-$number OVERWRITE=$overwrite REUSE=$reuse \
+    RUN_NAME=${RUN_NAME:+$RUN_NAME-$number} \
     GLOBAL_BATCH=${GLOBAL_BATCH:+$((times * GLOBAL_BATCH))} DEFAULT_BATCH=$((times * DEFAULT_BATCH)) \
     bash "$ROOT/full_run.sh" --external_plugins "${USER_PLUGINS[@]}" "${phase[@]}" "$@" &
   running=$!

@@ -103,6 +103,7 @@ for level in $levels; do
     if [ ! -e "$here" ] || [ -d "$here.run" ]; then
       run_to_end env MODEL="$here.sparse" OUTPUT="$here" STAGE=full_run CHECKPOINT="$CHECKPOINT" RESTART= OVERWRITE= KEEP_RUN= \
         WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$OUTPUT")}" DATASET="$DATASET" VAL_DATASET="$VAL_DATASET" \
+        RUN_NAME="${RUN_NAME:+$RUN_NAME-$cycle}" \
         GPUS="$GPUS" bash "$ROOT/full_run.sh" --external_plugins "${EXTERNAL[@]}" "${ARGS[@]}" "$@" ||
         fail "cycle $cycle failed: its messages are above; the same command goes on with it"
     fi

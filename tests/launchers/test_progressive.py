@@ -29,9 +29,10 @@ def narrow(lab, tiny, tmp_path):
 
 
 def test_phases_follow_each_other_and_only_the_first_is_of_what_was_cut(narrow, parsers):
-    result = narrow.run("progressive_run.sh", GPUS="", STEPS2=7, ACCUMULATE=2)
+    result = narrow.run("progressive_run.sh", GPUS="", STEPS2=7, ACCUMULATE=2, RUN_NAME="mine")
     assert result.returncode == 0, result.stderr
     calls = [call["argv"] for call in narrow.calls()]
+    assert [values(argv, "--run_name") for argv in calls] == [["mine-1"], ["mine-2"], ["mine-3"]]
     folders = [narrow.env["MODEL"], "ckpt/out-phase1", "ckpt/out-phase2", "ckpt/out"]
     assert [values(argv, "--model") for argv in calls] == [[folder] for folder in folders[:3]]
     assert [values(argv, "--freeze_parameters_ratio") if i == 0 else "--freeze_parameters_ratio" in argv
