@@ -107,6 +107,11 @@ def test_a_missing_image_is_named_with_its_line(data, images):
         check_dataset(data(ROW, ROW | {"images": images}))
 
 
+def test_an_image_in_a_column_of_its_own_is_looked_up_too(data):
+    with pytest.raises(PruneKitError, match=r"data.jsonl line 1 names an image that is not there: 'gone.png'"):
+        check_dataset(data(ROW | {"image": "gone.png"}))
+
+
 def test_images_are_looked_up_where_swift_looks(data, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     Path("image.png").rename("pictures/a.png")
