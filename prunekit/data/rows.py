@@ -117,6 +117,8 @@ def problem_of_image(image: object, decode: bool = False) -> str | None:
     """
     from PIL import Image
 
+    if isinstance(image, dict) and image.get("bytes") is not None:  # of JSON they are text, of which it decodes nothing
+        return 'gives an image as "bytes": name a path, or give "data:image/png;base64,…"'
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str) or "://" in path or path.startswith("data:"):
         return None

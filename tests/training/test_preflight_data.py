@@ -86,7 +86,8 @@ def test_what_breaks_json_parsers_is_a_users_error(tmp_path, line):
         ["image.png"],
         "image.png",
         [{"path": "image.png"}],
-        [{"bytes": "aGVsbG8=", "path": None}],
+        [{"bytes": None, "path": "image.png"}],
+        {"path": "image.png"},
         ["https://a.b/c.png"],
         ["data:image/png;base64,aGVsbG8="],
         ["aGVsbG8" * 50],
@@ -105,6 +106,11 @@ def test_every_form_of_image_that_swift_takes_passes(data, images):
 def test_a_missing_image_is_named_with_its_line(data, images):
     with pytest.raises(PruneKitError, match=r"data.jsonl line 2 names an image that is not there: 'gone.png'"):
         check_dataset(data(ROW, ROW | {"images": images}))
+
+
+def test_an_image_as_bytes_which_swift_cant_decode_from_json_is_refused(data):
+    with pytest.raises(PruneKitError, match=r'data.jsonl line 1 gives an image as "bytes": name a path, or give "data:'):
+        check_dataset(data(ROW | {"images": [{"bytes": "aGVsbG8=", "path": None}]}))
 
 
 def test_an_image_in_a_column_of_its_own_is_looked_up_too(data):
