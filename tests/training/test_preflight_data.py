@@ -118,6 +118,18 @@ def test_an_image_in_a_column_of_its_own_is_looked_up_too(data):
         check_dataset(data(ROW | {"image": "gone.png"}))
 
 
+PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + 3"}]}, ROW["messages"][1]]}
+
+
+@pytest.mark.parametrize("answer", ["5", "true", '"a"', '{"a": 1}'])
+def test_texts_that_datasets_would_read_as_json_beside_parts_are_refused(data, answer):
+    row = {"messages": [*ASKED["messages"], {"role": "assistant", "content": answer}]}
+    assert not check_dataset(data(row, ROW))
+    assert not check_dataset(data(PARTS, ROW))
+    with pytest.raises(PruneKitError, match="line 2 has a content of parts, dataset data.jsonl line 1 one of text like"):
+        check_dataset(data(row, PARTS))
+
+
 def test_images_are_looked_up_where_swift_looks(data, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     Path("image.png").rename("pictures/a.png")
