@@ -167,7 +167,8 @@ def check_messages(where: str, row: Any, columns: Iterable[str] = (), images: bo
 
 def has_answer(messages: list[dict[str, Any]]) -> bool:
     """Whether one of these messages is a model's own: what is learned of them."""
-    return any(each["role"] in ("assistant", "tool_call") and each["content"] is not None for each in messages)
+    said = (each for each in messages if each["role"] in ("assistant", "tool_call"))
+    return any(each["content"] is not None or each.get("tool_calls") for each in said)
 
 
 def is_text(row: Any) -> bool:

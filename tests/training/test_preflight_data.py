@@ -40,6 +40,8 @@ def test_rows_of_which_none_has_an_answer_teach_nothing(data, last):
     assert not check_datasets([data(ASKED, last)]), "a policy answers itself"
     assert not check_datasets([data(ASKED, ROW)], learned=True)
     assert check_datasets([data({"text": "a"})], learned=True)
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    assert not check_datasets([data({"messages": [*ASKED["messages"], calls]})], learned=True), "a call is an answer"
 
 
 MESSAGES = st.lists(JSON | st.fixed_dictionaries({"role": JSON, "content": JSON}), max_size=3)
