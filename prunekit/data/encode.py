@@ -42,7 +42,7 @@ def encode_row(template, row: dict[str, Any], dataset: str) -> dict[str, Any] | 
     except Exception as error:
         problems = (problem_of_image(image, decode=True) for image in images_of(row))
         problem = next(filter(None, problems), None)
-        kinds = ValueError | TypeError | AttributeError | LookupError | AssertionError
+        kinds = ValueError | TypeError | AttributeError | LookupError | AssertionError | OSError  # the last: of URLs
         if not problem and isinstance(error, kinds):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             problem = f"can't be encoded by ms-swift's {type(template).__name__} ({reason}): {json.dumps(row)[:100]}"

@@ -12,6 +12,7 @@ from prunekit.checkpoint import open_checkpoint
 from prunekit.data.batches import calibrate
 from prunekit.data.encode import Encoder, encoder_of
 from prunekit.data.rows import Rows, read_answered
+from prunekit.errors import PruneKitError
 
 QUESTION = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": "5"}]
 
@@ -96,3 +97,9 @@ def test_a_row_is_read_as_ms_swift_reads_it_to_train_on(tmp_path, monkeypatch, c
     ours, theirs = made.encode(rows[0]), made.template.encode(load_dataset("a.jsonl")[0][0])
     assert [ours[key] for key in ("input_ids", "labels")] == [theirs[key] for key in ("input_ids", "labels")]
     assert ("pixel_values" in ours) == ("pixel_values" in theirs)
+
+
+def test_an_image_that_a_url_doesnt_hold_is_refused_in_one_line():
+    row = {"messages": SEEN, "images": ["data:image/png;base64,aGVsbG8="]}
+    with pytest.raises(PruneKitError, match="can't be encoded by ms-swift's .* cannot identify image file"):
+        encoder([row]).encode(row)
