@@ -19,8 +19,8 @@ from prunekit.arguments import Parser, natural
 from prunekit.checkpoint import (
     Checkpoint,
     check_out,
-    finite,
     fingerprint,
+    finite,
     new_folder,
     open_checkpoint,
     quantisation,

@@ -81,7 +81,7 @@ def as_messages(row: Any) -> Any:
 
 
 def iterate(name: str | Path, digest: DataDigest | None = None) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each row, `as_messages`; where is like "dataset FILE line 3", to begin a message to a user with.
+    """(where, value) of each row, `as_messages`; where is like "dataset FILE line 3", to begin a user's message with.
 
     `digest` gets all of the file, also what is behind FILE#N's last row, if one iterates to the end. Raises
     PruneKitError for a file that can't be read, isn't UTF-8, isn't JSON or has no rows.

@@ -111,7 +111,7 @@ def test_a_missing_image_is_named_with_its_line(data, images):
 
 
 def test_an_image_as_bytes_which_swift_cant_decode_from_json_is_refused(data):
-    with pytest.raises(PruneKitError, match=r'data.jsonl line 1 gives an image as "bytes": name a path, or give "data:'):
+    with pytest.raises(PruneKitError, match='line 1 gives an image as "bytes": name a path, or give "data:'):
         check_dataset(data(ROW | {"images": [{"bytes": "aGVsbG8=", "path": None}]}))
 
 
@@ -128,7 +128,7 @@ def test_texts_that_datasets_would_read_as_json_beside_parts_are_refused(data, a
     row = {"messages": [*ASKED["messages"], {"role": "assistant", "content": answer}]}
     assert not check_dataset(data(row, ROW))
     assert not check_dataset(data(PARTS, ROW))
-    with pytest.raises(PruneKitError, match="line 2 has a content of parts, dataset data.jsonl line 1 one of text like"):
+    with pytest.raises(PruneKitError, match=r"line 2 has a content of parts, .* line 1 one of text"):
         check_dataset(data(row, PARTS))
 
 
