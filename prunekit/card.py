@@ -20,6 +20,7 @@ from prunekit.checkpoint import (
     Checkpoint,
     check_out,
     fingerprint,
+    finite,
     new_folder,
     open_checkpoint,
     quantisation,
@@ -231,7 +232,7 @@ def write_report(
     if loop:
         draw_loop(loop, pictures / "loop.png")
         loop["picture"] = f"{PICTURES}/loop.png"
-    write_json(folder / "report.json", report)
+    write_json(folder / "report.json", finite(report))
     title = f"{', '.join(names[1:])} beside {names[0]}"
     write_pages(folder, title, f"Made by Prune-Kit, {report['made']}", sections_of(report))
 

@@ -31,7 +31,7 @@ from prunekit.checkpoint import open_checkpoint, statistics, write_json
 from prunekit.checkpoint.work_folder import claim_folder, fingerprint
 from prunekit.data.batches import read_calibration
 from prunekit.data.groups import FEW, groups_of
-from prunekit.data.rows import Rows, check_answered
+from prunekit.data.rows import Rows, check_answered, is_text
 from prunekit.errors import PruneKitError, run_script
 from prunekit.knockout import cluster
 from prunekit.knockout.ranking import finalists, kept_shares, worst_group
@@ -149,7 +149,7 @@ def run_scan(args: argparse.Namespace) -> None:
     if args.by:
         groups_of(rows, args.by, FEW)
     if args.generate:
-        if "text" in rows[0]:
+        if is_text(rows[0]):
             raise PruneKitError(
                 f"--generate: {args.dataset} has texts, no questions with answers; give messages, or leave it out"
             )

@@ -6,12 +6,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 from helpers.bad_input import contents, put
 from helpers.cuts import first_experts
 from helpers.parrot import asked, save_parrot
 from helpers.paths import ROOT
 from helpers.quantised import write_fp8
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from prunekit import card
 from prunekit.checkpoint import HISTORY, fingerprint, new_folder, open_checkpoint
@@ -181,6 +183,18 @@ def test_what_models_and_rows_are_called_is_escaped(made):
 def test_the_page_has_its_pictures_within_and_fetches_nothing(made):
     text = (made[0] / "report.html").read_text()
     assert re.findall(r"(?:src|href)=\"(.{0,22})", text) == ["data:image/png;base64,"] * 3
+
+
+def test_a_model_of_nan_is_on_the_page_and_null_in_json(models, tmp_path):
+    cut = shutil.copytree(models / "first", tmp_path / "cut")
+    weights = load_file(cut / "model.safetensors")
+    save_file({name: torch.full_like(each, torch.nan) for name, each in weights.items()}, cut / "model.safetensors")
+    rows = write_rows(tmp_path, [asked("cat")])
+    run(cut, "--base", models / "base", "--dataset", rows, "--no-speed", "--max-new-tokens", 2, "--device", "cpu",
+        "--out", tmp_path / "card")  # fmt: skip
+    report = json.loads((tmp_path / "card/report.json").read_text(), parse_constant=pytest.fail)
+    assert report["quality"]["rows"]["scores"][1]["loss"] is None
+    assert "<td>nan</td>" in (tmp_path / "card/report.html").read_text()
 
 
 def test_without_rows_sizes_are_drawn_and_speed_is_measured(models, tmp_path, monkeypatch):

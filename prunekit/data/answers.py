@@ -15,7 +15,7 @@ from prunekit.errors import PruneKitError
 from prunekit.families import positions
 from prunekit.model.scores import score_batch
 
-from .encode import encode_row
+from .encode import as_trained, encode_row
 from .figures import Figures, chosen, means, perplexity
 from .groups import indices_by_group
 from .rewards import call_reward, columns_for, failure, guard
@@ -101,7 +101,7 @@ def generate(
     engine.template.set_mode("transformers")
     engine.max_batch_size = batch_size
     names = {each.name for each in fields(InferRequest)}  # messages, images, videos, tools, ...
-    given = ({name: value for name, value in row.items() if name in names and value} for row in rows)
+    given = ({name: value for name, value in as_trained(row).items() if name in names and value} for row in rows)
     requests = [InferRequest(**each | {"messages": question_of(each["messages"])}) for each in given]
     config = RequestConfig(max_tokens=max_new_tokens, temperature=temperature, return_details=True)
     found = [response.choices[0] for response in engine.infer(requests, config, use_tqdm=sys.stderr.isatty())]

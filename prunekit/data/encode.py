@@ -1,5 +1,6 @@
 """Rows as a model's inputs: texts by its tokenizer, messages by ms-swift's template."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -17,18 +18,31 @@ from .rows import Rows, images_of, is_text, problem_of_image
 from .templates import check_tokenizer_files, load_template, tokenizer_errors
 
 
+def as_trained(row: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a row with the columns that ms-swift's data sets keep, each in the form that its templates get."""
+    from swift.dataset import RowPreprocessor
+
+    row = copy.deepcopy({name: value for name, value in row.items() if name in RowPreprocessor.standard_keys})
+    RowPreprocessor._check_objects(row)
+    RowPreprocessor._cast_mm_data(row)
+    RowPreprocessor._normalize_tools(row)
+    if row.get("images"):
+        row["images"] = [{"bytes": None} | image if isinstance(image, dict) else image for image in images_of(row)]
+    return row
+
+
 def encode_row(template, row: dict[str, Any], dataset: str) -> dict[str, Any] | None:
     """A row with its answer as a model's input; None if it is too long. PruneKitError if an image of it is damaged."""
     from swift.template import MaxLengthError
 
     try:
-        return template.encode(row)
+        return template.encode(as_trained(row))
     except MaxLengthError:
         return None
     except Exception as error:
         problems = (problem_of_image(image, decode=True) for image in images_of(row))
         problem = next(filter(None, problems), None)
-        kinds = ValueError | TypeError | AttributeError | LookupError | AssertionError
+        kinds = ValueError | TypeError | AttributeError | LookupError | AssertionError | OSError  # the last: of URLs
         if not problem and isinstance(error, kinds):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             problem = f"can't be encoded by ms-swift's {type(template).__name__} ({reason}): {json.dumps(row)[:100]}"

@@ -18,6 +18,7 @@ ROWS_CHECKED = 10_000
 LIKE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # of a whole file
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+NAMES = {"image": "images", "video": "videos", "audio": "audios", "system_prompt": "system"}  # ms-swift's for columns
 
 
 class Rows(list[dict[str, Any]]):
@@ -65,8 +66,22 @@ def _parse(raw: bytes) -> Any:
     return value
 
 
+def as_messages(row: Any) -> Any:
+    """A row of messages as ms-swift's data sets read its other columns: `image` is `images`, `system` a first message.
+
+    What has no messages is left as it is, and a column that there is under both names.
+    """
+    if not isinstance(row, dict) or not isinstance(messages := row.get("messages"), list):
+        return row
+    row = {many if (many := NAMES.get(name)) and many not in row else name: value for name, value in row.items()}
+    system = row.pop("system", None)
+    if system is not None and messages and not (isinstance(messages[0], dict) and messages[0].get("role") == "system"):
+        row["messages"] = [{"role": "system", "content": system}, *messages]
+    return row
+
+
 def iterate(name: str | Path, digest: DataDigest | None = None) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each row; where is like "dataset FILE line 3", to begin a message to the user with.
+    """(where, value) of each row, `as_messages`; where is like "dataset FILE line 3", to begin a user's message with.
 
     `digest` gets all of the file, also what is behind FILE#N's last row, if one iterates to the end. Raises
     PruneKitError for a file that can't be read, isn't UTF-8, isn't JSON or has no rows.
@@ -82,7 +97,7 @@ def iterate(name: str | Path, digest: DataDigest | None = None) -> Iterator[tupl
                 number, where = number + 1, f"dataset {path} {'row' if array else 'line'} {number + 1}"
                 if not array and not value.strip():
                     raise PruneKitError(f"{where} is empty: remove it, or mend the row")
-                yield where, value if array else _parse(value)
+                yield where, as_messages(value if array else _parse(value))
             for _ in source if digest else ():
                 pass
     except UnicodeError:
@@ -102,6 +117,8 @@ def problem_of_image(image: object, decode: bool = False) -> str | None:
     """
     from PIL import Image
 
+    if isinstance(image, dict) and image.get("bytes") is not None:  # of JSON they are text, of which it decodes nothing
+        return 'gives an image as "bytes": name a path, or give "data:image/png;base64,…"'
     path = image.get("path") if isinstance(image, dict) else image
     if not isinstance(path, str) or "://" in path or path.startswith("data:"):
         return None
@@ -152,7 +169,8 @@ def check_messages(where: str, row: Any, columns: Iterable[str] = (), images: bo
 
 def has_answer(messages: list[dict[str, Any]]) -> bool:
     """Whether one of these messages is a model's own: what is learned of them."""
-    return any(each["role"] in ("assistant", "tool_call") and each["content"] is not None for each in messages)
+    said = (each for each in messages if each["role"] in ("assistant", "tool_call"))
+    return any(each["content"] is not None or each.get("tool_calls") for each in said)
 
 
 def is_text(row: Any) -> bool:

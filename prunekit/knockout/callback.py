@@ -11,6 +11,7 @@ from swift.pipelines.train import sft
 from transformers import Trainer
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.data.encode import as_trained
 from prunekit.data.groups import group_of
 from prunekit.data.rows import is_text, iterate
 from prunekit.errors import PruneKitError
@@ -39,7 +40,7 @@ class KnockoutLayers(TrainerCallback):
 def data_set(rows: list[dict[str, Any]], template: Any) -> Any:
     """Rows of a file as ms-swift's trainer evaluates them: texts by what plugins/texts.py has put into its place."""
     if not is_text(rows[0]):
-        return LazyLLMDataset(rows, template.encode)
+        return LazyLLMDataset([*map(as_trained, rows)], template.encode)
     said = [[{"role": "assistant", "content": row["text"]}] for row in rows]
     encoder = sft.EncodePreprocessor(template=template)
     found = encoder.batched_preprocess({"messages": said}, strict=True, ignore_max_length_error=True)

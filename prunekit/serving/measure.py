@@ -87,9 +87,10 @@ def _read(folder: Path, how: Measuring) -> list[Any]:
 
 def _texts(path: Path, limit: int | None) -> list[str]:
     from prunekit.data.batches import read_calibration
+    from prunekit.data.rows import is_text
 
     rows = read_calibration(path)
-    if "text" not in rows[0]:
+    if not is_text(rows[0]):
         raise PruneKitError(f'{path}: decoders are measured by their loss on rows {{"text": ...}}; give such')
     return [row["text"] for row in rows][:limit]
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from prunekit.data.batches import HELD_OUT
-from prunekit.data.rows import Rows
+from prunekit.data.rows import Rows, is_text
 
 from .vocabulary import VocabularyCut, VocabularyPlan, cut_vocabulary
 from .vocabulary_files import Tokenizer, templates
@@ -20,7 +20,7 @@ def texts_of(tokenizer: Tokenizer, rows: Rows) -> Iterator[str]:
     """What the model gets to read of each row: texts as they are, messages as its own chat template writes them."""
     found = templates(tokenizer.folder)
     for row in rows:
-        yield row["text"] if "text" in row else _chat(found[0] if found else None, row["messages"])
+        yield row["text"] if is_text(row) else _chat(found[0] if found else None, row["messages"])
 
 
 def _chat(template: str | None, messages: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ Libraries may print lines of their own in between.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import re
@@ -86,17 +87,34 @@ def check_dataset(
     if file.suffix not in (".jsonl", ".json"):
         return None
     texts: bool | None = None
+    parts = reread = ""  # where a content is a list of parts, and where one is text that is JSON
     for where, row in islice(iterate(name if held_out else file), ROWS_CHECKED):
         texts = is_text(row) if texts is None else texts
         check_row(where, row, texts, columns)
         if asked and not texts:
             check_asks(where, row["messages"])
         learned = learned and not texts and not has_answer(row["messages"])
+        contents = [] if texts else [message["content"] for message in row["messages"]]
+        parts = parts or (where if any(isinstance(content, list) for content in contents) else "")
+        reread = reread or (where if any(map(_is_json, contents)) else "")
+    if parts and reread:  # of a column of both, datasets reads texts as JSON: the answer "5" is a number then
+        raise PruneKitError(
+            f"{parts} has a content of parts, {reread} one of text like 5, true or {{}}, which ms-swift then takes for "
+            'JSON: write <image> into the text in place of parts, and name files in "images"'
+        )
     if learned:
         raise PruneKitError(
             f"dataset {file}: no row has an assistant's message, so nothing would be learned: add answers"
         )
     return texts
+
+
+def _is_json(content: object) -> bool:
+    try:
+        json.loads(content)  # type: ignore[arg-type]
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
 
 
 def check_datasets(

@@ -84,4 +84,4 @@ def test_a_model_is_asked_with_all_that_a_row_gives_it_but_the_answer():
     generate(engine, [ROWS[0] | {"tools": '[{"name": "f"}]', "videos": ["a.mp4"], "images": None}])
     (request,) = asked
     assert request.messages == ROWS[0]["messages"][:1]
-    assert (request.tools, request.videos, request.images) == ('[{"name": "f"}]', ["a.mp4"], [])
+    assert (request.tools, request.videos, request.images) == ([{"name": "f"}], ["a.mp4"], [])

@@ -1,16 +1,25 @@
 """Rows as a model's inputs, said once or twice."""
 
+import json
+
 import pytest
 from helpers.paths import EMBEDDED
 from PIL import Image
+from swift.dataset import load_dataset
 from transformers import AutoTokenizer
 
 from prunekit.checkpoint import open_checkpoint
 from prunekit.data.batches import calibrate
 from prunekit.data.encode import Encoder, encoder_of
-from prunekit.data.rows import Rows
+from prunekit.data.rows import Rows, read_answered
+from prunekit.errors import PruneKitError
 
 QUESTION = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": "5"}]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+SEEN = [{"role": "user", "content": "<image>?"}, QUESTION[1]]
+BOX = {"ref": ["it"], "bbox": [[30, 20, 10, 5]]}  # its corners the wrong way round
 
 
 def encoder(rows, max_length=64):
@@ -57,3 +66,40 @@ def test_a_row_too_long_to_be_said_twice_is_said_once():
     made = Encoder(lambda row: {"input_ids": [1, 1], "labels": [1, 1]}, lambda items: {"rows": items}, lambda row: None)
     found = calibrate(None, open_checkpoint(EMBEDDED), rows, encoder=made, repeat=1)
     assert sum(len(batch["rows"]) for batch in (*found.fit, *found.held_out)) == 20
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"system": "Add."},
+        {"system_prompt": "Add."},
+        {"system": None},
+        {"messages": [{"role": "system", "content": "First."}, *QUESTION], "system": "Second."},
+        {"messages": SEEN, "image": "a.png"},
+        {"messages": SEEN, "image": ["a.png"]},
+        {"messages": SEEN, "images": {"path": "a.png"}},
+        {"messages": SEEN, "images": [{"path": "a.png"}]},
+        {"messages": [SEEN[0], {"role": "assistant", "content": "<bbox>"}], "images": ["a.png"], "objects": BOX},
+        {"tools": TOOL},
+        {"tools": json.dumps(TOOL)},
+        {"positive_score": 1, "negative_note": "none", "rejected_response": "6"},
+        {"messages": [QUESTION[0], QUESTION[1] | {"loss": False}, *QUESTION]},
+    ],
+    ids=str,
+)
+def test_a_row_is_read_as_ms_swift_reads_it_to_train_on(tmp_path, monkeypatch, columns):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    Image.new("RGB", (64, 32)).save("a.png")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": QUESTION} | columns))
+    rows = read_answered("a.jsonl")
+    made = encoder(rows, 512)
+    ours, theirs = made.encode(rows[0]), made.template.encode(load_dataset("a.jsonl")[0][0])
+    assert [ours[key] for key in ("input_ids", "labels")] == [theirs[key] for key in ("input_ids", "labels")]
+    assert ("pixel_values" in ours) == ("pixel_values" in theirs)
+
+
+def test_an_image_that_a_url_doesnt_hold_is_refused_in_one_line():
+    row = {"messages": SEEN, "images": ["data:image/png;base64,aGVsbG8="]}
+    with pytest.raises(PruneKitError, match="can't be encoded by ms-swift's .* cannot identify image file"):
+        encoder([row]).encode(row)

@@ -221,7 +221,7 @@ def test_a_token_that_only_a_config_names_stays(own):
 def test_messages_are_read_as_the_models_own_template_writes_them(speaking_of):
     tokenizer = plan_vocabulary(open_checkpoint(speaking_of("llama")), 352, multiple=8).tokenizer
     messages = [{"role": "user", "content": "<image>ab"}, {"role": "assistant", "content": "an"}]
-    row = {"messages": messages}
+    row = {"messages": messages, "text": "a column of another use"}
     assert [*texts_of(tokenizer, Rows("said", [row]))] == [
         "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\nan<|im_end|>\n"
     ]

@@ -40,6 +40,8 @@ def test_rows_of_which_none_has_an_answer_teach_nothing(data, last):
     assert not check_datasets([data(ASKED, last)]), "a policy answers itself"
     assert not check_datasets([data(ASKED, ROW)], learned=True)
     assert check_datasets([data({"text": "a"})], learned=True)
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    assert not check_datasets([data({"messages": [*ASKED["messages"], calls]})], learned=True), "a call is an answer"
 
 
 MESSAGES = st.lists(JSON | st.fixed_dictionaries({"role": JSON, "content": JSON}), max_size=3)
@@ -86,7 +88,8 @@ def test_what_breaks_json_parsers_is_a_users_error(tmp_path, line):
         ["image.png"],
         "image.png",
         [{"path": "image.png"}],
-        [{"bytes": "aGVsbG8=", "path": None}],
+        [{"bytes": None, "path": "image.png"}],
+        {"path": "image.png"},
         ["https://a.b/c.png"],
         ["data:image/png;base64,aGVsbG8="],
         ["aGVsbG8" * 50],
@@ -105,6 +108,28 @@ def test_every_form_of_image_that_swift_takes_passes(data, images):
 def test_a_missing_image_is_named_with_its_line(data, images):
     with pytest.raises(PruneKitError, match=r"data.jsonl line 2 names an image that is not there: 'gone.png'"):
         check_dataset(data(ROW, ROW | {"images": images}))
+
+
+def test_an_image_as_bytes_which_swift_cant_decode_from_json_is_refused(data):
+    with pytest.raises(PruneKitError, match='line 1 gives an image as "bytes": name a path, or give "data:'):
+        check_dataset(data(ROW | {"images": [{"bytes": "aGVsbG8=", "path": None}]}))
+
+
+def test_an_image_in_a_column_of_its_own_is_looked_up_too(data):
+    with pytest.raises(PruneKitError, match=r"data.jsonl line 1 names an image that is not there: 'gone.png'"):
+        check_dataset(data(ROW | {"image": "gone.png"}))
+
+
+PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + 3"}]}, ROW["messages"][1]]}
+
+
+@pytest.mark.parametrize("answer", ["5", "true", '"a"', '{"a": 1}'])
+def test_texts_that_datasets_would_read_as_json_beside_parts_are_refused(data, answer):
+    row = {"messages": [*ASKED["messages"], {"role": "assistant", "content": answer}]}
+    assert not check_dataset(data(row, ROW))
+    assert not check_dataset(data(PARTS, ROW))
+    with pytest.raises(PruneKitError, match=r"line 2 has a content of parts, .* line 1 one of text"):
+        check_dataset(data(row, PARTS))
 
 
 def test_images_are_looked_up_where_swift_looks(data, tmp_path, monkeypatch):
