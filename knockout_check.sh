@@ -74,7 +74,9 @@ done
 if [ -z "$RESTART" ]; then # ranking.json is made anew of what a MODE goes by
   [ "$MODE" != train ] || [ ! -e "$OUTPUT/scan" ] ||
     die "MODE=train: $OUTPUT holds a scan, whose finalists MODE=all trains; to train without every layer choose another OUTPUT"
-  [ "$MODE" = train ] || [ ! -e "$OUTPUT/trained" ] || { [ "$MODE" = all ] && [ -e "$OUTPUT/scan" ]; } ||
+  # Scans of earlier versions left a folder for trainings, and nothing in it
+  trainings=$(find "$OUTPUT/trained" ! -type d -print -quit 2> /dev/null) || true
+  [ "$MODE" = train ] || [ -z "$trainings" ] || { [ "$MODE" = all ] && [ -e "$OUTPUT/scan" ]; } ||
     die "MODE=$MODE: $OUTPUT holds trainings that its ranking would lose; choose another OUTPUT"
 fi
 one_node "knockouts run on one node each: spread them by RAY_ADDRESS, and unset NNODES"

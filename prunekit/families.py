@@ -184,6 +184,14 @@ def configs(config: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
     return [part for part in parts if isinstance(part, dict) and stack.count in part]
 
 
+def say_counts(config: dict[str, Any]) -> None:
+    """Write into a config's parts the layer counts that transformers 4.44 to 4.51 left out where they are defaults."""
+    for row in family_of(config).stacks.values():
+        part = config.get(row.config)
+        if isinstance(part, dict) and part.get(row.count) is None and row.count in row.defaults:
+            part[row.count] = row.defaults[row.count]
+
+
 def family_of(config: dict[str, Any]) -> Family:
     """The row of a config's `model_type`; PruneKitError names the supported ones."""
     row = FAMILIES.get(str(config.get("model_type")))
@@ -306,7 +314,7 @@ FAMILIES: dict[str, Family] = {
             Stack(
                 **_VIT,
                 numbers=("fullatt_block_indexes",),
-                defaults={"fullatt_block_indexes": [7, 15, 23, 31]},
+                defaults={"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]},
             ),
             vision_prefix=_VISUAL,
             token_ids=_VISION_IDS | {"bos_token_id": 151643, "eos_token_id": 151645},
@@ -316,7 +324,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "qwen2_vl",
             _QWEN_VL,
-            Stack(**_VIT, mlp=("mlp.fc1", "mlp.fc2")),
+            Stack(**_VIT, mlp=("mlp.fc1", "mlp.fc2"), defaults={"depth": 32}),
             vision_prefix=_VISUAL,
             token_ids=_VISION_IDS | {"bos_token_id": 151643, "eos_token_id": 151645},
             head_dim=None,

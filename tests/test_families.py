@@ -1,12 +1,13 @@
 """The table's rows against real models: names, counts and sizes."""
 
+import json
 import re
 
 import pytest
 from helpers.tiny_models import FAMILIES, VISION, build
 from transformers import CONFIG_MAPPING
 
-from prunekit.checkpoint import layer_numbers, open_checkpoint, statistics
+from prunekit.checkpoint import layer_numbers, open_checkpoint, read_config, statistics
 from prunekit.errors import PruneKitError
 from prunekit.families import FAMILIES as ROWS
 from prunekit.families import family_of
@@ -64,6 +65,14 @@ def test_what_transformers_takes_where_a_key_is_missing_is_known(family):
     keys = [*row.defaults] + [row.experts_chosen] * bool(row.experts)
     known = {key: getattr(config, key, row.defaults.get(key)) for key in dict.fromkeys(keys)}
     assert known == row.defaults
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_depth_that_older_releases_leave_out_is_the_default(family, tiny, tmp_path):
+    config = json.loads((tiny(family) / "config.json").read_text())
+    config["vision_config"] = {"in_chans": 3, "model_type": family, "spatial_patch_size": 14}  # as in Qwen2-VL-7B's
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path)["vision_config"]["depth"] == CONFIG_MAPPING[family]().vision_config.depth
 
 
 @pytest.mark.parametrize("family", VISION)

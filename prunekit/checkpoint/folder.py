@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import PruneKitError
-from prunekit.families import check_config
+from prunekit.families import check_config, say_counts
 
 from .agreement import check_agreement, is_tied
 from .format import Checkpoint, Tensor, named, read_header, read_json
@@ -120,6 +120,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PruneKitError(f"{folder}: no config.json here; give a Hugging Face checkpoint folder")
     config = read_json(folder / "config.json")
     try:
+        if isinstance(config, dict):
+            say_counts(config)
         check_config(config)
     except PruneKitError as error:
         raise PruneKitError(f"{folder / 'config.json'}: {error}") from None

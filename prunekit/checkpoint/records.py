@@ -21,10 +21,12 @@ LOG, COMMAND, MADE_FROM, ZEROS = "logging.jsonl", "command.sh", "made_from.json"
 CURVES, SPARSITY, QUALITY, HEADS = "curves.png", "sparsity.png", "quality.png", "heads.png"
 RECORDS = (LOG, COMMAND, MADE_FROM, ZEROS, CURVES, SPARSITY, QUALITY, HEADS)
 
+MODULE = re.compile(r"\d+_\w+")
 MAX_SIDE_FILE = 256 * 2**20
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those that have names
 NOT_CARRIED = re.compile(
-    r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|npz|distcp)$|.*\.index\.json$|\..*|README\.md$"
+    r".*\.(?:safetensors|bin|pt|pth|pkl|ckpt|h5|msgpack|onnx|onnx_data|gguf|npz|distcp|ot|tflite|mlmodel|pdparams)$"
+    r"|.*\.index\.json$|\..*|README\.md$"
     r"|config\.json$|params\.json$|trainer_state\.json$|args\.json$|latest$|zero_to_(?:fp32|torch)\.py$"
     rf"|(?:{'|'.join(map(re.escape, (HISTORY, *RECORDS)))})$"
 )
@@ -33,14 +35,26 @@ NOT_CARRIED = re.compile(
 def side_files(folder: Path) -> dict[str, Path]:
     """Files that travel with the weights: tokenizer, processor, chat templates, generation config, other small ones.
 
-    By their names in the folder. Not: weights, pickles, other subfolders, hidden files, a trainer's state, params.json
+    By their names in the folder. With them go the folders of what sentence-transformers puts behind a model, whole.
+    Not: weights in whatever form, pickles, other subfolders, hidden files, a trainer's state, params.json
     (Mistral's, with the sizes that were), and what each stage writes anew.
     """
-    return {
-        str(file.relative_to(folder)): file
-        for file in sorted([*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)])
+    found = [
+        file
+        for file in [*folder.iterdir(), *folder.glob(CHAT_TEMPLATES)]
         if file.is_file() and not NOT_CARRIED.match(file.name) and file.stat().st_size <= MAX_SIDE_FILE
-    }
+    ]
+    found += [file for module in _modules(folder) for file in module.iterdir() if file.is_file()]
+    return {str(file.relative_to(folder)): file for file in sorted(found)}
+
+
+def _modules(folder: Path) -> list[Path]:
+    """Folders of what sentence-transformers puts behind a model, such as 1_Pooling: no size of them changes."""
+    file = folder / "modules.json"
+    listed = read_json(file) if file.is_file() else None
+    names = [each.get("path") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    wanted = [folder / name for name in names if isinstance(name, str) and MODULE.fullmatch(name)]
+    return [module for module in wanted if module.is_dir()]
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:

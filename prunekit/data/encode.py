@@ -68,6 +68,12 @@ class Encoder:
         if self.template:
             self.template.model = model
 
+    def for_rows(self, rows: Rows) -> "Encoder | None":
+        """It for other rows, which errors name; None where one are texts, the others messages."""
+        if is_text(rows[0]) == bool(self.template):
+            return None
+        return _of_template(self.template, rows.name) if self.template else self
+
 
 def _text_encoder(checkpoint: Checkpoint, max_length: int) -> Encoder:
     transformers = light_transformers()
@@ -100,14 +106,17 @@ def _message_encoder(
     load_plugins()
     encoder = load_template(checkpoint, max_length, model_type, template)
     encoder.set_mode("train")
+    return _of_template(encoder, name)
 
+
+def _of_template(template: Any, name: str) -> Encoder:
     def again(row):
         if any(row.get(kind) for kind in ("images", "videos", "audios")):
             return None
         later = [message for message in row["messages"] if message["role"] != "system"]
-        return encode_row(encoder, row | {"messages": [*row["messages"], *later]}, name)
+        return encode_row(template, row | {"messages": [*row["messages"], *later]}, name)
 
-    return Encoder(lambda row: encode_row(encoder, row, name), encoder.data_collator, again, encoder)
+    return Encoder(lambda row: encode_row(template, row, name), template.data_collator, again, template)
 
 
 def encoder_of(

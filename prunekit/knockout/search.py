@@ -24,7 +24,7 @@ from .generation import answer_without, score_generation
 from .healed import HealedScanner
 from .records import METRICS, Records, Table, paired
 from .removal import BASELINE, MEAN, WORST, Candidate, FewerExperts, Removal, plan_without
-from .scanner import Job, load_scanner, rounded
+from .scanner import Job, encoder_for, load_scanner, rounded
 
 AT_ONCE = 4  # candidates that a path measures, before it looks whether others may still be better: calls have a cost
 CRITERION = "loss"  # of paths and races: finer than token_acc, which changes by whole tokens
@@ -47,9 +47,10 @@ def groups_of_batches(job: Job) -> Sequence[list[str]]:
 def calibration_of(job: Job, calib: Rows, tokens: int) -> Calibration:
     """Rows beside a job's own, for its model."""
     scanner = load_scanner(job)
+    encoder = encoder_for(job).for_rows(calib)  # to find its template anew takes seconds, and is said again
     return calibrate(
         scanner.model, scanner.checkpoint, calib, tokens, job.max_length, model_type=job.model_type,
-        template=job.template,
+        template=job.template, encoder=encoder,
     )  # fmt: skip
 
 

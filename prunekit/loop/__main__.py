@@ -116,7 +116,8 @@ def next_round(args: argparse.Namespace) -> None:
     print(f"TEACHER={teacher.relative_to(loop.folder) if teacher else ''}")
     print(f"MOST={this['most']:.0f}")
     left = 1 - useful_share(this["most"], this["wanted"], start["sizes"])
-    print(f"LEAVES={min(left, 0.9999):.4f}")  # of a little that is missing a layer may be the least that goes, too
+    # Rounded down, or a path might end above its target; of a little that is missing a layer may be the least that goes
+    print(f"LEAVES={min(max(math.floor(left * 1e4 + 1e-6), 1), 9999) / 1e4:.4f}")
     print(f"WANTS={' '.join(this['wanted'])}")
     print(f"SCANNED={1 if any(each.kind == 'layers' for each in loop.known()) else ''}")
     print(f"KEPT={start['kept']:.4f}")
@@ -154,7 +155,8 @@ def choose_cuts(args: argparse.Namespace) -> int:
         )
     chosen = choose(candidates, this["wanted"], this["most"], most_loss=most, failed=loop.failed_cost())
     too_dear = not chosen or sum(each.cost for each in chosen) > most
-    if too_dear and not args.finer and _trials(loop, checkpoint, finer=True):
+    tried = {each.flags for each in candidates}
+    if too_dear and not args.finer and any(tuple(f) not in tried for *_, f in _trials(loop, checkpoint, finer=True)):
         print("nothing that was tried will do: smaller cuts are tried", file=sys.stderr)
         return 4
     loop.note_choice(candidates, chosen)

@@ -142,7 +142,8 @@ def _plan_heads(checkpoint: Checkpoint, keep: int | None, share: float | None, g
         instead = f"keep one of {', '.join(map(str, allowed))}" if allowed else "none can go"
         if not allowed and divisors and groups != kv_heads:  # one KV head with one query head always can stay
             others = [number for number in range(1, kv_heads) if any(hidden % (number * n) == 0 for n in sizes)]
-            instead = f"with so many KV heads there is none: give --kv-groups {' or '.join(map(str, others))}"
+            if others:
+                instead = f"with so many KV heads there is none: give --kv-groups {' or '.join(map(str, others))}"
         raise PruneKitError(f"{said}: the model has {count} attention heads ({why}); {instead}")
     return Heads(int(wanted), int(wanted) if groups is None else groups, dim)
 
@@ -159,7 +160,8 @@ def _plan_neurons(widths: dict[str, int], keep: int | None, share: float | None)
         kept[key] = max(step, round(width * share / step) * step) if share is not None else keep or 0
         if not 0 < kept[key] < width:
             said = f"--neurons {keep}" if share is None else f"--neuron-share {share}"
-            raise PruneKitError(f"{said}: the model has {width} ({key}); keep 1 to {width - 1} of them")
+            instead = f"keep 1 to {width - 1} of them" if width > 1 else "none can go"
+            raise PruneKitError(f"{said}: the model has {width} ({key}); {instead}")
     return kept
 
 
@@ -294,27 +296,33 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
         array = checkpoint.read_array(next(name for name, kind in names.items() if kind == "weight"))
         return array.T if row.inputs_first else array
 
-    for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):
-        of_heads = None
-        if layer in attend:
-            o = weight(layer, row.o).reshape(-1, count, width)
-            v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
-            v = v.reshape(kv_count, width, -1)
-            inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
-            outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
-            of_heads = np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0))
-        norms: dict[int, Any] = {}
-        for name in by_layer[layer]:
-            part = parts[name]
-            if part.role not in ("in", "out") or checkpoint.tensors[name].shape[1:] == ():
-                continue
-            array = checkpoint.read_array(name)
-            for expert, each in enumerate(array) if part.stacked else [(part.expert or 0, array)]:
-                axis = part.axis - part.stacked
-                squares = np.square(each).sum(axis=1 - axis).reshape(part.halves, -1)
-                norms[expert] = norms.get(expert, 1.0) * np.sqrt(squares).prod(0)
-        neurons = np.stack([norms[expert] for expert in sorted(norms)])
-        scores[layer] = Scores(of_heads, neurons)
+    with np.errstate(invalid="ignore", over="ignore"):  # which is told at the end of each layer
+        for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):
+            of_heads = None
+            if layer in attend:
+                o = weight(layer, row.o).reshape(-1, count, width)
+                v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
+                v = v.reshape(kv_count, width, -1)
+                inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
+                outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
+                of_heads = np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0))
+            norms: dict[int, Any] = {}
+            for name in by_layer[layer]:
+                part = parts[name]
+                if part.role not in ("in", "out") or checkpoint.tensors[name].shape[1:] == ():
+                    continue
+                array = checkpoint.read_array(name)
+                for expert, each in enumerate(array) if part.stacked else [(part.expert or 0, array)]:
+                    axis = part.axis - part.stacked
+                    squares = np.square(each).sum(axis=1 - axis).reshape(part.halves, -1)
+                    norms[expert] = norms.get(expert, 1.0) * np.sqrt(squares).prod(0)
+            neurons = np.stack([norms[expert] for expert in sorted(norms)])
+            if not all(np.isfinite(each).all() for each in (of_heads, neurons) if each is not None):
+                raise PruneKitError(
+                    f"{checkpoint.path}: layer {layer} has weights that are NaN or too large to score: take a "
+                    "checkpoint from before its training diverged"
+                )
+            scores[layer] = Scores(of_heads, neurons)
     return scores
 
 

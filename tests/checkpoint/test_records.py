@@ -23,7 +23,8 @@ def test_side_files_travel_and_a_trainers_traces_do_not(own, tmp_path):
     ]
     left = ["optimizer.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json", "README.md", ".hidden",
             "latest", "zero_to_fp32.py", "zero_to_torch.py", "args.json", "logging.jsonl", "command.sh", "curves.png",
-             "heads.png", "pytorch_model.bin.index.json", "params.json"]  # fmt: skip
+             "heads.png", "pytorch_model.bin.index.json", "params.json",
+            "rust_model.ot", "64.tflite", "model.onnx_data"]  # fmt: skip
     for name in kept + left:
         (folder / name).write_text("{}")
     (folder / "global_step3").mkdir()
@@ -77,3 +78,13 @@ def test_no_record_of_a_stage_is_carried_into_the_next_ones_folder(tiny, tmp_pat
         (source / file).write_text("of this stage")
     found = copy_whole(source, tmp_path / "out")
     assert not (found / name).exists() and (found / "notes.txt").exists()
+
+
+def test_what_sentence_transformers_puts_behind_a_model_travels(own, tmp_path):
+    folder = own("bert")
+    (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}, {"path": 3}]')
+    for name in ("1_Pooling/config.json", "onnx/model.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
+    out = copy_whole(copy_whole(folder, tmp_path / "one"), tmp_path / "two")
+    assert (out / "1_Pooling/config.json").is_file() and not (out / "onnx").exists()

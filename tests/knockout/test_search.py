@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunekit.checkpoint import open_checkpoint
+from prunekit.data import encode
+from prunekit.data.batches import read_calibration
 from prunekit.knockout import cluster
 from prunekit.knockout.records import Records
 from prunekit.knockout.removal import Removal
 from prunekit.knockout.scanner import Job
-from prunekit.knockout.search import Scan, find_path
+from prunekit.knockout.search import Scan, calibration_of, find_path
 
 
 class MadeUp(Scan):
@@ -166,3 +168,13 @@ def test_a_cluster_s_answers_are_those_of_one_machine(monkeypatch, answers):
     monkeypatch.setattr(cluster, "run_tasks", lambda function, items, gpus: [(i, function(i)) for i in reversed(items)])
     assert Scan(job, None, quiet=True).generate(removals, 5, 3) == here
     assert [found["samples"] for found in here] == [5, 5]
+
+
+def test_other_rows_are_encoded_by_the_template_that_is_loaded(answers, texts, monkeypatch):
+    loaded: list[str] = []
+    load = encode.load_template
+    monkeypatch.setattr(encode, "load_template", lambda *arguments: loaded.append("one") or load(*arguments))
+    job = Job(str(EMBEDDED), str(answers), device="cpu", max_length=300)
+    for rows in (answers, texts):
+        assert calibration_of(job, read_calibration(rows), 400).fit
+    assert loaded == ["one"]

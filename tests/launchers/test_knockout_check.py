@@ -83,6 +83,7 @@ def test_a_mode_does_not_go_on_where_another_has_been(lab, mode, holds, said):
     executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
     for name in holds:
         (lab.out / name).mkdir(parents=True)
+        (lab.out / name / "settings.json").touch()
     result = lab.run("knockout_check.sh", MODE=mode, GPUS="")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert f"MODE={mode}: ckpt/out {said}" in result.stderr
@@ -92,4 +93,12 @@ def test_a_mode_does_not_go_on_where_another_has_been(lab, mode, holds, said):
 def test_a_mode_goes_on_where_it_has_been(lab, mode, holds):
     executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
     (lab.out / holds).mkdir(parents=True)
+    (lab.out / holds / "settings.json").touch()
     assert lab.run("knockout_check.sh", MODE=mode, GPUS="").returncode == 9
+
+
+def test_an_empty_folder_for_trainings_is_none(lab):
+    executable(lab.folder / "env/bin/python", "#!/bin/sh\nexit 9\n")
+    for name in ("scan", "trained/runs"):
+        (lab.out / name).mkdir(parents=True)
+    assert lab.run("knockout_check.sh", MODE="scan", GPUS="").returncode == 9

@@ -8,7 +8,8 @@ import pytest
 from helpers.cuts import cut_width
 
 from prunekit.errors import PruneKitError
-from prunekit.loop.__main__ import next_round
+from prunekit.loop import __main__ as commands
+from prunekit.loop.__main__ import choose_cuts, next_round
 from prunekit.loop.candidates import sizes
 from prunekit.loop.choice import Candidate
 from prunekit.loop.state import Loop
@@ -119,6 +120,23 @@ def test_a_loop_that_begins_is_not_written_down_without_what_it_needs_of_its_bas
     with pytest.raises(PruneKitError, match="gone.json"):
         made.note_base(tmp_path / "gone.json")
     assert not made.folder.exists()
+
+
+def test_a_path_ends_at_what_is_wanted_not_a_little_above(loop, capsys):
+    loop.settings["targets"]["params"] = loop.base["sizes"]["params"] * 0.90006
+    loop.save()
+    next_round(argparse.Namespace(into=loop.folder, dry_run=False, keep_rounds="good", max_rounds=8))
+    assert "LEAVES=0.9000\n" in capsys.readouterr().out
+
+
+def test_smaller_cuts_that_were_tried_are_not_asked_for_again(loop, monkeypatch):
+    loop.next_round()
+    saved = {"params": 1e9, "bytes": 0.0, "kv": 0.0}
+    tried = Candidate("neurons", "neurons 0.5", 1.0, saved, ("--neuron-share", "0.5"))
+    monkeypatch.setattr(commands, "from_trials", lambda *_: [tried])
+    monkeypatch.setattr(commands, "_trials", lambda *_, **__: [("smaller", "width_cut.py", [*tried.flags])])
+    wishes = {"trials": ["trials.json"], "scan": None, "finer": False, "heal": False}
+    assert choose_cuts(argparse.Namespace(into=loop.folder, model=loop.settings["model"], **wishes)) == 3
 
 
 def test_where_a_parameter_is_missing_a_layer_may_go(loop, capsys):

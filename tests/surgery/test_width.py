@@ -369,6 +369,25 @@ def test_transformers_refuses_llamas_whose_heads_dont_divide_hidden_and_so_do_we
     assert plan_width(checkpoint, heads_kept=6, mask=True).heads.query == 6
 
 
+def test_where_no_neuron_and_no_head_can_go_nothing_else_is_advised(tmp_path):
+    sizes = {"intermediate_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT | sizes)).save_pretrained(tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    for wanted in ({"neurons": 1}, {"neuron_share": 0.5}, {"heads_kept": 1}, {"head_share": 0.5}):
+        with pytest.raises(PruneKitError, match="none can go$"):
+            plan_width(checkpoint, **wanted)
+
+
+@pytest.mark.parametrize("linear", ["self_attn.o_proj", "mlp.up_proj"])
+def test_what_diverged_is_not_scored_by_its_weights(linear, own):
+    folder = own("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.2.{linear}.weight"][1, 1] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(PruneKitError, match="layer 2 has weights that are NaN"):
+        magnitudes(open_checkpoint(folder))
+
+
 def test_a_config_that_contradicts_the_weights_is_refused(own):
     path = own("qwen3") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 8}))
