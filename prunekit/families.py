@@ -185,7 +185,7 @@ def configs(config: dict[str, Any], stack: Stack) -> list[dict[str, Any]]:
 
 
 def say_counts(config: dict[str, Any]) -> None:
-    """Write into a config's parts the layer counts that transformers 4.44 to 4.51 left out where they are defaults."""
+    """Write into a config's parts the layer counts that releases of transformers left out where they are defaults."""
     for row in family_of(config).stacks.values():
         part = config.get(row.config)
         if isinstance(part, dict) and part.get(row.count) is None and row.count in row.defaults:
