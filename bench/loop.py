@@ -6,17 +6,18 @@
     python bench/loop.py --data runs/tiny_vl --out runs/depth --arm depth --target-params 0.3  # with layers alone
     python bench/loop.py --data runs/tiny_vl --out runs/once --arm oneshot --target-params 0.676 --rounds 2
     python bench/loop.py --data runs/tiny_vl --out runs/choice --choice --json docs/measured/loop_choice.json
-    python bench/loop.py --model smollm2 --data runs/bench --out runs/text --target-params 0.8 --keep 0.7
+    python bench/loop.py --model smollm2 --data runs/bench --out runs/text --target-params 0.8 --keep 0.6
+    python bench/loop.py --model smollm2 --data runs/bench --out runs/once --arm oneshot --target-params 0.8 --rounds 3
 
-Arms: `loop` with all kinds of cuts; `depth` with layers alone; `width` with heads and neurons; `oneshot`: a single cut
-to the target, with as many steps behind it as --rounds rounds have, whatever it keeps. --choice runs no loop: the
-cheapest set across kinds against the cheapest of each kind alone, at 80% and 65% of the parameters, by loss and
-token_acc, untrained and after equal recovery.
+Arms: `loop` with all kinds of cuts (SmolLM2: layers); `depth` with layers alone; `width` with heads and neurons;
+`oneshot`: a single cut to the target, with as many steps behind it as --rounds rounds have, whatever it keeps. --choice
+runs no loop: the cheapest set across kinds against the cheapest of each kind alone, at 80% and 65% of the parameters,
+by loss and token_acc, untrained and after equal recovery.
 
 Its own time is all that isn't a scan, a cut, a training or an evaluation: those write theirs to OUT/small.loop/seconds.
 Of a loop that goes on it is that of this call.
-SmolLM2 (bash bench/setup.sh) goes on with pieces of Wikipedia, and is judged by the loss of sixteen other pieces: a
-round took 72 minutes of one core beside other work, its recovery for longer included.
+SmolLM2 (bash bench/setup.sh) goes on with pieces of Wikipedia, and is judged by the loss of sixteen other pieces: three
+rounds took 89 minutes of one core of an older processor, without bfloat16.
 With --log FILE it says this of a loop that has ended, whose last line there was "SECONDS s".
 """
 
@@ -61,8 +62,15 @@ SETTINGS = {
         "--learning_rate 2e-4 --max_completion_length 16",
     ),
     "smollm2": Setting(
-        {"CALIB_TOKENS": "4000", "EVALUATE_ARGS": "--batch-size 8", "METRIC": "loss", "LMBDA": "0"},
-        {"RECOVER_STEPS": 60, "DISTIL_STEPS": 15, "LONGER_STEPS": 60},
+        {
+            "CUTS": "layers",
+            "ROUND_SHARE": "0.12",
+            "CALIB_TOKENS": "4000",
+            "EVALUATE_ARGS": "--batch-size 8",
+            "METRIC": "loss",
+            "LMBDA": "0",
+        },
+        {"RECOVER_STEPS": 20, "DISTIL_STEPS": 5, "LONGER_STEPS": 20},
         f"--per_device_train_batch_size 4 --max_length 512 {COMMON}",
         "--learning_rate 1e-4",
         "--learning_rate 5e-5 --max_completion_length 128",
