@@ -87,7 +87,7 @@ def draw_ranking(ranking: dict[str, Any], path: Path) -> None:
                 "\n".join(reversed(lines)) if labelled else " ".join(lines),
                 (position, top), xytext=(0, 1.5), textcoords="offset points",
                 ha="center", va="bottom", fontsize=7 if labelled else 6, color=INK, rotation=0 if labelled else 90,
-                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},  # or a number is crossed by the line at its height
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.3},  # or the line at its height crosses a number
             )  # fmt: skip
         for line, label in ((0.95, "95%"), (0.90, "90%")):
             axis.axhline(line, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
