@@ -280,13 +280,13 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
     """Scores by the weights alone, by layer.
 
     A head's is the Frobenius norm of what it makes of a layer's input, O_h V_h, which no change of V's basis changes; a
-    neuron's is the product of the norms of its weights in all projections.
+    neuron's is the product of the norms of its weights in all projections. Raises PruneKitError where one isn't finite.
     """
     import numpy as np
 
     row = checkpoint.family.text
     count, kv_count, width = heads(checkpoint)
-    parts, scores, attend = find_parts(checkpoint), {}, attending(checkpoint)
+    parts, attend = find_parts(checkpoint), attending(checkpoint)
     by_layer: dict[int, list[str]] = {}
     for name, part in parts.items():
         by_layer.setdefault(part.layer, []).append(name)
@@ -296,34 +296,35 @@ def magnitudes(checkpoint: Checkpoint, quiet: bool | None = None) -> dict[int, S
         array = checkpoint.read_array(next(name for name, kind in names.items() if kind == "weight"))
         return array.T if row.inputs_first else array
 
-    with np.errstate(invalid="ignore", over="ignore"):  # which is told at the end of each layer
-        for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet):
-            of_heads = None
-            if layer in attend:
-                o = weight(layer, row.o).reshape(-1, count, width)
-                v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
-                v = v.reshape(kv_count, width, -1)
-                inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
-                outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
-                of_heads = np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0))
-            norms: dict[int, Any] = {}
-            for name in by_layer[layer]:
-                part = parts[name]
-                if part.role not in ("in", "out") or checkpoint.tensors[name].shape[1:] == ():
-                    continue
-                array = checkpoint.read_array(name)
-                for expert, each in enumerate(array) if part.stacked else [(part.expert or 0, array)]:
-                    axis = part.axis - part.stacked
-                    squares = np.square(each).sum(axis=1 - axis).reshape(part.halves, -1)
-                    norms[expert] = norms.get(expert, 1.0) * np.sqrt(squares).prod(0)
-            neurons = np.stack([norms[expert] for expert in sorted(norms)])
-            if not all(np.isfinite(each).all() for each in (of_heads, neurons) if each is not None):
-                raise PruneKitError(
-                    f"{checkpoint.path}: layer {layer} has weights that are NaN or too large to score: take a "
-                    "checkpoint from before its training diverged"
-                )
-            scores[layer] = Scores(of_heads, neurons)
-    return scores
+    @np.errstate(invalid="ignore", over="ignore")  # what isn't finite is told at its end
+    def score(layer: int) -> Scores:
+        of_heads = None
+        if layer in attend:
+            o = weight(layer, row.o).reshape(-1, count, width)
+            v = weight(layer, row.v)[-kv_count * width :]  # of fused ones, v is the last
+            v = v.reshape(kv_count, width, -1)
+            inner = np.einsum("ohi,ohj->hij", o, o, optimize=True)
+            outer = np.einsum("gix,gjx->gij", v, v, optimize=True).repeat(count // kv_count, 0)
+            of_heads = np.sqrt(np.maximum((inner * outer).sum((1, 2)), 0))
+        norms: dict[int, Any] = {}
+        for name in by_layer[layer]:
+            part = parts[name]
+            if part.role not in ("in", "out") or checkpoint.tensors[name].shape[1:] == ():
+                continue
+            array = checkpoint.read_array(name)
+            for expert, each in enumerate(array) if part.stacked else [(part.expert or 0, array)]:
+                axis = part.axis - part.stacked
+                squares = np.square(each).sum(axis=1 - axis).reshape(part.halves, -1)
+                norms[expert] = norms.get(expert, 1.0) * np.sqrt(squares).prod(0)
+        neurons = np.stack([norms[expert] for expert in sorted(norms)])
+        if not all(np.isfinite(each).all() for each in (of_heads, neurons) if each is not None):
+            raise PruneKitError(
+                f"{checkpoint.path}: layer {layer} has weights that are NaN or too large to score: take a "
+                "checkpoint from before its training diverged"
+            )
+        return Scores(of_heads, neurons)
+
+    return {layer: score(layer) for layer in tqdm(sorted(by_layer), desc="magnitudes", leave=False, disable=quiet)}
 
 
 def best_across(rows: Sequence[Any], number: int) -> list[list[int]]:

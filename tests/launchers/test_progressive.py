@@ -132,15 +132,17 @@ def test_a_run_that_overwrites_goes_on_in_its_phase_too(narrow):
     assert history(narrow.out)[-1]["stage"] == "progressive_run-3"
 
 
+def two_nodes(narrow, python):
+    """The launcher at work on two nodes, whose Python is this script."""
+    executable(narrow.folder / "env/bin/python", python)
+    setting = {"GPUS": "", "NNODES": 2, "MASTER_ADDR": "a", "STUB_MEET": 1}
+    return [narrow.start("progressive_run.sh", NODE_RANK=rank, **setting) for rank in (0, 1)]
+
+
 @pytest.mark.slow
 def test_a_node_that_publishes_nothing_waits_for_the_phase_that_another_does(narrow):
     slow = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) sleep 2 ;; esac\nexec {sys.executable} "$@"\n'
-    executable(narrow.folder / "env/bin/python", slow)
-    nodes = [
-        narrow.start("progressive_run.sh", GPUS="", NNODES=2, NODE_RANK=rank, MASTER_ADDR="a", STUB_MEET=1)
-        for rank in (0, 1)
-    ]
-    for node in nodes:
+    for node in two_nodes(narrow, slow):
         _, err = node.communicate(timeout=120)
         assert node.returncode == 0, err
     assert len(narrow.calls()) == 6 and history(narrow.out)[-1]["stage"] == "progressive_run-3"
@@ -149,12 +151,7 @@ def test_a_node_that_publishes_nothing_waits_for_the_phase_that_another_does(nar
 @pytest.mark.slow
 def test_a_node_does_not_wait_for_a_phase_that_another_failed_to_publish(narrow):
     broken = f'#!/bin/sh\ncase "$*" in *training.publish*--out*) exit 1 ;; esac\nexec {sys.executable} "$@"\n'
-    executable(narrow.folder / "env/bin/python", broken)
-    nodes = [
-        narrow.start("progressive_run.sh", GPUS="", NNODES=2, NODE_RANK=rank, MASTER_ADDR="a", STUB_MEET=1)
-        for rank in (0, 1)
-    ]
-    for node, said in zip(nodes, ("", "the first node has failed")):
+    for node, said in zip(two_nodes(narrow, broken), ("", "the first node has failed")):
         _, err = node.communicate(timeout=120)
         assert node.returncode == 1 and said in err
 
